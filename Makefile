@@ -1,0 +1,24 @@
+# Uses the python of the active environment: . .venv/bin/activate
+.DEFAULT_GOAL := help
+.PHONY: help check test demo tiny report proof
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+check: ## lint
+	python -m ruff check .
+
+test: ## the quick tests: no network, no GPU
+	python -m pytest
+
+demo: ## the main job: how much of every shipped control survives on every member of the embedded family
+	python -m analysis.transfer
+
+tiny: ## train the embedded family anew, all parts; continues where it was
+	python train/tiny.py all
+
+report: ## draw report.html again from the results on disk
+	python -m analysis.report
+
+proof: ## the slow tests: minutes each
+	python -m pytest -m slow

@@ -1,0 +1,189 @@
+"""W&B for every command: files first, W&B second.
+
+`with start(folder, config, job_type="train.slider", group="smile") as tracker:` gives one run per command. Nothing that goes wrong in
+W&B stops the command: the first failure is printed as one line, the rest of W&B's work is tried all the same.
+"""
+
+import functools
+import netrc
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from configs import UserError
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+def start(folder: Path, config: dict, job_type: str, group: str, mode: str = "auto", name: str | None = None) -> "Tracker":
+    """A tracker that writes under folder/wandb.
+
+    config: plain values, shown as the run's config. group: the control's name, so that all that concerns a control stands together.
+    mode: online, offline, disabled, or auto = $WANDB_MODE if set, else online when logged in, else offline.
+    Processes of a distributed run other than the first get a disabled tracker. Raises UserError for another mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"no W&B mode {mode!r}; the modes are {', '.join(MODES)}")
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+    tracker = Tracker(Path(folder).resolve())
+    if mode == "disabled" or int(os.environ.get("RANK", 0)) > 0:
+        return tracker
+    tracker.open(mode, config=config, job_type=job_type, group=group, name=name)
+    if tracker.run is None and mode == "online":
+        tracker.open("offline", config=config, job_type=job_type, group=group, name=name)
+    tracker.announce()
+    return tracker
+
+
+def logged_in() -> bool:
+    """Whether an API key is at hand, in $WANDB_API_KEY or where `wandb login` puts it; the network is not asked."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
+        try:
+            return netrc.netrc(Path(path).expanduser()).authenticators(host) is not None
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def guarded(call: Callable) -> Callable:
+    """A Tracker method that does nothing without a run, and whose failure is a warning."""
+
+    @functools.wraps(call)
+    def method(self: "Tracker", *args: Any, **kwargs: Any) -> None:
+        if self.run is not None:
+            with self.attempt():
+                call(self, *args, **kwargs)
+
+    return method
+
+
+class Tracker:
+    """One W&B run, or none: `run` is None when disabled, when W&B could not start, and after finish()."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run: Any = None
+        self.warned = False
+        self.used: list[str] = []
+
+    @guarded
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Numbers by name, at an optimizer step if there is one."""
+        self.run.log(values, step=step)
+
+    @guarded
+    def table(self, key: str, columns: list[str], rows: list[list]) -> None:
+        """A table of plain values, one list per row."""
+        import wandb
+
+        self.run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    @guarded
+    def image(self, key: str, path: Path, caption: str | None = None) -> None:
+        """A picture file."""
+        import wandb
+
+        self.run.log({key: wandb.Image(str(path), caption=caption)})
+
+    @guarded
+    def artifact(self, path: Path, name: str, type: str) -> None:
+        """A file or folder as an artifact: type control for a trained control, results for a record."""
+        self.run.log_artifact(_artifact(path, name, type))
+
+    @guarded
+    def uses(self, name: str, path: Path | None = None, type: str = "control") -> None:
+        """States that this run reads an artifact, by its newest version or, with `path`, by the very content of that file.
+
+        Always written to the run's config as `uses`, which also works offline; online it is W&B's lineage as well.
+        """
+        self.used.append(name)
+        self.run.config.update({"uses": list(self.used)}, allow_val_change=True)
+        if not self.run.offline:
+            self.run.use_artifact(_artifact(path, name, type) if path else f"{_artifact_name(name)}:latest")
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Ends the run; a second call does nothing."""
+        if self.run is not None:
+            with self.attempt():
+                self.run.finish(exit_code=exit_code)
+        self.run = None
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.finish(exit_code=0 if kind is None else 1)
+
+    def open(self, mode: str, **about: Any) -> None:
+        """Starts the run; on failure `run` stays None."""
+        with self.attempt():
+            import wandb
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            project = os.environ.get("WANDB_PROJECT", "distilled-control")
+            quiet = wandb.Settings(silent=True, console="off", init_timeout=30)
+            self.run = wandb.init(project=project, dir=str(self.folder), mode=mode, settings=quiet, **about)
+
+    def announce(self) -> None:
+        """One line: where the run is seen, or how to upload it."""
+        if self.run is None:
+            return
+        with self.attempt():
+            if self.run.offline:
+                place = Path(self.run.dir).parent
+                place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+                print(f"W&B is offline; to upload this run: wandb sync {place}", flush=True)
+            else:
+                print(f"W&B: {self.run.url}", flush=True)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Keeps W&B's files inside the folder, and its exceptions inside the block; the tracker's first one is printed."""
+        try:
+            with _defaults(WANDB_DATA_DIR=f"{self.folder}/wandb/data", WANDB_CACHE_DIR=f"{self.folder}/wandb/cache"):
+                yield
+        except Exception as error:
+            if not self.warned:
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"warning: W&B failed ({text[:200]}); the files are not affected", file=sys.stderr, flush=True)
+            self.warned = True
+
+
+def _artifact(path: Path, name: str, type: str) -> Any:
+    """A draft artifact that holds a copy of a file or of a folder, the latter without W&B's own files."""
+    import wandb
+
+    path = Path(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    artifact = wandb.Artifact(_artifact_name(name), type=type)
+    for file in files:
+        inner = file.relative_to(path if path.is_dir() else path.parent)
+        if inner.parts[0] != "wandb":
+            artifact.add_file(str(file), name=inner.as_posix(), skip_cache=True)
+    return artifact
+
+
+def _artifact_name(name: str) -> str:
+    """The name with what W&B does not allow in it replaced, e.g. tiny/base by tiny-base."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+@contextmanager
+def _defaults(**values: str) -> Iterator[None]:
+    """Environment variables that are set for the block, unless they are set already."""
+    new = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)

@@ -1,0 +1,262 @@
+"""Controls: named low-rank pairs that act on a network only where the code says so.
+
+A control adds scale · alpha / rank · B·A to the weight of each of its layers (LoRA, Hu et al. 2021). `attach` puts it in place,
+switched off; `strength` is the dial; `detach` gives the network back as it was. peft computes the branches.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from configs import UserError
+from controls.targets import places, targets
+
+
+@dataclass
+class Card:
+    """What a control is and where it comes from."""
+
+    kind: str  # slider, lora, …
+    name: str
+    family: str  # it fits every member of this family
+    member: str  # the one it was trained on
+    rank: int
+    alpha: float
+    layers: str  # layer set, see controls.targets
+    scope: str
+    recipe: dict = field(default_factory=dict)  # prompts, steps, seed: what it takes to train it again
+    base_hash: str = ""  # fingerprint of the network it was trained on
+    versions: dict = field(default_factory=dict)
+
+
+@dataclass
+class Control:
+    """A card and its weights: "<layer>.lora_A.weight" (rank, in, …) and "<layer>.lora_B.weight" (out, rank, …), fp32 on the CPU."""
+
+    card: Card
+    tensors: dict[str, Tensor]
+
+
+def create(
+    net: nn.Module, name: str, layers: str = "noxattn", scope: str = "c3lier", rank: int = 4, alpha: float = 1.0, seed: int = 0
+) -> None:
+    """Attaches a fresh trainable control, which does nothing yet: A is random, B zero (Hu et al. 2021, sec. 4.1).
+
+    Its weights are fp32 whatever the network's type, and depend on the seed alone. The network itself is frozen.
+    Raises UserError for a name in use, and as `targets` does.
+    """
+    rng, spots, tensors = torch.Generator().manual_seed(seed), places(net), {}
+    for layer in targets(net, layers, scope):
+        a, b = _shapes(spots[layer], rank)
+        tensors[f"{layer}.lora_A.weight"] = nn.init.kaiming_uniform_(torch.empty(a), a=math.sqrt(5), generator=rng)
+        tensors[f"{layer}.lora_B.weight"] = torch.zeros(b)
+    _inject(net, name, tensors, rank, alpha, trainable=True)
+
+
+def attach(net: nn.Module, control: Control, name: str | None = None, family: str | None = None) -> str:
+    """Puts a control in place, switched off and frozen, and returns the name it goes by (its card's, unless given).
+
+    The network is frozen too. Raises UserError when the card names another family than `family`, when a layer has no place in
+    this network or another shape there, and for a name in use. Another member of the same family is the point.
+    """
+    card = control.card
+    if family and card.family != family:
+        raise UserError(f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}")
+    _check(net, control)
+    name = name or card.name
+    _inject(net, name, control.tensors, card.rank, card.alpha, trainable=False)
+    return name
+
+
+def parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
+    """The weights of one control, layer by layer, A before B. Raises UserError for a control that is not attached."""
+    return [half[name].weight for layer in _layers(net, name).values() for half in (layer.lora_A, layer.lora_B)]
+
+
+def extract(net: nn.Module, name: str) -> dict[str, Tensor]:
+    """A copy of one control's weights as `Control.tensors` holds them. Raises UserError for a control that is not attached."""
+    tensors = {}
+    for spot, layer in _layers(net, name).items():
+        for half in ("lora_A", "lora_B"):
+            weight = getattr(layer, half)[name].weight.detach()
+            tensors[f"{spot}.{half}.weight"] = weight.to("cpu", torch.float32, copy=True).contiguous()
+    return tensors
+
+
+@contextmanager
+def strength(net: nn.Module, scales: Mapping[str, float] | None = None, /, **named: float) -> Iterator[nn.Module]:
+    """Inside, exactly these controls act, each at its signed scale: `strength(net, smile=1.5)` or `strength(net, {"smile": 1.5})`.
+
+    Afterwards, also after an exception, what was before is back; outside every such block all controls are off. A control at
+    scale 0 is not computed, so the output is that of the bare network bit for bit. Blocks nest; the innermost decides alone.
+    With gradient checkpointing, call backward inside too: it runs the network once more.
+    Raises UserError for a control that is not attached.
+    """
+    scales = {**(scales or {}), **named}
+    adapted = _adapted(net)
+    for name in scales:
+        _having(adapted, name)
+    before = [_state(layer) for layer in adapted.values()]
+    try:
+        for layer in adapted.values():
+            _dial(layer, scales)
+        yield net
+    finally:
+        for layer, state in zip(adapted.values(), before, strict=True):
+            _switch(layer, *state)
+
+
+@contextmanager
+def merged(net: nn.Module, scales: Mapping[str, float] | None = None, /, **named: float) -> Iterator[nn.Module]:
+    """As `strength`, by adding the controls to the weights: as fast as the bare network, and without gradients to the controls.
+
+    Afterwards the original weights are back, the same memory and not a subtraction; until then both are held. In a bf16 network
+    the sum is rounded to bf16, so it agrees with `strength` to that precision only. Inside, `strength` and `merged` add to what is merged.
+    Raises UserError for a control that is not attached.
+    """
+    scales = {**(scales or {}), **named}
+    adapted = _adapted(net)
+    layers = {spot: layer for name in scales for spot, layer in _having(adapted, name).items() if scales[name] != 0}
+    originals = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in layers.values()]
+    with strength(net):
+        try:
+            for layer in layers.values():
+                layer.get_base_layer().weight.data = _sum(layer, scales)
+            yield net
+        finally:
+            for weight, original in originals:
+                weight.data = original
+
+
+def detach(net: nn.Module) -> None:
+    """Takes every control out: the network has the modules, names and weights that it had before the first was attached."""
+    for spot, layer in _adapted(net).items():
+        parent, _, child = spot.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(net, "peft_config"):
+        del net.peft_config
+
+
+def fingerprint(net: nn.Module) -> str:
+    """The sha256 of the bare network's parameters as fp32.
+
+    The same with controls attached or not (though not inside `merged`), and for fp16 weights loaded as fp32.
+    """
+    digest = hashlib.sha256()
+    bare = {n.replace(".base_layer.", "."): p for n, p in net.named_parameters() if ".lora_A." not in n and ".lora_B." not in n}
+    for name in sorted(bare):
+        weight = bare[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.numpy())
+    return digest.hexdigest()
+
+
+def _adapted(net: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that carry controls, by name."""
+    found, waiting = {}, [("", net)]
+    while waiting:  # not named_modules, which also walks the branches: `strength` comes by twice per training step
+        prefix, module = waiting.pop()
+        for name, child in module.named_children():
+            if isinstance(child, LoraLayer):
+                found[prefix + name] = child
+            else:
+                waiting.append((f"{prefix}{name}.", child))
+    return found
+
+
+def _layers(net: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers of one control, sorted by name. Raises UserError when there is none."""
+    return _having(_adapted(net), name)
+
+
+def _having(adapted: dict[str, LoraLayer], name: str) -> dict[str, LoraLayer]:
+    found = {spot: adapted[spot] for spot in sorted(adapted) if name in adapted[spot].lora_A}
+    if not found:
+        attached = sorted({n for layer in adapted.values() for n in layer.lora_A})
+        raise UserError(f"no control {name!r} is attached; attached: {', '.join(attached) or 'none'}")
+    return found
+
+
+def _state(layer: LoraLayer) -> tuple[list[str], bool, dict[str, float]]:
+    return layer.active_adapters, layer.disable_adapters, dict(layer.scaling)
+
+
+def _switch(layer: LoraLayer, active: list[str], disabled: bool, scaling: dict[str, float]) -> None:
+    # Not by peft's set_adapter and enable_adapters: they also toggle requires_grad, under a trainer's feet.
+    layer._active_adapter, layer._disable_adapters = active, disabled
+    layer.scaling.update(scaling)
+
+
+def _dial(layer: LoraLayer, scales: Mapping[str, float]) -> None:
+    active = [name for name, scale in scales.items() if scale != 0 and name in layer.lora_A]
+    _switch(layer, active, not active, {name: scales[name] * layer.lora_alpha[name] / layer.r[name] for name in active})
+
+
+@torch.no_grad()
+def _sum(layer: LoraLayer, scales: Mapping[str, float]) -> Tensor:
+    """The weight of a layer with its controls added, summed in fp32, in the weight's own type."""
+    weight = layer.get_base_layer().weight
+    total = weight.float()
+    for name, scale in scales.items():
+        if scale != 0 and name in layer.lora_A:
+            a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+            total = total + scale * layer.lora_alpha[name] / layer.r[name] * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+    return total.to(weight.dtype)
+
+
+def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B on a layer: (rank, in, …) with the layer's own kernel, and (out, rank, …) with a kernel of 1."""
+    size_out, *size_in = layer.weight.shape
+    return (rank, *size_in), (size_out, rank, *(1 for _ in size_in[1:]))
+
+
+def _check(net: nn.Module, control: Control) -> None:
+    """Raises UserError unless every layer of the control has its place, and its shape, in the network."""
+    name, spots = control.card.name, places(net)
+    layers = sorted({key.rsplit(".lora_", 1)[0] for key in control.tensors})
+    count, question = f"of {len(layers)} layers of {name}", "Was it trained on another family?"
+    lost = [layer for layer in layers if layer not in spots]
+    if lost:
+        raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}. {question}")
+    expected = {layer: _shapes(spots[layer], control.card.rank) for layer in layers}
+    halves = {layer: [control.tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"] for layer in layers}
+    misfits = [n for n in layers if tuple(None if half is None else tuple(half.shape) for half in halves[n]) != expected[n]]
+    if misfits:
+        raise UserError(f"{len(misfits)} {count} have another shape in this network: {_few(misfits)}. {question}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:2]) + ("…" if len(names) > 2 else "")
+
+
+def _inject(net: nn.Module, name: str, tensors: dict[str, Tensor], rank: int, alpha: float, trainable: bool) -> None:
+    """Places the branches with these weights, switched off; leaves the controls already there, and torch's random state, as they are."""
+    adapted = _adapted(net)
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or any(name in layer.lora_A for layer in adapted.values()):
+        raise UserError(f"{name!r} cannot name a control here: it is in use, empty, has a dot, or is a word of torch's own; choose another")
+    before = [(layer, _state(layer)) for layer in adapted.values()]
+    trained = [(weight, weight.requires_grad) for layer in adapted.values() for weight in layer.parameters()]
+    spots = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=spots)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several controls at once are meant
+        # low_cpu_mem_usage: peft draws no random weights, so nobody's random state moves
+        inject_adapter_in_model(config, net, adapter_name=name, state_dict=tensors, low_cpu_mem_usage=True)
+    for spot, layer in _layers(net, name).items():
+        device = layer.get_base_layer().weight.device
+        for half in ("lora_A", "lora_B"):
+            weight = tensors[f"{spot}.{half}.weight"].to(device, torch.float32, copy=True)
+            getattr(layer, half)[name].weight = nn.Parameter(weight, requires_grad=trainable)
+        _switch(layer, [], True, {})
+    for weight, flag in trained:  # peft sets it anew, differently from version to version
+        weight.requires_grad_(flag)
+    for layer, state in before:
+        _switch(layer, *state)

@@ -1,0 +1,201 @@
+"""Sampling: one update rule, stages as data, a generator of steps. Every network speaks x0."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from configs import UserError
+from models.noise import CLEAN, LAWS, Noise, timesteps, to_eps, to_x0
+from models.prompts import Prompts, concatenate
+
+Eta = float | Callable[[Noise, Noise], float]
+
+
+@dataclass
+class Denoiser:
+    """A network wrapped into a thing that returns the clean latent x0. Counts what it is asked."""
+
+    net: nn.Module  # diffusers UNet2DConditionModel
+    kind: str = "eps"  # what the network predicts: eps, v, flow, sample
+    guidance_embedding: float | None = None  # LCM-SDXL: the guidance scale it is told, minus one
+    evaluations: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
+
+    def __call__(self, x: Tensor, noise: Noise, prompts: Prompts, guidance: float | None = None) -> Tensor:
+        """x0 (B, C, H, W) at x; guidance None = conditional only, else x0_neg + guidance (x0 - x0_neg)."""
+        if guidance is None:
+            return self._x0(x, noise, prompts)
+        if prompts.negative is None:
+            raise UserError("guidance needs prompts with a negative side; say guidance=null for conditional only")
+        both = self._x0(torch.cat([x, x]), noise, concatenate(prompts.negative, prompts))
+        self.evaluations += 1
+        negative, positive = both.chunk(2)
+        return negative + guidance * (positive - negative)
+
+    def _x0(self, x: Tensor, noise: Noise, prompts: Prompts) -> Tensor:
+        self.evaluations += 1
+        dtype = next(self.net.parameters()).dtype
+        told = {}
+        if self.guidance_embedding is not None:
+            told["timestep_cond"] = guidance_features(self.guidance_embedding, self.net.config.time_cond_proj_dim, len(x)).to(x)
+        out = self.net(
+            x.to(dtype),
+            torch.tensor(noise.t, device=x.device),
+            prompts.tokens.to(dtype),
+            added_cond_kwargs={"text_embeds": prompts.pooled.to(dtype), "time_ids": prompts.size.to(dtype)},
+            **{key: value.to(dtype) for key, value in told.items()},
+        ).sample
+        return to_x0(x, out.to(x.dtype), noise, self.kind)
+
+
+def guidance_features(w: float, size: int, batch: int) -> Tensor:
+    """LCM's sinusoidal embedding of the guidance scale minus one, (batch, size); as diffusers' get_guidance_scale_embedding."""
+    half = size // 2
+    angles = w * 1000.0 * torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    features = torch.cat([torch.sin(angles), torch.cos(angles)])
+    return torch.nn.functional.pad(features, (0, size % 2)).expand(batch, size)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a family, ready to run: its denoiser and how it wants to be sampled."""
+
+    name: str  # family/member
+    denoiser: Denoiser
+    levels: tuple[Noise, ...]  # falling; the network is evaluated at each
+    law: str = "vp"
+    eta: Eta = 0.0  # share of fresh noise in an update: 0 DDIM and Euler, 1 LCM and DMD2
+    guidance: float | None = None
+    final: Noise = CLEAN  # where the last update goes
+    start: str = "unit"  # the first x is eps ("unit": DDIM, LCM) or sigma eps ("sigma": Euler trailing)
+
+
+def levels_of(law: str, spacing: str, steps: int, explicit: Sequence[float] = ()) -> tuple[Noise, ...]:
+    """The noise levels of a schedule; explicit timesteps win over the spacing."""
+    at = LAWS[law][0]
+    return tuple(at(t) for t in (explicit or timesteps(spacing, steps)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A member run over a falling list of noise levels."""
+
+    member: Member
+    levels: tuple[Noise, ...]
+
+    @classmethod
+    def of(cls, member: Member, levels: Sequence[Noise]) -> "Stage":
+        """The member on another's levels: the same sigma / alpha in the member's own law."""
+        return cls(member, tuple(level if level in member.levels else LAWS[member.law][1](level.ratio) for level in levels))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages end to end, and where they start and finish."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def steps(self) -> int:
+        """How many updates it makes."""
+        return sum(len(stage.levels) for stage in self.stages)
+
+
+def alone(member: Member) -> Plan:
+    """The member by itself: the plans `base` and `student`."""
+    return Plan(member.name, (Stage(member, member.levels),))
+
+
+def hybrid(base: Member, student: Member, k: int = 1) -> Plan:
+    """The base on the student's first k noise levels, the student after them (the paper's diversity distillation)."""
+    return _two(f"hybrid({k})", base, student.levels[: _count(k, student)], student, student.levels[k:])
+
+
+def late(base: Member, student: Member, k: int = 1) -> Plan:
+    """The student first, the base on the last k levels."""
+    cut = len(student.levels) - _count(k, student)
+    return _two(f"late({k})", student, student.levels[:cut], base, student.levels[cut:])
+
+
+def skip(student: Member, k: int = 1) -> Plan:
+    """The student without its first k steps, started from pure noise at its level k: the control experiment to hybrid."""
+    if k >= len(student.levels):
+        raise UserError(f"skip({k}) leaves nothing of {student.name}'s {len(student.levels)} steps")
+    return Plan(f"skip({k})", (Stage(student, student.levels[_count(k, student) :]),))
+
+
+def _count(k: int, student: Member) -> int:
+    if not 0 <= k <= len(student.levels):
+        raise UserError(f"k must be 0 … {len(student.levels)}, the steps of {student.name}; got {k}")
+    return k
+
+
+def _two(name: str, first: Member, early: Sequence[Noise], second: Member, rest: Sequence[Noise]) -> Plan:
+    stages = [Stage.of(member, levels) for member, levels in ((first, early), (second, rest)) if levels]
+    return Plan(name, tuple(stages))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of a member: at `noise` it held x, saw x0 and went on to `after`."""
+
+    index: int
+    member: Member
+    noise: Noise
+    x: Tensor  # (B, C, H, W), in the member's law
+    x0: Tensor  # (B, C, H, W)
+    after: Tensor  # (B, C, H, W), at the next level, in the next member's law
+
+
+def update(x: Tensor, x0: Tensor, now: Noise, after: Noise, eta: Eta = 0.0, fresh: Tensor | None = None) -> Tensor:
+    """x at the next level: eps = (x - alpha x0) / sigma; eps <- sqrt(1 - eta^2) eps + eta fresh; alpha' x0 + sigma' eps.
+
+    Reproduces DDIM and Euler (eta 0), LCM and DMD2 (eta 1), Euler-ancestral (eta = noise.ancestral) and flow Euler.
+    Between laws it converts by itself, for eps means the same in all of them. All tensors (B, C, H, W).
+    """
+    eps = to_eps(x, x0, now)
+    eta = eta(now, after) if callable(eta) else eta
+    if eta:
+        eps = (1 - eta**2) ** 0.5 * eps + eta * fresh
+    return after.alpha * x0 + after.sigma * eps
+
+
+def draw_noise(seeds: Sequence[int], shape: tuple[int, ...], steps: int, device="cpu") -> Tensor:
+    """All noise of each image from its own generator: (B, steps + 1, *shape), first the initial, then one per step.
+
+    Image i depends on seeds[i] alone, so it is the same alone or in a batch, and plans with the same seeds are paired.
+    """
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(int(seed))
+        rows.append(torch.stack([torch.randn((1, *shape), generator=generator)[0] for _ in range(steps + 1)]))
+    return torch.stack(rows).to(device)
+
+
+def sample(plan: Plan, noise: Tensor, prompts: Prompts) -> Iterator[Step]:
+    """Runs the plan; the last step's `after` is the finished latent.
+
+    noise: (B, ≥ plan.steps + 1, C, H, W) from `draw_noise`. prompts: B of them, with a negative side where a member guides.
+    """
+    todo = [(stage.member, level) for stage in plan.stages for level in stage.levels]
+    if noise.shape[1] < len(todo):
+        raise UserError(f"{plan.name} needs noise for {len(todo)} steps, got {noise.shape[1] - 1}")
+    first, level = todo[0]
+    x = noise[:, 0] * (level.sigma if first.start == "sigma" else 1.0)
+    for index, (member, now) in enumerate(todo):
+        after = todo[index + 1][1] if index + 1 < len(todo) else member.final
+        x0 = member.denoiser(x, now, prompts, member.guidance)
+        fresh = noise[:, index + 1] if index + 1 < noise.shape[1] else None
+        following = update(x, x0, now, after, member.eta, fresh) if after.sigma else x0
+        yield Step(index, member, now, x, x0, following)
+        x = following
+
+
+def finish(plan: Plan, noise: Tensor, prompts: Prompts) -> Tensor:
+    """The finished latents of a plan, (B, C, H, W)."""
+    x = None
+    for step in sample(plan, noise, prompts):
+        x = step.after
+    return x

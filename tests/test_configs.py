@@ -1,0 +1,237 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+import configs
+from configs import UserError, entry, load, merge, replacing, save, usage
+
+
+@dataclass
+class Optim:
+    rate: float = 1e-3  # learning rate
+    beta: float = 0.9  # momentum
+
+
+@dataclass
+class Config:
+    steps: int = 10  # optimizer steps
+    colour: str = "#fff"  # of the background
+    prompts: list[str] = field(
+        default_factory=lambda: ["a face"],
+    )  # one image each
+    optim: Optim = field(default_factory=Optim)  # the optimizer
+    limit: float | None = None
+    layers: dict[str, Optim] = field(default_factory=dict)  # by name
+
+
+@dataclass
+class Named:
+    name: str  # of the run
+
+
+def refusal(*layers, schema=Config) -> str:
+    """The one line with which `merge` refuses."""
+    with pytest.raises(UserError) as caught:
+        merge(schema, *layers)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("stpes=3", "unknown key 'stpes'; did you mean 'steps'?"),
+        ("--steps=3", "did you mean 'steps'?"),
+        ("zzz=3", "the keys are steps, colour, prompts, optim, limit, layers"),
+        ("optim.raet=3", "unknown key 'optim.raet'; did you mean 'optim.rate'?"),
+        ("layers.mid.raet=3", "did you mean 'layers.mid.rate'?"),
+        ("=3", "unknown key ''"),
+        ("steps=many", "steps=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("steps=null", "steps=null: "),
+        ("optim=3", "optim=3: "),
+        ("optim.rate.x=3", "optim.rate"),
+        ("prompts=[a, b", "not valid YAML at line"),
+        ("prompts=a", "prompts=a: "),
+        ("prompts.0=a", "a list is given whole"),
+        ("colour='", "not valid YAML at line 1"),
+        ("colour=${nope}", "'nope' not found"),
+        ("colour=${", "colour=${: "),
+        ("colour=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
+    ],
+)
+def test_a_bad_word_is_one_helpful_line(word, expected):
+    assert expected in refusal([word])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("stpes: 3", "did you mean 'steps'?"),
+        ("optim:\n  raet: 1", "did you mean 'optim.rate'?"),
+        ("steps: [1", "not valid YAML at line"),
+        ("steps: 1\nsteps: 2", "duplicate key steps"),
+        ("steps: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("- 1", "key: value pairs"),
+        ("7", "key: value pairs"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(tmp_path, text, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = refusal(path)
+    assert expected in line and line.startswith(str(path))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x80")
+    assert "not a text file" in refusal(tmp_path / "bad.yaml")
+
+
+def test_a_missing_file_and_a_missing_value():
+    assert "no config file at nowhere.yaml" in refusal("nowhere.yaml")
+    assert "name" in refusal([], schema=Named)
+
+
+def test_precedence_is_dataclass_then_files_then_words(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 20\noptim: {rate: 0.5}\nlimit: 1")
+    (tmp_path / "b.yaml").write_text("limit: 2")
+    config = load(Config, ["steps=30", f"config={tmp_path}/a.yaml", f"config={tmp_path}/b.yaml", "prompts=[x, y]", "layers.mid.beta=0"])
+    assert config == Config(steps=30, prompts=["x", "y"], optim=Optim(rate=0.5), limit=2.0, layers={"mid": Optim(beta=0.0)})
+    assert merge(Config) == Config()
+
+
+def test_a_config_refuses_by_itself():
+    @dataclass
+    class Even:
+        steps: int = 2
+
+        def __post_init__(self):
+            if self.steps % 2:
+                raise ValueError("steps must be even")
+
+    assert refusal(["steps=3"], schema=Even) == "steps must be even"
+
+
+def test_a_word_without_equals_sign():
+    with pytest.raises(UserError, match="'steps' is not of the form key=value"):
+        load(Config, ["steps"])
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_lists_every_key_with_comment_and_default(capsys, word):
+    with pytest.raises(SystemExit) as caught:
+        load(Config, ["steps=3", word])
+    assert caught.value.code == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    expected = [
+        "steps optimizer steps [10]",
+        "colour of the background [#fff]",
+        'prompts one image each [["a face"]]',
+        "optim the optimizer",
+        "optim.rate learning rate [0.001]",
+        "optim.beta momentum [0.9]",
+        "limit [null]",
+        "layers by name [{}]",
+    ]
+    assert shown[-len(expected) :] == expected
+
+
+def test_help_of_a_key_without_default_and_of_an_inherited_one():
+    @dataclass
+    class Longer(Named):
+        size: int = 1  # in pixels
+
+    shown = [" ".join(line.split()) for line in usage(Longer).splitlines()]
+    assert shown[-2:] == ["name of the run [required]", "size in pixels [1]"]
+
+
+def test_save_writes_the_whole_config_with_versions_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(configs.ROOT / "analysis/transfer.py"), "prompts=[a face, b]", "colour=two\nlines"])
+    config = Config(steps=3, prompts=["ein Lächeln"])
+    save(config, tmp_path / "new/config.yaml")
+    lines = (tmp_path / "new/config.yaml").read_text().splitlines()
+    assert lines[0] == "# python -m analysis.transfer 'prompts=[a face, b]' 'colour=two"
+    assert any(line.startswith("# torch 2.") for line in lines)
+    assert set(yaml.safe_load("\n".join(lines))) == set(Config.__dataclass_fields__)
+    assert merge(Config, tmp_path / "new/config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [("train/slider.py", "train/slider.py"), ("/opt/venv/bin/pytest", "pytest"), (str(configs.ROOT / "train/lora.py"), "train/lora.py")],
+)
+def test_command_shows_no_absolute_path_of_the_program(monkeypatch, program, expected):
+    monkeypatch.setattr(sys, "argv", [program, "steps=3"])
+    assert configs.command() == f"python {expected} steps=3"
+
+
+def test_versions_need_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "torch" in configs.versions() and "commit" not in configs.versions()
+
+
+def test_replacing_takes_the_place_when_all_went_well(tmp_path):
+    path = tmp_path / "deep/results.json"
+    with replacing(path) as new:
+        assert new.suffix == path.suffix and not path.exists()
+        new.write_text(json.dumps([1]))
+    assert json.loads(path.read_text()) == [1]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_replacing_leaves_the_old_file_on_an_exception(tmp_path, error):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as new:
+        new.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_entry_turns_a_user_error_into_one_line_and_exit_code_2(capsys):
+    def main():
+        raise UserError("no such thing\nat all")
+
+    with pytest.raises(SystemExit) as caught:
+        entry(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing at all\n"
+
+
+def test_entry_lets_a_bug_through_and_an_interrupt_end_quietly(capsys):
+    def bug():
+        raise KeyError("ours")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyError):
+        entry(bug)
+    with pytest.raises(SystemExit) as caught:
+        entry(interrupted)
+    assert caught.value.code == 130
+    assert "continues" in capsys.readouterr().err
+
+
+def test_a_command_as_the_shell_sees_it(tmp_path):
+    script = tmp_path / "draw.py"
+    script.write_text(
+        "'''Draws.'''\nfrom dataclasses import dataclass\nfrom configs import entry, load\n\n\n@dataclass\nclass Config:\n"
+        "    steps: int = 1  # strokes\n\n\nentry(lambda: print(load(Config).steps))\n"
+    )
+
+    def run(*words):
+        code = [sys.executable, str(script), *words]
+        return subprocess.run(code, capture_output=True, text=True, cwd=configs.ROOT, env={"PYTHONPATH": str(configs.ROOT)})
+
+    bad = run("step=2")
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
+    shown = run("--help").stdout
+    assert shown.startswith("Draws.") and "strokes" in shown
+    assert run("steps=2").stdout == "2\n"

@@ -1,0 +1,213 @@
+"""The rules of CONTRIBUTING.md that a program can keep."""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import ROOT, merge
+
+ALLOWED = {  # package: the packages it may import besides itself
+    "configs": set(),
+    "models": {"configs"},
+    "controls": {"configs", "models"},
+    "train": {"configs", "models", "controls"},
+    "analysis": {"configs", "models", "controls"},
+}
+HEAVY = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "peft", "accelerate", "datasets"}
+SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
+    "families": ("models.families", "FamilyCard"),
+    "sliders": ("train.slider", "Config"),
+    "loras": ("train.lora", "Config"),
+    "transfer": ("analysis.transfer", "Config"),
+}
+YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+RECIPES = [path for path in YAMLS if not path.startswith("configs/families/")]
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names that a file imports anywhere; `from a import b` gives both a and a.b."""
+    names = set()
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def source(module: str) -> Path | None:
+    """The file of one of our modules, None for a name that is no module."""
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def ours(names: set[str]) -> set[str]:
+    """Those of our modules that importing the names runs, packages above them included."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] in ALLOWED:
+            found |= {".".join(parts[:k]) for k in range(1, len(parts) + 1)}
+    return {name for name in found if source(name)}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_downward(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in sorted(imported(path))
+        if name.split(".")[0] in (ALLOWED.keys() | {"tests"}) - ALLOWED[package] - {package}
+    ]
+    assert not wrong
+
+
+def test_the_report_reads_files_and_imports_no_torch():
+    seen, todo = set(), {"analysis.report"}
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        names = imported(source(module))
+        assert module.split(".")[0] in ("analysis", "configs"), f"the report reaches {module}"
+        assert not {name.split(".")[0] for name in names} & HEAVY, f"{module}, which the report reaches, imports a heavy library"
+        todo |= ours(names) - seen
+
+
+def test_importing_the_report_loads_no_torch():
+    code = "import sys, analysis.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_no_file_in_train_shadows_a_library():
+    """accelerate launch train/x.py puts train/ first on sys.path, so that train/types.py would be everybody's `types`."""
+    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    names = {path.stem for path in (ROOT / "train").iterdir()} - {"__init__", "__pycache__"}
+    assert names and not names & taken
+
+
+def test_every_folder_of_configs_has_a_schema():
+    assert YAMLS
+    assert {path.split("/")[1] for path in YAMLS} <= SCHEMAS.keys(), "add a row to SCHEMAS"
+
+
+@pytest.mark.parametrize("path", YAMLS)
+def test_yaml_loads_against_its_schema(path):
+    module, name = SCHEMAS[path.split("/")[1]]
+    merge(getattr(importlib.import_module(module), name), path)
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_recipe_opens_with_what_it_makes_the_command_and_what_to_expect(path):
+    makes, command, expect, *_ = (ROOT / path).read_text().splitlines()
+    assert all(re.match(r"# \S", line) for line in (makes, command, expect))
+    assert f"config={path}" in command
+
+
+def fences(text: str) -> list[tuple[str, str, str]]:
+    """(line before, language, content) of each fenced block of a Markdown text."""
+    return re.findall(r"(?:^([^\n]*)\n\n?)?^```(\w*)[^\n]*\n(.*?)^```$", text, re.M | re.S)
+
+
+def readme() -> list[tuple[str, str, str]]:
+    return fences((ROOT / "README.md").read_text())
+
+
+def shell_lines(blocks: list[tuple[str, str, str]]) -> list[str]:
+    """The commands of the shell blocks, without prompts and comments, continuations joined."""
+    text = "\n".join(content for _, language, content in blocks if language in ("bash", "sh", "console"))
+    lines = [re.sub(r"(^|\s)#.*", "", line.removeprefix("$ ")).strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+def missing(line: str) -> list[str]:
+    """What a command names and the project lacks: modules, scripts, configs, targets of make."""
+    modules = re.findall(r"python[\d.]* -m ([\w.]+)", line)
+    scripts = re.findall(r"(?<![\w./-])((?:train|analysis|models|controls|tests)/[\w/.-]+\.py)\b", line)
+    configs = re.findall(r"\bconfig=(\S+)", line)
+    targets = [word for words in re.findall(r"\bmake((?: +[\w-]+)+)", line) for word in words.split()]
+    return [
+        *(f"module {name}" for name in modules if not _found(name)),
+        *(f"file {name}" for name in scripts + configs if not (ROOT / name).is_file()),
+        *(f"target {name}" for name in targets if name not in make_targets()),
+    ]
+
+
+def make_targets() -> dict[str, str]:
+    """The Makefile's targets, each with the text that `make help` shows."""
+    return dict(re.findall(r"^([\w-]+):.*?(?:## (.*))?$", (ROOT / "Makefile").read_text(), re.M))
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
+
+
+def tree_paths(tree: str) -> list[str]:
+    """The paths of a file tree, indented or drawn with lines. What follows two spaces or the first word that is no path is prose."""
+    paths, above = [], []  # above: (column, path) of the folders that the line may stand in
+    for line in tree.splitlines():
+        bare = re.sub(r"[│├└─|`]", " ", line)
+        column = len(bare) - len(bare.lstrip())
+        above = [(c, path) for c, path in above if c < column]
+        parent = above[-1][1] if above else ""
+        for word in re.split(r"\s{2,}", bare.strip())[0].split():
+            name = word.rstrip(":,")
+            if not re.fullmatch(r"[\w.-]+/[\w./-]*|[\w-]*\.\w+|LICENSE|Makefile", name):
+                break
+            path = "" if name == "distilled-control/" else parent + name
+            paths += [path] if path else []
+            if name.endswith("/"):
+                above.append((column, path))
+    return paths
+
+
+def test_the_readme_has_the_two_commands_that_ci_runs():
+    for name in ("run", "test"):
+        (block,) = [content for before, language, content in readme() if before == f"<!-- ci: {name} -->" and language == "bash"]
+        assert block.strip()
+
+
+def test_commands_in_the_readme_name_things_that_exist():
+    lines = shell_lines(readme())
+    assert lines
+    assert not [f"{what}: {line}" for line in lines for what in missing(line)]
+
+
+def test_paths_in_the_readmes_file_tree_exist():
+    (tree,) = [content for _, language, content in readme() if language in ("", "text") and re.search(r"^\W*configs/", content, re.M)]
+    paths = tree_paths(tree)
+    assert len(paths) > 10
+    assert not [path for path in paths if not path.startswith("runs/") and not (ROOT / path).exists()]  # runs/ is what commands make
+
+
+def test_the_checks_themselves_see_what_is_wrong():
+    wrong = "python -m analysis.nothing config=configs/no.yaml && make coffee  "
+    assert missing(wrong) == ["module analysis.nothing", "file configs/no.yaml", "target coffee"]
+    assert missing("accelerate launch train/nothing.py steps=3") == ["file train/nothing.py"]
+    assert missing(". .venv/bin/activate && python3.11 -m venv .venv && make check test") == []
+    text = "say:\n```bash\n$ a \\\n  b  # why\n\n# c\n```\n<!-- x -->\n\n```text\nno\n```\n"
+    assert [before for before, *_ in fences(text)] == ["say:", "<!-- x -->"]
+    assert shell_lines(fences(text)) == ["a    b"]
+    drawn = "distilled-control/\n├── configs/      the defaults\n│   └── sliders/  a.yaml: x\n├── LICENSE\n└── .ci/run  what CI runs\n"
+    assert tree_paths(drawn) == ["configs/", "configs/sliders/", "LICENSE", ".ci/run"]
+    plain = "configs/\n    __init__.py: load\n    sliders/ loras/    short\nmodels/ the family\n    noise.py  levels\n"
+    assert tree_paths(plain) == ["configs/", "configs/__init__.py", "configs/sliders/", "configs/loras/", "models/", "models/noise.py"]
+
+
+def test_make_explains_each_target():
+    targets = make_targets()
+    assert {"help", "check", "test", "demo", "tiny", "report", "proof"} <= targets.keys() and all(targets.values())
