@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -222,3 +223,21 @@ def _comments(schema: type) -> dict[str, str]:
                 lines = range(field.lineno, field.end_lineno + 1)
                 found[field.target.id] = " ".join(beside[line] for line in lines if line in beside)
     return found
+
+
+def run_folder(cfg: Any, folder: Path, overwrite: bool = False, free: tuple[str, ...] = ()) -> Path:
+    """The folder of a run, made or continued; `overwrite` empties it first.
+
+    Saves config.yaml. Raises UserError when the folder holds a run of another config; keys in `free` may differ.
+    """
+    path, free = Path(folder) / "config.yaml", (*free, "overwrite")
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    if path.is_file():
+        before, now = OmegaConf.to_container(OmegaConf.load(path)), OmegaConf.to_container(OmegaConf.structured(cfg))
+        other = [key for key in now if key not in free and before.get(key) != now[key]]
+        if other:
+            changes = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in other[:3])
+            raise UserError(f"{folder} holds a run of another config ({changes}); give a new name=, or overwrite=true")
+    save(cfg, path)
+    return Path(folder)

@@ -2,13 +2,19 @@
 
 import hashlib
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Literal
 
 import torch
+import transformers.utils.logging
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +24,9 @@ from models.prompts import Prompts
 from models.sample import Denoiser, Member, levels_of
 
 CARDS = ROOT / "configs/families"
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # names in configs; auto = fast_dtype
+logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass
@@ -25,22 +34,22 @@ class MemberCard:
     """One member: where its network is, what it predicts, how it is sampled."""
 
     repo: str = ""  # Hub id, or folder relative to the project; empty = the family's
-    revision: str | None = None  # commit or branch on the Hub
+    revision: str | None = None  # commit or branch on the Hub; null = of the family's repo, the family's
     subfolder: str | None = "unet"  # folder of the network inside the repo; null = the repo itself
     file: str = ""  # a single weights file in the repo, for the base's architecture; empty = a diffusers folder
     sha256: str = ""  # of that file, checked when given
     licence: str = ""  # of the weights
-    kind: str = "eps"  # what the network predicts: eps, v, flow, sample
-    law: str = "vp"  # noise law: vp, flow
+    kind: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
+    law: Literal["vp", "flow"] = "vp"  # noise law
     steps: int = 50  # evaluations of a sampling run
-    spacing: str = "leading"  # timestep spacing: leading, trailing, linspace
+    spacing: Literal["leading", "trailing", "linspace"] = "leading"  # timestep spacing
     timesteps: list[float] = field(default_factory=list)  # explicit timesteps, which win over the spacing
     eta: float = 0.0  # share of fresh noise per update: 0 DDIM and Euler, 1 LCM and DMD2
     ancestral: bool = False  # Euler-ancestral's eta instead
     guidance: float | None = None  # classifier-free guidance; null = conditional only
     guidance_embedding: float | None = None  # guidance scale minus one, told to networks with time_cond_proj_dim
-    final: str = "clean"  # where the last update goes: clean, or first (training step 0, DDIM's set_alpha_to_one=false)
-    start: str = "unit"  # first x: unit (eps) or sigma (sigma eps, Euler with trailing or linspace)
+    final: Literal["clean", "first"] = "clean"  # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
+    start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)
 
 
 @dataclass
@@ -55,6 +64,7 @@ class FamilyCard:
     base: str = "base"  # the member the others were distilled from
     clip: str = ""  # evaluator: a transformers CLIPModel, Hub id or folder
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
+    prompts: list[str] = field(default_factory=list)  # what controls are measured on by default
     members: dict[str, MemberCard] = field(default_factory=dict)
 
 
@@ -64,7 +74,10 @@ def card(name: str) -> FamilyCard:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
         raise UserError(f"no family {name!r}: there are {known}, or give the path of a card.yaml")
-    return merge(FamilyCard, path)
+    found = merge(FamilyCard, path)
+    if found.base not in found.members:
+        raise UserError(f"{path}: base {found.base!r} is not one of its members: {', '.join(found.members)}")
+    return found
 
 
 def split(member: str) -> tuple[str, str]:
@@ -87,10 +100,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
     def seconds(dtype):
         a = torch.ones(192, 192, dtype=dtype)
-        a @ a
-        start = time.perf_counter()
-        a @ a
-        return time.perf_counter() - start
+        clock = []
+        for _ in range(6):
+            clock.append(time.perf_counter())
+            a @ a
+        return min(end - start for start, end in zip(clock, clock[1:], strict=False))  # a busy moment must not decide
 
     return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
 
@@ -109,7 +123,7 @@ class Family:
     def pipe(self) -> StableDiffusionXLPipeline:
         """diffusers' own pipeline without a U-Net: VAE, tokenizers, text encoders, in fp32."""
         if self._pipe is None:
-            self._pipe = _fetch(StableDiffusionXLPipeline, self.card.repo, revision=self.card.revision, unet=None, torch_dtype=torch.float32)
+            self._pipe = _fetch(StableDiffusionXLPipeline, self.card.repo, revision=self.card.revision, unet=None, dtype=torch.float32)
             self._pipe.set_progress_bar_config(disable=True)
             for part in (self._pipe.vae, self._pipe.text_encoder, self._pipe.text_encoder_2):
                 part.to(self.device).eval().requires_grad_(False)
@@ -138,6 +152,14 @@ class Family:
         parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(batch)
         return torch.cat([vae.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])
 
+    @torch.no_grad()
+    def to_latents(self, images: Tensor, batch: int = 64) -> Tensor:
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a distribution."""
+        vae = self.pipe.vae
+        found = [vae.encode(part.to(self.device, vae.dtype)) for part in images.split(batch)]
+        latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
+        return torch.cat(latents).float() * vae.config.scaling_factor
+
     def member(self, name: str) -> Member:
         """A member with its network on the device. Raises UserError with the names there are."""
         if name not in self._members:
@@ -147,12 +169,13 @@ class Family:
         return self._members[name]
 
     def _load(self, name: str, member: MemberCard) -> Member:
-        repo = member.repo or self.card.repo
+        repo, revision = self._source(member)
         if member.file:
-            net = UNet2DConditionModel.from_config(self._base_config())
-            net.load_state_dict(_weights(repo, member))
+            with _one_line(f"{member.file} of {repo}"):
+                net = UNet2DConditionModel.from_config(self._base_config())
+                net.load_state_dict(_weights(repo, revision, member))
         else:
-            net = _fetch(UNet2DConditionModel, repo, revision=member.revision, subfolder=member.subfolder)
+            net = _fetch(UNet2DConditionModel, repo, revision=revision, subfolder=member.subfolder)
         net = net.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         denoiser = Denoiser(net, member.kind, member.guidance_embedding)
         return Member(
@@ -166,25 +189,36 @@ class Family:
             start=member.start,
         )
 
+    def _source(self, member: MemberCard) -> tuple[str, str | None]:
+        """The repo and revision of a member's network."""
+        return (member.repo, member.revision) if member.repo else (self.card.repo, member.revision or self.card.revision)
+
     def _base_config(self) -> dict:
         base = self.card.members[self.card.base]
-        return UNet2DConditionModel.load_config(place(base.repo or self.card.repo), subfolder=base.subfolder, revision=base.revision)
+        repo, revision = self._source(base)
+        return UNet2DConditionModel.load_config(place(repo), subfolder=base.subfolder, revision=revision)
+
+
+@contextmanager
+def _one_line(what: str):
+    """The many ways in which the Hub and a damaged file fail, in one line."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _fetch(kind, repo: str, **options):
-    """from_pretrained, with the Hub's many ways to fail in one line."""
-    try:
+    """from_pretrained of a folder of the project or a repo of the Hub; raises UserError."""
+    with _one_line(repo):
         return kind.from_pretrained(place(repo), **options)
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        raise UserError(f"cannot load {repo}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _weights(repo: str, member: MemberCard) -> dict[str, Tensor]:
+def _weights(repo: str, revision: str | None, member: MemberCard) -> dict[str, Tensor]:
     """A single weights file, safetensors or a .bin of plain tensors; its hash is checked where the card has one."""
-    try:
-        path = hf_hub_download(repo, member.file, revision=member.revision)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"cannot load {member.file} of {repo}: {str(error).strip().splitlines()[0]}") from None
-    if member.sha256 and hashlib.sha256(Path(path).read_bytes()).hexdigest() != member.sha256:
-        raise UserError(f"{member.file} of {repo} is not the file of the card: its sha256 differs from {member.sha256[:12]}…")
-    return load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    folder = Path(place(repo))
+    path = folder / member.file if folder.is_dir() else Path(hf_hub_download(repo, member.file, revision=revision))
+    with path.open("rb") as file:
+        if member.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != member.sha256:
+            raise UserError(f"{member.file} of {repo} is not the file of the card: its sha256 differs from {member.sha256[:12]}…")
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)

@@ -77,7 +77,8 @@ def timesteps(spacing: str, steps: int) -> list[float]:
     if spacing == "leading":
         return [float(k * (TRAIN_STEPS // steps) + 1) for k in reversed(range(steps))]
     if spacing == "trailing":
-        return [float(round(TRAIN_STEPS - k * TRAIN_STEPS / steps) - 1) for k in range(steps)]
+        # diffusers' own expression, so that halves round as there; cut, for with some steps it yields one too many
+        return [float(t) - 1 for t in np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)[:steps].round()]
     if spacing == "linspace":
         return [float(t) for t in np.linspace(0, TRAIN_STEPS - 1, steps)[::-1]]
     raise UserError(f"unknown spacing {spacing!r}; there are leading, trailing, linspace")

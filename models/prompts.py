@@ -20,12 +20,12 @@ class Prompts:
 
     def __getitem__(self, rows) -> "Prompts":
         """Some of them, in order; repeats allowed."""
-        negative = self.negative[rows] if self.negative else None
+        negative = self.negative[rows] if self.negative is not None else None
         return Prompts(self.tokens[rows], self.pooled[rows], self.size[rows], negative)
 
     def to(self, *args, **kwargs) -> "Prompts":
         """On another device or in another dtype."""
-        negative = self.negative.to(*args, **kwargs) if self.negative else None
+        negative = self.negative.to(*args, **kwargs) if self.negative is not None else None
         return Prompts(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs), self.size.to(*args, **kwargs), negative)
 
     def conditional(self) -> "Prompts":

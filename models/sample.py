@@ -180,15 +180,14 @@ def sample(plan: Plan, noise: Tensor, prompts: Prompts) -> Iterator[Step]:
     noise: (B, ≥ plan.steps + 1, C, H, W) from `draw_noise`. prompts: B of them, with a negative side where a member guides.
     """
     todo = [(stage.member, level) for stage in plan.stages for level in stage.levels]
-    if noise.shape[1] < len(todo):
+    if noise.shape[1] <= len(todo):
         raise UserError(f"{plan.name} needs noise for {len(todo)} steps, got {noise.shape[1] - 1}")
     first, level = todo[0]
     x = noise[:, 0] * (level.sigma if first.start == "sigma" else 1.0)
     for index, (member, now) in enumerate(todo):
         after = todo[index + 1][1] if index + 1 < len(todo) else member.final
         x0 = member.denoiser(x, now, prompts, member.guidance)
-        fresh = noise[:, index + 1] if index + 1 < noise.shape[1] else None
-        following = update(x, x0, now, after, member.eta, fresh) if after.sigma else x0
+        following = update(x, x0, now, after, member.eta, noise[:, index + 1]) if after.sigma else x0
         yield Step(index, member, now, x, x0, following)
         x = following
 

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderTiny, DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline,
-                       UNet2DConditionModel)  # fmt: skip
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,  # fmt: skip
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -26,7 +32,7 @@ from configs import UserError, entry, load, replacing
 from models.noise import TRAIN_STEPS, vp
 from models.tiny import world
 from models.tiny.evaluators import Probe
-from train.checkpoint import resumable, seeded
+from train.checkpoint import append, resumable, seeded
 
 WEIGHTS = "models/tiny/weights"
 TOKENS = 40  # longest caption of the world
@@ -56,25 +62,23 @@ def vae(cfg: Config) -> None:
                           num_encoder_blocks=(1, 1, 4), num_decoder_blocks=(5, 2, 1), latent_channels=4)  # fmt: skip
     net = net.to(memory_format=torch.channels_last)
     images = world.pictures(world.faces(cfg.faces, cfg.seed, styled=0.1))
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    net.train()
-    for step in resumable(Path(cfg.work) / "vae.pt", {"net": net, "optimizer": optimizer, "schedule": schedule}, steps, cfg.every, "vae"):
+    log = Log(cfg, "vae")
+    state = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    for step in resumable(Path(cfg.work) / "vae.pt", state, steps, cfg.every, "vae"):
         generator = seeded(cfg.seed, step)
-        x = world.to_unit(images[torch.randint(len(images), (batch,), generator=generator)]).contiguous(memory_format=torch.channels_last)
+        x = world.to_unit(images[torch.randint(len(images), (batch,), generator=generator)])
         z = net.encode(x).latents
         noisy = z + 0.05 * torch.randn(z.shape, generator=generator)  # the decoder must bear small errors of the U-Net
         out = net.decode(noisy).sample
         edges = F.l1_loss(out.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(out.diff(dim=-2), x.diff(dim=-2))
-        loss = F.mse_loss(out, x) + 0.5 * F.l1_loss(out, x) + 0.5 * edges + 1e-3 * (z.square().mean() - 1).square() + 1e-3 * z.mean((0, 2, 3)).square().sum()
+        spread = (z.square().mean() - 1).square() + z.mean((0, 2, 3)).square().sum()
+        loss = F.mse_loss(out, x) + 0.5 * F.l1_loss(out, x) + 0.5 * edges + 1e-3 * spread
         step_down(loss, net, optimizer, schedule)
-        if step % 50 == 0:
-            print(f" mse {F.mse_loss(out, x):.4f} l1 {F.l1_loss(out, x):.4f} std {z.std():.2f}", flush=True)
-    net.eval()
-    test = world.to_unit(world.pictures(world.faces(256, cfg.seed + 1)))
+        log(step, mse=F.mse_loss(out, x), std=z.std())
     with torch.no_grad():
-        z = net.encode(test).latents
-        print("held-out mse", F.mse_loss(net.decode(z).sample, test).item(), "std", z.std().item(), z.std((0, 2, 3)), z.mean((0, 2, 3)))
+        z = net.eval().encode(world.to_unit(world.pictures(world.faces(256, cfg.seed + 1)))).latents
     net.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
     net.half().save_pretrained(Path(cfg.weights) / "base/vae")
 
@@ -86,7 +90,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz0123456789-,.'" for end in ("", "</w>")]
-    trainer = BpeTrainer(vocab_size=600, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>", show_progress=False)
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = BpeTrainer(vocab_size=600, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(world.captions(people, 1, keep=0.8), trainer)
     state = json.loads(bpe.to_str())["model"]
     vocab = list(state["vocab"])
@@ -97,10 +102,15 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def vocabulary(words) -> dict:
+    """The part of a CLIP text config that the tokenizer decides."""
+    return {"vocab_size": len(words), "max_position_embeddings": TOKENS, "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}  # fmt: skip
+
+
 def text_encoders(words) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """SDXL's pair of text encoders, small: penultimate states of both are the tokens, the second's projection is the pooled text."""
-    common = {"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2, "max_position_embeddings": TOKENS,
-              "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id, "projection_dim": 64}  # fmt: skip
+    """SDXL's pair of text encoders, small: the penultimate states of both are the tokens, the second also pools."""
+    common = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2, "projection_dim": 64, **vocabulary(words)}
     return (CLIPTextModel(CLIPTextConfig(**common, num_hidden_layers=2)),
             CLIPTextModelWithProjection(CLIPTextConfig(**common, num_hidden_layers=3)))  # fmt: skip
 
@@ -167,10 +177,12 @@ def predict(net, x, t, states, pooled) -> Tensor:
     return net(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": size}).sample
 
 
+LEVELS = torch.tensor([(vp(k).alpha, vp(k).sigma) for k in range(TRAIN_STEPS)])
+
+
 def levels(t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha, sigma (B, 1, 1, 1) at integer timesteps."""
-    table = torch.tensor([(vp(k).alpha, vp(k).sigma) for k in range(TRAIN_STEPS)])
-    return table[t, 0, None, None, None], table[t, 1, None, None, None]
+    return LEVELS[t, 0, None, None, None], LEVELS[t, 1, None, None, None]
 
 
 @torch.no_grad()
@@ -180,15 +192,15 @@ def follow(average, net, decay: float) -> None:
 
 
 def base(cfg: Config) -> None:
-    """The base: eps-prediction on SDXL's noise levels, min-SNR weights, the caption dropped (to zeros, as SDXL does) one time in ten."""
+    """The base: eps-prediction on SDXL's noise levels, min-SNR weights, one caption in ten dropped (to zeros, as SDXL does)."""
     torch.manual_seed(cfg.seed)
-    steps, size = cfg.steps or 5000, cfg.batch or 40
+    steps, size = cfg.steps or 3200, cfg.batch or 40
     words = tokenizer(Path(cfg.weights) / "base/tokenizer")
     data = dataset(cfg, words)
     model = torch.nn.ModuleDict({"unet": new_unet(), "text": Text(words)})
     average = copy.deepcopy(model).requires_grad_(False)
     unet = fast(model["unet"], cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), 1.2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.2e-3, steps, pct_start=0.08)
     state = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     log = Log(cfg, "base")
@@ -211,7 +223,7 @@ def base(cfg: Config) -> None:
 
 def save_pipeline(cfg: Config, model, words) -> None:
     """The base as a complete diffusers folder, fp16."""
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **BETAS)
     pipe = StableDiffusionXLPipeline(
         vae=AutoencoderTiny.from_pretrained(Path(cfg.weights) / "base/vae"), unet=model["unet"], scheduler=scheduler,
         text_encoder=model["text"].one, text_encoder_2=model["text"].two, tokenizer=words, tokenizer_2=words, add_watermarker=False,
@@ -254,14 +266,14 @@ def clean(x, out, t) -> Tensor:
 
 def lightning(cfg: Config) -> None:
     """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
-    steps, size, count = cfg.steps or 2400, cfg.batch or 32, 3200
+    steps, size, count = cfg.steps or 1200, cfg.batch or 32, 1600
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     points, ids = trajectories(cfg, teacher, data, count)
     student = teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net = fast(student, cfg)
-    optimizer = torch.optim.AdamW(student.parameters(), 4e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), 4e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, steps, pct_start=0.05)
     log = Log(cfg, "lightning")
     grid = torch.tensor([*FEW_STEPS, -1])
@@ -315,13 +327,13 @@ def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple
 
 def lcm(cfg: Config) -> None:
     """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
-    steps, size, skip = cfg.steps or 1500, cfg.batch or 32, 20
+    steps, size, skip = cfg.steps or 800, cfg.batch or 24, 20
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student = teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net, slow = fast(student, cfg), fast(average, cfg)
-    optimizer = torch.optim.AdamW(student.parameters(), 2e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), 2e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, steps, pct_start=0.05)
     state = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
     log = Log(cfg, "lcm")
@@ -354,14 +366,14 @@ def huber(error: Tensor, c: float = 0.03) -> Tensor:
 
 def dmd(cfg: Config) -> None:
     """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
-    steps, size, updates = cfg.steps or 700, cfg.batch or 24, 2
+    steps, size, updates = cfg.steps or 450, cfg.batch or 24, 2
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student, fake = teacher.student(), teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net, fake_net = fast(student, cfg), fast(fake, cfg)
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, betas=(0.0, 0.99), weight_decay=0.0)
-    fake_optimizer = torch.optim.AdamW(fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+    fake_optimizer = torch.optim.AdamW(fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
     warm = lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 50)  # noqa: E731
     schedule, fake_schedule = warm(optimizer), warm(fake_optimizer)
     state = {"student": student, "average": average, "fake": fake, "optimizer": optimizer, "fake_optimizer": fake_optimizer,
@@ -409,20 +421,21 @@ def save_student(cfg: Config, name: str, unet, scheduler) -> None:
 def clip(cfg: Config) -> None:
     """The evaluator CLIP, on portraits of all styles and their captions; shares no weight with the generator."""
     torch.manual_seed(cfg.seed + 1)
-    steps, size = cfg.steps or 1500, cfg.batch or 128
+    steps, size = cfg.steps or 1200, cfg.batch or 96
     words = CLIPTokenizer.from_pretrained(Path(cfg.weights) / "base/tokenizer")
     words.save_pretrained(Path(cfg.weights) / "clip")
     shared = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
-    text = {**shared, "num_hidden_layers": 2, "vocab_size": len(words), "max_position_embeddings": TOKENS, "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}  # fmt: skip
-    net = CLIPModel(CLIPConfig(text_config=text, vision_config={**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8}, projection_dim=64))
+    text = {**shared, "num_hidden_layers": 2, **vocabulary(words)}
+    vision = {**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
+    net = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
     people = world.faces(cfg.faces, cfg.seed, styled=0.15)
     images = world.pictures(people)
     ids = torch.stack([tokens(words, world.captions(people, seed, keep=0.6)) for seed in range(3)], 1)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     log = Log(cfg, "clip")
-    for step in resumable(Path(cfg.work) / "clip.pt", {"net": net, "optimizer": optimizer, "schedule": schedule}, steps, cfg.every, "clip"):
+    state = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    for step in resumable(Path(cfg.work) / "clip.pt", state, steps, cfg.every, "clip"):
         generator = seeded(cfg.seed, step, 5)
         rows = torch.randint(len(images), (size,), generator=generator)
         which = torch.randint(3, (size,), generator=generator)
@@ -430,19 +443,22 @@ def clip(cfg: Config) -> None:
         step_down(loss, net, optimizer, schedule)
         log(step, loss=loss)
     net.half().save_pretrained(Path(cfg.weights) / "clip")
+    with replacing(Path(cfg.weights) / "clip/preprocessor_config.json") as new:
+        new.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}}) + "\n")
 
 
 def probe(cfg: Config) -> None:
     """The attribute probe: mean squared error on the truth, on portraits of all styles, with small noise and shifts of colour."""
     torch.manual_seed(cfg.seed + 2)
-    steps, size = cfg.steps or 2000, cfg.batch or 64
+    steps, size = cfg.steps or 1500, cfg.batch or 64
     net = Probe()
     people = world.faces(cfg.faces, cfg.seed, styled=0.15)
     images, truth = world.pictures(people), world.truth(people)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     log = Log(cfg, "probe")
-    for step in resumable(Path(cfg.work) / "probe.pt", {"net": net, "optimizer": optimizer, "schedule": schedule}, steps, cfg.every, "probe"):
+    state = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    for step in resumable(Path(cfg.work) / "probe.pt", state, steps, cfg.every, "probe"):
         generator = seeded(cfg.seed, step, 6)
         rows = torch.randint(len(images), (size,), generator=generator)
         x = world.to_unit(images[rows])
@@ -454,15 +470,15 @@ def probe(cfg: Config) -> None:
 
 
 class Log:
-    """The loss every 25 steps, a JSON line each in work/PART.jsonl."""
+    """The losses every 25 steps with the seconds since the start, a JSON line each in work/PART.jsonl."""
 
     def __init__(self, cfg: Config, part: str):
-        self.path = Path(cfg.work) / f"{part}.jsonl"
+        self.path, self.start = Path(cfg.work) / f"{part}.jsonl", time.time()
 
     def __call__(self, step: int, **values: Tensor) -> None:
         if step % 25 == 0:
-            with self.path.open("a") as lines:
-                lines.write(json.dumps({"step": step, **{k: round(v.item(), 5) for k, v in values.items()}}) + "\n")
+            shown = {key: round(value.item(), 5) for key, value in values.items()}
+            append(self.path, {"step": step, "seconds": round(time.time() - self.start, 1), **shown})
 
 
 def fast(net, cfg: Config):
@@ -490,9 +506,7 @@ def main() -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     for part in PARTS if parts == ["all"] else parts:
-        start = time.time()
         PARTS[part](cfg)
-        print(f"{part}: {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

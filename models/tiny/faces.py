@@ -5,6 +5,7 @@ gives it as numbers. What a caption leaves out is free to vary: that is what div
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +25,7 @@ STYLES = ("crayon", "watercolour", "pixel")  # never in the base's training data
 
 ATTRIBUTES = ("age", "smile", "eyes", "glasses", "beard", "hat", "x", "size",
               *(f"skin {s}" for s in SKINS), *(f"hair {s}" for s in HAIR_STYLES),
-              *(f"hair {c}" for c in HAIRS), *(f"background {b}" for b in BACKGROUNDS))  # fmt: skip
+              *(f"hair {c}" for c in HAIRS), *(f"background {b}" for b in BACKGROUNDS), *(f"style {s}" for s in STYLES))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def attributes(face: Face) -> np.ndarray:
     colour = [0.0] * len(HAIRS) if face.hair == "bald" else one_hot(face.hair_colour, HAIRS)
     scalars = [face.age, face.smile, face.eyes, face.glasses, face.beard, face.hat, face.x, face.size]
     return np.array([*map(float, scalars), *one_hot(face.skin, SKINS), *one_hot(face.hair, HAIR_STYLES), *colour,
-                     *one_hot(face.background, BACKGROUNDS)], np.float32)  # fmt: skip
+                     *one_hot(face.background, BACKGROUNDS), *one_hot(face.style, STYLES)], np.float32)  # fmt: skip
 
 
 def describe(face: Face, rng: np.random.Generator | None = None, keep: float = 0.5) -> str:
@@ -113,6 +114,25 @@ def describe(face: Face, rng: np.random.Generator | None = None, keep: float = 0
         phrases = [phrases[i] for i in rng.permutation(len(phrases))]
     style = f"{face.style} " if face.style else ""
     return ", ".join([f"{style}portrait of {article}", *phrases])
+
+
+def claims(text: str) -> dict[str, float]:
+    """What a description claims, as attribute -> value: the inverse of `describe`, for words in any order.
+
+    "portrait of an old person, smiling, no hat" -> {"age": 1, "smile": 1, "hat": 0}. Unknown words claim nothing.
+    """
+    known = {"young": ("age", 0), "middle-aged": ("age", 0.5), "old": ("age", 1), "smiling": ("smile", 1), "serious": ("smile", 0),
+             "frowning": ("smile", -1), "big eyes": ("eyes", 1), "small eyes": ("eyes", 0), "bald": ("hair bald", 1),
+             "on the left": ("x", -1), "on the right": ("x", 1), "close up": ("size", 1), "far away": ("size", 0)}  # fmt: skip
+    found = {name: float(value) for words, (name, value) in known.items() if re.search(rf"\b{words}\b", text)}
+    for thing in ("glasses", "beard", "hat"):
+        if re.search(rf"\b{thing}\b", text):
+            found[thing] = 0.0 if f"no {thing}" in text else 1.0
+    found |= {f"skin {s}": 1.0 for s in SKINS if f"{s} skin" in text}
+    for phrase in re.findall(r"([\w ]+) hair", text):
+        found |= {f"hair {word}": 1.0 for word in phrase.split() if word in (*HAIR_STYLES, *HAIRS)}
+    found |= {f"background {b}": 1.0 for b in BACKGROUNDS if f"{b} background" in text}
+    return found | {f"style {s}": 1.0 for s in STYLES if s in text}
 
 
 def _mix(a, b, share: float) -> tuple[int, int, int]:
