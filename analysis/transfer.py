@@ -76,6 +76,9 @@ def main(cfg: Config) -> Path:
     targets = cfg.targets or list(family.card.members)
     members = list(dict.fromkeys([*(c.card.member for c in controls.values()), *targets]))
     eyes = evaluators(family.card, accelerator.device)
+    for control in controls.values():  # a misfit is said now, not after an hour of drawing
+        with under(family.member(control.card.member), control, 1.0, family.card.name):
+            pass
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
         run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch"))

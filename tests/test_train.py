@@ -11,7 +11,8 @@ from configs import ROOT, UserError, merge
 from train import slider
 from train.checkpoint import resumable, seeded
 
-SMALL = ["steps=6", "batch=2", "trajectories=3", "sample_every=0", "save_every=2", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled"]
+SMALL = ["steps=6", "batch=2", "trajectories=3", "sample_every=0", "save_every=2", "sample_seeds=[1]", "sample_scales=[0,1]",
+         "wandb=disabled"]  # fmt: skip
 
 
 def test_resumable_continues_where_it_was(tmp_path):
