@@ -1,6 +1,6 @@
 """Trains the embedded family, one part after the other: python train/tiny.py PART [key=value ...]
 
-PART is vae, base, dmd, lcm, lightning, clip, probe, or all. Each part can be killed and continues where it was.
+PART is vae, base, refine, dmd, lcm, lightning, clip, probe, or all. Each part can be killed and continues where it was.
 """
 
 import copy
@@ -32,6 +32,7 @@ from configs import UserError, entry, load, replacing
 from models.noise import TRAIN_STEPS, vp
 from models.tiny import world
 from models.tiny.evaluators import Probe
+from models.tiny.faces import ATTRIBUTES, claims
 from train.checkpoint import append, resumable, seeded
 
 WEIGHTS = "models/tiny/weights"
@@ -194,18 +195,59 @@ def follow(average, net, decay: float) -> None:
 def base(cfg: Config) -> None:
     """The base: eps-prediction on SDXL's noise levels, min-SNR weights, one caption in ten dropped (to zeros, as SDXL does)."""
     torch.manual_seed(cfg.seed)
-    steps, size = cfg.steps or 3200, cfg.batch or 40
     words = tokenizer(Path(cfg.weights) / "base/tokenizer")
-    data = dataset(cfg, words)
     model = torch.nn.ModuleDict({"unet": new_unet(), "text": Text(words)})
+    denoise(cfg, "base", model, words, cfg.steps or 3200, rate=1.2e-3, floor=0.0)
+
+
+def refine(cfg: Config) -> None:
+    """The base, second half: its text encoders learn to tell what a caption claims, then all goes on with more weight on high noise.
+
+    The plain loss hardly sees x0 at high noise, where hats and positions are decided, and learns "no hat" late.
+    """
+    pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", dtype=torch.float32)
+    text = Text(pipe.tokenizer)
+    text.one, text.two = pipe.text_encoder, pipe.text_encoder_2
+    model = torch.nn.ModuleDict({"unet": pipe.unet.to(memory_format=torch.channels_last), "text": text}).requires_grad_(True).train()
+    read_claims(cfg, text, pipe.tokenizer)
+    denoise(cfg, "refine", model, pipe.tokenizer, cfg.steps or 1500, rate=8e-4, floor=0.1)
+
+
+def read_claims(cfg: Config, text: Text, words, steps: int = 800, size: int = 64) -> None:
+    """Trains the text encoders alone: from the pooled text, and from the mean token, which attributes are claimed and at what value."""
+    captions = world.captions(world.faces(cfg.faces, cfg.seed), 3, keep=0.6)
+    ids, told = tokens(words, captions), [claims(caption) for caption in captions]
+    said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
+    value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
+    torch.manual_seed(cfg.seed)
+    heads = torch.nn.ModuleList([torch.nn.Linear(64, 2 * len(ATTRIBUTES)), torch.nn.Linear(128, 2 * len(ATTRIBUTES))])
+    both = torch.nn.ModuleList([text, heads])
+    optimizer = torch.optim.AdamW(both.parameters(), 1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    log, state = Log(cfg, "claims"), {"both": both, "optimizer": optimizer, "schedule": schedule}
+    for step in resumable(Path(cfg.work) / "claims.pt", state, steps, cfg.every, "claims"):
+        rows = torch.randint(len(ids), (size,), generator=seeded(cfg.seed, step, 7))
+        states, pooled = text(ids[rows])
+        read = torch.stack([heads[0](pooled), heads[1](states.mean(1))])
+        loss = (read - torch.cat([said[rows], value[rows]], 1)).square().mean()
+        step_down(loss, both, optimizer, schedule)
+        log(step, loss=loss)
+
+
+def denoise(cfg: Config, part: str, model, words, steps: int, rate: float, floor: float) -> None:
+    """Trains U-Net and text encoders on the denoising loss and saves their average as the base.
+
+    The loss weighs x0's error by the signal-to-noise ratio between `floor` and 5 (Hang et al. 2023, eq. 8).
+    """
+    size, data = cfg.batch or 40, dataset(cfg, words)
     average = copy.deepcopy(model).requires_grad_(False)
     unet = fast(model["unet"], cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), 1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.2e-3, steps, pct_start=0.08)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.08)
     state = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    log = Log(cfg, "base")
-    for step in resumable(Path(cfg.work) / "base.pt", state, steps, cfg.every, "base"):
-        generator = seeded(cfg.seed, step)
+    log = Log(cfg, part)
+    for step in resumable(Path(cfg.work) / f"{part}.pt", state, steps, cfg.every, part):
+        generator = seeded(cfg.seed, step, len(part))
         x0, ids = data.batch(size, generator)
         t = torch.randint(TRAIN_STEPS, (size,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
@@ -214,7 +256,7 @@ def base(cfg: Config) -> None:
         states, pooled = model["text"](ids)
         out = predict(unet, alpha * x0 + sigma * eps, t, states * keep[:, None, None], pooled * keep[:, None])
         snr = (alpha / sigma).square().flatten()
-        loss = ((out - eps).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()  # Hang et al. 2023, eq. 8
+        loss = ((out - eps).square().mean((1, 2, 3)) * snr.clamp(floor, 5) / snr).mean()
         step_down(loss, model, optimizer, schedule)
         follow(average, model, min(0.998, step / (step + 20)))
         log(step, loss=loss)
@@ -266,7 +308,7 @@ def clean(x, out, t) -> Tensor:
 
 def lightning(cfg: Config) -> None:
     """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
-    steps, size, count = cfg.steps or 1200, cfg.batch or 32, 1600
+    steps, size, count = cfg.steps or 1000, cfg.batch or 32, 1280
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     points, ids = trajectories(cfg, teacher, data, count)
@@ -327,7 +369,7 @@ def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple
 
 def lcm(cfg: Config) -> None:
     """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
-    steps, size, skip = cfg.steps or 800, cfg.batch or 24, 20
+    steps, size, skip = cfg.steps or 700, cfg.batch or 24, 20
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student = teacher.student()
@@ -366,7 +408,7 @@ def huber(error: Tensor, c: float = 0.03) -> Tensor:
 
 def dmd(cfg: Config) -> None:
     """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
-    steps, size, updates = cfg.steps or 450, cfg.batch or 24, 2
+    steps, size, updates = cfg.steps or 400, cfg.batch or 24, 2
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student, fake = teacher.student(), teacher.student()
@@ -419,25 +461,29 @@ def save_student(cfg: Config, name: str, unet, scheduler) -> None:
 
 
 def clip(cfg: Config) -> None:
-    """The evaluator CLIP, on portraits of all styles and their captions; shares no weight with the generator."""
+    """The evaluator CLIP, on portraits of all styles and their captions; shares no weight with the generator.
+
+    Batches are made of groups of four siblings, or the loss could be met without looking at a mouth.
+    """
     torch.manual_seed(cfg.seed + 1)
-    steps, size = cfg.steps or 1200, cfg.batch or 96
+    steps, size = cfg.steps or 1000, cfg.batch or 96
     words = CLIPTokenizer.from_pretrained(Path(cfg.weights) / "base/tokenizer")
     words.save_pretrained(Path(cfg.weights) / "clip")
     shared = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
     text = {**shared, "num_hidden_layers": 2, **vocabulary(words)}
     vision = {**shared, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8}
     net = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
-    people = world.faces(cfg.faces, cfg.seed, styled=0.15)
+    people = world.siblings(cfg.faces, cfg.seed, styled=0.15)
     images = world.pictures(people)
-    ids = torch.stack([tokens(words, world.captions(people, seed, keep=0.6)) for seed in range(3)], 1)
+    ids = torch.stack([tokens(words, world.captions(people, seed, keep=0.7)) for seed in range(3)], 1)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     log = Log(cfg, "clip")
     state = {"net": net, "optimizer": optimizer, "schedule": schedule}
     for step in resumable(Path(cfg.work) / "clip.pt", state, steps, cfg.every, "clip"):
         generator = seeded(cfg.seed, step, 5)
-        rows = torch.randint(len(images), (size,), generator=generator)
+        groups = torch.randint(len(images) // 4, (size // 4, 1), generator=generator)
+        rows = (4 * groups + torch.arange(4)).flatten()
         which = torch.randint(3, (size,), generator=generator)
         loss = net(input_ids=ids[rows, which], pixel_values=world.to_unit(images[rows]), return_loss=True).loss
         step_down(loss, net, optimizer, schedule)
@@ -494,7 +540,7 @@ def step_down(loss, net, optimizer, schedule, clip: float = 1.0) -> None:
     schedule.step()
 
 
-PARTS = {"vae": vae, "base": base, "dmd": dmd, "lcm": lcm, "lightning": lightning, "clip": clip, "probe": probe}
+PARTS = {"vae": vae, "base": base, "refine": refine, "dmd": dmd, "lcm": lcm, "lightning": lightning, "clip": clip, "probe": probe}
 
 
 def main() -> None:

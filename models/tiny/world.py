@@ -1,5 +1,7 @@
 """Samples of the world: portraits as tensors, the truth about them, captions."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ def faces(n: int, seed: int, styled: float = 0.0) -> list[Face]:
         rng = np.random.default_rng((seed, k))
         found.append(random_face(rng, style=str(rng.choice(STYLES)) if rng.random() < styled else ""))
     return found
+
+
+def siblings(n: int, seed: int, styled: float = 0.0) -> list[Face]:
+    """n faces in groups of four that differ only in age, smile, eyes, glasses, beard and hat: hard to tell apart."""
+    own = ("age", "smile", "eyes", "glasses", "beard", "hat")
+    firsts, others = faces(n // 4, seed, styled), faces(n, seed + 1)
+    return [replace(firsts[k // 4], **{name: getattr(other, name) for name in own}) for k, other in enumerate(others[: n // 4 * 4])]
 
 
 def pictures(people: list[Face]) -> Tensor:
