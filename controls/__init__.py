@@ -1,0 +1,3 @@
+"""Controls: layer sets, attachment, files."""
+
+import configs  # noqa: F401  before diffusers: it quietens it

@@ -1,6 +1,3 @@
-"""Noise levels, sampling, prompts and families. Importing it quietens libraries that warn about what they do not need."""
+"""Noise levels, sampling, prompts and families."""
 
-import os
-
-for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-    os.environ.setdefault(name, "error")
+import configs  # noqa: F401  before diffusers and transformers: it quietens them

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from analysis import transfer
-from configs import ROOT, merge
+from configs import ROOT, entry, load, merge
+from controls import formats
 
 SMALL = ["controls=[controls/tiny/smile.safetensors]", "targets=[base,dmd]", "prompts=[portrait of a person,'portrait of a person, hat']",
          "seeds=2", "scales=[-1,0,1]", "draws=200", "wandb=disabled"]  # fmt: skip
@@ -58,14 +59,9 @@ def bad_controls(folder):
     whole = (ROOT / "controls/tiny/smile.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     torch.save(Trap(), folder / "pickle.safetensors")
-    from safetensors.torch import load, save
-
-    from controls import formats
-
     control = formats.load(ROOT / "controls/tiny/smile.safetensors")
     control.tensors = {key.replace("down_blocks.1", "down_blocks.7"): value for key, value in control.tensors.items()}
     formats.save(control, folder / "elsewhere.safetensors")
-    assert load(save({"a": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize(
@@ -82,10 +78,17 @@ def bad_controls(folder):
         (["controls=[{}/elsewhere.safetensors]", "prompts=[a]", "seeds=1", "targets=[dmd]"], "have no place"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
     bad_controls(tmp_path)
-    words = [word.format(tmp_path) for word in words]
-    done = subprocess.run([sys.executable, "-m", "analysis.transfer", f"out={tmp_path}", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr
-    assert not (ROOT / "runs/trap-was-sprung").exists()
+    words = [*(word.format(tmp_path) for word in words), f"out={tmp_path}", "wandb=disabled"]
+    with pytest.raises(SystemExit) as stop:
+        entry(lambda: transfer.main(load(transfer.Config, words)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    assert not (ROOT / "runs/trap-was-sprung").exists() and not (tmp_path / "default").exists()
+
+
+def test_the_command_itself_exits_with_2():
+    done = subprocess.run([sys.executable, "-m", "analysis.transfer", "sedes=3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "seeds" in done.stderr

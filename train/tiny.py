@@ -369,7 +369,7 @@ def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple
 
 def lcm(cfg: Config) -> None:
     """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
-    steps, size, skip = cfg.steps or 700, cfg.batch or 24, 20
+    steps, size, skip = cfg.steps or 500, cfg.batch or 24, 20
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student = teacher.student()
@@ -466,7 +466,7 @@ def clip(cfg: Config) -> None:
     Batches are made of groups of four siblings, or the loss could be met without looking at a mouth.
     """
     torch.manual_seed(cfg.seed + 1)
-    steps, size = cfg.steps or 1000, cfg.batch or 96
+    steps, size = cfg.steps or 800, cfg.batch or 96
     words = CLIPTokenizer.from_pretrained(Path(cfg.weights) / "base/tokenizer")
     words.save_pretrained(Path(cfg.weights) / "clip")
     shared = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
