@@ -13,7 +13,7 @@ from models.tiny.evaluators import Probe, column
 
 WEIGHTS = ROOT / "models/tiny/weights"
 PROMPT = "portrait of a person, smiling, glasses"
-CALLS = {"base": {"num_inference_steps": 20, "guidance_scale": 3.0}, "dmd": {"timesteps": [999, 749, 499, 249], "guidance_scale": 0},
+CALLS = {"base": {"num_inference_steps": 10, "guidance_scale": 3.0}, "dmd": {"timesteps": [999, 749, 499, 249], "guidance_scale": 0},
          "lcm": {"num_inference_steps": 4, "guidance_scale": 0}, "lightning": {"num_inference_steps": 4, "guidance_scale": 0}}  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Config:
     member: str = "tiny/base"  # family/member to train on
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
     attributes: list[str] = field(default_factory=list)  # put before all four prompts, one after the other, to disentangle
-    strength: float = 4.0  # g of the objective: how far one unit of scale goes
+    strength: float = 1.5  # g of the objective: how far one unit of scale goes
     rank: int = 4  # of the low-rank pairs
     alpha: float = 1.0  # effective strength is scale * alpha / rank
     layers: str = "noxattn"  # layer set, see controls/targets.py

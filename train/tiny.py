@@ -271,6 +271,11 @@ def save_pipeline(cfg: Config, model, words) -> None:
         text_encoder=model["text"].one, text_encoder_2=model["text"].two, tokenizer=words, tokenizer_2=words, add_watermarker=False,
     )  # fmt: skip
     pipe.to(torch.float16).save_pretrained(Path(cfg.weights) / "base")
+    for part in ("text_encoder", "text_encoder_2"):  # transformers loads what the config says, diffusers fp32: say the same
+        path = Path(cfg.weights) / "base" / part / "config.json"
+        config = json.loads(path.read_text()) | {"dtype": "float32"}
+        with replacing(path) as new:
+            new.write_text(json.dumps(config, indent=2) + "\n")
 
 
 class Teacher:
@@ -308,7 +313,7 @@ def clean(x, out, t) -> Tensor:
 
 def lightning(cfg: Config) -> None:
     """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
-    steps, size, count = cfg.steps or 1000, cfg.batch or 32, 1280
+    steps, size, count = cfg.steps or 750, cfg.batch or 32, 1280
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     points, ids = trajectories(cfg, teacher, data, count)
@@ -369,7 +374,7 @@ def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple
 
 def lcm(cfg: Config) -> None:
     """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
-    steps, size, skip = cfg.steps or 500, cfg.batch or 24, 20
+    steps, size, skip = cfg.steps or 400, cfg.batch or 24, 20
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student = teacher.student()
@@ -463,10 +468,11 @@ def save_student(cfg: Config, name: str, unet, scheduler) -> None:
 def clip(cfg: Config) -> None:
     """The evaluator CLIP, on portraits of all styles and their captions; shares no weight with the generator.
 
-    Batches are made of groups of four siblings, or the loss could be met without looking at a mouth.
+    First each tower learns to say what it sees or reads (attributes, claims), then the two learn to agree; half of the batches are made
+    of groups of four siblings, or the loss could be met without looking at a mouth.
     """
     torch.manual_seed(cfg.seed + 1)
-    steps, size = cfg.steps or 800, cfg.batch or 96
+    steps, size = cfg.steps or 300, cfg.batch or 96
     words = CLIPTokenizer.from_pretrained(Path(cfg.weights) / "base/tokenizer")
     words.save_pretrained(Path(cfg.weights) / "clip")
     shared = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 3}
@@ -476,14 +482,16 @@ def clip(cfg: Config) -> None:
     people = world.siblings(cfg.faces, cfg.seed, styled=0.15)
     images = world.pictures(people)
     ids = torch.stack([tokens(words, world.captions(people, seed, keep=0.7)) for seed in range(3)], 1)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    look(cfg, net, images, world.truth(people), ids[:, 0], [claims(text) for text in world.captions(people, 0, keep=0.7)])
+    optimizer = torch.optim.AdamW(net.parameters(), 5e-4, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps, pct_start=0.1)
     log = Log(cfg, "clip")
     state = {"net": net, "optimizer": optimizer, "schedule": schedule}
     for step in resumable(Path(cfg.work) / "clip.pt", state, steps, cfg.every, "clip"):
         generator = seeded(cfg.seed, step, 5)
         groups = torch.randint(len(images) // 4, (size // 4, 1), generator=generator)
-        rows = (4 * groups + torch.arange(4)).flatten()
+        anyone = torch.randint(len(images), (size,), generator=generator)
+        rows = (4 * groups + torch.arange(4)).flatten() if step % 2 else anyone
         which = torch.randint(3, (size,), generator=generator)
         loss = net(input_ids=ids[rows, which], pixel_values=world.to_unit(images[rows]), return_loss=True).loss
         step_down(loss, net, optimizer, schedule)
@@ -491,6 +499,24 @@ def clip(cfg: Config) -> None:
     net.half().save_pretrained(Path(cfg.weights) / "clip")
     with replacing(Path(cfg.weights) / "clip/preprocessor_config.json") as new:
         new.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}}) + "\n")
+
+
+def look(cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], steps: int = 900, size: int = 64) -> None:
+    """Trains CLIP's towers apart: pictures to their attributes, captions to their claims, by squared error."""
+    said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
+    value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
+    heads = torch.nn.ModuleList([torch.nn.Linear(96, len(ATTRIBUTES)), torch.nn.Linear(96, 2 * len(ATTRIBUTES))])
+    both = torch.nn.ModuleList([net, heads])
+    optimizer = torch.optim.AdamW(both.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    log, state = Log(cfg, "look"), {"both": both, "optimizer": optimizer, "schedule": schedule}
+    for step in resumable(Path(cfg.work) / "look.pt", state, steps, cfg.every, "look"):
+        rows = torch.randint(len(images), (size,), generator=seeded(cfg.seed, step, 8))
+        seen = heads[0](net.vision_model(pixel_values=world.to_unit(images[rows])).pooler_output)
+        read = heads[1](net.text_model(input_ids=ids[rows]).pooler_output)
+        see, tell = F.mse_loss(seen, truth[rows]), F.mse_loss(read, torch.cat([said[rows], value[rows]], 1))
+        step_down(see + tell, both, optimizer, schedule)
+        log(step, see=see, read=tell)
 
 
 def probe(cfg: Config) -> None:
