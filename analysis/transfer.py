@@ -75,6 +75,9 @@ def main(cfg: Config) -> Path:
     cfg.prompts = cfg.prompts or family.card.prompts
     targets = cfg.targets or list(family.card.members)
     members = list(dict.fromkeys([*(c.card.member for c in controls.values()), *targets]))
+    unknown = [name for name in members if name not in family.card.members]
+    if unknown:
+        raise UserError(f"no member {unknown[0]!r} in family {family.card.name}: there are {', '.join(family.card.members)}")
     eyes = evaluators(family.card, accelerator.device)
     for control in controls.values():  # a misfit is said now, not after an hour of drawing
         with under(family.member(control.card.member), control, 1.0, family.card.name):
