@@ -47,7 +47,7 @@ class Config:
     negative: str = ""  # what it departs from; empty = what its card says
     draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
-    dtype: str = "auto"  # of the networks: auto (bf16 where faster), bf16, fp32
+    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     out: str = "runs/transfer"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled

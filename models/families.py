@@ -1,7 +1,6 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
 import hashlib
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from models.prompts import Prompts
 from models.sample import Denoiser, Member, levels_of
 
 CARDS = ROOT / "configs/families"
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # names in configs; auto = fast_dtype
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # auto = fast_dtype
 logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
@@ -94,19 +93,8 @@ def place(repo: str) -> str:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU and on CPUs that are faster so (measured, some milliseconds), else fp32."""
-    if device.type != "cpu":
-        return torch.bfloat16
-
-    def seconds(dtype):
-        a = torch.ones(192, 192, dtype=dtype)
-        clock = []
-        for _ in range(6):
-            clock.append(time.perf_counter())
-            a @ a
-        return min(end - start for start, end in zip(clock, clock[1:], strict=False))  # a busy moment must not decide
-
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else torch.float32
+    """bf16 on a GPU, fp32 on a CPU, where small networks gain little from bf16 and images would vary with the batch (LOG.md)."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class Family:

@@ -400,6 +400,6 @@ def test_the_revision_of_the_family_is_the_bases(hub, tmp_path):
     assert torch.equal(net.conv_in.weight, network(6).conv_in.weight)
 
 
-def test_the_dtype_is_measured_where_none_is_given():
-    assert Family("tiny").dtype in (torch.bfloat16, torch.float32)
+def test_the_dtype_is_that_of_the_device_where_none_is_given():
+    assert Family("tiny").dtype == torch.float32
     assert fast_dtype(torch.device("cuda")) == torch.bfloat16

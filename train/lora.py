@@ -43,7 +43,7 @@ class Config:
     sample_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])  # columns of the strip
     sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of the strip
     prompt: str = "portrait of a person"  # of the strip
-    dtype: str = "auto"  # of the network: auto (bf16 where faster), bf16, fp32; the control is always fp32
+    dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
     out: str = "runs/lora"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled

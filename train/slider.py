@@ -56,7 +56,7 @@ class Config:
     sample_scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns of a strip
     sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of a strip
     save_every: int = 100  # steps between checkpoints
-    dtype: str = "auto"  # of the network: auto (bf16 where faster), bf16, fp32; the control is always fp32
+    dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
     out: str = "runs/slider"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled

@@ -1,0 +1,56 @@
+"""What the parts of the embedded family share: their config, the log of their losses, one optimizer step."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.checkpoint import append
+
+WEIGHTS = "models/tiny/weights"
+
+
+@dataclass
+class Config:
+    steps: int = 0  # optimizer steps; 0 = the part's own number
+    batch: int = 0  # images per step; 0 = the part's own number
+    seed: int = 0  # of weights, data and noise
+    faces: int = 20000  # portraits in the training set
+    every: int = 250  # steps between checkpoints
+    threads: int = 0  # CPU threads; 0 = all
+    compile: bool = False  # torch.compile the networks: about twice as fast, after minutes of compiling; needs a C++ compiler
+    work: str = "runs/tiny"  # folder of checkpoints and logs
+    weights: str = WEIGHTS  # where the finished parts go
+
+
+class Log:
+    """The losses every 25 steps with the seconds since the start, a JSON line each in work/PART.jsonl."""
+
+    def __init__(self, cfg: Config, part: str):
+        self.path, self.start = Path(cfg.work) / f"{part}.jsonl", time.time()
+
+    def __call__(self, step: int, **values: Tensor) -> None:
+        if step % 25 == 0:
+            shown = {key: round(value.item(), 5) for key, value in values.items()}
+            append(self.path, {"step": step, "seconds": round(time.time() - self.start, 1), **shown})
+
+
+def fast(net, cfg: Config):
+    return torch.compile(net) if cfg.compile else net
+
+
+@torch.no_grad()
+def follow(average, net, decay: float) -> None:
+    """One step of the exponential moving average of the weights."""
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+def step_down(loss, net, optimizer, schedule, clip: float = 1.0) -> None:
+    """One optimizer step with the gradient's norm clipped."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+    optimizer.step()
+    schedule.step()

@@ -1,0 +1,206 @@
+"""The embedded students: the base distilled by distribution matching, by consistency and along trajectories."""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import replacing
+from models.noise import TRAIN_STEPS
+from models.tiny.networks import predict
+from train.checkpoint import resumable, seeded
+from train.tiny_base import BETAS, Data, dataset, levels
+from train.tiny_parts import Config, Log, fast, follow, step_down
+
+FEW_STEPS = (999, 749, 499, 249)
+
+
+class Teacher:
+    """The frozen base: x0 under guidance, and encoded captions."""
+
+    def __init__(self, cfg: Config, guidance: float = 3.0):
+        self.pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", torch_dtype=torch.float32)
+        self.unet = self.pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.net = fast(self.unet, cfg)
+        self.guidance = guidance
+        self.words = self.pipe.tokenizer
+
+    @torch.no_grad()
+    def text(self, ids) -> tuple[Tensor, Tensor]:
+        one = self.pipe.text_encoder(ids, output_hidden_states=True)
+        two = self.pipe.text_encoder_2(ids, output_hidden_states=True)
+        return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), two.text_embeds
+
+    @torch.no_grad()
+    def eps(self, x, t, states, pooled) -> Tensor:
+        """Guided eps: the prompt's against zeros, one batch of two."""
+        both = predict(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([states * 0, states]), torch.cat([pooled * 0, pooled]))
+        without, with_ = both.chunk(2)
+        return without + self.guidance * (with_ - without)
+
+    def student(self) -> UNet2DConditionModel:
+        """A trainable copy."""
+        return copy.deepcopy(self.unet).requires_grad_(True).train()
+
+
+def clean(x, out, t) -> Tensor:
+    alpha, sigma = levels(t)
+    return (x - sigma * out) / alpha
+
+
+def lightning(cfg: Config) -> None:
+    """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
+    steps, size, count = cfg.steps or 750, cfg.batch or 32, 1280
+    teacher = Teacher(cfg)
+    data = dataset(cfg, teacher.words)
+    points, ids = trajectories(cfg, teacher, data, count)
+    student = teacher.student()
+    average = copy.deepcopy(student).requires_grad_(False)
+    net = fast(student, cfg)
+    optimizer = torch.optim.AdamW(student.parameters(), 4e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, steps, pct_start=0.05)
+    log = Log(cfg, "lightning")
+    grid = torch.tensor([*FEW_STEPS, -1])
+    state = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
+    for step in resumable(Path(cfg.work) / "lightning.pt", state, steps, cfg.every, "lightning"):
+        generator = seeded(cfg.seed, step, 1)
+        rows = torch.randint(count, (size,), generator=generator)
+        jump = torch.randint(4, (size,), generator=generator)
+        x, goal, t = points[rows, jump], points[rows, jump + 1], grid[jump]
+        states, pooled = teacher.text(ids[rows])
+        alpha, sigma = levels(t)
+        next_alpha, next_sigma = levels(grid[jump + 1].clamp(min=0))
+        last = (jump == 3)[:, None, None, None]
+        next_alpha, next_sigma = torch.where(last, 1.0, next_alpha), torch.where(last, 0.0, next_sigma)
+        # the eps with which one DDIM update goes from x to the goal, Salimans & Ho 2022, app. G
+        ratio = next_alpha / alpha
+        wanted = (goal - ratio * x) / (next_sigma - ratio * sigma)
+        weight = (sigma / alpha).clamp(max=5)
+        loss = ((predict(net, x, t, states, pooled) - wanted) * weight).square().mean()
+        step_down(loss, student, optimizer, schedule)
+        follow(average, student, min(0.998, step / (step + 20)))
+        log(step, loss=loss)
+    save_student(cfg, "lightning", average, EulerDiscreteScheduler(timestep_spacing="trailing", **BETAS))
+
+
+@torch.no_grad()
+def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple[Tensor, Tensor]:
+    """Teacher trajectories at the student's levels and at the end, (count, 5, 4, 16, 16), with their captions' ids (count, TOKENS)."""
+    path = Path(cfg.work) / f"trajectories-{count}-{cfg.seed}.safetensors"
+    size, grid = 80, torch.tensor([*range(999, 0, -50), -1])
+    if not path.exists():
+        found, texts = [], []
+        for part in tqdm(range(count // size), "trajectories", mininterval=2):
+            generator = seeded(cfg.seed, part, 2)
+            _, ids = data.batch(size, generator)
+            states, pooled = teacher.text(ids)
+            x, kept = torch.randn(size, 4, 16, 16, generator=generator), []
+            for t, after in zip(grid[:-1], grid[1:], strict=True):
+                if t in FEW_STEPS:
+                    kept.append(x)
+                eps = teacher.eps(x, t.expand(size), states, pooled)
+                alpha, sigma = levels(after.clamp(min=0).expand(size)) if after >= 0 else (1.0, 0.0)
+                x = alpha * clean(x, eps, t.expand(size)) + sigma * eps
+            found.append(torch.stack([*kept, x], 1))
+            texts.append(ids)
+        with replacing(path) as new:
+            save_file({"points": torch.cat(found), "ids": torch.cat(texts)}, new)
+    saved = load_file(path)
+    return saved["points"], saved["ids"]
+
+
+def lcm(cfg: Config) -> None:
+    """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
+    steps, size, skip = cfg.steps or 2000, cfg.batch or 24, 20
+    teacher = Teacher(cfg)
+    data = dataset(cfg, teacher.words)
+    student = teacher.student()
+    average = copy.deepcopy(student).requires_grad_(False)
+    net, slow = fast(student, cfg), fast(average, cfg)
+    optimizer = torch.optim.AdamW(student.parameters(), 2e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, steps, pct_start=0.05)
+    state = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
+    log = Log(cfg, "lcm")
+    for step in resumable(Path(cfg.work) / "lcm.pt", state, steps, cfg.every, "lcm"):
+        generator = seeded(cfg.seed, step, 3)
+        x0, ids = data.batch(size, generator)
+        states, pooled = teacher.text(ids)
+        t = torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1  # 19, 39, … 999
+        alpha, sigma = levels(t)
+        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+        with torch.no_grad():
+            eps = teacher.eps(x, t, states, pooled)
+            below = t - skip
+            next_alpha, next_sigma = levels(below.clamp(min=0))
+            guided = clean(x, eps, t)
+            nearer = next_alpha * guided + next_sigma * eps
+            goal = clean(nearer, predict(slow, nearer, below.clamp(min=0), states, pooled), below.clamp(min=0))
+            goal = torch.where((below < 0)[:, None, None, None], guided, goal)
+        loss = huber(clean(x, predict(net, x, t, states, pooled), t) - goal)
+        step_down(loss, student, optimizer, schedule)
+        follow(average, student, min(0.95, step / (step + 20)))
+        log(step, loss=loss)
+    save_student(cfg, "lcm", average, LCMScheduler(**BETAS))
+
+
+def huber(error: Tensor, c: float = 0.03) -> Tensor:
+    """Pseudo-Huber distance, as LCM's trainer uses it."""
+    return ((error.square() + c * c).sqrt() - c).mean()
+
+
+def dmd(cfg: Config) -> None:
+    """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
+    steps, size, updates = cfg.steps or 1200, cfg.batch or 24, 2
+    teacher = Teacher(cfg)
+    data = dataset(cfg, teacher.words)
+    student, fake = teacher.student(), teacher.student()
+    average = copy.deepcopy(student).requires_grad_(False)
+    net, fake_net = fast(student, cfg), fast(fake, cfg)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+    fake_optimizer = torch.optim.AdamW(fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+    warm = lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 50)  # noqa: E731
+    schedule, fake_schedule = warm(optimizer), warm(fake_optimizer)
+    state = {"student": student, "average": average, "fake": fake, "optimizer": optimizer, "fake_optimizer": fake_optimizer,
+             "schedule": schedule, "fake_schedule": fake_schedule}  # fmt: skip
+    log = Log(cfg, "dmd")
+    for step in resumable(Path(cfg.work) / "dmd.pt", state, steps, cfg.every, "dmd"):
+        generator = seeded(cfg.seed, step, 4)
+        _, ids = data.batch(size, generator)
+        states, pooled = teacher.text(ids)
+        draw = lambda: torch.randn(size, 4, 16, 16, generator=generator)  # noqa: E731, B023
+        x, stop = draw(), int(torch.randint(4, (1,), generator=generator))
+        for k in range(stop):  # backward simulation: the student sees its own intermediate states
+            t = torch.full((size,), FEW_STEPS[k])
+            with torch.no_grad():
+                alpha, sigma = levels(t - 250)
+                x = alpha * clean(x, predict(net, x, t, states, pooled), t) + sigma * draw()
+        t = torch.full((size,), FEW_STEPS[stop])
+        x0 = clean(x, predict(net, x, t, states, pooled), t)
+        with torch.no_grad():
+            s = torch.randint(20, 980, (size,), generator=generator)
+            alpha, sigma = levels(s)
+            noisy = alpha * x0 + sigma * draw()
+            real = clean(noisy, teacher.eps(noisy, s, states, pooled), s)
+            false = clean(noisy, predict(fake_net, noisy, s, states, pooled), s)
+            gradient = (false - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)  # DMD, eq. 8
+        loss = 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
+        step_down(loss, student, optimizer, schedule, clip=10.0)
+        for _ in range(updates):
+            s = torch.randint(TRAIN_STEPS, (size,), generator=generator)
+            alpha, sigma = levels(s)
+            eps = draw()
+            fake_loss = (predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps).square().mean()
+            step_down(fake_loss, fake, fake_optimizer, fake_schedule)
+        follow(average, student, min(0.98, step / (step + 10)))
+        log(step, gradient=gradient.abs().mean(), fake=fake_loss)
+    save_student(cfg, "dmd", average, LCMScheduler(**BETAS))
+
+
+def save_student(cfg: Config, name: str, unet, scheduler) -> None:
+    """A student as it is published: a U-Net folder with its scheduler config, fp16."""
+    copy.deepcopy(unet).half().save_pretrained(Path(cfg.weights) / name)
+    scheduler.save_pretrained(Path(cfg.weights) / name / "scheduler")
