@@ -68,7 +68,7 @@ class Job:
 
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator = time.time(), Accelerator()
+    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     controls = {c.card.name: c for c in map(read, cfg.controls)}
     check(cfg, controls)
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])

@@ -27,8 +27,13 @@ def resumable(path: Path, state: dict[str, Any], steps: int, every: int, label: 
     for step in tqdm(range(done, steps), desc=label, initial=done, total=steps, mininterval=2, disable=not write):
         yield step
         if write and ((step + 1) % every == 0 or step + 1 == steps):
-            with replacing(path) as new:
-                torch.save({"done": step + 1, **{name: part.state_dict() for name, part in state.items()}}, new)
+            store(path, state, step + 1)
+
+
+def store(path: Path, state: dict[str, Any], done: int) -> None:
+    """Writes the state after `done` steps."""
+    with replacing(path) as new:
+        torch.save({"done": done, **{name: part.state_dict() for name, part in state.items()}}, new)
 
 
 def seeded(*numbers: int) -> torch.Generator:

@@ -3,21 +3,19 @@
 Without arguments: the smile slider on tiny/base, in some minutes on a CPU. Ends with a strip of faces across scales.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from configs import UserError, entry, load, run_folder, tracking, versions
-from controls import formats
-from controls.lora import Card, Control, create, detach, extract, fingerprint, parameters, strength
-from models.families import DTYPES, Family, split
-from models.noise import to_eps
-from models.sample import Member, alone, draw_noise, sample
-from train.checkpoint import append, resumable, seeded
-from train.samples import strip
+from configs import UserError, entry, load
+from controls.lora import strength
+from models.families import Family
+from models.noise import Noise, to_eps
+from models.prompts import Prompts
+from models.sample import Member, Plan, Stage, alone, draw_noise, finish, levels_of, sample
+from train.run import Run, Training
 
 
 @dataclass
@@ -37,154 +35,136 @@ def smile() -> list[Pair]:
 
 
 @dataclass
-class Config:
+class Config(Training):
     name: str = "smile"  # of the control, and of the run folder
-    member: str = "tiny/base"  # family/member to train on
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
     attributes: list[str] = field(default_factory=list)  # put before all four prompts, one after the other, to disentangle
+    anchors: list[str] = field(default_factory=list)  # prompts whose pictures must not change
     strength: float = 1.5  # g of the objective: how far one unit of scale goes
-    rank: int = 4  # of the low-rank pairs
-    alpha: float = 1.0  # effective strength is scale * alpha / rank
-    layers: str = "noxattn"  # layer set, see controls/targets.py
-    scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
-    steps: int = 400  # optimizer steps
-    batch: int = 8  # latents per step and process, all at one noise level
-    rate: float = 1e-3  # AdamW's learning rate, cosine to zero
-    trajectories: int = 32  # control-free sampling runs whose x_t are trained on
-    seed: int = 0  # of the control, the trajectories and the order
-    sample_every: int = 200  # steps between strips; 0 = only at the end
-    sample_scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns of a strip
-    sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of a strip
-    save_every: int = 100  # steps between checkpoints
-    dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
+    recipe: str = "fast"  # fast: points of control-free runs, both sides in turn; published: a fresh run every step, + side only
+    trajectories: int = 32  # fast: control-free sampling runs whose x_t are trained on
+    denoise_steps: int = 50  # published: length of the sampling run whose x_t is trained on; students keep their own
+    denoise_guidance: float = 3.0  # published: its guidance; students have none
     out: str = "runs/slider"  # the run is written to out/name
-    overwrite: bool = False  # start afresh instead of continuing
-    wandb: str = "auto"  # auto, online, offline, disabled
-
-
-
-@dataclass
-class Points:
-    """What the slider learns from: x_t of control-free trajectories, and the teacher's two predictions there."""
-
-    x: Tensor  # (N, T, C, H, W), trajectory by step
-    neutral: Tensor  # (N, T, C, H, W) eps of the neutral prompt
-    direction: Tensor  # (N, T, C, H, W) eps of positive minus eps of unconditional
-    which: Tensor  # (N,) prompt pair of each trajectory
 
 
 def main(cfg: Config) -> Path:
     """Trains and returns the path of the control."""
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
-    accelerator = Accelerator()
-    family_name, member_name = split(cfg.member)
-    family = Family(family_name, accelerator.device, DTYPES[cfg.dtype])
-    member = family.member(member_name)
-    net, pairs = member.denoiser.net, spread(cfg.prompts, cfg.attributes)
-    if accelerator.is_main_process:
-        run_folder(cfg, Path(cfg.out) / cfg.name, cfg.overwrite, free=("wandb", "out"))
-    accelerator.wait_for_everyone()
-    folder = Path(cfg.out) / cfg.name
-    card = Card("slider", cfg.name, family.card.name, member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
-                recipe(cfg), fingerprint(net), versions())  # fmt: skip
-    points = teach(cfg, family, member, pairs)
-    targets = family.encode([pair.target for pair in pairs]).conditional()
-    noise = draw_noise(cfg.sample_seeds, family.latent_shape, len(member.levels), family.device)
-
-    create(net, cfg.name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed)
-    weights = torch.nn.ParameterList(parameters(net, cfg.name))
-    optimizer = torch.optim.AdamW(weights, cfg.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, cfg.steps))
-    state = {"weights": weights, "optimizer": optimizer, "schedule": schedule}
-    with tracking.start(folder, asdict(cfg), "train.slider", cfg.name, cfg.wandb) as tracker:
-        for step in resumable(folder / "state.pt", state, cfg.steps, cfg.save_every, cfg.name, write=accelerator.is_main_process):
-            loss = difference(cfg, member, points, targets, seeded(cfg.seed, step, accelerator.process_index), side=1 - 2 * (step % 2))
-            optimizer.zero_grad()
-            loss.backward()
-            for weight in weights:
-                weight.grad = accelerator.reduce(weight.grad, "mean")
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            if not torch.isfinite(norm):
-                raise UserError(f"the gradient is not finite at step {step}; the last state is kept, try a rate below {cfg.rate}")
-            optimizer.step()
-            schedule.step()
-            if accelerator.is_main_process:
-                if step % 10 == 0:
-                    append(folder / "log.jsonl", {"step": step, "loss": loss.item(), "gradient": norm.item()})
-                    tracker.log({"loss": loss.item(), "gradient": norm.item(), "rate": schedule.get_last_lr()[0]}, step=step)
-                if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
-                    picture = folder / f"samples/step-{step + 1:05d}.png"
-                    tracker.image("samples", strip(family, member, noise, cfg.name, cfg.sample_scales, cfg.prompts[0].target, picture))
-        if accelerator.is_main_process:
-            path = folder / "control.safetensors"
-            formats.save(Control(card, extract(net, cfg.name)), path)
-            picture = strip(family, member, noise, cfg.name, cfg.sample_scales, cfg.prompts[0].target, folder / "samples/final.png")
-            tracker.image("samples", picture, f"{cfg.name} at {cfg.sample_scales}")
-            tracker.artifact(path, cfg.name, "control")
-            print(f"control: {path}\nstrip of scales {cfg.sample_scales}: {picture}")
-    detach(net)
-    return folder / "control.safetensors"
+    if cfg.recipe not in RECIPES:
+        raise UserError(f"no recipe {cfg.recipe!r}; there are {', '.join(RECIPES)}")
+    pairs = spread(cfg)
+    run = Run(cfg, "slider")
+    lesson = RECIPES[cfg.recipe](cfg, run.family, run.member, pairs)
+    with run.training(cfg.prompts[0].target):
+        for step in run.steps():
+            side = 1 if cfg.recipe == "published" else 1 - 2 * (step % 2)
+            for generator in run.parts(step):
+                x, noise, told, neutral, direction = lesson(generator)
+                with strength(run.net, {cfg.name: float(side)}):
+                    eps = to_eps(x, run.member.denoiser(x, noise, told), noise)
+                    # Concept Sliders, Gandikota et al. 2023, eq. 8, on both sides of zero
+                    run.backward((eps - neutral - side * cfg.strength * direction).square().mean())
+            run.descend(step)
+        return run.save(recipe(cfg))
 
 
-def spread(pairs: list[Pair], attributes: list[str]) -> list[Pair]:
-    """Every pair with every attribute in front; the neutral prompt filled in. Raises UserError for an incomplete pair."""
+def spread(cfg: Config) -> list[Pair]:
+    """Every pair with every attribute in front, the neutral prompt filled in; an anchor is a pair without a direction.
+
+    Raises UserError for an incomplete pair, or when there is none.
+    """
     found = []
-    for pair in pairs:
+    for pair in cfg.prompts:
         if not (pair.target and pair.positive and pair.unconditional):
             raise UserError(f"a prompt pair needs target, positive and unconditional; got {pair}")
         if pair.action not in ("enhance", "erase"):
             raise UserError(f"action is enhance or erase, got {pair.action!r}")
-        for attribute in attributes or [""]:
+        for attribute in cfg.attributes or [""]:
             words = (pair.target, pair.positive, pair.unconditional, pair.neutral or pair.target)
             found.append(Pair(*(f"{attribute} {word}".strip() for word in words), pair.action))
-    return found
+    if not found:
+        raise UserError("a slider needs at least one prompt pair: prompts=[{target: …, positive: …, unconditional: …}]")
+    return found + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
 
 
 def recipe(cfg: Config) -> dict:
     """What the card remembers: the words that say what the slider does, and how it was trained."""
     first = cfg.prompts[0]
     ends = (first.positive, first.unconditional) if first.action == "enhance" else (first.unconditional, first.positive)
-    kept = ("strength", "steps", "batch", "rate", "trajectories", "seed", "attributes")
+    kept = ("recipe", "strength", "steps", "batch", "accumulate", "rate", "trajectories", "seed", "attributes", "anchors")
     return {"positive": ends[0], "negative": ends[1], "prompts": [asdict(p) for p in cfg.prompts], **{k: getattr(cfg, k) for k in kept}}
 
 
-@torch.no_grad()
-def teach(cfg: Config, family: Family, member: Member, pairs: list[Pair]) -> Points:
-    """Runs the control-free trajectories and asks the teacher at every point of them: three prompts, one batch.
+Lesson = tuple[Tensor, Noise, Prompts, Tensor, Tensor]  # x, its noise level, target prompts, neutral eps, direction; tensors (B, C, H, W)
 
-    With the control off, x_t does not depend on its weights, so one run of T steps gives T training points.
+
+class Teacher:
+    """The member without the control, asked for three prompts in one batch."""
+
+    def __init__(self, family: Family, member: Member, pairs: list[Pair]):
+        self.member = member
+        self.sign = torch.tensor([1.0 if pair.action == "enhance" else -1.0 for pair in pairs], device=family.device)[:, None, None, None]
+        self.texts = family.encode([text for pair in pairs for text in (pair.neutral, pair.positive, pair.unconditional)]).conditional()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, noise, which: Tensor) -> tuple[Tensor, Tensor]:
+        """The neutral eps and the direction, eps of positive minus eps of unconditional, at x (B, C, H, W) for pairs `which` (B,)."""
+        asked = (which * 3 + torch.arange(3)[:, None]).flatten()  # neutral of all rows, then positive, then unconditional
+        x = x.repeat(3, 1, 1, 1)
+        neutral, positive, negative = to_eps(x, self.member.denoiser(x, noise, self.texts[asked]), noise).chunk(3)
+        return neutral, (positive - negative) * self.sign[which]
+
+
+class Fast:
+    """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T points, taught once."""
+
+    @torch.no_grad()
+    def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
+        self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
+        self.which = torch.arange(cfg.trajectories) % len(pairs)
+        prompts, found = family.encode([pair.target for pair in pairs]), []
+        self.targets = prompts.conditional()
+        for rows in torch.arange(cfg.trajectories).split(cfg.batch * 2):
+            noise = draw_noise([cfg.seed * 100_003 + int(r) for r in rows], family.latent_shape, len(member.levels), family.device)
+            steps = sample(alone(member), noise, prompts[self.which[rows]])
+            taught = [(step.x, *teacher(step.x, step.noise, self.which[rows])) for step in steps]
+            found.append([torch.stack(part, 1) for part in zip(*taught, strict=True)])
+        self.x, self.neutral, self.direction = (torch.cat(part) for part in zip(*found, strict=True))  # (N, T, C, H, W)
+
+    def __call__(self, generator: torch.Generator) -> Lesson:
+        level = int(torch.randint(len(self.levels), (1,), generator=generator))
+        rows = torch.randint(len(self.x), (self.cfg.batch,), generator=generator)
+        told = self.targets[self.which[rows]]
+        return self.x[rows, level], self.levels[level], told, self.neutral[rows, level], self.direction[rows, level]
+
+
+class Published:
+    """Lessons as the published trainer makes them: a fresh run from noise, control on, stopped after 1 … T - 1 of its T steps.
+
+    Unlike there, the network is told the timestep at which the run really stopped, not one up to 19 steps away.
     """
-    which = torch.arange(cfg.trajectories) % len(pairs)
-    sign = torch.tensor([1.0 if pair.action == "enhance" else -1.0 for pair in pairs], device=family.device)
-    teacher = family.encode([text for pair in pairs for text in (pair.neutral, pair.positive, pair.unconditional)]).conditional()
-    prompts = family.encode([pair.target for pair in pairs])
-    found = []
-    for rows in torch.arange(cfg.trajectories).split(cfg.batch * 2):
-        noise = draw_noise([cfg.seed * 100_003 + int(r) for r in rows], family.latent_shape, len(member.levels), family.device)
-        asked = (which[rows] * 3 + torch.arange(3)[:, None]).flatten()  # neutral of all rows, then positive, then unconditional
-        steps = []
-        for step in sample(alone(member), noise, prompts[which[rows]]):
-            x = step.x.repeat(3, 1, 1, 1)
-            eps = to_eps(x, member.denoiser(x, step.noise, teacher[asked]), step.noise)
-            neutral, positive, negative = eps.chunk(3)
-            steps.append((step.x, neutral, (positive - negative) * sign[which[rows]][:, None, None, None]))
-        found.append([torch.stack(part, 1) for part in zip(*steps, strict=True)])
-    return Points(*(torch.cat(part) for part in zip(*found, strict=True)), which)
+
+    def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
+        self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)
+        self.prompts = family.encode([pair.target for pair in pairs])
+        if member.guidance is not None:
+            member = replace(member, levels=levels_of(member.law, "leading", cfg.denoise_steps), guidance=cfg.denoise_guidance)
+        self.member = member
+
+    @torch.no_grad()
+    def __call__(self, generator: torch.Generator) -> Lesson:
+        stop = int(torch.randint(1, len(self.member.levels), (1,), generator=generator))
+        which = torch.randint(len(self.prompts), (1,), generator=generator).expand(self.cfg.batch)
+        seeds = torch.randint(2**62, (self.cfg.batch,), generator=generator).tolist()
+        noise, level = draw_noise(seeds, self.family.latent_shape, stop, self.family.device), self.member.levels[stop]
+        partial = Plan("partial", (Stage(replace(self.member, final=level), self.member.levels[:stop]),))
+        with strength(self.member.denoiser.net, {self.cfg.name: 1.0}):
+            x = finish(partial, noise, self.prompts[which])
+        with strength(self.member.denoiser.net):
+            return x, level, self.prompts[which].conditional(), *self.teacher(x, level, which)
 
 
-def difference(cfg: Config, member: Member, points: Points, targets, generator: torch.Generator, side: int) -> Tensor:
-    """The objective at one noise level: eps with the control at scale +-1 against neutral +- g (positive - unconditional).
-
-    Concept Sliders, Gandikota et al. 2023, eq. 8; both sides are trained in turn, the published code trains only +1.
-    """
-    level = int(torch.randint(len(member.levels), (1,), generator=generator))
-    rows = torch.randint(len(points.x), (cfg.batch,), generator=generator)
-    x, noise = points.x[rows, level], member.levels[level]
-    wanted = points.neutral[rows, level] + side * cfg.strength * points.direction[rows, level]
-    with strength(member.denoiser.net, {cfg.name: float(side)}):
-        eps = to_eps(x, member.denoiser(x, noise, targets[points.which[rows]]), noise)
-    return (eps - wanted).square().mean()
+RECIPES = {"fast": Fast, "published": Published}
 
 
 if __name__ == "__main__":

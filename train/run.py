@@ -1,0 +1,193 @@
+"""A control in training: the member it acts on, its weights, their optimizer, its folder and its W&B run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import Tensor
+
+from configs import UserError, run_folder, tracking, versions
+from controls import formats
+from controls.lora import Card, Control, create, detach, extract, fingerprint, parameters
+from models.families import DTYPES, Family, split
+from models.sample import draw_noise
+from train.checkpoint import append, resumable, seeded, store
+from train.samples import strip
+
+
+@dataclass
+class Training:
+    """What every trainer of controls is told."""
+
+    name: str = "control"  # of the control, and of the run folder
+    member: str = "tiny/base"  # family/member to train on
+    rank: int = 4  # of the low-rank pairs
+    alpha: float = 1.0  # effective strength is scale * alpha / rank
+    layers: str = "noxattn"  # layer set, see controls/targets.py
+    scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
+    steps: int = 400  # optimizer steps
+    batch: int = 8  # latents at once per process, all at one noise level
+    accumulate: int = 1  # such batches per process and optimizer step
+    optimizer: str = "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it rate=1)
+    rate: float = 1e-3  # learning rate
+    schedule: str = "cosine"  # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
+    warmup: int = 0  # steps in which the rate rises from 0
+    ema: float = 0.0  # decay of the weights' moving average, which is then what is saved; 0 = off
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    seed: int = 0  # of the control, the data and the noise
+    sample_every: int = 200  # steps between strips; 0 = only at the end
+    sample_scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns of a strip
+    sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of a strip
+    save_every: int = 100  # steps between checkpoints
+    dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
+    out: str = "runs/control"  # the run is written to out/name
+    overwrite: bool = False  # start afresh instead of continuing
+    wandb: str = "auto"  # auto, online, offline, disabled
+
+
+class Run:
+    """One control on one member. A recipe asks it for steps, gives it losses, and lets it descend.
+
+    `parts(step)` are the random generators of this process's batches of a step. They are numbered over all processes, so that two
+    processes with one batch each learn what one process with accumulate=2 learns.
+    """
+
+    def __init__(self, cfg: Training, kind: str):
+        """Loads the member and claims the folder. Raises UserError for what cannot be."""
+        check(cfg)
+        self.cfg, self.kind, self.accelerator = cfg, kind, Accelerator(cpu=not torch.accelerator.is_available())
+        family, self.member_name = split(cfg.member)
+        self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype])
+        self.member = self.family.member(self.member_name)
+        self.net, self.folder, self.main = self.member.denoiser.net, Path(cfg.out) / cfg.name, self.accelerator.is_main_process
+        if self.main:
+            run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out"))
+        self.accelerator.wait_for_everyone()
+        self.losses: list[Tensor] = []
+
+    @contextmanager
+    def training(self, prompt: str) -> Iterator[None]:
+        """Attaches the fresh control and takes it out again; `prompt` is what strips draw."""
+        cfg = self.cfg
+        create(self.net, cfg.name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed)
+        if cfg.checkpointing:
+            self.net.enable_gradient_checkpointing()
+        self.weights = torch.nn.ParameterList(parameters(self.net, cfg.name))
+        self.average = deepcopy(self.weights).requires_grad_(False)
+        self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
+        self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
+        self.prompt = prompt
+        self.noise = draw_noise(cfg.sample_seeds, self.family.latent_shape, len(self.member.levels), self.family.device)
+        try:
+            with tracking.start(self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb) as self.tracker:
+                yield
+        finally:
+            self.net.disable_gradient_checkpointing()
+            detach(self.net)
+
+    @property
+    def state(self) -> dict:
+        return {"weights": self.weights, "average": self.average, "optimizer": self.optimizer, "schedule": self.schedule}
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do; a killed run goes on at its last checkpoint."""
+        return resumable(self.folder / "state.pt", self.state, self.cfg.steps, self.cfg.save_every, self.cfg.name, write=self.main)
+
+    def parts(self, step: int) -> Iterator[torch.Generator]:
+        """One generator per batch of this process in this step."""
+        for turn in range(self.cfg.accumulate):
+            yield seeded(self.cfg.seed, step, turn * self.accelerator.num_processes + self.accelerator.process_index)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a batch's gradient. Inside the `strength` block of the forward pass, for checkpointing runs the network once more."""
+        (loss / self.cfg.accumulate).backward()
+        self.losses.append(loss.detach() / self.cfg.accumulate)
+
+    def descend(self, step: int) -> None:
+        """One optimizer step on the mean gradient of all processes. When it is not finite: saves the state before it, raises UserError."""
+        for weight in self.weights:
+            weight.grad = self.accelerator.reduce(weight.grad, "mean")
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        if not torch.isfinite(norm):
+            if self.main:
+                store(self.folder / "state.pt", self.state, step)
+            raise UserError(f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.rate}")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(self.cfg.ema, step / (step + 10))
+        torch._foreach_lerp_(list(self.average), [weight.detach() for weight in self.weights], 1 - decay)
+        loss, self.losses = torch.stack(self.losses).sum(), []
+        if self.main:
+            self.show(step, loss, norm)
+
+    def show(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Logs every tenth step; draws a strip when one is due."""
+        cfg = self.cfg
+        if step % 10 == 0:
+            values = {"loss": loss.item(), "gradient": norm.item(), "rate": self.schedule.get_last_lr()[0]}
+            append(self.folder / "log.jsonl", {"step": step, **values})
+            self.tracker.log(values, step=step)
+        if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
+            self.draw(self.folder / f"samples/step-{step + 1:05d}.png")
+
+    def draw(self, path: Path) -> Path:
+        """A strip of the control as it is now."""
+        strip(self.family, self.member, self.noise, self.cfg.name, self.cfg.sample_scales, self.prompt, path)
+        self.tracker.image("samples", path, f"{self.cfg.name} at {self.cfg.sample_scales}")
+        return path
+
+    def save(self, recipe: dict) -> Path:
+        """Writes the control, averaged where asked, and its last strip; returns the control's path. Call it within `training`."""
+        cfg, path = self.cfg, self.folder / "control.safetensors"
+        with torch.no_grad():
+            for weight, average in zip(self.weights, self.average, strict=True):
+                weight.copy_(average)
+        if self.main:
+            card = Card(self.kind, cfg.name, self.family.card.name, self.member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
+                        recipe, fingerprint(self.net), versions())  # fmt: skip
+            formats.save(Control(card, extract(self.net, cfg.name)), path)
+            picture = self.draw(self.folder / "samples/final.png")
+            self.tracker.artifact(path, cfg.name, "control")
+            print(f"control: {path}\nstrip of scales {cfg.sample_scales}: {picture}")
+        return path
+
+
+def adamw(weights, rate: float):
+    return torch.optim.AdamW(weights, rate, weight_decay=0.0)
+
+
+def adamw8bit(weights, rate: float):
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optimizer=adamw8bit needs bitsandbytes: pip install -e '.[8bit]'") from None
+    return AdamW8bit(weights, rate, weight_decay=0.0)
+
+
+def prodigy(weights, rate: float):
+    """Mishchenko & Defazio 2023; finds the step size itself."""
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise UserError("optimizer=prodigy needs prodigyopt: pip install -e '.[prodigy]'") from None
+    return Prodigy(weights, rate, safeguard_warmup=True, use_bias_correction=True)
+
+
+SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # that one needs rules
+OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "prodigy": prodigy}
+
+
+def check(cfg: Training) -> None:
+    """What can be wrong before anything is loaded."""
+    for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
+        if getattr(cfg, key) not in known:
+            raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")
+    for key in ("steps", "batch", "accumulate", "rank", "save_every"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
