@@ -40,7 +40,8 @@ class Config(Training):
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
     attributes: list[str] = field(default_factory=list)  # put before all four prompts, one after the other, to disentangle
     anchors: list[str] = field(default_factory=list)  # prompts whose pictures must not change
-    strength: float = 1.5  # g of the objective: how far one unit of scale goes
+    strength: float = 0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
+    steps: int = 500  # optimizer steps
     recipe: str = "fast"  # fast: points of control-free runs, both sides in turn; published: a fresh run every step, + side only
     trajectories: int = 32  # fast: control-free sampling runs whose x_t are trained on
     denoise_steps: int = 50  # published: length of the sampling run whose x_t is trained on; students keep their own

@@ -141,8 +141,9 @@ def clip_scores() -> dict[str, float]:
 
 
 def training(work: Path) -> dict:
-    """Steps, minutes and last losses of each part, from its log; without logs, those of the last certificate."""
-    found = {}
+    """Steps, minutes and last losses of each part, from its log; of a part without a log, those of the last certificate."""
+    before = HERE / "certificate.json"
+    found = json.loads(before.read_text())["training"] if before.exists() else {}
     for path in sorted(work.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         pace = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(lines, lines[1:], strict=False)
@@ -150,8 +151,7 @@ def training(work: Path) -> dict:
         last = {k: v for k, v in lines[-1].items() if k not in ("step", "seconds")}
         steps = lines[-1]["step"] + 25
         found[path.stem] = {"steps": steps, "minutes": round(float(np.mean(pace)) * steps / 60, 1) if pace else None, **last}
-    before = HERE / "certificate.json"
-    return found or (json.loads(before.read_text())["training"] if before.exists() else {})
+    return found
 
 
 def hashes() -> dict[str, str]:
@@ -190,9 +190,9 @@ def page(found: dict) -> str:
     return f"""# Birth certificate of the embedded family
 
 Written by `python -m models.tiny.certificate`; every number below is measured by that command. The weights come from
-`python train/tiny.py all compile=true`, seed 0: {total:.0f} minutes on 2 CPU cores ({found["machine"]}, fp32,
-torch {found["versions"]["torch"]}, diffusers {found["versions"]["diffusers"]}), other work beside them. They were made in pieces, and the
-schedules of base and lightning were shortened midway (LOG.md): a fresh run follows the same recipe and does not give the same bits.
+`python train/tiny.py all`, seed 0: {total:.0f} minutes on 2 CPU cores ({found["machine"]}, fp32,
+torch {found["versions"]["torch"]}, diffusers {found["versions"]["diffusers"]}), other work beside them. They were made in pieces on two machines,
+and the schedules of base and lightning were shortened midway (LOG.md): a fresh run follows the same recipe and does not give the same bits.
 
 ![8 prompts in columns, members in rows, one seed](sheet.png)
 
