@@ -13,52 +13,59 @@ from configs import UserError, entry, load
 from controls.lora import strength
 from models.noise import LAWS, TRAIN_STEPS, to_eps
 from models.prompts import Prompts
-from models.sample import Member
+from models.sample import Member, alone, draw_noise, sample
 from models.tiny import world
 from models.tiny.faces import STYLES, styled
+from train.pictures import read
 from train.run import Run, Training
 
 
 @dataclass
 class Config(Training):
     name: str = "watercolour"  # of the control, and of the run folder
-    data: str = "tiny:watercolour"  # tiny:STYLE, a held-out style of the embedded world
-    images: int = 200  # pictures to train on
+    data: str = "tiny:watercolour"  # a folder of pictures, a dataset of the Hub, or tiny:STYLE, a held-out style of the embedded world
+    images: int = 200  # pictures of the embedded world to train on
+    token: str = "watercolour"  # rare word put before half of the captions, so that the LoRA works with and without it
+    prompt: str = "portrait of a person"  # caption of pictures that have none; also what the strips draw
     positive: str = "watercolour portrait of a person"  # what the LoRA makes: the card's words for measuring it
     negative: str = "portrait of a person"  # what it departs from
-    token: str = "watercolour"  # put before half of the captions, so that the LoRA works with and without it
+    prior: float = 0.0  # weight of the prior term: the member goes on drawing `negative` as before; 0 = off
+    prior_images: int = 32  # pictures of the member itself that say how
     alpha: float = 4.0  # effective strength is scale * alpha / rank
-    layers: str = "full"  # layer set, see controls/targets.py
+    layers: str = "full"  # layer set, see controls/targets.py; xattn-strict with scope=lierla is Custom Diffusion's
     steps: int = 500  # optimizer steps
     sample_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])  # columns of a strip
-    prompt: str = "portrait of a person"  # of the strips
     out: str = "runs/lora"  # the run is written to out/name
 
 
 def main(cfg: Config) -> Path:
     """Trains and returns the path of the control."""
-    images, captions = pictures(cfg)
     run = Run(cfg, "lora")
+    images, captions = pictures(cfg, run.family.card.size_px)
     latents = run.family.to_latents(images)
-    prompts = run.family.encode([*captions, *(f"{cfg.token} {caption}" for caption in captions)]).conditional()
+    prompts = run.family.encode([*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]).conditional()
+    memory = Memory(cfg, run) if cfg.prior else None
     with run.training(cfg.prompt):
         for step in run.steps():
             with strength(run.net, {cfg.name: 1.0}):
                 for generator in run.parts(step):
-                    run.backward(denoising(run.member, latents, prompts, cfg.batch, generator))
+                    loss = denoising(run.member, latents, prompts, cfg.batch, generator)
+                    run.backward(loss + cfg.prior * memory(generator) if memory else loss)
             run.descend(step)
-        kept = ("positive", "negative", "data", "images", "token", "steps", "batch", "accumulate", "rate", "seed")
+        kept = ("positive", "negative", "data", "images", "token", "prior", "steps", "batch", "accumulate", "rate", "seed")
         return run.save({key: getattr(cfg, key) for key in kept})
 
 
-def pictures(cfg: Config) -> tuple[Tensor, list[str]]:
-    """The training images (N, 3, 64, 64) in [-1, 1] and their captions without the token."""
+def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
+    """The training images (N, 3, size_px, size_px) in [-1, 1] and their captions without the token."""
     source, _, style = cfg.data.partition(":")
-    if source != "tiny" or style not in STYLES:
-        raise UserError(f"data is tiny:STYLE with STYLE one of {', '.join(STYLES)}; got {cfg.data!r}")
-    people = world.faces(cfg.images, cfg.seed + 1)
-    captions = world.captions(people, cfg.seed)
-    return world.to_unit(world.pictures([styled(face, style) for face in people])), captions
+    if source == "tiny":
+        if style not in STYLES:
+            raise UserError(f"the embedded world's held-out styles are {', '.join(STYLES)}; got {cfg.data!r}")
+        people = world.faces(cfg.images, cfg.seed + 1)
+        return world.to_unit(world.pictures([styled(face, style) for face in people])), world.captions(people, cfg.seed)
+    images, columns = read(cfg.data, size_px)
+    return images, [text or cfg.prompt for text in columns.get("text", [""] * len(images))]
 
 
 def denoising(member: Member, latents: Tensor, prompts: Prompts, batch: int, generator: torch.Generator) -> Tensor:
@@ -69,6 +76,35 @@ def denoising(member: Member, latents: Tensor, prompts: Prompts, batch: int, gen
     eps = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
     x = noise.alpha * latents[rows] + noise.sigma * eps
     return (to_eps(x, member.denoiser(x, noise, prompts[told]), noise) - eps).square().mean()
+
+
+class Memory:
+    """What the member itself draws for the class: the x of its own sampling runs, and what it saw there.
+
+    Prior preservation as in DreamBooth (Ruiz et al. 2023), told by the network's own outputs instead of by noise: on a few-step student
+    the plain loss would teach the mean of all pictures at the first step, where the student draws one.
+    """
+
+    @torch.no_grad()
+    def __init__(self, cfg: Config, run: Run):
+        self.member, self.batch = run.member, cfg.batch
+        noise = draw_noise([cfg.seed * 100_003 + k for k in range(cfg.prior_images)], run.family.latent_shape, len(run.member.levels),
+                           run.family.device)  # fmt: skip
+        prompt, found = run.family.encode([cfg.negative]), []
+        self.prompt = prompt.conditional()
+        for part in noise.split(2 * cfg.batch):
+            steps = list(sample(alone(run.member), part, prompt[[0] * len(part)]))
+            seen = [run.member.denoiser(step.x, step.noise, self.prompt[[0] * len(part)]) for step in steps]
+            found.append((torch.stack([step.x for step in steps], 1), torch.stack(seen, 1)))
+        self.x, self.x0 = (torch.cat(part) for part in zip(*found, strict=True))                 # (N, T, C, H, W)
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """The mean squared change of eps at one of the member's own noise levels."""
+        level = int(torch.randint(self.x.shape[1], (1,), generator=generator))
+        rows, noise = torch.randint(len(self.x), (self.batch,), generator=generator), self.member.levels[level]
+        x, before = self.x[rows, level], self.x0[rows, level]
+        after = self.member.denoiser(x, noise, self.prompt[[0] * self.batch])
+        return (to_eps(x, after, noise) - to_eps(x, before, noise)).square().mean()
 
 
 if __name__ == "__main__":

@@ -191,8 +191,9 @@ def page(found: dict) -> str:
 
 Written by `python -m models.tiny.certificate`; every number below is measured by that command. The weights come from
 `python train/tiny.py all`, seed 0: {total:.0f} minutes on 2 CPU cores ({found["machine"]}, fp32,
-torch {found["versions"]["torch"]}, diffusers {found["versions"]["diffusers"]}), other work beside them. They were made in pieces on two machines,
-and the schedules of base and lightning were shortened midway (LOG.md): a fresh run follows the same recipe and does not give the same bits.
+torch {found["versions"]["torch"]}, diffusers {found["versions"]["diffusers"]}), other work beside them.
+They were made in pieces on two machines, and the schedules of base and lightning were shortened midway (LOG.md): a fresh run follows
+the same recipe and does not give the same bits.
 
 ![8 prompts in columns, members in rows, one seed](sheet.png)
 

@@ -1,0 +1,125 @@
+"""Trains a Concept Slider from pairs of pictures: accelerate launch train/image_slider.py [config=FILE] [key=value ...]
+
+Without arguments: eye size from six pairs of the embedded world, on tiny/base. Pictures are a folder with one folder per scale
+(data/-1/a.png and data/1/a.png are a pair), or one in imagefolder layout whose metadata.jsonl has the columns scale and pair.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs import UserError, entry, load
+from controls.lora import strength
+from models.noise import LAWS, TRAIN_STEPS, to_eps
+from models.tiny import world
+from train.pictures import read
+from train.run import Run, Training
+
+ENDS = {"age": (0.1, 0.9), "eyes": (0.1, 0.9), "smile": (-0.8, 0.8)}  # the embedded world's attributes at scale -1 and 1
+
+
+@dataclass
+class Config(Training):
+    name: str = "eyes-image"  # of the control, and of the run folder
+    data: str = "tiny:eyes"  # a folder of pictures, or tiny:ATTRIBUTE for pairs of the embedded world
+    pairs: int = 6  # of the embedded world: how many pairs
+    folders: list[str] = field(default_factory=list)  # one per scale, inside data; empty = those whose names are numbers
+    scales: list[float] = field(default_factory=list)  # of the folders; empty = their names
+    prompt: str = "portrait of a person"  # what a picture without a caption shows; also of the strips
+    positive: str = "portrait of a person, big eyes"  # what more of it is: the card's words for measuring it
+    negative: str = "portrait of a person, small eyes"  # what less of it is
+    steps: int = 500  # optimizer steps
+    batch: int = 6  # pairs at once per process, all at one noise level
+    out: str = "runs/image_slider"  # the run is written to out/name
+
+
+@dataclass
+class Pairs:
+    """The same N things at every scale."""
+
+    scales: list[float]
+    images: Tensor  # (K, N, 3, H, W) in [-1, 1]
+    captions: list[str]  # N, empty where there is none
+
+
+def main(cfg: Config) -> Path:
+    """Trains and returns the path of the control."""
+    run = Run(cfg, "slider")
+    pairs = pictures(cfg, run.family.card.size_px)
+    latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
+    prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
+    with run.training(cfg.prompt):
+        for step in run.steps():
+            for generator in run.parts(step):
+                noise = LAWS[run.member.law][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
+                rows = torch.randint(latents.shape[1], (cfg.batch,), generator=generator)
+                eps = torch.randn((cfg.batch, *latents.shape[2:]), generator=generator).to(latents)  # the same for all scales of a pair
+                for scale, x0 in zip(pairs.scales, latents, strict=True):
+                    x = noise.alpha * x0[rows] + noise.sigma * eps
+                    with strength(run.net, {cfg.name: scale}):
+                        seen = to_eps(x, run.member.denoiser(x, noise, prompts[rows]), noise)
+                        run.backward((seen - eps).square().mean())  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
+            run.descend(step)
+        kept = ("positive", "negative", "data", "steps", "batch", "accumulate", "rate", "seed")
+        return run.save({**{key: getattr(cfg, key) for key in kept}, "pairs": latents.shape[1], "scales": pairs.scales})
+
+
+def pictures(cfg: Config, size_px: int) -> Pairs:
+    """The pairs that `data` means. Raises UserError when they do not match."""
+    source, _, attribute = cfg.data.partition(":")
+    if source == "tiny" and attribute:
+        return drawn(attribute, cfg.pairs, cfg.seed)
+    if not Path(cfg.data).is_dir():
+        raise UserError(f"no folder {cfg.data}; data is a folder of pictures, or tiny:ATTRIBUTE")
+    named = cfg.folders or sorted((f.name for f in Path(cfg.data).iterdir() if f.is_dir() and number(f.name) is not None), key=float)
+    if not named:
+        return listed(cfg.data, size_px)
+    scales = cfg.scales or [number(name) for name in named]
+    if len(scales) != len(named) or None in scales:
+        raise UserError(f"folders {', '.join(named)} need as many scales: scales=[-1,1]")
+    found = {scale: read(str(Path(cfg.data) / name), size_px) for name, scale in zip(named, scales, strict=True)}
+    return matched({s: dict(zip(columns["file_name"], images, strict=True)) for s, (images, columns) in found.items()}, {})
+
+
+def number(name: str) -> float | None:
+    try:
+        return float(name)
+    except ValueError:
+        return None
+
+
+def listed(folder: str, size_px: int) -> Pairs:
+    """Pairs of an imagefolder whose metadata has the columns scale and pair, and perhaps text."""
+    images, columns = read(folder, size_px)
+    if not {"scale", "pair"} <= columns.keys():
+        raise UserError(f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair")
+    found: dict[float, dict[str, Tensor]] = {}
+    for image, scale, pair in zip(images, columns["scale"], columns["pair"], strict=True):
+        found.setdefault(float(scale), {})[str(pair)] = image
+    return matched(found, dict(zip(map(str, columns["pair"]), columns.get("text", []), strict=False)))
+
+
+def matched(found: dict[float, dict[str, Tensor]], captions: dict[str, str]) -> Pairs:
+    """Every pair at every scale but 0, which trains nothing. Raises UserError for a picture without its partners."""
+    scales = sorted(scale for scale in found if scale)
+    names = sorted(set().union(*(found[scale] for scale in scales)))
+    lonely = [f"{name} at {scale:g}" for scale in scales for name in names if name not in found[scale]]
+    if len(scales) < 2 or lonely:
+        raise UserError(f"pairs do not match: missing {', '.join(lonely[:3]) or 'a second scale'}; every picture is needed at every scale")
+    return Pairs(scales, torch.stack([torch.stack([found[scale][name] for name in names]) for scale in scales]),
+                 [captions.get(name) or "" for name in names])  # fmt: skip
+
+
+def drawn(attribute: str, count: int, seed: int) -> Pairs:
+    """Pairs of the embedded world that differ in one attribute alone."""
+    if attribute not in ENDS:
+        raise UserError(f"the embedded world draws pairs of {', '.join(ENDS)}; got {attribute!r}")
+    people = world.faces(count, seed + 2)
+    images = [world.to_unit(world.pictures([replace(face, **{attribute: end}) for face in people])) for end in ENDS[attribute]]
+    return Pairs([-1.0, 1.0], torch.stack(images), [""] * count)
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))
