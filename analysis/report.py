@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 
 import configs
-from analysis.stats import MARGIN
+from controls.stats import MARGIN
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MARKS = {"kept": "✓", "weaker": "↓", "stronger": "↑", "dead": "✕", "reversed": "⇄", "unclear": "?", "undefined": "–"}

@@ -5,7 +5,6 @@ Without arguments: the shipped controls, trained on tiny/base, on every member o
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,14 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import record, report, stats
-from analysis.effect import change, percent_change, preservation
-from analysis.features import Evaluator, evaluators
+from analysis import record, report
 from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
-from controls import formats
-from controls.lora import Control, attach, detach, merged
+from controls import formats, stats
+from controls.effect import change, percent_change, preservation
+from controls.lora import Control, applied
+from models.evaluators import Evaluator, evaluators
 from models.families import DTYPES, Family
-from models.sample import Member, alone, draw_noise, finish
 
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in ("smile", "age", "eyes", "watercolour")]
 SHOWN = 4  # images of a cell that its picture shows
@@ -80,7 +78,7 @@ def main(cfg: Config) -> Path:
         raise UserError(f"no member {unknown[0]!r} in family {family.card.name}: there are {', '.join(family.card.members)}")
     eyes = evaluators(family.card, accelerator.device)
     for control in controls.values():  # a misfit is said now, not after an hour of drawing
-        with under(family.member(control.card.member), control, 1.0, family.card.name):
+        with applied(family.member(control.card.member).denoiser.net, control, 1.0, family.card.name):
             pass
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
@@ -152,28 +150,12 @@ def draw(cfg: Config, family: Family, controls: dict[str, Control], eyes: dict[s
     member = family.member(job.member)
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
     seeds = [cfg.seed + i for i in range(len(texts))]
-    with under(member, controls[job.control], job.scale, family.card.name):
-        parts = []
-        for rows in torch.arange(len(texts)).split(cfg.batch):
-            noise = draw_noise([seeds[r] for r in rows], family.latent_shape, len(member.levels), family.device)
-            parts.append(family.decode(finish(alone(member), noise, family.encode([texts[r] for r in rows]))))
-    images = torch.cat(parts)
+    with applied(member.denoiser.net, controls[job.control], job.scale, family.card.name):
+        images = family.draw(member, texts, seeds, cfg.batch)
     shown = ((images[:: cfg.seeds][:SHOWN] + 1) * 127.5).round().to(torch.uint8)
     tensors = {name: torch.from_numpy(eye.features(images)) for name, eye in eyes.items()}
     with replacing(path) as new:
         save_file({**tensors, "pictures": shown.contiguous()}, new)
-
-
-@contextmanager
-def under(member: Member, control: Control, scale: float, family: str) -> Iterator[None]:
-    """The member's network with the control at a scale, merged for speed; afterwards it is bare again."""
-    net = member.denoiser.net
-    if scale:
-        attach(net, control, "control", family)
-    with merged(net, control=scale) if scale else nullcontext():
-        yield
-    if scale:
-        detach(net)
 
 
 def gather(cfg: Config, control: Control, member: str, folder: Path) -> dict[str, Tensor]:

@@ -136,6 +136,23 @@ def merged(net: nn.Module, scales: Mapping[str, float] | None = None, /, **named
                 weight.data = original
 
 
+@contextmanager
+def applied(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Iterator[nn.Module]:
+    """Inside, a control acts on a bare network at one scale, merged for speed; afterwards the network is bare again.
+
+    Raises UserError as `attach` does.
+    """
+    if scale == 0:
+        yield net
+        return
+    name = attach(net, control, "applied", family)
+    try:
+        with merged(net, {name: scale}):
+            yield net
+    finally:
+        detach(net)
+
+
 def detach(net: nn.Module) -> None:
     """Takes every control out: the network has the modules, names and weights that it had before the first was attached."""
     for spot, layer in _adapted(net).items():

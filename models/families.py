@@ -20,7 +20,7 @@ from torch import Tensor
 from configs import ROOT, UserError, merge
 from models.noise import CLEAN, LAWS, ancestral
 from models.prompts import Prompts
-from models.sample import Denoiser, Member, levels_of
+from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
 
 CARDS = ROOT / "configs/families"
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # auto = fast_dtype
@@ -147,6 +147,15 @@ class Family:
         found = [vae.encode(part.to(self.device, vae.dtype)) for part in images.split(batch)]
         latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
         return torch.cat(latents).float() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def draw(self, member: Member, texts: list[str], seeds: list[int], batch: int = 48) -> Tensor:
+        """One image per text and seed by the member alone, (B, 3, size_px, size_px) in [-1, 1]; the same whatever the batch."""
+        parts = []
+        for rows in torch.arange(len(texts)).split(batch):
+            noise = draw_noise([seeds[r] for r in rows], self.latent_shape, len(member.levels), self.device)
+            parts.append(self.decode(finish(alone(member), noise, self.encode([texts[r] for r in rows]))))
+        return torch.cat(parts)
 
     def member(self, name: str) -> Member:
         """A member with its network on the device. Raises UserError with the names there are."""

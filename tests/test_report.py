@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import configs
-from analysis import effect, report, stats
+from analysis import report
+from controls import effect, stats
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
 MEMBERS = {"base": 1.0, "dmd": 0.95, "lcm": 0.55, "lightning": 1.4}

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis import effect, metrics, stats
+from analysis import metrics
+from controls import effect, stats
 
 SCALES = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 
@@ -138,12 +139,8 @@ def test_arrays_that_do_not_fit_are_refused():
         stats.matched_scale(line(1), line(1), SCALES / 4)
 
 
-def test_contrastive_and_change():
-    positive, negative = np.array([1.0, 0]), np.array([0, 1.0])
-    images = np.array([[[[0, 2.0], [3, 3], [4, 0]]]])
-    score = effect.contrastive(images, positive, negative)
-    assert score == pytest.approx(np.array([[[-1, 0, 1]]]))
-    assert effect.change(score, 1).tolist() == pytest.approx(np.array([[[-1, 0, 1]]]))
+def test_change_is_zero_at_scale_zero():
+    assert effect.change(np.array([[[-1.0, 1, 3]]]), 1).tolist() == [[[-2, 0, 2]]]
 
 
 def test_percent_change_is_a_ratio_of_means():

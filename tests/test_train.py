@@ -1,5 +1,6 @@
 """Training: killed runs continue to the same bits, and a slider moves its own attribute."""
 
+import json
 import os
 import subprocess
 import sys
@@ -129,6 +130,14 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path):
     assert all(torch.allclose(plain[name], thrifty[name], atol=1e-5) for name in plain)
 
 
+def test_watching_measures_other_members_and_changes_nothing(tmp_path):
+    plain = trained(tmp_path / "a", "steps=2")
+    watched = trained(tmp_path / "b", "steps=2", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=2")
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    seen = json.loads((tmp_path / "b/smile/watch.jsonl").read_text())
+    assert {"step", "effect/tiny/base", "effect/tiny/dmd", "retention/tiny/dmd/low"} <= seen.keys()
+
+
 def test_the_average_lags_behind(tmp_path):
     last, average = trained(tmp_path / "a"), trained(tmp_path / "b", "ema=0.9")
     size = lambda control: sum(t.square().sum() for n, t in control.items() if "lora_B" in n).sqrt()  # noqa: E731
@@ -146,6 +155,7 @@ def test_the_average_lags_behind(tmp_path):
         (slider, "optimizer=sgd", "prodigy"),
         (slider, "schedule=cosign", "constant"),
         (slider, "recipe=slow", "published"),
+        (slider, "watch=[sdxl/turbo]", "tiny"),
         (slider, "accumulate=0", "at least 1"),
         (lora, "data=tiny:oil", "watercolour"),
     ],

@@ -30,7 +30,8 @@ class Config(Training):
     prompt: str = "portrait of a person"  # what a picture without a caption shows; also of the strips
     positive: str = "portrait of a person, big eyes"  # what more of it is: the card's words for measuring it
     negative: str = "portrait of a person, small eyes"  # what less of it is
-    steps: int = 500  # optimizer steps
+    steps: int = 300  # optimizer steps
+    rate: float = 5e-4  # learning rate
     batch: int = 6  # pairs at once per process, all at one noise level
     out: str = "runs/image_slider"  # the run is written to out/name
 
@@ -50,7 +51,9 @@ def main(cfg: Config) -> Path:
     pairs = pictures(cfg, run.family.card.size_px)
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
     prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
-    with run.training(cfg.prompt):
+    kept = ("positive", "negative", "data", "steps", "batch", "accumulate", "rate", "seed")
+    recipe = {**{key: getattr(cfg, key) for key in kept}, "pairs": latents.shape[1], "scales": pairs.scales}
+    with run.training(cfg.prompt, recipe):
         for step in run.steps():
             for generator in run.parts(step):
                 noise = LAWS[run.member.law][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
@@ -62,8 +65,7 @@ def main(cfg: Config) -> Path:
                         seen = to_eps(x, run.member.denoiser(x, noise, prompts[rows]), noise)
                         run.backward((seen - eps).square().mean())  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
             run.descend(step)
-        kept = ("positive", "negative", "data", "steps", "batch", "accumulate", "rate", "seed")
-        return run.save({**{key: getattr(cfg, key) for key in kept}, "pairs": latents.shape[1], "scales": pairs.scales})
+        return run.save()
 
 
 def pictures(cfg: Config, size_px: int) -> Pairs:
@@ -116,9 +118,10 @@ def drawn(attribute: str, count: int, seed: int) -> Pairs:
     """Pairs of the embedded world that differ in one attribute alone."""
     if attribute not in ENDS:
         raise UserError(f"the embedded world draws pairs of {', '.join(ENDS)}; got {attribute!r}")
-    people = world.faces(count, seed + 2)
-    images = [world.to_unit(world.pictures([replace(face, **{attribute: end}) for face in people])) for end in ENDS[attribute]]
-    return Pairs([-1.0, 1.0], torch.stack(images), [""] * count)
+    ends = [[replace(face, **{attribute: end}) for face in world.faces(count, seed + 2)] for end in ENDS[attribute]]
+    told = [[caption.split(", ") for caption in world.captions(people, seed, keep=1.0)] for people in ends]
+    common = [", ".join(phrase for phrase in low if phrase in high) for low, high in zip(*told, strict=True)]  # what both ends show
+    return Pairs([-1.0, 1.0], torch.stack([world.to_unit(world.pictures(people)) for people in ends]), common)
 
 
 if __name__ == "__main__":

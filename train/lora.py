@@ -45,15 +45,15 @@ def main(cfg: Config) -> Path:
     latents = run.family.to_latents(images)
     prompts = run.family.encode([*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
-    with run.training(cfg.prompt):
+    kept = ("positive", "negative", "data", "images", "token", "prior", "steps", "batch", "accumulate", "rate", "seed")
+    with run.training(cfg.prompt, {key: getattr(cfg, key) for key in kept}):
         for step in run.steps():
             with strength(run.net, {cfg.name: 1.0}):
                 for generator in run.parts(step):
                     loss = denoising(run.member, latents, prompts, cfg.batch, generator)
                     run.backward(loss + cfg.prior * memory(generator) if memory else loss)
             run.descend(step)
-        kept = ("positive", "negative", "data", "images", "token", "prior", "steps", "batch", "accumulate", "rate", "seed")
-        return run.save({key: getattr(cfg, key) for key in kept})
+        return run.save()
 
 
 def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:

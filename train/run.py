@@ -18,6 +18,7 @@ from models.families import DTYPES, Family, split
 from models.sample import draw_noise
 from train.checkpoint import append, resumable, seeded, store
 from train.samples import strip
+from train.watch import Watch
 
 
 @dataclass
@@ -44,6 +45,9 @@ class Training:
     sample_scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns of a strip
     sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of a strip
     save_every: int = 100  # steps between checkpoints
+    watch: list[str] = field(default_factory=list)  # other members, e.g. [tiny/dmd], on which the effect is measured during training
+    watch_every: int = 200  # steps between such measurements
+    watch_prompts: int = 4  # of the family card's prompts, two images each
     dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
     out: str = "runs/control"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
@@ -68,12 +72,13 @@ class Run:
         if self.main:
             run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out"))
         self.accelerator.wait_for_everyone()
-        self.losses: list[Tensor] = []
+        self.losses, self.fingerprint = [], fingerprint(self.net)
 
     @contextmanager
-    def training(self, prompt: str) -> Iterator[None]:
-        """Attaches the fresh control and takes it out again; `prompt` is what strips draw."""
-        cfg = self.cfg
+    def training(self, prompt: str, recipe: dict) -> Iterator[None]:
+        """Attaches the fresh control and takes it out again. prompt: what strips draw; recipe: what the card remembers."""
+        cfg, self.recipe = self.cfg, recipe
+        self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
         create(self.net, cfg.name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed)
         if cfg.checkpointing:
             self.net.enable_gradient_checkpointing()
@@ -135,6 +140,16 @@ class Run:
             self.tracker.log(values, step=step)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
             self.draw(self.folder / f"samples/step-{step + 1:05d}.png")
+        if self.watched and (step + 1) % cfg.watch_every == 0:
+            values = self.watched(Control(self.card(), extract(self.net, cfg.name)))
+            append(self.folder / "watch.jsonl", {"step": step, **values})
+            self.tracker.log({f"watch/{key}": value for key, value in values.items() if value is not None}, step=step)
+
+    def card(self) -> Card:
+        """What the control is."""
+        cfg = self.cfg
+        return Card(self.kind, cfg.name, self.family.card.name, self.member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
+                    self.recipe, self.fingerprint, versions())  # fmt: skip
 
     def draw(self, path: Path) -> Path:
         """A strip of the control as it is now."""
@@ -142,16 +157,14 @@ class Run:
         self.tracker.image("samples", path, f"{self.cfg.name} at {self.cfg.sample_scales}")
         return path
 
-    def save(self, recipe: dict) -> Path:
+    def save(self) -> Path:
         """Writes the control, averaged where asked, and its last strip; returns the control's path. Call it within `training`."""
         cfg, path = self.cfg, self.folder / "control.safetensors"
         with torch.no_grad():
             for weight, average in zip(self.weights, self.average, strict=True):
                 weight.copy_(average)
         if self.main:
-            card = Card(self.kind, cfg.name, self.family.card.name, self.member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
-                        recipe, fingerprint(self.net), versions())  # fmt: skip
-            formats.save(Control(card, extract(self.net, cfg.name)), path)
+            formats.save(Control(self.card(), extract(self.net, cfg.name)), path)
             picture = self.draw(self.folder / "samples/final.png")
             self.tracker.artifact(path, cfg.name, "control")
             print(f"control: {path}\nstrip of scales {cfg.sample_scales}: {picture}")

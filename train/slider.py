@@ -56,7 +56,7 @@ def main(cfg: Config) -> Path:
     pairs = spread(cfg)
     run = Run(cfg, "slider")
     lesson = RECIPES[cfg.recipe](cfg, run.family, run.member, pairs)
-    with run.training(cfg.prompts[0].target):
+    with run.training(cfg.prompts[0].target, recipe(cfg)):
         for step in run.steps():
             side = 1 if cfg.recipe == "published" else 1 - 2 * (step % 2)
             for generator in run.parts(step):
@@ -66,7 +66,7 @@ def main(cfg: Config) -> Path:
                     # Concept Sliders, Gandikota et al. 2023, eq. 8, on both sides of zero
                     run.backward((eps - neutral - side * cfg.strength * direction).square().mean())
             run.descend(step)
-        return run.save(recipe(cfg))
+        return run.save()
 
 
 def spread(cfg: Config) -> list[Pair]:

@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel
 
 from configs import ROOT, entry, load, replacing, versions
 from models.families import Family
-from models.sample import alone, draw_noise, finish
 from models.tiny import world
 from models.tiny.evaluators import Probe, clip_images, clip_texts, column
 from models.tiny.faces import ATTRIBUTES, BACKGROUNDS, HAIR_STYLES, HAIRS, SKINS, claims
@@ -55,20 +53,10 @@ def main(cfg: Config) -> None:
     print(page(found))
 
 
-@torch.no_grad()
-def images(family: Family, member: str, texts: list[str], seeds: list[int], batch: int = 48) -> Tensor:
-    """One image per text and seed, (B, 3, 64, 64) in [-1, 1]."""
-    model, parts = family.member(member), []
-    for rows in torch.arange(len(texts)).split(batch):
-        noise = draw_noise([seeds[r] for r in rows], family.latent_shape, len(model.levels))
-        parts.append(family.decode(finish(alone(model), noise, family.encode([texts[r] for r in rows]))))
-    return torch.cat(parts)
-
-
 def agreement(family: Family, member: str, probe: Probe, count: int) -> dict[str, float]:
     """Share of images, per attribute, in which the probe sees what the prompt claims; prompts are captions of held-out faces."""
     texts = world.captions(world.faces(count, 555), 555)
-    seen = probe(images(family, member, texts, list(range(count)))).numpy()
+    seen = probe(family.draw(family.member(member), texts, list(range(count)))).numpy()
     votes: dict[str, list[bool]] = {}
     for text, values in zip(texts, seen, strict=True):
         for name, ok in checks(claims(text), values).items():
@@ -100,7 +88,7 @@ def variety(family: Family, member: str, probe: Probe, cfg: Config) -> dict[str,
     """Mean pairwise Euclidean distance of the probe's attributes over seeds: mean and standard error over prompts."""
     means = []
     for text in family.card.prompts[: cfg.groups]:
-        seen = probe(images(family, member, [text] * cfg.seeds, [70_000 + k for k in range(cfg.seeds)]))
+        seen = probe(family.draw(family.member(member), [text] * cfg.seeds, [70_000 + k for k in range(cfg.seeds)]))
         means.append(torch.pdist(seen).mean().item())
     return {"mean": float(np.mean(means)), "error": float(np.std(means, ddof=1) / len(means) ** 0.5)}
 
@@ -162,7 +150,7 @@ def hashes() -> dict[str, str]:
 
 def sheet(family: Family, path: Path, scale: int = 2) -> None:
     """Prompts in columns, members in rows, the same seeds: the picture of the certificate."""
-    rows = {name: images(family, name, list(SHOWN), [3] * len(SHOWN)) for name in family.card.members}
+    rows = {name: family.draw(family.member(name), list(SHOWN), [3] * len(SHOWN)) for name in family.card.members}
     size, margin = 64 * scale, 76
     page = Image.new("RGB", (margin + size * len(SHOWN), size * len(rows)), "white")
     for r, (name, pictures) in enumerate(rows.items()):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from analysis.effect import contrastive
 from configs import UserError
 from models.families import FamilyCard, place
 from models.tiny.evaluators import Probe
@@ -62,7 +61,8 @@ class Clip:
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """Cosine to the positive description minus cosine to the negative one."""
-        return contrastive(features, *self.texts([positive, negative]))
+        a, b = self.texts([positive, negative])
+        return features @ (a - b)  # all of unit length
 
     def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """The embeddings projected off the direction from negative to positive."""

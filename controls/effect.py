@@ -15,14 +15,6 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(-1) / np.where(lengths == 0, 1, lengths)
 
 
-def contrastive(images: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """How much nearer images are to one text than to its opposite: cos(image, positive) - cos(image, negative).
-
-    images: (..., d). positive, negative: (d,), text features of the same space. Returns (...), in [-2, 2].
-    """
-    return cosine(images, positive) - cosine(images, negative)
-
-
 def change(score: np.ndarray, zero_index: int) -> np.ndarray:
     """A score (P, S, K) minus its own value at scale 0: the effect, exactly 0 at scale 0."""
     score = np.asarray(score, dtype=np.float64)

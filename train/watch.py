@@ -1,0 +1,60 @@
+"""How a control in training acts on other members of its family."""
+
+import numpy as np
+
+from configs import UserError
+from controls import stats
+from controls.effect import change
+from controls.lora import Control, applied, strength
+from models.evaluators import evaluators
+from models.families import Family, split
+from models.sample import Member
+
+SCALES = np.array([0.0, 1.0])
+SEEDS = 2  # images per prompt
+DRAWS = 500  # bootstrap draws of a retention
+
+
+class Watch:
+    """Draws a few paired images with and without the control on the member it is trained on and on others, and measures its effect."""
+
+    def __init__(self, cfg, family: Family, source: Member, recipe: dict):
+        """Loads the watched members. Raises UserError for one of another family, or when the recipe has no words to measure by."""
+        self.family, self.source = family, source
+        self.words = recipe.get("positive", ""), recipe.get("negative", "")
+        if not all(self.words):
+            raise UserError("watch measures by words: give positive=… and negative=…")
+        others = [split(name) for name in cfg.watch]
+        strange = [f"{other}/{name}" for other, name in others if other != split(cfg.member)[0]]
+        if strange:
+            raise UserError(f"watch takes members of the family {family.card.name}; got {', '.join(strange)}")
+        self.others = [family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name]
+        self.eye = next(iter(evaluators(family.card, family.device).values()))
+        self.texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
+        if not self.texts:
+            raise UserError(f"the card of family {family.card.name} has no prompts to watch by")
+        self.plain = {member.name: self.score(member) for member in self.others}
+
+    def __call__(self, control: Control) -> dict[str, float | None]:
+        """The effect at scale 1 on every member, and the retention on the others with its interval, by names like retention/tiny/dmd."""
+        net = self.source.denoiser.net
+        with strength(net):
+            plain = self.score(self.source)
+        with strength(net, {control.card.name: 1.0}):
+            here = self.effect(plain, self.score(self.source))
+        found = {f"effect/{self.source.name}": float(here[..., -1].mean())}
+        for member in self.others:
+            with applied(member.denoiser.net, control, 1.0, self.family.card.name):
+                there = self.effect(self.plain[member.name], self.score(member))
+            kept = stats.retention(here, there, SCALES, DRAWS)
+            found[f"effect/{member.name}"] = float(there[..., -1].mean())
+            found |= {f"retention/{member.name}/{end}": value for end, value in kept.items()}
+        return found
+
+    def score(self, member: Member) -> np.ndarray:
+        """How much more the images are the positive than the negative description, (P, S)."""
+        images = self.family.draw(member, self.texts, [9000 + k for k in range(len(self.texts))])
+        return self.eye.score(self.eye.features(images), *self.words).reshape(-1, SEEDS)
+
+    def effect(self, plain: np.ndarray, edited: np.ndarray) -> np.ndarray:
+        return change(np.stack([plain, edited], -1), 0)
