@@ -120,8 +120,9 @@ def drawn(attribute: str, count: int, seed: int) -> Pairs:
         raise UserError(f"the embedded world draws pairs of {', '.join(ENDS)}; got {attribute!r}")
     ends = [[replace(face, **{attribute: end}) for face in world.faces(count, seed + 2)] for end in ENDS[attribute]]
     told = [[caption.split(", ") for caption in world.captions(people, seed, keep=1.0)] for people in ends]
-    common = [", ".join(phrase for phrase in low if phrase in high) for low, high in zip(*told, strict=True)]  # what both ends show
-    return Pairs([-1.0, 1.0], torch.stack([world.to_unit(world.pictures(people)) for people in ends]), common)
+    common = [[phrase for phrase in low[1:] if phrase in high] for low, high in zip(*told, strict=True)]
+    return Pairs([-1.0, 1.0], torch.stack([world.to_unit(world.pictures(people)) for people in ends]),
+                 [", ".join(["portrait of a person", *phrases]) for phrases in common])  # fmt: skip
 
 
 if __name__ == "__main__":

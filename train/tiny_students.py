@@ -154,7 +154,7 @@ def huber(error: Tensor, c: float = 0.03) -> Tensor:
 
 def dmd(cfg: Config) -> None:
     """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
-    steps, size, updates = cfg.steps or 1200, cfg.batch or 24, 2
+    steps, size, updates = cfg.steps or 800, cfg.batch or 24, 2
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words)
     student, fake = teacher.student(), teacher.student()
