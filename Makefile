@@ -1,9 +1,9 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report proof
+.PHONY: help check test demo tiny report proof bench-train
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 check: ## lint
 	python -m ruff check .
@@ -19,6 +19,9 @@ tiny: ## train the embedded family anew, all parts; continues where it was
 
 report: ## draw report.html again from the results on disk
 	python -m analysis.report
+
+bench-train: ## the fast slider recipe against the published one: seconds, evaluations, effect
+	python train/bench.py
 
 proof: ## the slow tests: minutes each
 	python -m pytest -m slow

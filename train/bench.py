@@ -1,0 +1,99 @@
+"""Measures the fast slider recipe against the published one: python train/bench.py [key=value ...], or make bench-train
+
+Trains the same slider by both, for the same steps, and by the fast one for the published one's wall time. Writes runs/bench/results.json.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+
+from configs import entry, load, merge, replacing, versions
+from controls import formats, stats
+from controls.effect import change
+from controls.lora import applied
+from models.evaluators import evaluators
+from models.families import Family
+from train import slider
+
+SCALES = np.array([-1.0, 0.0, 1.0])
+
+
+@dataclass
+class Config:
+    config: str = "configs/sliders/smile.yaml"  # the slider
+    steps: int = 100  # optimizer steps of both recipes
+    seeds: int = 2  # images per prompt of the effect's measurement
+    out: str = "runs/bench"  # the runs and results.json go there
+
+
+def main(cfg: Config) -> None:
+    """Trains three times, measures, prints the table."""
+    fast = train(cfg, "fast", cfg.steps)
+    published = train(cfg, "published", cfg.steps)
+    longer = train(cfg, "fast", max(cfg.steps, round(published["seconds"] / (fast["seconds"] / cfg.steps))))
+    rows = {"fast": fast, "published": published, "fast, same time": longer}
+    for row in rows.values():
+        row["effect"] = effects(cfg, row.pop("control"))
+    with replacing(Path(cfg.out) / "results.json") as new:
+        new.write_text(json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1) + "\n")
+    show(rows)
+
+
+def train(cfg: Config, recipe: str, steps: int) -> dict:
+    """One training from scratch: its control's path, seconds and U-Net evaluations of single samples, whatever prepares them included."""
+    counted = 0
+
+    def count(module, inputs):
+        nonlocal counted
+        counted += len(inputs[0]) if isinstance(module, UNet2DConditionModel) else 0
+
+    words = [f"name={recipe}-{steps}", f"recipe={recipe}", f"steps={steps}", f"out={cfg.out}", "sample_every=0", "sample_seeds=[1]",
+             "sample_scales=[0]", "overwrite=true", "wandb=disabled"]  # fmt: skip
+    hook, start = torch.nn.modules.module.register_module_forward_pre_hook(count), time.time()
+    try:
+        path = slider.main(merge(slider.Config, cfg.config, words))
+    finally:
+        hook.remove()
+    seconds, batch = time.time() - start, merge(slider.Config, cfg.config).batch
+    return {"control": str(path), "steps": steps, "seconds": seconds, "evaluations": counted / steps / batch}
+
+
+def effects(cfg: Config, path: str) -> dict:
+    """The slope on the member it was trained on, with its interval, by each evaluator."""
+    control = formats.load(path)
+    family = Family(control.card.family)
+    member, words = family.member(control.card.member), (control.card.recipe["positive"], control.card.recipe["negative"])
+    texts = [prompt for prompt in family.card.prompts for _ in range(cfg.seeds)]
+    eyes, images = evaluators(family.card), []
+    for scale in SCALES:
+        with applied(member.denoiser.net, control, float(scale), family.card.name):
+            images.append(family.draw(member, texts, [5000 + k for k in range(len(texts))]))
+    found = {}
+    for name, eye in eyes.items():
+        score = np.stack([eye.score(eye.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1)
+        found[name] = stats.estimate(change(score, 1), SCALES)["slope"]
+    return found
+
+
+def show(rows: dict[str, dict]) -> None:
+    """Prints seconds, evaluations and effect of each training."""
+    names = list(next(iter(rows.values()))["effect"])
+    table = Table(title="Evaluations: U-Net forwards per sample and step; effect: slope per unit of scale [95 %]")
+    for head in ("recipe", "steps", "seconds", "ms per step", "evaluations", *(f"effect by {name}" for name in names)):
+        table.add_column(head)
+    for name, row in rows.items():
+        effect = [f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in row["effect"].values()]
+        table.add_row(name, str(row["steps"]), f"{row['seconds']:.0f}", f"{1000 * row['seconds'] / row['steps']:.0f}",
+                      f"{row['evaluations']:.1f}", *effect)  # fmt: skip
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))
