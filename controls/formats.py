@@ -1,33 +1,57 @@
 """Formats: controls as files.
 
-One layout so far, diffusers' own: keys `unet.<layer>.lora_A.weight`, rank and alpha in the header as diffusers reads them
-(without these alpha is lost and rank 4, alpha 1 comes back four times too strong), and our card beside them.
+Native is diffusers' own layout: keys `unet.<layer>.lora_A.weight`, rank and alpha in the header as diffusers reads them (without these
+alpha is lost and rank 4, alpha 1 comes back four times too strong), and our card beside them. Other tools' layouts are read by `adopt`,
+which needs the network to look their names up, and kohya's is written for ComfyUI and A1111.
 """
 
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import UserError, replacing
+from controls import layouts
 from controls.lora import Card, Control
 
-PREFIX = "unet."
 HALVES = (".lora_A.weight", ".lora_B.weight")
 PICKLES = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
+TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.")
+BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1"}  # what kohya's tools call a family
 
 
 def save(control: Control, path: str | Path) -> None:
     """Writes one .safetensors file that diffusers' `load_lora_weights` takes as it is, at the same strength."""
-    tensors = {PREFIX + name: tensor.contiguous() for name, tensor in control.tensors.items()}
-    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(_peft(control)), "card": json.dumps(asdict(control.card)), "format": "pt"}
-    with replacing(Path(path)) as new:
-        save_file(tensors, new, metadata)
-        new.chmod(0o644)  # safetensors makes its files private
+    prefix = _prefix(control)
+    tensors = {prefix + name: tensor.contiguous() for name, tensor in control.tensors.items()}
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors})
+    peft = {f"{prefix}r": control.card.rank, f"{prefix}lora_alpha": control.card.alpha, f"{prefix}target_modules": layers}
+    _write(tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps(peft)}, control, path)
+
+
+def save_kohya(control: Control, path: str | Path) -> None:
+    """Writes what ComfyUI, A1111 and kohya's scripts read: for a U-Net kohya's names with .alpha, which alone they heed.
+
+    A transformer's layers keep diffusers' names, which those tools take too, with alpha folded into B.
+    """
+    card, tensors = control.card, {}
+    for layer in sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors}):
+        a, b = (control.tensors[layer + half].contiguous() for half in HALVES)
+        if _prefix(control) == "unet.":
+            stem = f"lora_unet_{layer.replace('.', '_')}"
+            tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(float(card.alpha))}
+        else:
+            tensors |= {f"transformer.{layer}{HALVES[0]}": a, f"transformer.{layer}{HALVES[1]}": b * (card.alpha / card.rank)}
+    header = {"ss_network_module": "networks.lora", "ss_network_dim": str(card.rank), "ss_network_alpha": str(card.alpha),
+              "ss_output_name": card.name, "ss_base_model_version": BASES.get(card.family, card.family)}  # fmt: skip
+    _write(tensors, header, control, path)
 
 
 def load(path: str | Path) -> Control:
@@ -35,29 +59,53 @@ def load(path: str | Path) -> Control:
 
     Raises UserError for a missing or broken file, a pickle, a file without a card, and tensors of another layout.
     """
-    tensors, metadata = _read(Path(path))
-    strange = [name for name in tensors if not name.startswith(PREFIX) or not name.endswith(HALVES)]
+    tensors, metadata = read(Path(path))
+    how = "python -m controls.convert makes it one of ours"
+    strange = [name for name in tensors if not name.startswith(("unet.", "transformer.")) or not name.endswith(HALVES)]
     if strange or not tensors:
-        raise UserError(f"{path} is not in diffusers' layout ({PREFIX}<layer>{HALVES[0]}): it holds {', '.join(strange[:2]) or 'nothing'}")
+        kind = layouts.layout(list(tensors))
+        raise UserError(f"{path} is not in diffusers' layout but {kind}: it holds {', '.join(strange[:2]) or 'nothing'}; {how}")
     if "card" not in metadata:
-        raise UserError(f"{path} has no card: its header lacks 'card', which says what it is, its rank and its alpha")
+        raise UserError(f"{path} has no card: its header lacks 'card', which says what it is, its rank and its alpha; {how}")
+    return Control(card_of(path, metadata), {name.partition(".")[2]: tensor.float() for name, tensor in tensors.items()})
+
+
+def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
+    """The card in a header, None where there is none. Raises UserError for one that cannot be read."""
     try:
-        card = Card(**json.loads(metadata["card"]))
+        return Card(**json.loads(metadata["card"])) if "card" in metadata else None
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} has a card that this version cannot read: {error}") from None
-    return Control(card, {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()})
 
 
-def _peft(control: Control) -> dict:
-    """What diffusers hands to peft's LoraConfig."""
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors})
-    return {f"{PREFIX}r": control.card.rank, f"{PREFIX}lora_alpha": control.card.alpha, f"{PREFIX}target_modules": layers}
+def adopt(path: str | Path, net: nn.Module, card: Card) -> Control:
+    """Reads a file of any known layout for a network, at exactly its strength; a card in the file wins over `card`.
+
+    Layers of lower rank are filled up with zeros to the highest, and B takes up what a layer's alpha / rank differs from the card's.
+    Raises UserError as `load` does, and when a key has no place in the network.
+    """
+    tensors, metadata = read(Path(path))
+    pairs = layouts.gather(tensors, net, _alphas(tensors, metadata))
+    rank = max(a.shape[0] for a, _, _ in pairs.values())
+    usual, _ = Counter(strength for _, _, strength in pairs.values()).most_common(1)[0]
+    usual, found, spots = usual or 1.0, {}, layouts.places(net)
+    for layer, (a, b, strength) in pairs.items():
+        size_out, *size_in = spots[layer].weight.shape
+        wide_a, wide_b = torch.zeros(rank, *size_in), torch.zeros(size_out, rank, *(1 for _ in size_in[1:]))
+        if a[0].numel() != wide_a[0].numel():
+            raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
+        wide_a[: len(a)] = a.reshape(len(a), *size_in)
+        wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (strength / usual if strength != usual else 1.0)
+        found |= {layer + HALVES[0]: wide_a, layer + HALVES[1]: wide_b}
+    return Control(replace(card_of(path, metadata) or card, rank=rank, alpha=usual * rank), found)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file. Raises UserError when it is none."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file, or of a .pt of plain tensors. Raises UserError when it is neither."""
     if not path.is_file():
         raise UserError(f"no control file at {path}")
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return _plain(path), {}
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -66,3 +114,38 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if file.read(2).startswith(PICKLES):
                 raise UserError(f"{path} is a pickle, which could run code when read; controls are .safetensors files") from None
         raise UserError(f"{path} is truncated or no safetensors file: {str(error).splitlines()[0]}") from None
+
+
+def _plain(path: Path) -> dict[str, Tensor]:
+    """The original sliders' .pt: a dict of tensors, read without running anything that it holds."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is no .pt of plain tensors, and nothing else is read: {str(error).splitlines()[0][:120]}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, (Tensor, float, int)) for value in found.values()):
+        raise UserError(f"{path} is no flat dict of tensors")
+    return {name: torch.as_tensor(value) for name, value in found.items()}
+
+
+def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, float]:
+    """Alpha by the file's own spelling, as diffusers' header says it."""
+    try:
+        peft = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except ValueError:
+        return {}
+    prefix = next((key.removesuffix("r") for key in peft if key in ("unet.r", "transformer.r")), None)
+    if prefix is None:
+        return {}
+    patterns, stems = peft.get(f"{prefix}alpha_pattern") or {}, {(layouts.split(key) or (key,))[0] for key in tensors}
+    return {stem: float(patterns.get(stem.removeprefix(prefix), peft[f"{prefix}lora_alpha"])) for stem in stems}
+
+
+def _prefix(control: Control) -> str:
+    """What diffusers calls the network: transformer or unet."""
+    return "transformer." if all(name.startswith(TRANSFORMERS) for name in control.tensors) else "unet."
+
+
+def _write(tensors: dict[str, Tensor], header: dict[str, str], control: Control, path: str | Path) -> None:
+    with replacing(Path(path)) as new:
+        save_file(tensors, new, {**header, "card": json.dumps(asdict(control.card)), "format": "pt"})
+        new.chmod(0o644)  # safetensors makes its files private

@@ -1,0 +1,68 @@
+"""Converts a control between layouts: python -m controls.convert IN OUT [key=value ...]
+
+IN is any known layout: diffusers, kohya with diffusers or SGM names, the original sliders' .pt, ai-toolkit's, Flux's fused.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import UserError, entry, load
+from controls import formats
+from controls.lora import Card, Control
+from models.families import Family, split
+
+
+@dataclass
+class Config:
+    format: str = "diffusers"  # of OUT: diffusers (native, for this toolkit and diffusers), kohya (ComfyUI, A1111)
+    member: str = ""  # family/member that a file of other tools was trained on; its network says where the layers are
+    kind: str = "lora"  # slider or lora, where the file has no card
+    name: str = ""  # of the control; empty = IN's file name
+    positive: str = ""  # what it makes, in words, by which it is measured
+    negative: str = ""  # what it departs from
+
+
+WRITERS = {"diffusers": formats.save, "kohya": formats.save_kohya}
+
+
+def main(source: Path, target: Path, cfg: Config) -> None:
+    """Reads, writes, and says what was written."""
+    if cfg.format not in WRITERS:
+        raise UserError(f"no format {cfg.format!r}; there are {', '.join(WRITERS)}")
+    control = opened(source, cfg)
+    WRITERS[cfg.format](control, target)
+    layers = len(control.tensors) // 2
+    print(f"{target}: {control.card.name}, {layers} layers, rank {control.card.rank}, alpha {control.card.alpha:g}, {cfg.format}")
+
+
+def opened(source: Path, cfg: Config) -> Control:
+    """A control of any layout. Raises UserError when it takes a network to read it and none is named."""
+    tensors, metadata = formats.read(source)
+    card = formats.card_of(source, metadata)
+    if card and all(name.endswith(formats.HALVES) and name.startswith("unet.") for name in tensors):
+        return formats.load(source)
+    if not cfg.member and card is None:
+        raise UserError(f"{source} does not say what it was trained on: give member=family/member, e.g. member=sdxl/base")
+    family, member = split(cfg.member) if cfg.member else (card.family, card.member)
+    net = Family(family).member(member).denoiser.net
+    words = {"positive": cfg.positive, "negative": cfg.negative}
+    own = Card(cfg.kind, cfg.name or source.stem.replace(".", "-"), family, member, 0, 0.0, "full", "c3lier", words)
+    return formats.adopt(source, net, own)
+
+
+def command(words: list[str]) -> tuple[list[str], list[str]]:
+    """A command line's plain words, and its key=value words."""
+    return [w for w in words if "=" not in w and not w.startswith("-")], [w for w in words if "=" in w or w.startswith("-")]
+
+
+def run() -> None:
+    files, words = command(sys.argv[1:])
+    cfg = load(Config, words)
+    if len(files) != 2:
+        raise UserError(f"say what to convert and where to: python -m controls.convert IN OUT; got {' '.join(files) or 'nothing'}")
+    main(Path(files[0]), Path(files[1]), cfg)
+
+
+if __name__ == "__main__":
+    entry(run)

@@ -1,0 +1,239 @@
+"""Formats: a control comes back from every layout with the strength it had, and diffusers reads what we write."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from safetensors.torch import load_file, save_file
+from test_controls import network, trained
+
+from configs import ROOT, UserError, entry
+from controls import convert, formats, info, layouts, merge
+from controls.lora import Card, Control, attach, detach, strength
+from models.families import Family
+from models.sample import alone, draw_noise, finish
+
+SMILE = ROOT / "controls/tiny/smile.safetensors"
+FOREIGN = Card("lora", "foreign", "tiny", "base", 0, 0.0, "full", "c3lier")
+
+
+def change(control: Control) -> dict[str, torch.Tensor]:
+    """What a control adds to each weight at scale 1, flattened."""
+    layers = {key.rsplit(".lora_", 1)[0] for key in control.tensors}
+    factor = control.card.alpha / control.card.rank
+    half = lambda layer, end: control.tensors[layer + end].double().flatten(1)  # noqa: E731
+    return {layer: factor * half(layer, formats.HALVES[1]) @ half(layer, formats.HALVES[0]) for layer in layers}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all((one[key] - other[key]).norm() <= 1e-6 * other[key].norm() for key in one)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return network()
+
+
+@pytest.fixture(scope="module")
+def control(net):
+    return trained(net, "smile", 1, layers="full", rank=4, alpha=3.0)
+
+
+def kohya(control: Control, spell) -> dict[str, torch.Tensor]:
+    """The published key rules: lora_unet_ + the name with underscores, down, up, scalar alpha."""
+    found = {}
+    for layer in change(control):
+        stem = f"lora_unet_{spell(layer).replace('.', '_')}"
+        a, b = (control.tensors[layer + half] for half in formats.HALVES)
+        found |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(control.card.alpha)}
+    return found
+
+
+def test_kohya_comes_back_as_it_went(tmp_path, net, control):
+    formats.save_kohya(control, tmp_path / "k.safetensors")
+    back = formats.adopt(tmp_path / "k.safetensors", net, FOREIGN)
+    assert back.card == control.card and same(change(back), change(control))
+    with pytest.raises(UserError, match=r"kohya with diffusers names.*controls\.convert"):
+        formats.load(tmp_path / "k.safetensors")
+
+
+def test_the_original_sliders_pt(tmp_path, net, control):
+    torch.save(kohya(control, lambda layer: layer), tmp_path / "old.pt")
+    back = formats.adopt(tmp_path / "old.pt", net, FOREIGN)
+    assert back.card.name == "foreign" and (back.card.rank, back.card.alpha) == (4, 3.0)
+    assert same(change(back), change(control))
+
+
+def test_sgm_names_as_diffusers_reads_them(tmp_path, net, control):
+    """diffusers' own converter turns our SGM spelling into the layers that we mean."""
+    names = {layers[0]: theirs for theirs, layers in layouts._sgm(net).items()}
+    assert names.keys() >= set(change(control))
+    theirs = kohya(control, names.get)
+    save_file(theirs, tmp_path / "sgm.safetensors")
+    assert same(change(formats.adopt(tmp_path / "sgm.safetensors", net, FOREIGN)), change(control))
+    attention = {key: value for key, value in theirs.items() if "attn" in key}
+    converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(attention), unet_config=net.config)
+    old = {key.removeprefix("unet.").split("_lora.")[0].replace(".processor", "").replace("to_out", "to_out.0") for key in converted}
+    layers = {layer.split(".lora")[0] for layer in old}
+    assert layers == {layer for layer in change(control) if "attn" in layer}
+
+
+def test_other_tools_and_mixed_ranks(tmp_path, net, control):
+    """Each layer with a rank and an alpha of its own, in ai-toolkit's spelling."""
+    tensors, wanted = {}, {}
+    for k, layer in enumerate(sorted(change(control))):
+        rank, alpha, (a, b) = 1 + k % 4, 1.0 + k % 3, (control.tensors[layer + half] for half in formats.HALVES)
+        stem = f"diffusion_model.{layer}"
+        tensors |= {f"{stem}.lora_A.weight": a[:rank], f"{stem}.lora_B.weight": b[:, :rank], f"{stem}.alpha": torch.tensor(alpha)}
+        wanted[layer] = alpha / rank * b[:, :rank].double().flatten(1) @ a[:rank].double().flatten(1)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    found = formats.adopt(tmp_path / "mixed.safetensors", net, FOREIGN)
+    assert found.card.rank == 4 and same(change(found), wanted)
+    formats.save(found, tmp_path / "native.safetensors")
+    assert same(change(formats.load(tmp_path / "native.safetensors")), wanted)
+
+
+def test_plain_diffusers_files_with_and_without_their_header(tmp_path, net, control):
+    formats.save(control, tmp_path / "ours.safetensors")
+    tensors, header = formats.read(tmp_path / "ours.safetensors")
+    save_file(tensors, tmp_path / "header.safetensors", {k: v for k, v in header.items() if k != "card"})
+    save_file(tensors, tmp_path / "bare.safetensors")
+    assert same(change(formats.adopt(tmp_path / "header.safetensors", net, FOREIGN)), change(control))
+    bare = change(formats.adopt(tmp_path / "bare.safetensors", net, FOREIGN))
+    assert same({layer: 0.75 * moved for layer, moved in bare.items()}, change(control)), "alpha is the rank where nobody says it"
+
+
+def flux() -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+                                  joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4))  # fmt: skip
+
+
+def test_flux_fused(tmp_path):
+    """One low-rank pair for queries, keys and values together becomes one each, with its rows."""
+    net, rng = flux(), torch.Generator().manual_seed(0)
+    width, a = 16, torch.randn(2, 16, generator=rng)
+    qkv, linear1 = torch.randn(3 * width, 2, generator=rng), torch.randn(3 * width + 4 * width, 2, generator=rng)
+    stems = {"lora_unet_double_blocks_1_img_attn_qkv": qkv, "lora_unet_single_blocks_0_linear1": linear1}
+    save_file({key: value for stem, b in stems.items() for key, value in
+               {f"{stem}.lora_down.weight": a.clone(), f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(1.0)}.items()},
+              tmp_path / "flux.safetensors")  # fmt: skip
+    found = change(formats.adopt(tmp_path / "flux.safetensors", net, FOREIGN))
+    joined = torch.cat([found[f"transformer_blocks.1.attn.to_{x}"] for x in "qkv"])
+    assert torch.allclose(joined, (0.5 * qkv @ a).double(), atol=1e-6)
+    parts = [*(f"attn.to_{x}" for x in "qkv"), "proj_mlp"]
+    joined = torch.cat([found[f"single_transformer_blocks.0.{x}"] for x in parts])
+    assert torch.allclose(joined, (0.5 * linear1 @ a).double(), atol=1e-6)
+
+
+def test_original_flux_sliders_and_the_transformers_export(tmp_path):
+    net, rng = flux(), torch.Generator().manual_seed(0)
+    stem, a, b = "lora_unet_transformer_blocks_0_attn_to_q", torch.randn(2, 16, generator=rng), torch.randn(16, 2, generator=rng)
+    tensors = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "old.safetensors")
+    control = formats.adopt(tmp_path / "old.safetensors", net, FOREIGN)
+    assert torch.allclose(change(control)["transformer_blocks.0.attn.to_q"], (0.5 * b @ a).double(), atol=1e-6)
+    formats.save_kohya(control, tmp_path / "new.safetensors")
+    written = load_file(tmp_path / "new.safetensors")
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    assert torch.allclose(written[key], 0.5 * b) and len(written) == 2
+
+
+def test_kohyas_file_in_diffusers_is_ours(tmp_path):
+    control = formats.load(SMILE)
+    formats.save_kohya(control, tmp_path / "k.safetensors")
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "models/tiny/weights/base")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "k.safetensors", adapter_name="smile")
+    theirs = pipe(["portrait of a person"], height=64, width=64, num_inference_steps=10, guidance_scale=3.0, output_type="latent",
+                  generator=[torch.Generator().manual_seed(1)]).images  # fmt: skip
+    family = Family("tiny")
+    member = family.member("base")
+    attach(member.denoiser.net, control, family="tiny")
+    noise = draw_noise([1], family.latent_shape, len(member.levels))
+    with torch.no_grad(), strength(member.denoiser.net, smile=1.0):
+        ours = finish(alone(member), noise, family.encode(["portrait of a person"]))
+    detach(member.denoiser.net)
+    assert (theirs - ours).abs().max() < 1e-5
+
+
+def test_keys_without_a_place_are_named(tmp_path, net, control):
+    theirs = kohya(control, lambda layer: layer)
+    odd = {f"lora_te1_text_model_{k}.lora_down.weight": torch.zeros(1, 1) for k in range(5)}
+    save_file({**theirs, **odd}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"5 of .*no place.*lora_te1_text_model_0.*_1.*_2.*text encoders"):
+        formats.adopt(tmp_path / "odd.safetensors", net, FOREIGN)
+    half = dict(list(kohya(control, lambda layer: layer).items())[:1])
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(UserError, match="only one half"):
+        formats.adopt(tmp_path / "half.safetensors", net, FOREIGN)
+
+
+class Trap:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('sprung')",)
+
+
+def test_a_pt_that_would_run_code_is_refused(tmp_path):
+    torch.save({"a": Trap()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="plain tensors"):
+        formats.read(tmp_path / "evil.pt")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="no flat dict"):
+        formats.read(tmp_path / "list.pt")
+
+
+def test_merging_a_control_with_itself_gives_it_back():
+    smile = formats.load(SMILE)
+    merged, lost = merge.merge([smile, smile], [0.5, 0.5], 4, "same")
+    assert max(lost.values()) < 1e-6
+    ours, theirs = change(merged), change(smile)
+    assert all(torch.allclose(ours[layer], theirs[layer], atol=1e-6) for layer in theirs)
+
+
+def test_merging_at_full_rank_is_the_sum_and_at_less_the_best():
+    smile, age = (formats.load(ROOT / f"controls/tiny/{name}.safetensors") for name in ("smile", "age"))
+    merged, lost = merge.merge([smile, age], [1.0, -0.5], 0, "both")
+    ours, a, b = change(merged), change(smile), change(age)
+    assert merged.card.rank == 8 and max(lost.values()) < 1e-6
+    assert all(torch.allclose(ours[layer], a[layer] - 0.5 * b[layer], atol=1e-6) for layer in ours)
+    _, lost = merge.merge([smile, age], [1.0, -0.5], 2, "small")
+    layer = max(lost, key=lost.get)
+    values = torch.linalg.svdvals(a[layer] - 0.5 * b[layer])
+    assert lost[layer] == pytest.approx((values[2:].norm() / values.norm()).item(), rel=1e-4)
+
+
+def ran(module, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+    try:
+        entry(module.run)
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().out
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    code, said = ran(info, [SMILE], monkeypatch, capsys)
+    assert code == 0 and "slider smile" in said and "73, 28 of attention" in said
+    assert ran(convert, [SMILE, tmp_path / "k.safetensors", "format=kohya"], monkeypatch, capsys)[0] == 0
+    assert ran(convert, [tmp_path / "k.safetensors", tmp_path / "b.safetensors"], monkeypatch, capsys)[0] == 0
+    assert same(change(formats.load(tmp_path / "b.safetensors")), change(formats.load(SMILE)))
+    assert "kohya" in ran(info, [tmp_path / "k.safetensors"], monkeypatch, capsys)[1]
+    assert ran(merge, [SMILE, SMILE, tmp_path / "m.safetensors", "rank=4"], monkeypatch, capsys)[0] == 0
+    assert formats.load(tmp_path / "m.safetensors").card.name == "merged"
+
+
+@pytest.mark.parametrize(("module", "words", "says"), [
+    (info, ["nothing.safetensors"], "no control file"), (info, [], "say which file"),
+    (convert, [SMILE, "x.safetensors", "format=zip"], "kohya"), (convert, [SMILE], "IN OUT"),
+    (convert, [SMILE, "x", "fromat=kohya"], "format"),
+    (merge, [SMILE, SMILE, "x", "weights=[1]"], "as many weights"), (merge, [SMILE], "A B OUT"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(module, words, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, said = ran(module, words, monkeypatch, capsys)
+    assert code == 2 and len(said.strip().splitlines()) == 1 and says in said
+    assert not list(tmp_path.iterdir())
