@@ -21,7 +21,7 @@ from tqdm import tqdm
 from analysis import record, report
 from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats, stats
-from controls.effect import change, percent_change, preservation
+from controls.effect import change, own_directions, percent_change, preservation
 from controls.lora import Control, applied
 from models.evaluators import Evaluator, evaluators
 from models.families import DTYPES, Family
@@ -131,17 +131,17 @@ def check(cfg: Config, controls: dict[str, Control]) -> None:
         words(cfg, control)
 
 
-def words(cfg: Config, control: Control) -> tuple[str, str]:
-    """The positive and negative descriptions by which a control is measured."""
+def words(cfg: Config, control: Control) -> tuple[str, str] | None:
+    """The positive and negative descriptions by which a control is measured; None without words, as SliderSpace's directions are."""
     recipe = control.card.recipe
     pair = (cfg.positive or recipe.get("positive", ""), cfg.negative or recipe.get("negative", ""))
-    if not all(pair):
-        raise UserError(f"{control.card.name} does not say what it does: give positive=… and negative=…")
-    return pair
+    if any(pair) and not all(pair):
+        raise UserError(f"{control.card.name} has only one of its two descriptions: give positive=… and negative=…, or neither")
+    return pair if all(pair) else None
 
 
 def scales_of(cfg: Config, control: Control) -> list[float]:
-    return cfg.scales if control.card.kind == "slider" else cfg.lora_scales
+    return cfg.lora_scales if control.card.kind == "lora" else cfg.scales
 
 
 @torch.no_grad()
@@ -173,28 +173,38 @@ def cell(cfg: Config, control: Control, target: str, eyes: dict[str, Evaluator],
     there, here = gather(cfg, control, target, folder), gather(cfg, control, control.card.member, folder)
     readings = {name: reading(eye, here[name].numpy(), there[name].numpy(), pair, scales, zero, cfg) for name, eye in eyes.items()}
     first, *others = readings
-    clip = there["clip"].numpy() @ eyes["clip"].texts([pair[0]])[0]
+    clip = there["clip"].numpy() @ eyes["clip"].texts([pair[0]])[0] if pair else None
     picture = f"images/{control.card.name}/{target}.png"
     record.picture(there["pictures"], folder / picture)
     return {
         "control": control.card.name, "kind": control.card.kind, "source": f"{control.card.family}/{control.card.member}",
         "target": f"{control.card.family}/{target}", "evaluator": first, "scales": scales.tolist(), **readings[first],
-        "clip_change_percent": percent_change(clip[..., -1], clip[..., zero]),
-        "images": int(np.prod(clip.shape)), "prompts": len(cfg.prompts), "seeds": cfg.seeds, "positive": pair[0], "negative": pair[1],
+        "clip_change_percent": percent_change(clip[..., -1], clip[..., zero]) if pair else None,
+        "images": len(cfg.prompts) * cfg.seeds * len(scales), "prompts": len(cfg.prompts), "seeds": cfg.seeds,
+        "positive": pair[0] if pair else "", "negative": pair[1] if pair else "",
         "picture": picture, "second": {name: readings[name] for name in others},
     }  # fmt: skip
 
 
-def reading(eye: Evaluator, here, there, pair: tuple[str, str], scales, zero: int, cfg: Config) -> dict:
-    """What one evaluator says of a cell; here, there: features (P, S, K, d) on the source and on the target."""
-    source, target = (change(eye.score(features, *pair), zero) for features in (here, there))
+def reading(eye: Evaluator, here, there, pair: tuple[str, str] | None, scales, zero: int, cfg: Config) -> dict:
+    """What one evaluator says of a cell; here, there: features (P, S, K, d) on the source and on the target.
+
+    Without words the effect is the movement along the control's own direction on its source.
+    """
+    if pair:
+        source, target, rest = eye.score(here, *pair), eye.score(there, *pair), eye.rest(there, *pair)
+    else:
+        directions = own_directions(here, zero)[:, None, None]
+        source, target = ((features * directions).sum(-1) for features in (here, there))
+        rest = there - target[..., None] * directions
+    source, target = change(source, zero), change(target, zero)
     kept = stats.retention(source, target, scales, cfg.draws, cfg.seed)
     return {
         **stats.estimate(target, scales, cfg.draws, cfg.seed),
         "retention": kept,
         "matched_scale": stats.matched_scale(source, target, scales, cfg.draws, cfg.seed),
         "monotonicity": stats.monotonicity(target, scales),
-        "preservation": preservation(eye.rest(there, *pair), zero),
+        "preservation": preservation(rest, zero),
         "verdict": stats.verdict(kept),
     }
 

@@ -21,6 +21,17 @@ def change(score: np.ndarray, zero_index: int) -> np.ndarray:
     return score - score[..., zero_index, None]
 
 
+def own_directions(features: np.ndarray, zero_index: int) -> np.ndarray:
+    """Where a control without words moves images: the mean change from scale 0 to the largest scale, unit length, one per prompt.
+
+    features: (P, S, K, d). Returns (P, d): each prompt's from the other prompts, so that no image measures itself; 0 without a change.
+    """
+    moved = (features[:, :, -1] - features[:, :, zero_index]).mean(1)                            # (P, d)
+    others = (moved.sum(0) - moved) / (len(moved) - 1) if len(moved) > 1 else moved
+    lengths = np.linalg.norm(others, axis=1, keepdims=True)
+    return others / np.where(lengths == 0, 1, lengths)
+
+
 def percent_change(edited: np.ndarray, plain: np.ndarray) -> float | None:
     """Change of the mean CLIP score in %, the column of the paper's Table 1.
 

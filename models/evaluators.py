@@ -45,11 +45,15 @@ class Clip:
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
         """Unit-length image embeddings (B, d)."""
+        return self.embed(images).double().cpu().numpy()
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-length image embeddings (B, d) as a tensor that gradients pass."""
         pixels = images.to(self.mean.device) / 2 + 0.5
         if pixels.shape[-1] != self.size_px:
             pixels = F.interpolate(pixels, (self.size_px, self.size_px), mode="bicubic", antialias=True).clamp(0, 1)
         out = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std).pooler_output
-        return F.normalize(self.model.visual_projection(out), dim=-1).double().cpu().numpy()
+        return F.normalize(self.model.visual_projection(out), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> np.ndarray:

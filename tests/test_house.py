@@ -26,6 +26,7 @@ SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
     "sliders": ("train.slider", "Config"),
     "loras": ("train.lora", "Config"),
     "image_sliders": ("train.image_slider", "Config"),
+    "sliderspaces": ("train.sliderspace", "Config"),
     "transfer": ("analysis.transfer", "Config"),
 }
 YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]

@@ -143,6 +143,14 @@ def test_change_is_zero_at_scale_zero():
     assert effect.change(np.array([[[-1.0, 1, 3]]]), 1).tolist() == [[[-2, 0, 2]]]
 
 
+def test_own_directions_come_from_the_other_prompts():
+    features = np.zeros((3, 2, 2, 2))
+    features[0, :, 1] = [1, 0]
+    features[1:, :, 1] = [0, 2]
+    found = effect.own_directions(features, 0)
+    assert found[0].tolist() == pytest.approx([0, 1]) and found[1].tolist() == pytest.approx([0.4472, 0.8944], abs=1e-4)
+
+
 def test_percent_change_is_a_ratio_of_means():
     assert effect.percent_change(np.array([0.3, 0.3]), np.array([0.1, 0.4])) == pytest.approx(20)
     assert effect.percent_change(np.array([0.3]), np.array([0.0])) is None

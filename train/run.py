@@ -1,6 +1,6 @@
 """A control in training: the member it acts on, its weights, their optimizer, its folder and its W&B run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -75,14 +75,18 @@ class Run:
         self.losses, self.fingerprint = [], fingerprint(self.net)
 
     @contextmanager
-    def training(self, prompt: str, recipe: dict) -> Iterator[None]:
-        """Attaches the fresh control and takes it out again. prompt: what strips draw; recipe: what the card remembers."""
-        cfg, self.recipe = self.cfg, recipe
+    def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
+        """Attaches the fresh control and takes it out again. prompt: what strips draw; recipe: what the card remembers.
+
+        names: of several controls that are trained side by side, instead of the config's one.
+        """
+        cfg, self.recipe, self.names = self.cfg, recipe, names or [self.cfg.name]
         self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
-        create(self.net, cfg.name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed)
+        for k, name in enumerate(self.names):
+            create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
         if cfg.checkpointing:
             self.net.enable_gradient_checkpointing()
-        self.weights = torch.nn.ParameterList(parameters(self.net, cfg.name))
+        self.weights = torch.nn.ParameterList(weight for name in self.names for weight in parameters(self.net, name))
         self.average = deepcopy(self.weights).requires_grad_(False)
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
         self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
@@ -115,7 +119,7 @@ class Run:
 
     def descend(self, step: int) -> None:
         """One optimizer step on the mean gradient of all processes. When it is not finite: saves the state before it, raises UserError."""
-        for weight in self.weights:
+        for weight in (weight for weight in self.weights if weight.grad is not None):
             weight.grad = self.accelerator.reduce(weight.grad, "mean")
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if not torch.isfinite(norm):
@@ -139,36 +143,45 @@ class Run:
             append(self.folder / "log.jsonl", {"step": step, **values})
             self.tracker.log(values, step=step)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
-            self.draw(self.folder / f"samples/step-{step + 1:05d}.png")
+            self.draw(self.names[0], self.folder / f"samples/step-{step + 1:05d}.png")
         if self.watched and (step + 1) % cfg.watch_every == 0:
-            values = self.watched(Control(self.card(), extract(self.net, cfg.name)))
+            values = self.watched(self.control(cfg.name))
             append(self.folder / "watch.jsonl", {"step": step, **values})
             self.tracker.log({f"watch/{key}": value for key, value in values.items() if value is not None}, step=step)
 
-    def card(self) -> Card:
-        """What the control is."""
+    def control(self, name: str, **more) -> Control:
+        """A control as it is now; more: what its own recipe adds."""
         cfg = self.cfg
-        return Card(self.kind, cfg.name, self.family.card.name, self.member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
-                    self.recipe, self.fingerprint, versions())  # fmt: skip
+        card = Card(self.kind, name, self.family.card.name, self.member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
+                    {**self.recipe, **more}, self.fingerprint, versions())  # fmt: skip
+        return Control(card, extract(self.net, name))
 
-    def draw(self, path: Path) -> Path:
-        """A strip of the control as it is now."""
-        strip(self.family, self.member, self.noise, self.cfg.name, self.cfg.sample_scales, self.prompt, path)
-        self.tracker.image("samples", path, f"{self.cfg.name} at {self.cfg.sample_scales}")
+    def draw(self, name: str, path: Path) -> Path:
+        """A strip of a control as it is now."""
+        strip(self.family, self.member, self.noise, name, self.cfg.sample_scales, self.prompt, path)
+        self.tracker.image("samples", path, f"{name} at {self.cfg.sample_scales}")
         return path
 
     def save(self) -> Path:
         """Writes the control, averaged where asked, and its last strip; returns the control's path. Call it within `training`."""
-        cfg, path = self.cfg, self.folder / "control.safetensors"
+        self.settle()
+        path = self.folder / "control.safetensors"
+        if self.main:
+            self.write(self.control(self.cfg.name), path)
+            print(f"strip of scales {self.cfg.sample_scales}: {self.draw(self.cfg.name, self.folder / 'samples/final.png')}")
+        return path
+
+    def settle(self) -> None:
+        """Puts the average in the weights' place."""
         with torch.no_grad():
             for weight, average in zip(self.weights, self.average, strict=True):
                 weight.copy_(average)
-        if self.main:
-            formats.save(Control(self.card(), extract(self.net, cfg.name)), path)
-            picture = self.draw(self.folder / "samples/final.png")
-            self.tracker.artifact(path, cfg.name, "control")
-            print(f"control: {path}\nstrip of scales {cfg.sample_scales}: {picture}")
-        return path
+
+    def write(self, control: Control, path: Path) -> None:
+        """A control to its file and to W&B."""
+        formats.save(control, path)
+        self.tracker.artifact(path, control.card.name, "control")
+        print(f"control: {path}")
 
 
 def adamw(weights, rate: float):

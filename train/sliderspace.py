@@ -1,0 +1,111 @@
+"""Finds what a model can vary about a prompt, as sliders: accelerate launch train/sliderspace.py [config=FILE] [key=value ...]
+
+Without arguments: eight directions of "portrait of a person" on tiny/base. SliderSpace (Gandikota et al. 2025, arXiv 2502.01639): the
+principal components of CLIP features of x0 over seeds and steps, and one low-rank control that moves x0 along each.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs import UserError, entry, load
+from controls.lora import strength
+from models.evaluators import Clip
+from models.families import Family
+from models.sample import alone, draw_noise, sample
+from train.run import Run, Training
+
+
+@dataclass
+class Config(Training):
+    name: str = "space"  # of the controls, name-1 … name-n, and of the run folder
+    prompt: str = "portrait of a person"  # whose variety is taken apart
+    directions: int = 8  # controls to train
+    trajectories: int = 64  # sampling runs whose x0 are looked at
+    rank: int = 1  # of the low-rank pairs
+    layers: str = "xattn"  # layer set, see controls/targets.py
+    scope: str = "lierla"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
+    steps: int = 800  # optimizer steps, shared by the directions in turn
+    rate: float = 2e-3  # learning rate
+    sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of a strip
+    out: str = "runs/sliderspace"  # the run is written to out/name
+
+
+@dataclass
+class Space:
+    """Where the control-free runs of the prompt went, and how CLIP's features of their x0 vary."""
+
+    x: Tensor  # (N, T, C, H, W)
+    features: Tensor  # (N, T, d) of x0, unit length
+    directions: Tensor  # (n, d) unit length, by falling variance
+    shares: list[float]  # of the variance that each explains
+
+
+def main(cfg: Config) -> Path:
+    """Trains and returns the run folder with one file per direction."""
+    if cfg.watch:
+        raise UserError("watch measures by words, which directions do not have; python -m analysis.transfer measures them without")
+    run = Run(cfg, "sliderspace")
+    clip = Clip(run.family.card.clip, run.family.device)
+    prompt = run.family.encode([cfg.prompt])
+    space = explore(cfg, run, clip, prompt)
+    names = [f"{cfg.name}-{k + 1}" for k in range(cfg.directions)]
+    recipe = {"prompt": cfg.prompt, **{key: getattr(cfg, key) for key in ("steps", "batch", "accumulate", "rate", "trajectories", "seed")}}
+    told = prompt.conditional()[[0] * cfg.batch]
+    with run.training(cfg.prompt, recipe, names):
+        for step in run.steps():
+            k = step % cfg.directions
+            for generator in run.parts(step):
+                level = int(torch.randint(space.x.shape[1], (1,), generator=generator))
+                rows = torch.randint(len(space.x), (cfg.batch,), generator=generator)
+                with strength(run.net, {names[k]: 1.0}):
+                    x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], told)
+                    moved = clip.embed(pixels(run.family, x0)) - space.features[rows, level]
+                    run.backward(1 - F.cosine_similarity(moved, space.directions[k][None], eps=1e-4).mean())  # SliderSpace, eq. 5
+            run.descend(step)
+        run.settle()
+        for k, name in enumerate(names):
+            if run.main:
+                more = {"component": k + 1, "variance": space.shares[k], "direction": [round(v, 6) for v in space.directions[k].tolist()]}
+                run.write(run.control(name, **more), run.folder / f"{name}.safetensors")
+                run.draw(name, run.folder / f"samples/{name}.png")
+        print(f"strips of scales {cfg.sample_scales}, one per direction: {run.folder}/samples")
+    return run.folder
+
+
+def pixels(family: Family, x0: Tensor) -> Tensor:
+    """Images of latents in [-1, 1], in a way that gradients pass."""
+    vae = family.pipe.vae
+    return vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
+    """Runs the member, reads its x0 at every step by CLIP, and takes the principal components of what differs between seeds.
+
+    The mean of each step is taken off first, or the first component would be the step itself. Raises UserError for too few runs.
+    """
+    family, member = run.family, run.member
+    found = []
+    for rows in torch.arange(cfg.trajectories).split(2 * cfg.batch):
+        noise = draw_noise([cfg.seed * 100_003 + int(r) for r in rows], family.latent_shape, len(member.levels), family.device)
+        told = prompt[[0] * len(rows)]
+        points = []
+        for step in sample(alone(member), noise, told):
+            x0 = member.denoiser(step.x, step.noise, told.conditional())
+            points.append((step.x, clip.embed(pixels(family, x0))))
+        found.append([torch.stack(part, 1) for part in zip(*points, strict=True)])
+    x, features = (torch.cat(part) for part in zip(*found, strict=True))
+    apart = (features - features.mean(0)).flatten(0, 1)
+    if cfg.directions > min(apart.shape):
+        raise UserError(f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}")
+    _, values, directions = torch.linalg.svd(apart, full_matrices=False)
+    shares = (values.square() / values.square().sum()).tolist()
+    return Space(x, features, directions[: cfg.directions], shares[: cfg.directions])
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))
