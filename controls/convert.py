@@ -40,7 +40,7 @@ def opened(source: Path, cfg: Config) -> Control:
     """A control of any layout. Raises UserError when it takes a network to read it and none is named."""
     tensors, metadata = formats.read(source)
     card = formats.card_of(source, metadata)
-    if card and all(name.endswith(formats.HALVES) and name.startswith("unet.") for name in tensors):
+    if card and all(name.endswith(formats.HALVES) and name.startswith(("unet.", "transformer.")) for name in tensors):
         return formats.load(source)
     if not cfg.member and card is None:
         raise UserError(f"{source} does not say what it was trained on: give member=family/member, e.g. member=sdxl/base")

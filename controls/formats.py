@@ -6,13 +6,14 @@ which needs the network to look their names up, and kohya's is written for Comfy
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,9 +40,10 @@ def save(control: Control, path: str | Path) -> None:
 def save_kohya(control: Control, path: str | Path) -> None:
     """Writes what ComfyUI, A1111 and kohya's scripts read: for a U-Net kohya's names with .alpha, which alone they heed.
 
-    A transformer's layers keep diffusers' names, which those tools take too, with alpha folded into B.
+    A transformer's layers keep diffusers' names, which those tools take too, with alpha folded into B: its card then says alpha = rank.
     """
     card, tensors = control.card, {}
+    own = card if _prefix(control) == "unet." else replace(card, alpha=float(card.rank))
     for layer in sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors}):
         a, b = (control.tensors[layer + half].contiguous() for half in HALVES)
         if _prefix(control) == "unet.":
@@ -49,9 +51,9 @@ def save_kohya(control: Control, path: str | Path) -> None:
             tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(float(card.alpha))}
         else:
             tensors |= {f"transformer.{layer}{HALVES[0]}": a, f"transformer.{layer}{HALVES[1]}": b * (card.alpha / card.rank)}
-    header = {"ss_network_module": "networks.lora", "ss_network_dim": str(card.rank), "ss_network_alpha": str(card.alpha),
+    header = {"ss_network_module": "networks.lora", "ss_network_dim": str(own.rank), "ss_network_alpha": str(own.alpha),
               "ss_output_name": card.name, "ss_base_model_version": BASES.get(card.family, card.family)}  # fmt: skip
-    _write(tensors, header, control, path)
+    _write(tensors, header, replace(control, card=own), path)
 
 
 def load(path: str | Path) -> Control:
@@ -92,7 +94,7 @@ def adopt(path: str | Path, net: nn.Module, card: Card) -> Control:
     for layer, (a, b, strength) in pairs.items():
         size_out, *size_in = spots[layer].weight.shape
         wide_a, wide_b = torch.zeros(rank, *size_in), torch.zeros(size_out, rank, *(1 for _ in size_in[1:]))
-        if a[0].numel() != wide_a[0].numel():
+        if _kernel(a) != _kernel(wide_a):
             raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
         wide_a[: len(a)] = a.reshape(len(a), *size_in)
         wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (strength / usual if strength != usual else 1.0)
@@ -120,24 +122,34 @@ def _plain(path: Path) -> dict[str, Tensor]:
     """The original sliders' .pt: a dict of tensors, read without running anything that it holds."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is no .pt of plain tensors, and nothing else is read: {str(error).splitlines()[0][:120]}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, (Tensor, float, int)) for value in found.values()):
+    except Exception:  # what a damaged file does to torch's reader has no end, and torch's own advice is to run the file's code
+        raise UserError(f"{path} is damaged or holds more than plain tensors; nothing else is read") from None
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, (Tensor, float, int)) for k, v in found.items()):
         raise UserError(f"{path} is no flat dict of tensors")
     return {name: torch.as_tensor(value) for name, value in found.items()}
 
 
 def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, float]:
-    """Alpha by the file's own spelling, as diffusers' header says it."""
+    """Alpha by the file's own spelling, as diffusers' header says it; UserError where that cannot be read, as strength is then unknown.
+
+    Under rsLoRA (Kalajdzievski 2023) strength is alpha / sqrt(rank), which is an alpha greater by sqrt(rank).
+    """
+    ranks = {stem: tensor.shape[0] for key, tensor in tensors.items() for stem, half in [layouts.split(key) or ("", "")] if half == "A"}
     try:
         peft = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except ValueError:
-        return {}
-    prefix = next((key.removesuffix("r") for key in peft if key in ("unet.r", "transformer.r")), None)
-    if prefix is None:
-        return {}
-    patterns, stems = peft.get(f"{prefix}alpha_pattern") or {}, {(layouts.split(key) or (key,))[0] for key in tensors}
-    return {stem: float(patterns.get(stem.removeprefix(prefix), peft[f"{prefix}lora_alpha"])) for stem in stems}
+        prefix = next((key.removesuffix("r") for key in peft if key in ("unet.r", "transformer.r")), None)
+        if prefix is None:
+            return {}
+        patterns, usual = peft.get(f"{prefix}alpha_pattern") or {}, peft[f"{prefix}lora_alpha"]
+        found = {stem: float(patterns.get(get_pattern_key(patterns, stem.removeprefix(prefix)), usual)) for stem in ranks}
+        return {stem: alpha * ranks[stem] ** 0.5 for stem, alpha in found.items()} if peft.get(f"{prefix}use_rslora") else found
+    except (ValueError, TypeError, KeyError, AttributeError, re.error):
+        raise UserError(f"the header's {LORA_ADAPTER_METADATA_KEY} cannot be read, and with it the alpha of this file") from None
+
+
+def _kernel(half: Tensor) -> list[int]:
+    """The shape behind the rank, without the 1s that a linear layer and a 1x1 convolution differ by."""
+    return [size for size in half.shape[1:] if size != 1]
 
 
 def _prefix(control: Control) -> str:

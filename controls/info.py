@@ -29,11 +29,18 @@ def describe(path: Path) -> str:
     if card:
         rows |= {"control": f"{card.kind} {card.name}", "trained on": f"{card.family}/{card.member}",
                  "its weights": card.base_hash[:12] or "unknown", "layer set": f"{card.layers}, {card.scope}",
-                 **{key: str(value) for key, value in card.recipe.items()},
+                 **{key: listed(value) for key, value in card.recipe.items()},
                  "versions": ", ".join(f"{k} {v}" for k, v in card.versions.items())}  # fmt: skip
     else:
         rows["card"] = "none: another tool's file; python -m controls.convert makes it one of ours"
     return "\n".join(f"{key:<14} {value}" for key, value in {"file": path, **rows}.items())
+
+
+def listed(value: object) -> str:
+    """A value of a recipe; a list of mappings, as prompts are, as one line each."""
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        return str(value)
+    return ("\n" + " " * 15).join(", ".join(f"{key}: {word}" for key, word in row.items() if word) for row in value) or "none"
 
 
 def counted(values: Counter) -> str:
@@ -43,7 +50,10 @@ def counted(values: Counter) -> str:
 
 
 def run() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] in ("--help", "-h"):
+    if {"--help", "-h", "help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    if len(sys.argv) != 2:
         raise UserError("say which file: python -m controls.info FILE")
     print(describe(Path(sys.argv[1])))
 

@@ -70,9 +70,11 @@ def gather(tensors: dict[str, Tensor], net: nn.Module, alphas: dict[str, float])
             found.setdefault(stem, {})[part] = tensor.float()
         else:
             lost.append(key)
-    halves = [stem for stem, pair in found.items() if not {"A", "B"} <= pair.keys()]
+    halves = [stem for stem, pair in found.items() if not _whole(pair)]
+    if not tensors:
+        raise UserError("the file holds no layers")
     if lost or halves:
-        what = "no place in this network" if lost else "only one half here"
+        what = "no place in this network" if lost else "only one half here, or halves of different ranks"
         hint = "; text encoders' layers are not supported" if any(k.startswith(("lora_te", "text_encoder")) for k in lost) else ""
         raise UserError(f"{len(lost or halves)} of {len(tensors)} keys have {what}: {', '.join((lost or halves)[:3])}{hint}")
     pairs, spots = {}, places(net)
@@ -85,6 +87,14 @@ def gather(tensors: dict[str, Tensor], net: nn.Module, alphas: dict[str, float])
         for layer, part in zip(table[stem], b.split(rows), strict=True):
             pairs[layer] = (a, part, strength)
     return pairs
+
+
+def _whole(pair: dict[str, Tensor]) -> bool:
+    """Whether A (r, in, …) and B (out, r, …) are both there and of one rank, and alpha, if any, one number."""
+    a, b = pair.get("A"), pair.get("B")
+    if a is None or b is None or min(a.ndim, b.ndim) < 2:
+        return False
+    return 0 < a.shape[0] == b.shape[1] and ("alpha" not in pair or pair["alpha"].numel() == 1)
 
 
 def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 The sum of their weight changes, each times its own factor, is factored anew at the rank asked for; what that loses is printed.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field, replace
 
@@ -22,8 +23,8 @@ class Config:
     name: str = "merged"  # of the result
 
 
-def merge(controls: list[Control], weights: list[float], rank: int, name: str) -> tuple[Control, dict[str, float]]:
-    """The sum as one control with alpha = rank, and per layer the share of the change's norm that the rank loses.
+def merge(controls: list[Control], weights: list[float], rank: int, name: str) -> tuple[Control, dict[str, float], float]:
+    """The sum as one control with alpha = rank, and the share of the change's norm that the rank loses: per layer, and overall.
 
     Raises UserError for controls of different families.
     """
@@ -32,7 +33,7 @@ def merge(controls: list[Control], weights: list[float], rank: int, name: str) -
         raise UserError(f"only controls of one family can be merged; these are of {', '.join(families)}")
     rank = rank or sum(control.card.rank for control in controls)
     layers = sorted({key.rsplit(".lora_", 1)[0] for control in controls for key in control.tensors})
-    tensors, lost = {}, {}
+    tensors, lost, norms = {}, {}, {}
     for layer in layers:
         having = zip(controls, weights, strict=True)
         mine = [(control, weight) for control, weight in having if layer + formats.HALVES[0] in control.tensors]
@@ -40,17 +41,19 @@ def merge(controls: list[Control], weights: list[float], rank: int, name: str) -
         scales = [weight * control.card.alpha / control.card.rank for control, weight in mine]
         a = torch.cat([a.flatten(1) for a, _ in pairs])                                              # (R, in)
         b = torch.cat([scale * b.flatten(1) for scale, (_, b) in zip(scales, pairs, strict=True)], 1)  # (out, R)
-        small_a, small_b, lost[layer] = factored(a, b, rank)
+        small_a, small_b, lost[layer], norms[layer] = factored(a, b, rank)
         tensors[layer + formats.HALVES[0]] = small_a.float().view(rank, *pairs[0][0].shape[1:])
         tensors[layer + formats.HALVES[1]] = small_b.float().view(-1, rank, *pairs[0][1].shape[2:])
     kinds, first = {control.card.kind for control in controls}, controls[0].card
     parts = [{"name": c.card.name, "weight": w, "recipe": c.card.recipe} for c, w in zip(controls, weights, strict=True)]
     kind = kinds.pop() if len(kinds) == 1 else "lora"
-    return Control(replace(first, kind=kind, name=name, rank=rank, alpha=float(rank), recipe={"merged": parts}), tensors), lost
+    card = replace(first, kind=kind, name=name, rank=rank, alpha=float(rank), recipe={"merged": parts})
+    whole = math.hypot(*norms.values())
+    return Control(card, tensors), lost, math.hypot(*(lost[layer] * norms[layer] for layer in lost)) / whole if whole else 0.0
 
 
-def factored(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best pair of a rank for b @ a: A (rank, in), B (out, rank), and the share of the norm lost; by QR and an R×R core.
+def factored(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best pair of a rank for b @ a: A (rank, in), B (out, rank), the share of the norm lost, and the norm; by QR and an R×R core.
 
     a: (R, in). b: (out, R). Filled up with zeros where the rank is more than there is.
     """
@@ -61,7 +64,7 @@ def factored(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     small_a, small_b = torch.zeros(rank, a.shape[1]).to(a), torch.zeros(b.shape[0], rank).to(b)
     small_a[:kept] = root[:, None] * (v[:kept] @ qa.T)
     small_b[:, :kept] = (qb @ u[:, :kept]) * root
-    return small_a, small_b, float(s[rank:].norm() / s.norm()) if s.norm() else 0.0
+    return small_a, small_b, float(s[rank:].norm() / s.norm()) if s.norm() else 0.0, float(s.norm())
 
 
 def run() -> None:
@@ -72,10 +75,11 @@ def run() -> None:
     controls, weights = [formats.load(file) for file in files[:-1]], cfg.weights or [1.0] * (len(files) - 1)
     if len(weights) != len(controls) or cfg.rank < 0:
         raise UserError(f"{len(controls)} controls need as many weights, and a rank of 0 or more; got {weights}, {cfg.rank}")
-    merged, lost = merge(controls, weights, cfg.rank, cfg.name)
+    merged, lost, overall = merge(controls, weights, cfg.rank, cfg.name)
     formats.save(merged, files[-1])
     worst = max(lost, key=lost.get)
-    print(f"{files[-1]}: {len(lost)} layers, rank {merged.card.rank}; lost at worst {lost[worst]:.2%} of the change, in {worst}")
+    what = f"{files[-1]}: {len(lost)} layers, rank {merged.card.rank}"
+    print(f"{what}; lost {overall:.2%} of the change, at worst {lost[worst]:.2%}, in {worst}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Formats: a control comes back from every layout with the strength it had, and diffusers reads what we write."""
 
+import json
 import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 from test_controls import network, trained
 
@@ -80,6 +82,18 @@ def test_sgm_names_as_diffusers_reads_them(tmp_path, net, control):
     assert layers == {layer for layer in change(control) if "attn" in layer}
 
 
+@pytest.mark.parametrize("changes", [{}, {"use_linear_projection": False}, {"layers_per_block": 2}])
+def test_sgm_names_as_diffusers_reads_checkpoints(changes):
+    """diffusers' reader of Stability's checkpoints puts the weight of every layer, of all kinds, where our table says."""
+    net = network(**changes)
+    names = {layers[0]: theirs for theirs, layers in layouts._sgm(net).items()}
+    weights = {key: value for key, value in net.state_dict().items() if key.rsplit(".", 1)[0] in names}
+    theirs = {f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}": value for key, value in weights.items()}
+    back = convert_ldm_unet_checkpoint(theirs, dict(net.config))
+    assert names.keys() == layouts.places(net).keys() and back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
 def test_other_tools_and_mixed_ranks(tmp_path, net, control):
     """Each layer with a rank and an alpha of its own, in ai-toolkit's spelling."""
     tensors, wanted = {}, {}
@@ -104,6 +118,17 @@ def test_plain_diffusers_files_with_and_without_their_header(tmp_path, net, cont
     assert same(change(formats.adopt(tmp_path / "header.safetensors", net, FOREIGN)), change(control))
     bare = change(formats.adopt(tmp_path / "bare.safetensors", net, FOREIGN))
     assert same({layer: 0.75 * moved for layer, moved in bare.items()}, change(control)), "alpha is the rank where nobody says it"
+
+
+def test_a_header_decides_strength_as_peft_reads_it(tmp_path, net, control):
+    """An alpha for some layers by the end of their names, and rsLoRA's alpha / sqrt(rank)."""
+    tensors = {f"unet.{key}": value for key, value in control.tensors.items()}
+    path, header = tmp_path / "h.safetensors", {"unet.r": 4, "unet.lora_alpha": 2, "unet.alpha_pattern": {"to_q": 8}}
+    for rslora, factor in ((False, 1.0), (True, 2.0)):
+        save_file(tensors, path, {"lora_adapter_metadata": json.dumps({**header, "unet.use_rslora": rslora})})
+        found = change(formats.adopt(path, net, FOREIGN))
+        wanted = {k: v * factor * (8 if k.endswith("to_q") else 2) / control.card.alpha for k, v in change(control).items()}
+        assert same(found, wanted)
 
 
 def flux() -> FluxTransformer2DModel:
@@ -140,6 +165,8 @@ def test_original_flux_sliders_and_the_transformers_export(tmp_path):
     written = load_file(tmp_path / "new.safetensors")
     key = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
     assert torch.allclose(written[key], 0.5 * b) and len(written) == 2
+    for back in (formats.load(tmp_path / "new.safetensors"), formats.adopt(tmp_path / "new.safetensors", net, FOREIGN)):
+        assert same(change(back), change(control))
 
 
 def test_kohyas_file_in_diffusers_is_ours(tmp_path):
@@ -172,6 +199,37 @@ def test_keys_without_a_place_are_named(tmp_path, net, control):
         formats.adopt(tmp_path / "half.safetensors", net, FOREIGN)
 
 
+A, B = torch.zeros(2, 4, 3, 3), torch.zeros(32, 2, 1, 1)  # of conv_in
+
+
+@pytest.mark.parametrize(("a", "b", "alpha", "says"), [
+    (A, B[:, :1], None, "different ranks"), (A[:0], B[:, :0], None, "different ranks"), (A, torch.zeros(32), None, "different ranks"),
+    (A, B, torch.ones(2), "different ranks"), (A, B[:5], None, "rows"), (A.view(2, 9, 2, 2), B, None, "another shape"),
+])  # fmt: skip
+def test_malformed_pairs_get_one_line(tmp_path, net, a, b, alpha, says):
+    tensors = {"lora_down.weight": a, "lora_up.weight": b} | ({} if alpha is None else {"alpha": alpha})
+    save_file({f"lora_unet_conv_in.{key}": value.contiguous() for key, value in tensors.items()}, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match=says) as error:
+        formats.adopt(tmp_path / "bad.safetensors", net, FOREIGN)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", ["[1", "3", '{"unet.r": 2}', '{"unet.r": 2, "unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}'])
+def test_a_header_that_hides_alpha_is_refused(tmp_path, net, header):
+    save_file({"unet.conv_in.lora_A.weight": A, "unet.conv_in.lora_B.weight": B}, tmp_path / "h.safetensors",
+              {"lora_adapter_metadata": header})  # fmt: skip
+    with pytest.raises(UserError, match="alpha of this file"):
+        formats.adopt(tmp_path / "h.safetensors", net, FOREIGN)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04xx", b"\x80\x02."])
+def test_a_damaged_pt_gets_one_line(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(UserError, match="damaged") as error:
+        formats.read(tmp_path / "bad.pt")
+    assert "\n" not in str(error.value)
+
+
 class Trap:
     def __reduce__(self):
         return exec, ("raise SystemExit('sprung')",)
@@ -182,25 +240,33 @@ def test_a_pt_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(UserError, match="plain tensors"):
         formats.read(tmp_path / "evil.pt")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="no flat dict"):
-        formats.read(tmp_path / "list.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    for name in ("list", "numbers"):
+        with pytest.raises(UserError, match="no flat dict"):
+            formats.read(tmp_path / f"{name}.pt")
+    with pytest.raises(UserError, match="no layers"):
+        formats.adopt(tmp_path / "empty.pt", network(), FOREIGN)
 
 
 def test_merging_a_control_with_itself_gives_it_back():
     smile = formats.load(SMILE)
-    merged, lost = merge.merge([smile, smile], [0.5, 0.5], 4, "same")
-    assert max(lost.values()) < 1e-6
+    merged, lost, overall = merge.merge([smile, smile], [0.5, 0.5], 4, "same")
+    assert max(lost.values()) < 1e-6 and overall < 1e-6
     ours, theirs = change(merged), change(smile)
     assert all(torch.allclose(ours[layer], theirs[layer], atol=1e-6) for layer in theirs)
 
 
 def test_merging_at_full_rank_is_the_sum_and_at_less_the_best():
     smile, age = (formats.load(ROOT / f"controls/tiny/{name}.safetensors") for name in ("smile", "age"))
-    merged, lost = merge.merge([smile, age], [1.0, -0.5], 0, "both")
+    merged, lost, _ = merge.merge([smile, age], [1.0, -0.5], 0, "both")
     ours, a, b = change(merged), change(smile), change(age)
     assert merged.card.rank == 8 and max(lost.values()) < 1e-6
     assert all(torch.allclose(ours[layer], a[layer] - 0.5 * b[layer], atol=1e-6) for layer in ours)
-    _, lost = merge.merge([smile, age], [1.0, -0.5], 2, "small")
+    small, lost, overall = merge.merge([smile, age], [1.0, -0.5], 2, "small")
+    norm = lambda changes: sum(moved.square().sum() for moved in changes.values()) ** 0.5  # noqa: E731
+    missing = {layer: moved - ours[layer] for layer, moved in change(small).items()}
+    assert overall == pytest.approx((norm(missing) / norm(ours)).item(), rel=1e-4)
     layer = max(lost, key=lost.get)
     values = torch.linalg.svdvals(a[layer] - 0.5 * b[layer])
     assert lost[layer] == pytest.approx((values[2:].norm() / values.norm()).item(), rel=1e-4)
@@ -221,6 +287,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert ran(convert, [SMILE, tmp_path / "k.safetensors", "format=kohya"], monkeypatch, capsys)[0] == 0
     assert ran(convert, [tmp_path / "k.safetensors", tmp_path / "b.safetensors"], monkeypatch, capsys)[0] == 0
     assert same(change(formats.load(tmp_path / "b.safetensors")), change(formats.load(SMILE)))
+    assert ran(info, ["--help"], monkeypatch, capsys)[0] == 0
     assert "kohya" in ran(info, [tmp_path / "k.safetensors"], monkeypatch, capsys)[1]
     assert ran(merge, [SMILE, SMILE, tmp_path / "m.safetensors", "rank=4"], monkeypatch, capsys)[0] == 0
     assert formats.load(tmp_path / "m.safetensors").card.name == "merged"

@@ -41,6 +41,7 @@ class Space:
     x: Tensor  # (N, T, C, H, W)
     features: Tensor  # (N, T, d) of x0, unit length
     directions: Tensor  # (n, d) unit length, by falling variance
+    spreads: list[float]  # standard deviation of the features along each
     shares: list[float]  # of the variance that each explains
 
 
@@ -64,7 +65,7 @@ def main(cfg: Config) -> Path:
                 with strength(run.net, {names[k]: 1.0}):
                     x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], told)
                     moved = clip.embed(pixels(run.family, x0)) - space.features[rows, level]
-                    run.backward(1 - F.cosine_similarity(moved, space.directions[k][None], eps=1e-4).mean())  # SliderSpace, eq. 5
+                    run.backward(astray(moved, space.directions[k], space.spreads[k]))
             run.descend(step)
         run.settle()
         for k, name in enumerate(names):
@@ -74,6 +75,14 @@ def main(cfg: Config) -> Path:
                 run.draw(name, run.folder / f"samples/{name}.png")
         print(f"strips of scales {cfg.sample_scales}, one per direction: {run.folder}/samples")
     return run.folder
+
+
+def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:
+    """How far features moved (B, d) by a control at scale 1 are from one spread along its direction (d,).
+
+    1 - cosine is SliderSpace's loss, which does not say how far to go: without the second term the controls learn to move almost nothing.
+    """
+    return (1 - F.cosine_similarity(moved, direction[None], eps=1e-4) + (moved @ direction / spread - 1).square()).mean()
 
 
 def pixels(family: Family, x0: Tensor) -> Tensor:
@@ -104,7 +113,8 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
         raise UserError(f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}")
     _, values, directions = torch.linalg.svd(apart, full_matrices=False)
     shares = (values.square() / values.square().sum()).tolist()
-    return Space(x, features, directions[: cfg.directions], shares[: cfg.directions])
+    spreads = (values / len(apart) ** 0.5).tolist()
+    return Space(x, features, directions[: cfg.directions], spreads[: cfg.directions], shares[: cfg.directions])
 
 
 if __name__ == "__main__":
