@@ -26,10 +26,8 @@ class Config(Training):
     directions: int = 8  # controls to train
     trajectories: int = 64  # sampling runs whose x0 are looked at
     rank: int = 1  # of the low-rank pairs
-    layers: str = "xattn"  # layer set, see controls/targets.py
-    scope: str = "lierla"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
-    steps: int = 800  # optimizer steps, shared by the directions in turn
-    rate: float = 2e-3  # learning rate
+    steps: int = 640  # optimizer steps, shared by the directions in turn
+    rate: float = 5e-3  # learning rate
     sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of a strip
     out: str = "runs/sliderspace"  # the run is written to out/name
 
