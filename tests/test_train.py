@@ -157,11 +157,12 @@ def test_the_average_lags_behind(tmp_path):
         (slider, "recipe=slow", "published"),
         (slider, "watch=[sdxl/turbo]", "tiny"),
         (slider, "accumulate=0", "at least 1"),
+        (lora, "images=0", "at least 1"),
         (lora, "data=tiny:oil", "watercolour"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(module, word, says, tmp_path, capsys):
-    words = [word, f"out={tmp_path}", "trajectories=1" if module is slider else "images=2", "wandb=disabled"]
+    words = ["trajectories=1" if module is slider else "images=2", word, f"out={tmp_path}", "wandb=disabled"]
     with pytest.raises(SystemExit) as stop:
         entry(lambda: module.main(load(module.Config, words)))
     said = capsys.readouterr().err.strip().splitlines()

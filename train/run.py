@@ -214,6 +214,7 @@ def check(cfg: Training) -> None:
     for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")
-    for key in ("steps", "batch", "accumulate", "rank", "save_every"):
-        if getattr(cfg, key) < 1:
+    counts = ("steps", "batch", "accumulate", "rank", "save_every", "watch_every", "watch_prompts")
+    for key in (*counts, "trajectories", "directions", "pairs", "images", "prior_images"):  # the latter where a recipe has them
+        if getattr(cfg, key, 1) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")

@@ -150,6 +150,8 @@ class Published:
         self.prompts = family.encode([pair.target for pair in pairs])
         if member.guidance is not None:
             member = replace(member, levels=levels_of(member.law, "leading", cfg.denoise_steps), guidance=cfg.denoise_guidance)
+        if len(member.levels) < 2:
+            raise UserError("recipe=published stops before the last step, so it needs at least two; give denoise_steps, or recipe=fast")
         self.member = member
 
     @torch.no_grad()
