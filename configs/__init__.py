@@ -69,6 +69,12 @@ def load(schema: type[T], argv: list[str] | None = None) -> T:
     return merge(schema, *files, [w for w in argv if not w.startswith("config=")])
 
 
+def plain(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line's plain words (files, parts), and the rest, which is for `load`."""
+    words = [word for word in argv if "=" not in word and not word.startswith("-")]
+    return words, [word for word in argv if word not in words]
+
+
 def usage(schema: type) -> str:
     """Every key with its default and the comment that stands beside it in the source."""
     rows = list(_rows(schema, OmegaConf.structured(schema)))

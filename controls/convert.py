@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import UserError, entry, load
+from configs import UserError, entry, load, plain
 from controls import formats
 from controls.lora import Card, Control
 from models.families import Family, split
@@ -51,13 +51,8 @@ def opened(source: Path, cfg: Config) -> Control:
     return formats.adopt(source, net, own)
 
 
-def command(words: list[str]) -> tuple[list[str], list[str]]:
-    """A command line's plain words, and its key=value words."""
-    return [w for w in words if "=" not in w and not w.startswith("-")], [w for w in words if "=" in w or w.startswith("-")]
-
-
 def run() -> None:
-    files, words = command(sys.argv[1:])
+    files, words = plain(sys.argv[1:])
     cfg = load(Config, words)
     if len(files) != 2:
         raise UserError(f"say what to convert and where to: python -m controls.convert IN OUT; got {' '.join(files) or 'nothing'}")

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load
+from configs import UserError, entry, load, plain
 from controls import formats
-from controls.convert import command
 from controls.lora import Control
 
 
@@ -68,7 +67,7 @@ def factored(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, fl
 
 
 def run() -> None:
-    files, words = command(sys.argv[1:])
+    files, words = plain(sys.argv[1:])
     cfg = load(Config, words)
     if len(files) < 2:
         raise UserError(f"say what to merge and where to: python -m controls.merge A B OUT; got {' '.join(files) or 'nothing'}")

@@ -13,10 +13,11 @@ from configs import UserError, entry, load
 from controls.lora import strength
 from models.noise import LAWS, TRAIN_STEPS, to_eps
 from models.prompts import Prompts
-from models.sample import Member, alone, draw_noise, sample
+from models.sample import Member
 from models.tiny import world
 from models.tiny.faces import STYLES, styled
 from train.pictures import read
+from train.points import points
 from train.run import Run, Training
 
 
@@ -85,18 +86,11 @@ class Memory:
     the plain loss would teach the mean of all pictures at the first step, where the student draws one.
     """
 
-    @torch.no_grad()
     def __init__(self, cfg: Config, run: Run):
-        self.member, self.batch = run.member, cfg.batch
-        noise = draw_noise([cfg.seed * 100_003 + k for k in range(cfg.prior_images)], run.family.latent_shape, len(run.member.levels),
-                           run.family.device)  # fmt: skip
-        prompt, found = run.family.encode([cfg.negative]), []
-        self.prompt = prompt.conditional()
-        for part in noise.split(2 * cfg.batch):
-            steps = list(sample(alone(run.member), part, prompt[[0] * len(part)]))
-            seen = [run.member.denoiser(step.x, step.noise, self.prompt[[0] * len(part)]) for step in steps]
-            found.append((torch.stack([step.x for step in steps], 1), torch.stack(seen, 1)))
-        self.x, self.x0 = (torch.cat(part) for part in zip(*found, strict=True))                 # (N, T, C, H, W)
+        self.member, self.batch, prompt = run.member, cfg.batch, run.family.encode([cfg.negative])
+        self.prompt, which = prompt.conditional(), torch.zeros(cfg.prior_images, dtype=torch.long)
+        seen = lambda step, rows: (step.x, self.member.denoiser(step.x, step.noise, self.prompt[which[rows]]))  # noqa: E731
+        self.x, self.x0 = points(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch, seen)  # (N, T, C, H, W)
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The mean squared change of eps at one of the member's own noise levels."""

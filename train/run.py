@@ -15,7 +15,6 @@ from configs import UserError, run_folder, tracking, versions
 from controls import formats
 from controls.lora import Card, Control, create, detach, extract, fingerprint, parameters
 from models.families import DTYPES, Family, split
-from models.sample import draw_noise
 from train.checkpoint import append, resumable, seeded, store
 from train.samples import strip
 from train.watch import Watch
@@ -91,7 +90,6 @@ class Run:
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
         self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
         self.prompt = prompt
-        self.noise = draw_noise(cfg.sample_seeds, self.family.latent_shape, len(self.member.levels), self.family.device)
         try:
             with tracking.start(self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb) as self.tracker:
                 yield
@@ -158,7 +156,7 @@ class Run:
 
     def draw(self, name: str, path: Path) -> Path:
         """A strip of a control as it is now."""
-        strip(self.family, self.member, self.noise, name, self.cfg.sample_scales, self.prompt, path)
+        strip(self.family, self.member, self.cfg.sample_seeds, name, self.cfg.sample_scales, self.prompt, path)
         self.tracker.image("samples", path, f"{name} at {self.cfg.sample_scales}")
         return path
 

@@ -4,22 +4,20 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from configs import replacing
 from controls.lora import strength
 from models.families import Family
-from models.sample import Member, alone, finish
+from models.sample import Member
 
 
 @torch.no_grad()
-def strip(family: Family, member: Member, noise: Tensor, control: str, scales: list[float], prompt: str, path: Path) -> Path:
-    """Writes a picture of an attached control: one prompt, noises (rows, …) in rows, scales in columns. Returns its path."""
-    prompts = family.encode([prompt] * len(noise))
+def strip(family: Family, member: Member, seeds: list[int], control: str, scales: list[float], prompt: str, path: Path) -> Path:
+    """Writes a picture of an attached control: one prompt, seeds in rows, scales in columns. Returns its path."""
     columns = []
     for scale in scales:
         with strength(member.denoiser.net, {control: scale}):
-            columns.append(family.decode(finish(alone(member), noise, prompts)))
+            columns.append(family.draw(member, [prompt] * len(seeds), seeds))
     page = torch.stack(columns, 1)  # (rows, columns, 3, H, W)
     page = torch.cat(torch.cat(page.unbind(1), -1).unbind(0), -2)
     with replacing(path) as new:

@@ -14,7 +14,8 @@ from controls.lora import strength
 from models.families import Family
 from models.noise import Noise, to_eps
 from models.prompts import Prompts
-from models.sample import Member, Plan, Stage, alone, draw_noise, finish, levels_of, sample
+from models.sample import Member, Plan, Stage, draw_noise, finish, levels_of
+from train.points import points
 from train.run import Run, Training
 
 
@@ -119,18 +120,14 @@ class Teacher:
 class Fast:
     """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T points, taught once."""
 
-    @torch.no_grad()
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
         self.which = torch.arange(cfg.trajectories) % len(pairs)
-        prompts, found = family.encode([pair.target for pair in pairs]), []
+        prompts = family.encode([pair.target for pair in pairs])
         self.targets = prompts.conditional()
-        for rows in torch.arange(cfg.trajectories).split(cfg.batch * 2):
-            noise = draw_noise([cfg.seed * 100_003 + int(r) for r in rows], family.latent_shape, len(member.levels), family.device)
-            steps = sample(alone(member), noise, prompts[self.which[rows]])
-            taught = [(step.x, *teacher(step.x, step.noise, self.which[rows])) for step in steps]
-            found.append([torch.stack(part, 1) for part in zip(*taught, strict=True)])
-        self.x, self.neutral, self.direction = (torch.cat(part) for part in zip(*found, strict=True))  # (N, T, C, H, W)
+        taught = lambda step, rows: (step.x, *teacher(step.x, step.noise, self.which[rows]))  # noqa: E731
+        # all (N, T, C, H, W)
+        self.x, self.neutral, self.direction = points(family, member, prompts, self.which, cfg.seed, 2 * cfg.batch, taught)
 
     def __call__(self, generator: torch.Generator) -> Lesson:
         level = int(torch.randint(len(self.levels), (1,), generator=generator))

@@ -15,7 +15,7 @@ from configs import UserError, entry, load
 from controls.lora import strength
 from models.evaluators import Clip
 from models.families import Family
-from models.sample import alone, draw_noise, sample
+from train.points import points
 from train.run import Run, Training
 
 
@@ -95,17 +95,13 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
 
     The mean of each step is taken off first, or the first component would be the step itself. Raises UserError for too few runs.
     """
-    family, member = run.family, run.member
-    found = []
-    for rows in torch.arange(cfg.trajectories).split(2 * cfg.batch):
-        noise = draw_noise([cfg.seed * 100_003 + int(r) for r in rows], family.latent_shape, len(member.levels), family.device)
-        told = prompt[[0] * len(rows)]
-        points = []
-        for step in sample(alone(member), noise, told):
-            x0 = member.denoiser(step.x, step.noise, told.conditional())
-            points.append((step.x, clip.embed(pixels(family, x0))))
-        found.append([torch.stack(part, 1) for part in zip(*points, strict=True)])
-    x, features = (torch.cat(part) for part in zip(*found, strict=True))
+    which = torch.zeros(cfg.trajectories, dtype=torch.long)
+
+    def see(step, rows):
+        x0 = run.member.denoiser(step.x, step.noise, prompt.conditional()[which[rows]])
+        return step.x, clip.embed(pixels(run.family, x0))
+
+    x, features = points(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch, see)
     apart = (features - features.mean(0)).flatten(0, 1)
     if cfg.directions > min(apart.shape):
         raise UserError(f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}")

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from configs import UserError, entry, load
+from configs import UserError, entry, load, plain
 from train.tiny_base import base, refine, vae
 from train.tiny_evaluators import clip, probe
 from train.tiny_parts import Config
@@ -17,8 +17,8 @@ PARTS = {"vae": vae, "base": base, "refine": refine, "dmd": dmd, "lcm": lcm, "li
 
 
 def main() -> None:
-    parts = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
-    cfg = load(Config, [word for word in sys.argv[1:] if word not in parts])
+    parts, words = plain(sys.argv[1:])
+    cfg = load(Config, words)
     unknown = [p for p in parts if p not in (*PARTS, "all")]
     if unknown or not parts:
         raise UserError(f"say which part to train: {', '.join(PARTS)} or all; got {' '.join(unknown) or 'none'}")
