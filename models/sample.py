@@ -1,7 +1,9 @@
 """Sampling: one update rule, stages as data, a generator of steps. Every network speaks x0."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,7 @@ class Stage:
 
     member: Member
     levels: tuple[Noise, ...]
+    within: Callable[[], AbstractContextManager] = nullcontext  # held while the network is asked, e.g. a control at a strength
 
     @classmethod
     def of(cls, member: Member, levels: Sequence[Noise]) -> "Stage":
@@ -124,6 +127,28 @@ def skip(student: Member, k: int = 1) -> Plan:
     if k >= len(student.levels):
         raise UserError(f"skip({k}) leaves nothing of {student.name}'s {len(student.levels)} steps")
     return Plan(f"skip({k})", (Stage(student, student.levels[_count(k, student) :]),))
+
+
+PLANS: dict[str, Callable[[Member, Member, int], Plan]] = {
+    "hybrid": hybrid,
+    "late": late,
+    "skip": lambda _, student, k: skip(student, k),
+}
+
+
+def named(text: str, base: Member, student: Member) -> Plan:
+    """The plan that a name means for a base and a student: hybrid(1), late(2), skip(1). Raises UserError for another."""
+    found = re.fullmatch(r"(\w+)\((\d+)\)", text.strip())
+    if not found or found[1] not in PLANS:
+        raise UserError(f"no plan {text!r}; there are {', '.join(f'{name}(k)' for name in PLANS)}, k a number of steps")
+    return PLANS[found[1]](base, student, int(found[2]))
+
+
+def during(plan: Plan, holds: Callable[[Noise], bool], within: Callable[[], AbstractContextManager]) -> Plan:
+    """The same plan with `within` held at the noise levels where `holds` is true, and there alone."""
+    stages = [replace(stage, levels=(level,), within=within if holds(level) else stage.within)
+              for stage in plan.stages for level in stage.levels]  # fmt: skip
+    return replace(plan, stages=tuple(stages))
 
 
 def _count(k: int, student: Member) -> int:
@@ -179,14 +204,16 @@ def sample(plan: Plan, noise: Tensor, prompts: Prompts) -> Iterator[Step]:
 
     noise: (B, ≥ plan.steps + 1, C, H, W) from `draw_noise`. prompts: B of them, with a negative side where a member guides.
     """
-    todo = [(stage.member, level) for stage in plan.stages for level in stage.levels]
+    todo = [(stage, level) for stage in plan.stages for level in stage.levels]
     if noise.shape[1] <= len(todo):
         raise UserError(f"{plan.name} needs noise for {len(todo)} steps, got {noise.shape[1] - 1}")
     first, level = todo[0]
-    x = noise[:, 0] * (level.sigma if first.start == "sigma" else 1.0)
-    for index, (member, now) in enumerate(todo):
+    x = noise[:, 0] * (level.sigma if first.member.start == "sigma" else 1.0)
+    for index, (stage, now) in enumerate(todo):
+        member = stage.member
         after = todo[index + 1][1] if index + 1 < len(todo) else member.final
-        x0 = member.denoiser(x, now, prompts, member.guidance)
+        with stage.within():
+            x0 = member.denoiser(x, now, prompts, member.guidance)
         following = update(x, x0, now, after, member.eta, noise[:, index + 1]) if after.sigma else x0
         yield Step(index, member, now, x, x0, following)
         x = following

@@ -1,5 +1,6 @@
 """Sampling agrees with diffusers, hands over by noise level, and draws every image from its own seed."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,11 +28,13 @@ from models.sample import (
     Stage,
     alone,
     draw_noise,
+    during,
     finish,
     guidance_features,
     hybrid,
     late,
     levels_of,
+    named,
     sample,
     skip,
     update,
@@ -273,6 +276,33 @@ def test_a_k_beyond_the_students_steps(k):
 def test_skipping_every_step():
     with pytest.raises(UserError, match="leaves nothing"):
         skip(members()[1], 4)
+
+
+def test_plans_go_by_name():
+    base, student = members()
+    for text, plan in {"hybrid(1)": hybrid(base, student, 1), "late(2)": late(base, student, 2), "skip(1)": skip(student, 1)}.items():
+        assert named(text, base, student) == plan
+    for wrong in ("hybrid", "mixed(1)", "skip(x)"):
+        with pytest.raises(UserError, match=r"hybrid\(k\)"):
+            named(wrong, base, student)
+
+
+def test_during_holds_at_the_chosen_levels_alone():
+    base, student = members()
+    held, asked = [False], []
+
+    @contextmanager
+    def within():
+        held[0] = True
+        yield
+        held[0] = False
+
+    student.denoiser.net.register_forward_pre_hook(lambda *_: asked.append(held[0]))
+    plan = during(alone(student), lambda level: level.ratio < student.levels[1].ratio, within)
+    plain = finish(alone(student), noise(), prompts())
+    asked.clear()
+    assert torch.equal(finish(plan, noise(), prompts()), plain)
+    assert asked == [False, False, True, True]
 
 
 def test_the_steps_tell_the_story():
