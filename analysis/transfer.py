@@ -43,7 +43,6 @@ class Config:
     lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # of other controls; must hold 0
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     out: str = "runs/transfer"  # the run is written to out/name
@@ -198,14 +197,14 @@ def reading(eye: Evaluator, here, there, pair: tuple[str, str] | None, scales, z
         source, target = ((features * directions).sum(-1) for features in (here, there))
         rest = there - target[..., None] * directions
     source, target = change(source, zero), change(target, zero)
-    kept = stats.retention(source, target, scales, cfg.draws, cfg.seed)
+    kept, (below, above) = stats.retention(source, target, scales), stats.slopes(source, target, scales)
     return {
-        **stats.estimate(target, scales, cfg.draws, cfg.seed),
+        **stats.estimate(target, scales),
         "retention": kept,
-        "matched_scale": stats.matched_scale(source, target, scales, cfg.draws, cfg.seed),
+        "matched_scale": stats.matched_scale(source, target, scales),
         "monotonicity": stats.monotonicity(target, scales),
         "preservation": preservation(rest, zero),
-        "verdict": stats.verdict(kept),
+        "verdict": stats.verdict(kept, stats.equivalence(above, below), stats.difference(above, below)),
     }
 
 

@@ -1,40 +1,80 @@
-"""Effects to numbers with intervals: slope, retention, matched scale, monotonicity, verdict.
+"""Effects to numbers with intervals: slope, retention, equivalence, matched scale, the shape of a dose-response curve, verdict.
 
-An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the effect is 0. Every interval
-comes from one bootstrap that draws prompts, then seeds within each drawn prompt: images of one prompt are alike, and a bootstrap over
-images covers a ratio in 80 % of cases instead of 95 %. The draws depend only on (P, S, n, seed), so that source and target are paired.
-An interval is a dict {"value", "low", "high"} of floats or None, ready for JSON.
+An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the effect is 0. Images of one
+prompt are alike, so prompts are the clusters: every interval is Student's over the prompts' means (over seeds where there is one prompt),
+and a ratio's is Fieller's. In simulation it covers a true retention in 94 to 96 % of cases, where the percentile interval of a bootstrap
+over prompts and then seeds, reported beside it, covers 91 to 98 % (LOG.md). An interval is a dict {"value", "low", "high"} of floats or
+None, ready for JSON.
 """
 
+from functools import cache
+
 import numpy as np
+from scipy.interpolate import make_interp_spline
+from scipy.stats import t as student
 
 LEVEL = 0.95
-MARGIN = (0.8, 1.25)  # a retention inside counts as kept; symmetric in the logarithm, as in bioequivalence testing
+MARGIN = (0.8, 1.25)  # a retention inside counts as the same; symmetric in the logarithm, as in bioequivalence testing
+SATURATED = 0.5  # of its first slope: where a curve has less left, it is saturated
+GRID = 401  # points at which a curve is read between its scales
 UNDEFINED = {"value": None, "low": None, "high": None}
 
 
-def resamples(prompts: int, seeds: int, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of n hierarchical bootstrap draws: prompts, then seeds within each drawn prompt.
+# ---- intervals over prompts
 
-    Returns rows (n, P, 1) and columns (n, P, S), so that effect[rows, columns] is (n, P, S, K).
+
+def units(values: np.ndarray) -> np.ndarray:
+    """What is independent: the means over seeds (P, ...) of values (P, S, ...), or the seeds where there is one prompt."""
+    return values.mean(1) if len(values) > 1 else values[0]
+
+
+def mean(values: np.ndarray, level: float = LEVEL) -> dict:
+    """The mean of independent values (n,) with Student's interval; no interval for a single one."""
+    centre, error, quantile = _centre(np.asarray(values, dtype=np.float64), level)
+    return _interval(centre, centre - quantile * error, centre + quantile * error)
+
+
+def ratio(above: np.ndarray, below: np.ndarray, level: float = LEVEL) -> dict:
+    """mean(above) / mean(below) of paired independent values (n,), with Fieller's interval (Fieller 1954).
+
+    All None where the interval of the denominator contains 0, for then the ratio has no bounds.
     """
-    random = np.random.default_rng(seed)
-    return random.integers(prompts, size=(n, prompts, 1)), random.integers(seeds, size=(n, prompts, seeds))
+    n, (a, _, quantile), (b, error, _) = len(below), _centre(above, level), _centre(below, level)
+    if not abs(b) > quantile * error:
+        return dict(UNDEFINED)
+    aa, bb, ab = (quantile**2 * np.cov(above, below)[i] / n if n > 1 else 0.0 for i in ((0, 0), (1, 1), (0, 1)))
+    middle, span = a * b - ab, b**2 - bb
+    root = np.sqrt(max(middle**2 - span * (a**2 - aa), 0.0))
+    return _interval(a / b, (middle - root) / span, (middle + root) / span)
 
 
-def curves(effect: np.ndarray, n: int = 2000, seed: int = 0) -> np.ndarray:
-    """The mean effect per scale of n bootstrap draws, (n, K)."""
-    prompts, seeds, _ = effect.shape
-    rows, columns = resamples(prompts, seeds, n, seed)
-    flat = rows * seeds + columns                                                                # (n, P, S)
-    weights = np.stack([np.bincount(draw, minlength=prompts * seeds) for draw in flat.reshape(n, -1)])  # (n, P·S)
-    return weights @ effect.reshape(prompts * seeds, -1) / (prompts * seeds)
+def equivalence(target: np.ndarray, source: np.ndarray, margin: tuple[float, float] = MARGIN) -> float:
+    """p of two one-sided tests (TOST) that mean(target) / mean(source) lies within the margin; paired values (n,).
+
+    As tests of the linear contrasts target - margin · source, which need no ratio (Sasabuchi 1980; Hauschke et al. 1999). Doubled, so that
+    p <= .05 exactly where the 95 % interval of the ratio lies within the margin: at .05 each, skewed slopes claimed it in 5.5 % of cases.
+    """
+    sign = 1.0 if np.mean(source) >= 0 else -1.0
+    low, high = (_t(sign * (target - edge * source)) for edge in margin)
+    p = max(student.sf(low, len(source) - 1), student.cdf(high, len(source) - 1)) if len(source) > 1 else 1.0
+    return float(min(2 * p, 1.0))
 
 
-def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The central percentile interval of draws (n,), whose ends are draws: infinite ones are allowed."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-    return float(low), float(high)
+def difference(target: np.ndarray, source: np.ndarray) -> float:
+    """p of the two-sided test that the means of paired values (n,) are equal."""
+    return float(2 * student.sf(abs(_t(target - source)), len(source) - 1)) if len(source) > 1 else 1.0
+
+
+def holm(p: list[float]) -> list[float]:
+    """p values adjusted for that many tests (Holm 1979): each at most its level, all of them hold together."""
+    order, adjusted, worst = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+# ---- effects
 
 
 def slope(scales: np.ndarray, curve: np.ndarray) -> np.ndarray:
@@ -46,56 +86,116 @@ def slope(scales: np.ndarray, curve: np.ndarray) -> np.ndarray:
     return np.asarray(curve) @ scales / (scales @ scales)
 
 
-def estimate(effect: np.ndarray, scales: np.ndarray, n: int = 2000, seed: int = 0) -> dict:
-    """The slope and the effect at each scale, with intervals.
+def window(effect: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Where a control's mean curve is not yet saturated, as a mask (K,) of scales, 0 among them.
+
+    On each side of 0 as far as every step still has SATURATED times the slope of the first one.
+    """
+    scales, curve = _checked(scales, effect), effect.mean((0, 1))
+    inside, zero = scales == 0, int(np.flatnonzero(scales == 0)[0])
+    for side in (range(zero, len(scales) - 1), range(zero - 1, -1, -1)):
+        slopes = [(curve[k + 1] - curve[k]) / (scales[k + 1] - scales[k]) for k in side]
+        for k, rise in zip(side, slopes, strict=True):
+            if rise * np.sign(slopes[0]) < SATURATED * abs(slopes[0]):
+                break
+            inside[k + 1 if k >= zero else k] = True
+    return inside
+
+
+def estimate(effect: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None) -> dict:
+    """The slope over the scales `inside` (all, unless given) and the effect at each scale, with intervals.
 
     Returns {"slope": interval, "effect": [interval per scale]}. Raises ValueError when effect and scales do not fit.
     """
     scales = _checked(scales, effect)
-    mean, draws = effect.mean((0, 1)), curves(effect, n, seed)
-    points = [_reading(value, column) for value, column in zip(mean, draws.T, strict=True)]
-    return {"slope": _reading(slope(scales, mean), slope(scales, draws)), "effect": points}
+    inside = np.ones(len(scales), bool) if inside is None else inside
+    return {
+        "slope": mean(units(slope(scales[inside], effect[..., inside]))),
+        "effect": [mean(column) for column in units(effect).T],
+    }
 
 
-def retention(source: np.ndarray, target: np.ndarray, scales: np.ndarray, n: int = 2000, seed: int = 0) -> dict:
-    """How much of the source's slope is left on the target: their ratio, with the interval of the paired bootstrap.
+def retention(source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None) -> dict:
+    """How much of the source's slope is left on the target: the ratio of their slopes, both over the scales `inside`.
 
-    source, target: (P, S, K), same prompts, seeds and scales. All None where the interval of the source's slope contains 0.
+    source, target: (P, S, K), same prompts, seeds and scales; `inside` is the source's `window` unless given. All None where the interval
+    of the source's slope contains 0.
     """
+    below, above = slopes(source, target, scales, inside)
+    return ratio(above, below)
+
+
+def slopes(source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The slopes of source and target per independent unit, (n,) each, over the scales `inside`: the source's `window` unless given."""
     scales = _checked(scales, source, target)
-    below, above = slope(scales, curves(source, n, seed)), slope(scales, curves(target, n, seed))
-    if _contains(interval(below), 0):
-        return dict(UNDEFINED)
-    with np.errstate(divide="ignore"):
-        return _reading(slope(scales, target.mean((0, 1))) / slope(scales, source.mean((0, 1))), above / below)
+    inside = window(source, scales) if inside is None else inside
+    return tuple(units(slope(scales[inside], effect[..., inside])) for effect in (source, target))
 
 
-def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray, n: int = 2000, seed: int = 0) -> dict:
+def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict:
     """The smallest positive scale at which the target's mean effect equals the source's at scale 1.
 
-    Mean curves are taken as piecewise linear. None stands for "beyond the largest scale"; all None where the interval of the source's
-    effect at 1 contains 0. Raises ValueError when the scales end before 1.
+    Curves are cubic splines through the scales, which are linear in the effects. The interval holds the scales around it at which a test
+    of equal effects does not reject. None stands for "beyond the largest scale"; all None where the interval of the source's effect at 1
+    contains 0. "reach" says what comes nearest: the largest share of the wanted effect, and at which scale.
+    Raises ValueError when the scales end before 1.
     """
     scales = _checked(scales, source, target)
     if scales[-1] < 1:
         raise ValueError(f"a matched scale needs the source's effect at scale 1, but the scales end at {scales[-1]:g}")
-    wanted = _at_one(scales, curves(source, n, seed))
-    if _contains(interval(wanted), 0):
-        return dict(UNDEFINED)
-    value = crossing(scales, target.mean((0, 1))[None], _at_one(scales, source.mean((0, 1))[None]))[0]
-    return _reading(value, crossing(scales, curves(target, n, seed), wanted))
+    grid = np.linspace(0, scales[-1], GRID)
+    wanted, there = units(source) @ _spline(scales, np.array([1.0]))[0], units(target) @ _spline(scales, grid).T  # (n,), (n, G)
+    centre = mean(wanted)
+    if centre["low"] is None or centre["low"] <= 0 <= centre["high"]:
+        return {**UNDEFINED, "reach": None}
+    shares = there.mean(0) / wanted.mean()
+    best = int(shares.argmax())
+    reach = {"share": float(shares[best]), "scale": float(grid[best])}
+    gap, error, quantile = _centre(there - wanted[:, None], LEVEL)                                    # (G,)
+    where, alike = crossing(grid, gap), np.abs(gap) <= quantile * error + 1e-12
+    near = int(np.abs(grid - where).argmin()) if where is not None else best
+    if where is None and not alike[near]:
+        return {**UNDEFINED, "reach": reach}
+    low, high = near, near
+    while low > 0 and alike[low - 1]:
+        low -= 1
+    while high < GRID - 1 and alike[high + 1]:
+        high += 1
+    ends = (min(grid[low], where or np.inf), None if high == GRID - 1 and where != grid[-1] else max(grid[high], where or 0.0))
+    return {"value": where, "low": float(ends[0]), "high": ends[1] if ends[1] is None else float(ends[1]), "reach": reach}
 
 
-def crossing(scales: np.ndarray, curve: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """The smallest scale >= 0 at which each piecewise-linear curve (N, K) meets its level (N,); infinite where it never does."""
-    positive = scales >= 0
-    x, gap = scales[positive], curve[:, positive] - level[:, None]
-    left, right = gap[:, :-1], gap[:, 1:]
-    meets = left * right <= 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(left == right, 0, left / (left - right))
-    places = np.where(meets, x[:-1] + share * np.diff(x), np.inf)
-    return places.min(1)
+def crossing(grid: np.ndarray, gap: np.ndarray) -> float | None:
+    """The first place (G,) at which a gap (G,) passes through 0, between points on a line; None where it never does."""
+    meets = np.flatnonzero(gap[:-1] * gap[1:] <= 0)
+    if not len(meets):
+        return None
+    k = meets[0]
+    left, right = gap[k], gap[k + 1]
+    return float(grid[k] + (0.0 if left == right else left / (left - right)) * (grid[k + 1] - grid[k]))
+
+
+def shape(effect: np.ndarray, scales: np.ndarray) -> dict:
+    """A dose-response curve in numbers.
+
+    area: interval of the integral of the effect over the scales, negative ones counted the other way round. saturation: the positive scale
+    beyond which the mean curve has less than SATURATED of its first slope, None where it goes on. monotonicity: Kendall's tau-b between
+    scale and effect per (prompt, seed), averaged. signs: share of effects on the side of 0 that their scale is on. smoothness of the mean
+    curve: 1 where each step takes the share of the change that it has of the scales, 0 where one step takes all.
+    """
+    scales, curve = _checked(scales, effect), effect.mean((0, 1))
+    inside = window(effect, scales)
+    last = scales[inside][-1]
+    steps, widths = np.abs(np.diff(curve)), np.diff(scales) / np.ptp(scales)
+    shares = steps / steps.sum() if steps.any() else widths
+    worst = 1 - widths.min()
+    return {
+        "area": mean(units(np.trapezoid(effect * np.sign(scales), scales))),
+        "saturation": None if last == scales[-1] else float(last),
+        "monotonicity": monotonicity(effect, scales),
+        "signs": float((np.sign(effect) == np.sign(scales))[..., scales != 0].mean()),
+        "smoothness": float(1 - np.abs(shares - widths).sum() / 2 / worst) if worst else 1.0,
+    }
 
 
 def monotonicity(effect: np.ndarray, scales: np.ndarray) -> float:
@@ -111,30 +211,84 @@ def monotonicity(effect: np.ndarray, scales: np.ndarray) -> float:
     return float(tau.mean())
 
 
-def verdict(retention: dict, margin: tuple[float, float] = MARGIN) -> str:
-    """One word for a retention interval; the first row that holds decides.
+def at(values: np.ndarray, scales: np.ndarray, scale: float) -> np.ndarray:
+    """Values (..., K) between their scales, on straight lines: (...)."""
+    k = int(np.clip(np.searchsorted(scales, scale), 1, len(scales) - 1))
+    share = (scale - scales[k - 1]) / (scales[k] - scales[k - 1])
+    return (1 - share) * values[..., k - 1] + share * values[..., k]
 
-    | word      | when                                                           |
-    |-----------|----------------------------------------------------------------|
-    | undefined | no retention: the source's own slope cannot be told from 0     |
-    | reversed  | high < 0                                                       |
-    | dead      | low <= 0 <= high, and high below the margin                    |
-    | kept      | the whole interval inside the margin [0.8, 1.25]               |
-    | weaker    | high < 1                                                       |
-    | stronger  | low > 1                                                        |
-    | unclear   | otherwise: too wide to tell; more prompts would help           |
+
+def spread(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict | None:
+    """How far retention varies between prompts, and between seeds of a prompt; None where there is a single one of either.
+
+    The standard deviations of target - retention · source in units of the source's slope: they make the interval of a retention wide, so
+    that a measurement can be planned by them.
     """
-    low, high = retention["low"], retention["high"]
-    if retention["value"] is None or low is None or high is None:
+    inside = window(source, scales)
+    below, above = (slope(np.asarray(scales)[inside], effect[..., inside]) for effect in (source, target))  # (P, S)
+    if min(below.shape) < 2 or not below.mean():
+        return None
+    rest = (above - above.mean() / below.mean() * below) / below.mean()
+    seeds = rest.var(1, ddof=1).mean()
+    return {"prompts": float(np.sqrt(max(rest.mean(1).var(ddof=1) - seeds / below.shape[1], 0))), "seeds": float(np.sqrt(seeds))}
+
+
+def detectable(prompts: int, seeds: int, spread: dict, power: float = 0.8) -> float:
+    """The smallest difference of a retention from 1 that a design tells from 0 in `power` of cases, two-sided at LEVEL."""
+    freedom = (prompts if prompts > 1 else seeds) - 1
+    if freedom < 1:
+        return float("inf")
+    error = np.sqrt(spread["prompts"] ** 2 / prompts + spread["seeds"] ** 2 / (prompts * seeds))
+    return float((student.ppf((1 + LEVEL) / 2, freedom) + student.ppf(power, freedom)) * error)
+
+
+def verdict(retention: dict, equivalent: float, different: float, margin: tuple[float, float] = MARGIN) -> str:
+    """One word for a retention, its p of equivalence and its p of a difference from 1; the first row that holds decides.
+
+    | word      | when                                                             |
+    |-----------|------------------------------------------------------------------|
+    | undefined | no retention: the source's own slope cannot be told from 0       |
+    | reversed  | its interval lies below 0                                        |
+    | dead      | its interval contains 0 and ends below the margin                |
+    | kept      | equivalence is shown: p <= .05 that it lies within the margin    |
+    | weaker    | p <= .05 that it differs from 1, and it is below                 |
+    | stronger  | p <= .05 that it differs from 1, and it is above                 |
+    | unclear   | otherwise: more prompts would help                               |
+    """
+    value, low, high = retention["value"], retention["low"], retention["high"]
+    if value is None or low is None or high is None:
         return "undefined"
+    alpha = 1 - LEVEL
     rows = {
         "reversed": high < 0,
         "dead": low <= 0 and high < margin[0],
-        "kept": margin[0] <= low and high <= margin[1],
-        "weaker": high < 1,
-        "stronger": low > 1,
+        "kept": equivalent <= alpha + 1e-12,
+        "weaker": different <= alpha and value < 1,
+        "stronger": different <= alpha and value > 1,
     }
     return next((word for word, holds in rows.items() if holds), "unclear")
+
+
+# ---- a second opinion
+
+
+@cache
+def resamples(prompts: int, seeds: int, n: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each image counts in n hierarchical bootstrap draws, prompts and then seeds within each: (n, P·S), rows sum to P·S."""
+    random = np.random.default_rng(seed)
+    rows, columns = random.integers(prompts, size=(n, prompts, 1)), random.integers(seeds, size=(n, prompts, seeds))
+    flat = (rows * seeds + columns).reshape(n, -1) + prompts * seeds * np.arange(n)[:, None]
+    return np.bincount(flat.ravel(), minlength=n * prompts * seeds).reshape(n, -1).astype(np.float64)
+
+
+def bootstrap(source: np.ndarray, target: np.ndarray, scales: np.ndarray, n: int = 2000, seed: int = 0) -> dict:
+    """The retention with the central percentile interval of the paired hierarchical bootstrap over prompts, then seeds."""
+    scales = _checked(scales, source, target)
+    inside, weights = window(source, scales), resamples(*source.shape[:2], n, seed)
+    below, above = (slope(scales[inside], effect[..., inside]).ravel() for effect in (source, target))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = np.quantile((weights @ above) / (weights @ below), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+        return _interval(above.mean() / below.mean(), low, high)
 
 
 def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:
@@ -151,18 +305,27 @@ def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:
     return scales
 
 
-def _at_one(scales: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """The value of each piecewise-linear curve (N, K) at scale 1, (N,)."""
-    k = int(np.clip(np.searchsorted(scales, 1), 1, len(scales) - 1))
-    share = (1 - scales[k - 1]) / (scales[k] - scales[k - 1])
-    return (1 - share) * curve[:, k - 1] + share * curve[:, k]
+def _centre(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean, its standard error and Student's quantile of independent values (n, ...); infinite for a single one."""
+    n = len(values)
+    if n < 2:
+        return values.mean(0), np.full(values.shape[1:], np.inf), 1.0
+    return values.mean(0), values.std(0, ddof=1) / np.sqrt(n), float(student.ppf((1 + level) / 2, n - 1))
 
 
-def _contains(ends: tuple[float, float], value: float) -> bool:
-    return ends[0] <= value <= ends[1]
+def _t(values: np.ndarray) -> float:
+    """Student's t of independent values (n,) against 0; the limit where they are all the same."""
+    centre, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+    scale = 1e-12 * (1 + abs(values).max())
+    return float(centre / error) if error > scale else float(np.inf * np.sign(centre) if abs(centre) > scale else 0.0)
 
 
-def _reading(value: float, draws: np.ndarray) -> dict:
+def _spline(scales: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The cubic spline through values at the scales, read at places (G,), as a matrix (G, K): it is linear in the values."""
+    return make_interp_spline(scales, np.eye(len(scales)), k=min(3, len(scales) - 1))(places)
+
+
+def _interval(value: float, low: float, high: float) -> dict:
     """An interval dict; what is not finite becomes None."""
-    numbers = zip(("value", "low", "high"), (float(value), *interval(draws)), strict=True)
+    numbers = zip(("value", "low", "high"), (float(value), float(low), float(high)), strict=True)
     return {name: number if np.isfinite(number) else None for name, number in numbers}

@@ -40,13 +40,13 @@ def simulated(strength: float, seed: int) -> np.ndarray:
 
 
 def reading(source: np.ndarray, target: np.ndarray) -> dict:
-    kept = stats.retention(source, target, SCALES, n=300)
+    kept, (below, above) = stats.retention(source, target, SCALES), stats.slopes(source, target, SCALES)
     return {
-        **stats.estimate(target, SCALES, n=300),
+        **stats.estimate(target, SCALES),
         "retention": kept,
-        "verdict": stats.verdict(kept),
+        "verdict": stats.verdict(kept, stats.equivalence(above, below), stats.difference(above, below)),
         "monotonicity": stats.monotonicity(target, SCALES),
-        "matched_scale": stats.matched_scale(source, target, SCALES, n=300),
+        "matched_scale": stats.matched_scale(source, target, SCALES),
     }
 
 

@@ -12,7 +12,7 @@ from configs import ROOT, entry, load, merge
 from controls import formats
 
 SMALL = ["controls=[controls/tiny/smile.safetensors]", "targets=[base,dmd]", "prompts=[portrait of a person,'portrait of a person, hat']",
-         "seeds=2", "scales=[-1,0,1]", "draws=200", "wandb=disabled"]  # fmt: skip
+         "seeds=2", "scales=[-1,0,1]", "wandb=disabled"]  # fmt: skip
 CELL = {"control", "source", "target", "scales", "effect", "slope", "retention", "clip_change_percent", "monotonicity", "preservation",
         "matched_scale", "images", "prompts", "seeds", "verdict"}  # fmt: skip
 

@@ -12,7 +12,6 @@ from models.sample import Member
 
 SCALES = np.array([0.0, 1.0])
 SEEDS = 2  # images per prompt
-DRAWS = 500  # bootstrap draws of a retention
 
 
 class Watch:
@@ -46,7 +45,7 @@ class Watch:
         for member in self.others:
             with applied(member.denoiser.net, control, 1.0, self.family.card.name):
                 there = self.effect(self.plain[member.name], self.score(member))
-            kept = stats.retention(here, there, SCALES, DRAWS)
+            kept = stats.retention(here, there, SCALES)
             found[f"effect/{member.name}"] = float(there[..., -1].mean())
             found |= {f"retention/{member.name}/{end}": value for end, value in kept.items()}
         return found
