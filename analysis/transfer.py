@@ -1,6 +1,7 @@
 """How much of a control's effect survives on other members of the family: python -m analysis.transfer [config=FILE] [key=value ...]
 
-Without arguments: the shipped controls, trained on tiny/base, on every member of `tiny`; some minutes on a CPU.
+Without arguments: the shipped controls, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --plan says what it will
+cost and what it can see, and draws nothing. Any LoRA: controls=[my.safetensors] family=sdxl positive="…" negative="…".
 """
 
 import time
@@ -9,114 +10,115 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm import tqdm
 
-from analysis import record, report
-from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
+from analysis import design, record, report
+from analysis.measure import Measurement, Subject, Words, is_reference
+from analysis.draw import Drawings, Job
+from configs import ROOT, UserError, command, entry, load, run_folder, tracking, versions
 from controls import formats, stats
-from controls.effect import change, own_directions, percent_change, preservation
-from controls.lora import Control, applied
-from models.evaluators import Evaluator, evaluators
-from models.families import DTYPES, Family
+from controls.lora import Card, Control, random_like, ready
+from models.evaluators import evaluators
+from models.families import DTYPES, Family, FamilyCard
+from models.sample import PLANS
 
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in ("smile", "age", "eyes", "watercolour")]
-SHOWN = 4  # images of a cell that its picture shows
+FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "scales", "lora_scales", "references")
 
 
 @dataclass
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files
-    targets: list[str] = field(default_factory=list)  # members to test on; empty = all of the family
+    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files of any layout
+    source: str = ""  # the member that controls without a card of ours were trained on; empty = the family's base
+    targets: list[str] = field(default_factory=list)  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
+    references: bool = True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
     prompts: list[str] = field(default_factory=list)  # what is drawn; empty = the family card's prompts
     seeds: int = 4  # images per prompt
-    seed: int = 1000  # the first image seed, and that of the bootstrap
-    scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # of sliders; must hold 0
-    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # of other controls; must hold 0
+    seed: int = 1000  # of the first image
+    scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # of sliders; must hold 0 and reach 1
+    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5])  # of other controls; must hold 0 and reach 1
+    below: float | None = None  # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at all
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    batch: int = 48  # images sampled at once
+    batch: int = 48  # images at once; halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    plan: bool = False  # --plan: say images, minutes and the smallest difference that can be seen, and stop
+    write_card: bool = False  # write the measured scales into the header of each control file
+    cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
 
 
-@dataclass(frozen=True)
-class Job:
-    """One set of images: every prompt and seed on one member, under one control at one scale."""
-
-    member: str
-    control: str
-    scale: float
-
-    @property
-    def file(self) -> str:
-        return f"features/{self.member}/{'plain' if self.scale == 0 else f'{self.control}@{self.scale:g}'}.safetensors"
-
-
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
-    controls = {c.card.name: c for c in map(read, cfg.controls)}
-    check(cfg, controls)
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
-    cfg.prompts = cfg.prompts or family.card.prompts
-    targets = cfg.targets or list(family.card.members)
-    members = list(dict.fromkeys([*(c.card.member for c in controls.values()), *targets]))
-    unknown = [name for name in members if name not in family.card.members]
-    if unknown:
-        raise UserError(f"no member {unknown[0]!r} in family {family.card.name}: there are {', '.join(family.card.members)}")
-    eyes = evaluators(family.card, accelerator.device)
-    for control in controls.values():  # a misfit is said now, not after an hour of drawing
-        with applied(family.member(control.card.member).denoiser.net, control, 1.0, family.card.name):
-            pass
-    folder = Path(cfg.out) / cfg.name
+    start, accelerator, folder = time.time(), Accelerator(cpu=not torch.accelerator.is_available()), Path(cfg.out) / cfg.name
+    check(cfg)
+    drawings, subjects, targets = prepare(cfg, accelerator.device)
+    jobs = jobs_of(cfg, subjects, targets)
+    if cfg.plan:
+        design.show(drawings, subjects, targets, jobs, folder)
+        return folder
+    fit(drawings, subjects, jobs)
     if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch"))
+        run_folder(cfg, folder, cfg.overwrite, FREE)
+        if cfg.overwrite:
+            drawings.forget(jobs)
     accelerator.wait_for_everyone()
-
-    jobs = [Job(member, name, scale) for member in members for name, control in controls.items() for scale in scales_of(cfg, control)]
-    todo = [job for job in {job.file: job for job in jobs}.values() if not (folder / job.file).exists()]  # scale 0 is shared
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for job in tqdm(mine, "transfer", unit="set", disable=not accelerator.is_main_process):
-        draw(cfg, family, controls, eyes, job, folder / job.file)
-    accelerator.wait_for_everyone()
+    cost = draw(drawings, jobs, accelerator)
     if not accelerator.is_main_process:
         return folder / "report.html"
 
-    cells = [cell(cfg, control, target, eyes, folder) for control in controls.values() for target in targets]
-    for control in controls.values():
-        rows = {target: gather(cfg, control, target, folder)["pictures"][:, 0] for target in targets}
-        record.overview(rows, scales_of(cfg, control), folder / f"images/{control.card.name}/members.png")
-    results = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
-               "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(eyes), "cells": cells}  # fmt: skip
+    measurement = Measurement(drawings, subjects, cfg.references)
+    cells, leakage = measurement.cells(targets), measurement.leakage(targets)
+    pictures(drawings, subjects, targets, cells, folder)
+    results = {
+        "schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes), "margin": list(stats.MARGIN),
+        "cost": cost, "cells": cells, "leakage": leakage,
+    }  # fmt: skip
     record.write(results, folder)
     page = report.build(folder)
-    show(cells, targets)
-    print(f"{time.time() - start:.0f} seconds; report: {page}")
-    with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(controls), cfg.wandb) as tracker:
+    show(cells)
+    print(f"{time.time() - start:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}")
+    with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(s.name for s in subjects), cfg.wandb) as tracker:
         record.track(results, folder, tracker)
     return page
 
 
-def read(path: str) -> Control:
-    """A control file, as given or relative to the project."""
-    return formats.load(path if Path(path).is_file() else ROOT / path)
+def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
+    """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
+    family = Family(cfg.family, device, DTYPES[cfg.dtype])
+    subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
+    cfg.prompts, targets = cfg.prompts or family.card.prompts, resolve(cfg, family.card)
+    eyes = evaluators(family.card, device)
+    for subject in subjects:
+        for eye in eyes.values() if subject.words else ():
+            eye.score(eye.features(torch.zeros(1, 3, 64, 64)), *subject.words)  # words that an evaluator cannot tell apart are an error
+    controls = {s.name: s.control for s in subjects} | {s.random: random_like(s.control, cfg.seed) for s in subjects if cfg.references}
+    return Drawings(family, controls, eyes, cfg.prompts, cfg.seeds, cfg.seed, cfg.batch, cfg.below, Path(cfg.cache)), subjects, targets
 
 
-def check(cfg: Config, controls: dict[str, Control]) -> None:
+def draw(drawings: Drawings, jobs: list[Job], accelerator: Accelerator) -> dict:
+    """Makes what is missing, this process its share; returns images drawn by all, images known before, and the seconds it took."""
+    start, todo = time.time(), drawings.missing(jobs)
+    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    for job in tqdm(mine, "transfer", unit="set", disable=not accelerator.is_main_process):
+        drawings.make(job)
+    accelerator.wait_for_everyone()
+    each, different = len(drawings.numbers), len({drawings.key(job) for job in jobs})
+    return {"drawn": len(todo) * each, "cached": (different - len(todo)) * each, "seconds": round(time.time() - start, 1)}
+
+
+def check(cfg: Config) -> None:
     """What can be wrong before anything is loaded."""
-    if len(controls) < len(cfg.controls) or not controls:
-        raise UserError(f"controls must be files of different names; got {', '.join(cfg.controls) or 'none'}")
     if cfg.dtype not in DTYPES:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     for key in ("scales", "lora_scales"):
@@ -124,106 +126,114 @@ def check(cfg: Config, controls: dict[str, Control]) -> None:
         if 0 not in values or max(values) < 1:
             raise UserError(f"{key} must hold 0 and reach 1; got {getattr(cfg, key)}")
         setattr(cfg, key, values)
-    if cfg.seeds < 1:
-        raise UserError(f"seeds must be at least 1; got {cfg.seeds}")
-    for control in controls.values():
-        words(cfg, control)
+    for key in ("seeds", "batch"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
+    if cfg.below is not None and cfg.below <= 0:
+        raise UserError(f"below is a noise level, sigma / alpha above 0, e.g. 2.0; got {cfg.below}")
 
 
-def words(cfg: Config, control: Control) -> tuple[str, str] | None:
-    """The positive and negative descriptions by which a control is measured; None without words, as SliderSpace's directions are."""
+def read(cfg: Config, family: Family) -> list[Control]:
+    """The control files, as given or relative to the project; those of other tools are adopted for the source's network."""
+    found = [adopted(path if Path(path).is_file() else ROOT / path, cfg, family) for path in cfg.controls]
+    names = [control.card.name for control in found]
+    if len(set(names)) < len(names) or not found:
+        raise UserError(f"controls must be files of different names; got {', '.join(cfg.controls) or 'none'}")
+    strange = [control.card for control in found if control.card.family != family.card.name]
+    if strange:
+        raise UserError(f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}")
+    return found
+
+
+def adopted(path: str | Path, cfg: Config, family: Family) -> Control:
+    if formats.native(path):
+        return formats.load(path)
+    source, name = cfg.source or family.card.base, Path(path).stem.replace(".", "-")
+    own = Card("lora", name, family.card.name, source, 0, 0.0, "full", "c3lier", {})
+    return formats.adopt(path, family.member(source).denoiser.net, own)
+
+
+def words(cfg: Config, control: Control) -> Words:
+    """The positive and negative descriptions by which a control is measured; None without words, as SliderSpace's directions are.
+
+    A positive one alone measures similarity to it, as of a LoRA to its subject or style.
+    """
     recipe = control.card.recipe
-    pair = (cfg.positive or recipe.get("positive", ""), cfg.negative or recipe.get("negative", ""))
-    if any(pair) and not all(pair):
-        raise UserError(f"{control.card.name} has only one of its two descriptions: give positive=… and negative=…, or neither")
-    return pair if all(pair) else None
+    positive, negative = cfg.positive or recipe.get("positive", ""), cfg.negative or recipe.get("negative", "")
+    if negative and not positive:
+        raise UserError(f"{control.card.name} has a negative description and no positive one: give positive=… too")
+    return (positive, negative) if positive else None
 
 
 def scales_of(cfg: Config, control: Control) -> list[float]:
     return cfg.lora_scales if control.card.kind == "lora" else cfg.scales
 
 
-@torch.no_grad()
-def draw(cfg: Config, family: Family, controls: dict[str, Control], eyes: dict[str, Evaluator], job: Job, path: Path) -> None:
-    """Samples one job's images and stores their features, and the first few pictures, as one safetensors file."""
-    member = family.member(job.member)
-    texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
-    seeds = [cfg.seed + i for i in range(len(texts))]
-    with applied(member.denoiser.net, controls[job.control], job.scale, family.card.name):
-        images = family.draw(member, texts, seeds, cfg.batch)
-    shown = ((images[:: cfg.seeds][:SHOWN] + 1) * 127.5).round().to(torch.uint8)
-    tensors = {name: torch.from_numpy(eye.features(images)) for name, eye in eyes.items()}
-    with replacing(path) as new:
-        save_file({**tensors, "pictures": shown.contiguous()}, new)
+def resolve(cfg: Config, family: FamilyCard) -> list[str]:
+    """The targets, members and member:plan, each source's own among them where all are meant. Raises UserError for what does not exist."""
+    students = [name for name in family.members if name != family.base]
+    found = []
+    for target in cfg.targets or family.members:
+        bare = target.partition("(")[0] in PLANS
+        found += [f"{student}:{target}" for student in students] if bare else [target]
+    if cfg.references and students:
+        steps = {len(card.timesteps) or card.steps for name, card in family.members.items() if name != family.base}
+        found.append(f"{family.base}:few({min(steps)})")
+    unknown = [target for target in found if target.partition(":")[0] not in family.members]
+    if unknown:
+        raise UserError(f"no member {unknown[0]!r} in family {family.name}: there are {', '.join(family.members)}")
+    return list(dict.fromkeys(found))
 
 
-def gather(cfg: Config, control: Control, member: str, folder: Path) -> dict[str, Tensor]:
-    """All scales of a control on a member: features (P, S, K, d) per evaluator, and pictures (K, n, 3, H, W)."""
-    files = [load_file(folder / Job(member, control.card.name, scale).file) for scale in scales_of(cfg, control)]
-    shape = (len(cfg.prompts), cfg.seeds, len(files), -1)
-    found = {key: torch.stack([f[key] for f in files], 1).reshape(shape) for key in files[0] if key != "pictures"}
-    return {**found, "pictures": torch.stack([f["pictures"] for f in files])}
+def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Job]:
+    """All that is to be drawn: subjects at their scales on their sources and on the targets, and the references."""
+    found = [job for s in subjects for target in dict.fromkeys([s.source, *targets]) for job in s.jobs(target)]
+    if cfg.references:
+        found += [Job(target, subject.random, 1.0) for subject in subjects for target in targets]
+        found += [Job(target, again=True) for target in targets if not is_reference(target)]
+    return found
 
 
-def cell(cfg: Config, control: Control, target: str, eyes: dict[str, Evaluator], folder: Path) -> dict:
-    """One control on one target: the record that DESIGN's contract describes."""
-    pair, scales = words(cfg, control), np.array(scales_of(cfg, control))
-    zero = int(np.flatnonzero(scales == 0)[0])
-    there, here = gather(cfg, control, target, folder), gather(cfg, control, control.card.member, folder)
-    readings = {name: reading(eye, here[name].numpy(), there[name].numpy(), pair, scales, zero, cfg) for name, eye in eyes.items()}
-    first, *others = readings
-    clip = there["clip"].numpy() @ eyes["clip"].texts([pair[0]])[0] if pair else None
-    picture = f"images/{control.card.name}/{target}.png"
-    record.picture(there["pictures"], folder / picture)
-    return {
-        "control": control.card.name, "kind": control.card.kind, "source": f"{control.card.family}/{control.card.member}",
-        "target": f"{control.card.family}/{target}", "evaluator": first, "scales": scales.tolist(), **readings[first],
-        "clip_change_percent": percent_change(clip[..., -1], clip[..., zero]) if pair else None,
-        "images": len(cfg.prompts) * cfg.seeds * len(scales), "prompts": len(cfg.prompts), "seeds": cfg.seeds,
-        "positive": pair[0] if pair else "", "negative": pair[1] if pair else "",
-        "picture": picture, "second": {name: readings[name] for name in others},
-    }  # fmt: skip
+def fit(drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
+    """A control or a plan that does not fit is said now, not after an hour of drawing; with nothing to draw no network is loaded."""
+    todo = drawings.missing(jobs)
+    for subject in subjects if todo else ():
+        ready(drawings.family.member(subject.source).denoiser.net, subject.control, 1.0, drawings.family.card.name)
+    for target in dict.fromkeys(job.target for job in todo):
+        drawings.plan(target)
 
 
-def reading(eye: Evaluator, here, there, pair: tuple[str, str] | None, scales, zero: int, cfg: Config) -> dict:
-    """What one evaluator says of a cell; here, there: features (P, S, K, d) on the source and on the target.
-
-    Without words the effect is the movement along the control's own direction on its source.
-    """
-    if pair:
-        source, target, rest = eye.score(here, *pair), eye.score(there, *pair), eye.rest(there, *pair)
-    else:
-        directions = own_directions(here, zero)[:, None, None]
-        source, target = ((features * directions).sum(-1) for features in (here, there))
-        rest = there - target[..., None] * directions
-    source, target = change(source, zero), change(target, zero)
-    kept, (below, above) = stats.retention(source, target, scales), stats.slopes(source, target, scales)
-    return {
-        **stats.estimate(target, scales),
-        "retention": kept,
-        "matched_scale": stats.matched_scale(source, target, scales),
-        "monotonicity": stats.monotonicity(target, scales),
-        "preservation": preservation(rest, zero),
-        "verdict": stats.verdict(kept, stats.equivalence(above, below), stats.difference(above, below)),
-    }
+def pictures(drawings: Drawings, subjects: list[Subject], targets: list[str], cells: list[dict], folder: Path) -> None:
+    """The sheets that cells name, and one overview per control."""
+    cells = iter(cells)
+    for subject in subjects:
+        sheets = {target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)]) for target in targets}
+        for sheet in sheets.values():
+            record.picture(sheet, folder / next(cells)["picture"])
+        rows = {target: sheet[:, 0] for target, sheet in sheets.items()}
+        record.overview(rows, subject.scales, folder / f"images/{subject.name}/members.png")
 
 
-def show(cells: list[dict], targets: list[str]) -> None:
+def show(cells: list[dict]) -> None:
     """Prints the table in the shape of the paper's T1: controls in rows, members in columns."""
-    table = Table(title="Retention [95 %] by CLIP, verdict; second line: probe; third: % change of the CLIP score", show_lines=True)
-    for head in ("control", *(f"-> {target}" for target in targets)):
+    targets = list(dict.fromkeys(cell["target"] for cell in cells))
+    others = " and ".join(cells[0]["second"])
+    title = f"Retention [95 %] by {cells[0]['evaluator']}, verdict; then by {others}; then matched scale, % change of the CLIP score"
+    table = Table(title=title, show_lines=True)
+    for head in ("control", *(f"-> {target.partition('/')[2]}" for target in targets)):
         table.add_column(head)
-    for name in dict.fromkeys(c["control"] for c in cells):
-        table.add_row(name, *("\n".join(lines(c)) for c in cells if c["control"] == name))
+    for name in dict.fromkeys(cell["control"] for cell in cells):
+        mine = [cell for cell in cells if cell["control"] == name]
+        table.add_row(f"{name}\nfrom {mine[0]['source'].partition('/')[2]}", *("\n".join(lines(cell)) for cell in mine))
     Console(width=max(100, Console().width)).print(table)
 
 
-def lines(found: dict) -> Iterator[str]:
+def lines(cell: dict) -> Iterator[str]:
     """The lines of one printed cell."""
-    yield f"{report.ranged(found['retention'])} {found['verdict']}"
-    for name, second in found["second"].items():
+    yield f"{report.ranged(cell['retention'])} {'' if cell['reference'] else cell['verdict']}"
+    for name, second in cell["second"].items():
         yield f"{report.ranged(second['retention'])} {name}"
-    yield f"{report.percent(found['clip_change_percent'])}"
+    yield f"scale {report.number(cell['matched_scale']['value'])}, CLIP {report.percent(cell['clip_change_percent'])}"
 
 
 if __name__ == "__main__":

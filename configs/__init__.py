@@ -57,11 +57,12 @@ def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
 
 
 def load(schema: type[T], argv: list[str] | None = None) -> T:
-    """The config of a command: `[config=FILE] [key=value ...]`, or `--help`. Raises UserError as `merge` does."""
+    """The config of a command: `[config=FILE] [key=value ...]`, or `--help`; `--key` is key=true. Raises UserError as `merge` does."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h", "help"} & set(argv):
         print(usage(schema))
         raise SystemExit(0)
+    argv = [f"{word[2:]}=true" if word.startswith("--") and "=" not in word else word for word in argv]
     for word in argv:
         if "=" not in word:
             raise UserError(f"{word!r} is not of the form key=value; --help lists the keys")

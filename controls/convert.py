@@ -38,10 +38,9 @@ def main(source: Path, target: Path, cfg: Config) -> None:
 
 def opened(source: Path, cfg: Config) -> Control:
     """A control of any layout. Raises UserError when it takes a network to read it and none is named."""
-    tensors, metadata = formats.read(source)
-    card = formats.card_of(source, metadata)
-    if card and all(name.endswith(formats.HALVES) and name.startswith(("unet.", "transformer.")) for name in tensors):
+    if formats.native(source):
         return formats.load(source)
+    card = formats.card_of(source, formats.read(source)[1])
     if not cfg.member and card is None:
         raise UserError(f"{source} does not say what it was trained on: give member=family/member, e.g. member=sdxl/base")
     family, member = split(cfg.member) if cfg.member else (card.family, card.member)

@@ -43,10 +43,9 @@ def percent_change(edited: np.ndarray, plain: np.ndarray) -> float | None:
     return 100 * (float(np.mean(edited)) / base - 1) if base >= FLOOR else None
 
 
-def preservation(features: np.ndarray, zero_index: int) -> float:
-    """Mean cosine similarity of the edited images to their own image at scale 0, by features of what should not change.
+def preservation(features: np.ndarray, zero_index: int) -> np.ndarray:
+    """Cosine similarity of every image to its own image at scale 0, by features of what should not change; 1 = nothing else moved.
 
-    features: (P, S, K, d). The image at scale 0 itself does not count. 1 = nothing else moved.
+    features: (P, S, K, d). Returns (P, S, K), 1 at scale 0.
     """
-    edited = np.delete(features, zero_index, axis=2)
-    return float(cosine(edited, features[:, :, zero_index, None]).mean())
+    return cosine(features, features[:, :, zero_index, None])

@@ -72,6 +72,13 @@ def load(path: str | Path) -> Control:
     return Control(card_of(path, metadata), {name.partition(".")[2]: tensor.float() for name, tensor in tensors.items()})
 
 
+def native(path: str | Path) -> bool:
+    """Whether a file is in diffusers' layout and has our card, so that `load` reads it. Raises UserError as `read` does."""
+    tensors, metadata = read(Path(path))
+    named = all(name.startswith(("unet.", "transformer.")) and name.endswith(HALVES) for name in tensors)
+    return card_of(path, metadata) is not None and named
+
+
 def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
     """The card in a header, None where there is none. Raises UserError for one that cannot be read."""
     try:

@@ -1,15 +1,16 @@
 """Controls: named low-rank pairs that act on a network only where the code says so.
 
 A control adds scale · alpha / rank · B·A to the weight of each of its layers (LoRA, Hu et al. 2021). `attach` puts it in place,
-switched off; `strength` is the dial; `detach` gives the network back as it was. peft computes the branches.
+switched off; `strength` is the dial; `detach` gives the network back as it was. peft computes the branches. `applied` adds a control to the
+weights instead, for drawing.
 """
 
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -67,12 +68,10 @@ def attach(net: nn.Module, control: Control, name: str | None = None, family: st
     The network is frozen too. Raises UserError when the card names another family than `family`, when a layer has no place in
     this network or another shape there, and for a name in use. Another member of the same family is the point.
     """
-    card = control.card
-    if family and card.family != family:
-        raise UserError(f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}")
+    _fits(control, family)
     _check(net, control)
-    name = name or card.name
-    _inject(net, name, control.tensors, card.rank, card.alpha, trainable=False)
+    name = name or control.card.name
+    _inject(net, name, control.tensors, control.card.rank, control.card.alpha, trainable=False)
     return name
 
 
@@ -114,43 +113,65 @@ def strength(net: nn.Module, scales: Mapping[str, float] | None = None, /, **nam
             _switch(layer, *state)
 
 
-@contextmanager
-def merged(net: nn.Module, scales: Mapping[str, float] | None = None, /, **named: float) -> Iterator[nn.Module]:
-    """As `strength`, by adding the controls to the weights: as fast as the bare network, and without gradients to the controls.
+def ready(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Callable[[], AbstractContextManager]:
+    """What puts a control at one scale into the weights, as often as it is entered: `on = ready(net, control, 1.5)`, then `with on():`.
 
-    Afterwards the original weights are back, the same memory and not a subtraction; until then both are held. In a bf16 network
-    the sum is rounded to bf16, so it agrees with `strength` to that precision only. Inside, `strength` and `merged` add to what is merged.
-    Raises UserError for a control that is not attached.
+    Inside, the network is as fast as without, and its gradients do not reach the control. Afterwards the original weights are back, the
+    same memory and not a subtraction; the sums are made once and held beside them. In a bf16 network a sum is rounded to bf16, so it
+    agrees with `strength` to that precision only. Raises UserError as `attach` does.
     """
-    scales = {**(scales or {}), **named}
-    adapted = _adapted(net)
-    layers = {spot: layer for name in scales for spot, layer in _having(adapted, name).items() if scales[name] != 0}
-    originals = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in layers.values()]
-    with strength(net):
+    _fits(control, family)
+    _check(net, control)
+    spots, factor = places(net), scale * control.card.alpha / control.card.rank
+    sums = {}
+    for layer in _names(control) if scale else ():
+        weight = spots[layer].weight
+        a, b = (control.tensors[f"{layer}.lora_{half}.weight"].to(weight.device, torch.float32).flatten(1) for half in "AB")
+        sums[weight] = (weight.detach().float() + factor * (b @ a).view_as(weight)).to(weight.dtype)
+
+    @contextmanager
+    def on() -> Iterator[None]:
+        originals = {weight: weight.data for weight in sums}
         try:
-            for layer in layers.values():
-                layer.get_base_layer().weight.data = _sum(layer, scales)
-            yield net
+            for weight, total in sums.items():
+                weight.data = total
+            yield
         finally:
-            for weight, original in originals:
+            for weight, original in originals.items():
                 weight.data = original
+
+    return on
 
 
 @contextmanager
 def applied(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Iterator[nn.Module]:
-    """Inside, a control acts on a bare network at one scale, merged for speed; afterwards the network is bare again.
+    """Inside, a control acts on a network at one scale, as part of its weights: see `ready`. Blocks nest, and add up.
 
     Raises UserError as `attach` does.
     """
-    if scale == 0:
+    with ready(net, control, scale, family)():
         yield net
-        return
-    name = attach(net, control, "applied", family)
-    try:
-        with merged(net, {name: scale}):
-            yield net
-    finally:
-        detach(net)
+
+
+def random_like(control: Control, seed: int = 0) -> Control:
+    """A control that means nothing and changes as much: random pairs whose product has the control's Frobenius norm in every layer."""
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    for layer in _names(control):
+        halves = {half: control.tensors[f"{layer}.lora_{half}.weight"] for half in "AB"}
+        random = {half: torch.randn(tensor.shape, generator=rng) for half, tensor in halves.items()}
+        factor = (_norm(**halves) / _norm(**random)) ** 0.5
+        tensors |= {f"{layer}.lora_{half}.weight": factor * tensor for half, tensor in random.items()}
+    card = replace(control.card, name=f"random-{control.card.name}", kind="random", recipe={"like": control.card.name, "seed": seed})
+    return Control(card, tensors)
+
+
+def content(control: Control) -> str:
+    """The sha256 of what a control does: its weights and its strength, whatever its file or card says besides."""
+    digest = hashlib.sha256(f"{control.card.rank} {control.card.alpha}".encode())
+    for name in sorted(control.tensors):
+        digest.update(f"{name} {tuple(control.tensors[name].shape)}".encode())
+        digest.update(control.tensors[name].float().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def detach(net: nn.Module) -> None:
@@ -165,7 +186,7 @@ def detach(net: nn.Module) -> None:
 def fingerprint(net: nn.Module) -> str:
     """The sha256 of the bare network's parameters as fp32.
 
-    The same with controls attached or not (though not inside `merged`), and for fp16 weights loaded as fp32.
+    The same with controls attached or not (though not inside `applied`), and for fp16 weights loaded as fp32.
     """
     digest = hashlib.sha256()
     bare = {n.replace(".base_layer.", "."): p for n, p in net.named_parameters() if ".lora_A." not in n and ".lora_B." not in n}
@@ -217,16 +238,21 @@ def _dial(layer: LoraLayer, scales: Mapping[str, float]) -> None:
     _switch(layer, active, not active, {name: scales[name] * layer.lora_alpha[name] / layer.r[name] for name in active})
 
 
-@torch.no_grad()
-def _sum(layer: LoraLayer, scales: Mapping[str, float]) -> Tensor:
-    """The weight of a layer with its controls added, summed in fp32, in the weight's own type."""
-    weight = layer.get_base_layer().weight
-    total = weight.float()
-    for name, scale in scales.items():
-        if scale != 0 and name in layer.lora_A:
-            a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
-            total = total + scale * layer.lora_alpha[name] / layer.r[name] * (b.flatten(1) @ a.flatten(1)).view_as(weight)
-    return total.to(weight.dtype)
+def _norm(A: Tensor, B: Tensor) -> Tensor:  # noqa: N803
+    """The Frobenius norm of B·A, from its rank × rank Gram matrices."""
+    a, b = A.double().flatten(1), B.double().flatten(1)
+    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+
+
+def _names(control: Control) -> list[str]:
+    """The layers of a control, sorted."""
+    return sorted({key.rsplit(".lora_", 1)[0] for key in control.tensors})
+
+
+def _fits(control: Control, family: str | None) -> None:
+    card = control.card
+    if family and card.family != family:
+        raise UserError(f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}")
 
 
 def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -238,7 +264,7 @@ def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ..
 def _check(net: nn.Module, control: Control) -> None:
     """Raises UserError unless every layer of the control has its place, and its shape, in the network."""
     name, spots = control.card.name, places(net)
-    layers = sorted({key.rsplit(".lora_", 1)[0] for key in control.tensors})
+    layers = _names(control)
     count, question = f"of {len(layers)} layers of {name}", "Was it trained on another family?"
     lost = [layer for layer in layers if layer not in spots]
     if lost:

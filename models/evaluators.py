@@ -39,7 +39,7 @@ class Clip:
             pixels, _ = CLIPImageProcessor.get_image_processor_dict(place(repo))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the evaluator {repo}: {str(error).strip().splitlines()[0]}") from None
-        self.size_px = self.model.config.vision_config.image_size
+        self.size_px, self.known = self.model.config.vision_config.image_size, {}
         self.mean, self.std = (torch.tensor(pixels[key], device=device).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
 
     @torch.no_grad()
@@ -55,24 +55,35 @@ class Clip:
         out = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std).pooler_output
         return F.normalize(self.model.visual_projection(out), dim=-1)
 
-    @torch.no_grad()
     def texts(self, texts: list[str]) -> np.ndarray:
-        """Unit-length text embeddings (B, d)."""
+        """Unit-length text embeddings (B, d); a text is embedded once."""
+        for text in texts:
+            if text not in self.known:
+                self.known[text] = self.embed_text(text)
+        return np.stack([self.known[text] for text in texts])
+
+    @torch.no_grad()
+    def embed_text(self, text: str) -> np.ndarray:
+        """The unit-length embedding of a text (d,)."""
         length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+        ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
         out = self.model.text_model(input_ids=ids.to(self.mean.device)).pooler_output
-        return F.normalize(self.model.text_projection(out), dim=-1).double().cpu().numpy()
+        return F.normalize(self.model.text_projection(out), dim=-1).double().cpu().numpy()[0]
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
-        """Cosine to the positive description minus cosine to the negative one."""
-        a, b = self.texts([positive, negative])
-        return features @ (a - b)  # all of unit length
+        """Cosine to the positive description minus cosine to the negative one, where there is one."""
+        return features @ self.direction(positive, negative)  # all of unit length
 
     def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """The embeddings projected off the direction from negative to positive."""
-        a, b = self.texts([positive, negative])
-        direction = (a - b) / np.linalg.norm(a - b)
+        direction = self.direction(positive, negative)
+        direction = direction / np.linalg.norm(direction)
         return features - (features @ direction)[..., None] * direction
+
+    def direction(self, positive: str, negative: str) -> np.ndarray:
+        """From the negative to the positive description, (d,); the positive one itself where there is no other."""
+        a = self.texts([positive])[0]
+        return a - self.texts([negative])[0] if negative else a
 
 
 class Attributes:

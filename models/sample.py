@@ -133,6 +133,7 @@ PLANS: dict[str, Callable[[Member, Member, int], Plan]] = {
     "hybrid": hybrid,
     "late": late,
     "skip": lambda _, student, k: skip(student, k),
+    "few": lambda _, member, k: few(member, k),
 }
 
 
@@ -149,6 +150,12 @@ def during(plan: Plan, holds: Callable[[Noise], bool], within: Callable[[], Abst
     stages = [replace(stage, levels=(level,), within=within if holds(level) else stage.within)
               for stage in plan.stages for level in stage.levels]  # fmt: skip
     return replace(plan, stages=tuple(stages))
+
+
+def few(member: Member, steps: int) -> Plan:
+    """The member in a few trailing steps and without guidance, as a student is sampled: what is left is due to its weights."""
+    levels = levels_of(member.law, "trailing", steps)
+    return Plan(f"few({steps})", (Stage(replace(member, guidance=None, levels=levels), levels),))
 
 
 def _count(k: int, student: Member) -> int:

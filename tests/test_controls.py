@@ -13,7 +13,21 @@ from safetensors.torch import save_file
 
 from configs import UserError
 from controls.formats import load, save
-from controls.lora import Card, Control, attach, create, detach, extract, fingerprint, merged, parameters, strength
+from controls.lora import (
+    Card,
+    Control,
+    applied,
+    attach,
+    content,
+    create,
+    detach,
+    extract,
+    fingerprint,
+    parameters,
+    random_like,
+    ready,
+    strength,
+)
 from controls.targets import LAYERS, targets
 
 
@@ -167,28 +181,51 @@ def test_exactly_the_named_controls_act_and_the_state_before_returns(pair):
     assert not any(torch.equal(a, b) for k, a in enumerate(outputs) for b in outputs[:k])
 
 
-def test_merged_agrees_with_strength_and_gives_the_weights_back(pair):
-    net, bare, _ = pair
-    weights = {name: (p.data_ptr(), p.detach().clone()) for name, p in net.named_parameters()}
-    with torch.no_grad(), strength(net, smile=-1.5, age=0.7):
-        branches = output(net)
-    with merged(net, smile=-1.5, age=0.7):
-        assert torch.allclose(output(net), branches, atol=1e-5)
-    with merged(net, smile=0):
+def test_applied_agrees_with_strength_and_gives_the_weights_back():
+    net = network()
+    smile, age = trained(network(), "smile", 1), trained(network(), "age", 2)
+    bare, weights = output(net), {name: (p.data_ptr(), p.detach().clone()) for name, p in net.named_parameters()}
+    with applied(net, smile, -1.5, "tiny"), applied(net, age, 0.7):
+        added = output(net)
+    with applied(net, smile, 0.0):
         assert torch.equal(output(net), bare)
-    with pytest.raises(RuntimeError), merged(net, {"smile": 1.0}):
+    with pytest.raises(RuntimeError), applied(net, smile, 1.0):
         raise RuntimeError
     assert all(p.data_ptr() == weights[name][0] and torch.equal(p, weights[name][1]) for name, p in net.named_parameters())
-    assert torch.equal(output(net), bare)
+    attach(net, smile), attach(net, age)
+    with torch.no_grad(), strength(net, smile=-1.5, age=0.7):
+        assert torch.allclose(output(net), added, atol=1e-5)
 
 
-def test_merged_leaves_gradients_on_or_off(pair):
-    net, _, _ = pair
-    with merged(net, smile=1.0):
-        assert torch.is_grad_enabled()
-    with torch.no_grad(), merged(net, smile=1.0):
-        assert not torch.is_grad_enabled()
-    assert torch.is_grad_enabled()
+def test_ready_is_entered_as_often_as_one_likes():
+    net, smile = network(), trained(network(), "smile", 1)
+    on, bare = ready(net, smile, 1.0), output(net)
+    with on():
+        first = output(net)
+    assert torch.equal(output(net), bare) and not torch.equal(first, bare)
+    with on():
+        assert torch.equal(output(net), first)
+    with pytest.raises(UserError, match="family"):
+        ready(net, smile, 1.0, family="elsewhere")
+
+
+def test_a_random_control_has_the_norms_and_not_the_directions():
+    control = trained(network(), "smile", 1)
+    other = random_like(control, 3)
+    assert other.tensors.keys() == control.tensors.keys() and content(other) != content(control)
+    for layer in {key.rsplit(".lora_", 1)[0] for key in control.tensors}:
+        a, b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        ours, theirs = (c.tensors[b].flatten(1) @ c.tensors[a].flatten(1) for c in (control, other))
+        assert float(theirs.norm()) == pytest.approx(float(ours.norm()), rel=1e-5)
+        assert abs(float((ours * theirs).sum() / ours.norm() ** 2)) < 0.9
+    assert content(random_like(control, 3)) == content(other) != content(random_like(control, 4))
+
+
+def test_content_is_what_a_control_does():
+    control = trained(network(), "smile", 1)
+    renamed = Control(replace(control.card, name="grin"), control.tensors)
+    stronger = Control(replace(control.card, alpha=2 * control.card.alpha), control.tensors)
+    assert content(renamed) == content(control) != content(stronger)
 
 
 def test_training_reaches_the_new_control_and_nothing_else(pair):
@@ -320,4 +357,4 @@ def test_names_are_checked(pair):
     with pytest.raises(UserError, match="attached: age, smile, smile-2"):
         strength(net, smiel=1.0).__enter__()
     with pytest.raises(UserError, match="no control 'smiel'"):
-        merged(net, smiel=0).__enter__()
+        strength(net, smiel=0).__enter__()

@@ -252,10 +252,9 @@ def test_percent_change_is_a_ratio_of_means():
     assert effect.percent_change(np.array([0.3]), np.array([-0.2])) is None
 
 
-def test_preservation_leaves_the_plain_image_out():
-    features = np.array([[[[1.0, 0], [1, 0], [0, 1]]]])
-    assert effect.preservation(features, 1) == pytest.approx(0.5)
-    assert effect.preservation(np.ones((2, 2, 3, 4)), 1) == pytest.approx(1)
+def test_preservation_is_the_cosine_to_the_plain_image():
+    features = np.array([[[[1.0, 0], [1, 0], [0, 1], [2, 2]]]])
+    assert effect.preservation(features, 1) == pytest.approx(np.array([[[1, 1, 0, 0.5**0.5]]]))
 
 
 def test_diversity_is_the_mean_pairwise_distance():

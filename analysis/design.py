@@ -1,0 +1,67 @@
+"""What a measurement will cost and what it can see, said before it starts."""
+
+import time
+from pathlib import Path
+
+from analysis import report
+from analysis.measure import Subject
+from analysis.draw import Drawings, Job
+from configs import UserError
+from controls import stats
+
+# of a retention, between prompts and between seeds; medians over the shipped controls on the embedded family (LOG.md)
+TYPICAL = {"prompts": 0.15, "seeds": 0.4}
+
+
+def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job], folder: Path) -> None:
+    """Prints images, network evaluations, minutes and the smallest difference of a retention from 1 that the design tells from none."""
+    todo, each, prompts, seeds = drawings.missing(jobs), len(drawings.numbers), len(drawings.texts), drawings.seeds
+    calls = sum(evaluations(drawings, job.target) for job in todo) * each
+    spread, whence = known(folder)
+    print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
+    print(f"to draw: {len(todo) * each} images, {calls} network evaluations; known already: the rest")
+    print(f"time: {minutes(drawings, todo)}")
+    for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
+        least = stats.detectable(n, k, spread)
+        print(f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})")
+
+
+def evaluations(drawings: Drawings, target: str) -> int:
+    """Network evaluations of one image, from the family's card alone."""
+    member, _, plan = target.partition(":")
+    cards = drawings.family.card.members
+    steps = len(cards[member].timesteps) or cards[member].steps
+    if plan.startswith("few("):
+        return int(plan[4:-1])
+    return steps * (2 if cards[member].guidance is not None else 1)
+
+
+def known(folder: Path) -> tuple[dict, str]:
+    """How far retentions vary: as in the run that stands in the folder, else as is typical."""
+    try:
+        spreads = [cell["spread"] for cell in report.read(folder)["cells"] if cell.get("spread")]
+    except UserError:
+        spreads = []
+    if not spreads:
+        return TYPICAL, "spread as on the embedded family"
+    middle = lambda key: sorted(spread[key] for spread in spreads)[len(spreads) // 2]  # noqa: E731
+    return {key: middle(key) for key in ("prompts", "seeds")}, f"spread as in {folder}"
+
+
+def minutes(drawings: Drawings, todo: list[Job]) -> str:
+    """How long the drawing will take, from one timed batch; words where the networks are not at hand."""
+    if not todo:
+        return "nothing to draw"
+    few = min(todo, key=lambda job: evaluations(drawings, job.target))
+    numbers, drawings.numbers = drawings.numbers, drawings.numbers[: drawings.batch]
+    try:
+        drawings.latents(few)
+        start = time.time()
+        drawings.latents(few)
+        rate = (time.time() - start) / len(drawings.numbers) / evaluations(drawings, few.target)
+    except UserError as error:
+        return f"unknown, for the networks are not at hand ({error})"
+    finally:
+        drawings.numbers = numbers
+    calls = sum(evaluations(drawings, job.target) for job in todo) * len(numbers)
+    return f"{calls * rate / 60:.1f} minutes on one such process, at {1000 * rate:.1f} ms per evaluation"

@@ -1,0 +1,177 @@
+"""Images of every prompt and seed, drawn once: latents and features are kept by content, so that only what is new is drawn.
+
+A drawing is found again by the hash of all that it depends on: networks, plan, control, scale, prompts, seeds. It does not depend on the
+batch, on the process that drew it and on the run that asked for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs import UserError, replacing
+from controls.lora import Control, content, fingerprint, ready
+from models.evaluators import Evaluator
+from models.families import Family
+from models.identity import identity
+from models.prompts import Prompts
+from models.sample import Plan, alone, draw_noise, during, finish, named
+
+SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
+VERSION = 1  # raised when the same description comes to mean other images
+
+
+@dataclass(frozen=True)
+class Job:
+    """One drawing: every prompt and seed on one target, under one control at one scale."""
+
+    target: str  # a member, or member:plan
+    control: str = ""  # by name; empty = none
+    scale: float = 0.0
+    again: bool = False  # a second drawing of the same, to see whether it comes out the same
+
+
+class Drawings:
+    """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
+
+    def __init__(self, family: Family, controls: dict[str, Control], eyes: dict[str, Evaluator], prompts: list[str], seeds: int, seed: int,
+                 batch: int, below: float | None, folder: Path):  # fmt: skip
+        self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts, seeds, below
+        self.numbers = [seed + i for i in range(len(prompts) * seeds)]  # each image its own
+        self.batch, self.folder = batch, Path(folder)
+        self.contents = {name: content(control) for name, control in controls.items()}
+        self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
+
+    def key(self, job: Job) -> str:
+        """The hash of what the images of a job depend on."""
+        member, _, plan = job.target.partition(":")
+        card, acts = self.family.card, bool(job.control and job.scale)
+        said = {
+            "version": VERSION, "target": job.target, "again": job.again, "prompts": self.texts, "seeds": self.numbers,
+            "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
+            "control": [self.contents[job.control], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def path(self, job: Job, who: str = "") -> Path:
+        """Where a job's latents are, or its features by one evaluator."""
+        key = self.key(job)
+        return self.folder / key[:2] / f"{key[:32]}{'-' + self.signs[who] if who else ''}.safetensors"
+
+    def files(self, job: Job) -> list[Path]:
+        return [self.path(job), *(self.path(job, who) for who in self.eyes)]
+
+    def missing(self, jobs: list[Job]) -> list[Job]:
+        """The jobs of which something is still to be made, each kind of images once."""
+        different = {self.key(job): job for job in jobs}
+        return [job for job in different.values() if not all(path.exists() for path in self.files(job))]
+
+    def forget(self, jobs: list[Job]) -> None:
+        for path in {path for job in jobs for path in self.files(job)}:
+            path.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def make(self, job: Job) -> None:
+        """Draws what is not yet drawn, and looks at it by what has not yet looked."""
+        if not self.path(job).exists():
+            latents = self.latents(job)
+            shown = self.family.decode(latents[:: self.seeds][:SHOWN], self.batch)
+            _store(self.path(job), latents=latents.cpu(), pictures=((shown + 1) * 127.5).round().to(torch.uint8))
+        blind = [who for who in self.eyes if not self.path(job, who).exists()]
+        if blind:
+            latents = load_file(self.path(job))["latents"].to(self.family.device)
+            images = self.in_batches(lambda rows: self.family.decode(latents[rows], self.batch))
+            for who in blind:
+                features = self.in_batches(lambda rows, who=who: torch.from_numpy(self.eyes[who].features(images[rows])))
+                _store(self.path(job, who), features=features)
+
+    def latents(self, job: Job) -> Tensor:
+        """The finished latents of a job, (P · S, C, H, W)."""
+        family, shape = self.family, self.family.latent_shape
+        control = self.controls[job.control] if job.control and job.scale else None
+        with acting(self.plan(job.target), control, job.scale, family.card.name, self.below) as plan:
+
+            def drawn(rows: Tensor) -> Tensor:
+                noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
+                return finish(plan, noise, self.prompts[rows // self.seeds])
+
+            return self.in_batches(drawn)
+
+    def in_batches(self, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """What work gives for all images, a batch at a time; where memory does not suffice, with half the batch from then on."""
+        while True:
+            try:
+                return torch.cat([work(rows) for rows in torch.arange(len(self.numbers)).split(self.batch)])
+            except Exception as error:  # torch says it in several ways, which accelerate knows
+                if not should_reduce_batch_size(error):
+                    raise
+                if self.batch == 1:
+                    raise UserError("not enough memory for a single image; try dtype=bf16, or a device with more memory") from None
+                self.batch //= 2
+                clear_device_cache(garbage_collection=True)
+                print(f"out of memory: on with batch={self.batch}", flush=True)
+
+    def plan(self, target: str) -> Plan:
+        """What a target means: a member alone, or a plan of it and the base. Raises UserError."""
+        member, _, plan = target.partition(":")
+        if not plan:
+            return alone(self.family.member(member))
+        return named(plan, self.family.member(self.family.card.base), self.family.member(member))
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return self.family.encode(self.texts)
+
+    def features(self, job: Job, who: str) -> np.ndarray:
+        """What an evaluator sees, (P, S, d)."""
+        found = load_file(self.path(job, who))["features"].double().numpy()
+        return found.reshape(len(self.texts), self.seeds, -1)
+
+    def pictures(self, job: Job) -> Tensor:
+        """The images to show, uint8 (n, 3, H, W)."""
+        return load_file(self.path(job))["pictures"]
+
+
+@contextmanager
+def acting(plan: Plan, control: Control | None, scale: float, family: str, below: float | None = None) -> Iterator[Plan]:
+    """Inside, the plan returned runs with a control at a scale on all of its networks.
+
+    below: only at noise levels whose sigma / alpha is less, which leaves the structure that earlier levels decide (Gandikota et al. 2023,
+    sec. 5; SDEdit). A level, not a step: so base and student are changed at the same noise.
+    """
+    if control is None:
+        yield plan
+        return
+    contexts = [ready(net, control, scale, family) for net in {stage.member.denoiser.net: None for stage in plan.stages}]
+
+    def on() -> ExitStack:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return stack.pop_all()
+
+    if below is not None:
+        yield during(plan, lambda level: level.ratio < below, on)
+        return
+    with on():
+        yield plan
+
+
+def sign(name: str, eye: Evaluator) -> str:
+    """A short hash of an evaluator: its name and its weights."""
+    weights = [fingerprint(part) for part in vars(eye).values() if isinstance(part, nn.Module)]
+    return f"{name}-{hashlib.sha256(json.dumps([type(eye).__name__, *weights]).encode()).hexdigest()[:12]}"
+
+
+def _store(path: Path, **tensors: Tensor) -> None:
+    with replacing(path) as new:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
