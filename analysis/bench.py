@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -52,7 +51,7 @@ def main(cfg: Config) -> None:
 
 @torch.no_grad()
 def bare(drawings: Drawings, plan) -> tuple[float, float]:
-    """Seconds of the U-Net's evaluations of a plan, and of VAE and evaluators, for all images of a drawing, on numbers that mean nothing."""
+    """Seconds of the U-Net's evaluations of a plan, and of VAE and evaluators, for as many images as a drawing has."""
     family, count = drawings.family, len(drawings.numbers)
     latents = draw_noise(range(count), family.latent_shape, 1, family.device)[:, 0]
     images = torch.zeros(count, 3, family.card.size_px, family.card.size_px)
@@ -69,8 +68,11 @@ def bare(drawings: Drawings, plan) -> tuple[float, float]:
             eye.features(images[rows])
         return rows
 
-    unet = seconds(lambda: drawings.in_batches(steps))
-    return unet, seconds(lambda: drawings.in_batches(lambda rows: family.decode(latents[rows]))) + seconds(lambda: drawings.in_batches(look))
+    def decode(rows: torch.Tensor) -> torch.Tensor:
+        return family.decode(latents[rows])
+
+    unet, vae, eyes = (seconds(lambda work=work: drawings.in_batches(work)) for work in (steps, decode, look))
+    return unet, vae + eyes
 
 
 def seconds(work: Callable) -> float:

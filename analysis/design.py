@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from analysis import report
-from analysis.measure import Subject
 from analysis.draw import Drawings, Job
+from analysis.measure import Subject
 from configs import UserError
 from controls import stats
 

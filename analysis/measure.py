@@ -58,8 +58,9 @@ class Measurement:
         readings = {who: self.reading(who, subject, target) for who in self.drawings.eyes}
         prompts, seeds = len(self.drawings.texts), self.drawings.seeds
         return {
-            "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name][:16], "source": f"{card.family}/{card.member}",
-            "target": f"{card.family}/{target}", "reference": is_reference(target), "evaluator": first, "scales": subject.scales, "below": self.drawings.below,
+            "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name][:16],
+            "source": f"{card.family}/{card.member}", "target": f"{card.family}/{target}", "reference": is_reference(target),
+            "evaluator": first, "scales": subject.scales, "below": self.drawings.below,
             **readings[first], "clip_change_percent": self.clip_change(subject, target),
             "images": prompts * seeds * len(subject.scales), "prompts": prompts, "seeds": seeds,
             "positive": words[0] if words else "", "negative": words[1] if words else "",

@@ -17,8 +17,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from analysis import design, record, report
-from analysis.measure import Measurement, Subject, Words, is_reference
 from analysis.draw import Drawings, Job
+from analysis.measure import Measurement, Subject, Words, is_reference
 from configs import ROOT, UserError, command, entry, load, run_folder, tracking, versions
 from controls import formats, stats
 from controls.lora import Card, Control, random_like, ready
