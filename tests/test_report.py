@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import configs
-from analysis import report
+from analysis import page, report
 from controls import effect, stats
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -144,7 +144,7 @@ def test_a_control_without_effect_is_one_line(folder):
 
 
 def test_ticks_and_labels():
-    assert report.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert report.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
-    places = report.spread([10, 11, 12, 90], 14, 5, 95)
+    assert page.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert page.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
+    places = page.spread([10, 11, 12, 90], 14, 5, 95)
     assert np.diff(places).min() > 13.9 and places == sorted(places)
