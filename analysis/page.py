@@ -1,9 +1,11 @@
-"""What every page of the project is made of: a frame that needs no network, numbers in words, charts as SVG, embedded pictures.
+"""What every page of the project is made of: a frame that needs no network, numbers in words, picture sheets with a dial, charts as SVG.
 
-Imports no torch. The stylesheet is page.css, the frame page.html; a page's own part is its body.
+Imports no torch. The frame is page.html, its style page.css, its script page.js; a page's own part is its body.
 """
 
 import base64
+import io
+import json
 import math
 import struct
 from html import escape
@@ -11,24 +13,25 @@ from itertools import pairwise
 from pathlib import Path
 from string import Template
 
+from PIL import Image
+
 from configs import UserError
 
-FRAME, STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("html", "css"))
+FRAME, STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind in ("html", "css", "js"))
 COLOURS = 7  # --c0 … --c6 of page.css: Okabe and Ito's, darkened or lightened to be read as text
 DASH = "–"
 KINDS = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".jpg": "image/jpeg"}
+TILE_PX = 256  # a page is mailed: wider tiles of a sheet are embedded at this width
+TINY_PX = 200  # below this a tile is shown as pixels, not smoothed
 
 
 def whole(title: str, lead: str, body: str) -> str:
-    """A body (HTML) as a whole page with style, title and lead (plain text); a browser that opens it asks the network for nothing."""
-    style = STYLE.read_text(encoding="utf-8")
-    frame = Template(FRAME.read_text(encoding="utf-8"))
-    return frame.substitute(title=escape(title), lead=escape(lead), style=style, body=body)
+    """A body (HTML) as a whole page with style and script; a browser that opens it asks the network for nothing.
 
-
-def embedded(path: Path) -> str:
-    """A picture file as the text that an image's src holds."""
-    return f"data:{KINDS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    title, lead: plain text.
+    """
+    frame, style, script = (path.read_text(encoding="utf-8") for path in (FRAME, STYLE, SCRIPT))
+    return Template(frame).substitute(title=escape(title), lead=escape(lead), style=style, script=script, body=body)
 
 
 def short(member: str, beside: str | None = None) -> str:
@@ -72,12 +75,68 @@ def png_size(data: bytes) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
-def chart(scales: list[float], curves: dict[str, list[dict]], title: str, width: int = 460, height: int = 300) -> str:
+def embedded(path: Path, width_px: int | None = None) -> str:
+    """A picture file as the text that an image's src holds; one wider than width_px is embedded smaller, as WebP."""
+    data, kind = path.read_bytes(), KINDS[path.suffix]
+    if width_px and png_size(data)[0] > width_px:
+        with Image.open(io.BytesIO(data)) as picture:
+            small = picture.convert("RGB").resize((width_px, round(picture.height * width_px / picture.width)), Image.Resampling.LANCZOS)
+        small.save(file := io.BytesIO(), "WEBP", quality=85)
+        data, kind = file.getvalue(), KINDS[".webp"]
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def sheet(path: Path, heads: list[str], caption: str, alt: str) -> str:
+    """A PNG sheet of len(heads) columns as a figure; inside a [data-sheets] a dial shows one of its columns, without script all are shown.
+
+    caption: HTML. heads, alt: plain text.
+    """
+    width, height = png_size(path.read_bytes())
+    pixels = " pixels" if width < TINY_PX * len(heads) else ""
+    names = "".join(f"<span>{escape(h)}</span>" for h in heads)
+    return (
+        f'<figure class="strip{pixels}" style="--count: {len(heads)}"><figcaption>{caption}</figcaption>'
+        f'<div class="heads" aria-hidden="true">{names}</div><div class="view"><img alt="{escape(alt)}" width="{width}" height="{height}" '
+        f'src="{embedded(path, TILE_PX * len(heads))}"></div></figure>'
+    )
+
+
+def dial(name: str, values: list[float], labels: list[str], start: int, whole: str) -> str:
+    """A range input over the columns of the sheets beside it, and a box that shows whole sheets.
+
+    name: what the input is called, "scale of smile". values: what the columns stand for; the page's own dial, which is outside of any
+    [data-sheets], turns all others to their nearest value. labels: the same in words. whole: the box in words.
+    """
+    data = f"data-values='{json.dumps(values)}' data-labels='{escape(json.dumps(labels, ensure_ascii=False))}'"
+    return (
+        f'<div class="dial"><label class="turn"><span class="name">{escape(name)}</span>'
+        f'<input type="range" min="0" max="{len(values) - 1}" step="1" value="{start}" aria-valuetext="{escape(labels[start])}" {data}>'
+        f'<span class="says" aria-hidden="true">{escape(labels[start])}</span></label>'
+        f'<label class="unfold"><input type="checkbox" data-whole> {escape(whole)}</label></div>'
+    )
+
+
+def scrolled(table: str, name: str) -> str:
+    """A wide table in a frame that scrolls by itself, with the keyboard too."""
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{escape(name)}">\n{table}\n</div>'
+
+
+def chart(
+    scales: list[float],
+    curves: dict[str, list[dict]],
+    title: str,
+    width: int = 380,
+    height: int = 270,
+    window: list[bool] | None = None,
+    colours: list[int] | None = None,
+    dashed: tuple[str, ...] = (),
+) -> str:
     """Curves with interval bands as inline SVG, each labelled at its right end.
 
-    curves: name -> one interval per scale, in the order of the colours.
+    curves: name -> one interval per scale. window: the scales to shade, from the first to the last of them. colours: of each curve, a
+    number of page.css's palette; in its order unless given. dashed: the names of curves that are there for comparison.
     """
-    left, right, top, bottom = 60, 92, 10, 36
+    left, right, top, bottom = 46, 98, 10, 36
     values = [v for points in curves.values() for p in points for v in p.values() if v is not None] + [0.0]
     pad = 0.04 * (max(values) - min(values)) or 1.0
     low, high = min(values) - pad, max(values) + pad
@@ -86,16 +145,18 @@ def chart(scales: list[float], curves: dict[str, list[dict]], title: str, width:
         x = left + (s - scales[0]) / (scales[-1] - scales[0]) * (width - left - right)
         return x, top + (high - v) / (high - low) * (height - top - bottom)
 
+    paint = [f"c{i % COLOURS}{' dashed' * (name in dashed)}" for i, name in zip(colours or range(len(curves)), curves, strict=True)]
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    parts += [_shaded(at, [s for s, inside in zip(scales, window, strict=True) if inside], low, high)] if window else []
     parts += [_horizontal(at, scales, v, left) for v in ticks(low, high)]
     parts += [_vertical(at, s, low, high, height - bottom) for s in scales]
-    parts.append(f'<text x="{(left + width - right) / 2:.0f}" y="{height - 2}" text-anchor="middle">scale</text>')
-    colours = [f"c{i % COLOURS}" for i in range(len(curves))]
-    parts += [_band(at, scales, points, c) for points, c in zip(curves.values(), colours, strict=True)]
-    parts += [_line(at, scales, points, c) for points, c in zip(curves.values(), colours, strict=True)]
+    parts.append(f'<text x="{(left + width - right) / 2:.0f}" y="{height - 4}" text-anchor="middle">scale</text>')
+    parts += [_band(at, scales, points, c) for points, c in zip(curves.values(), paint, strict=True)]
+    parts += [_line(at, scales, points, c) for points, c in zip(curves.values(), paint, strict=True)]
     ends = spread([at(scales[-1], points[-1]["value"])[1] for points in curves.values()], 16, top + 6, height - bottom)
-    for name, colour, y in zip(curves, colours, ends, strict=True):
-        parts.append(f'<text class="label" x="{width - right + 8}" y="{y + 4:.1f}" style="fill: var(--{colour})">{escape(name)}</text>')
+    for name, colour, y in zip(curves, paint, ends, strict=True):
+        fill = f"fill: var(--{colour.split()[0]})"
+        parts.append(f'<text class="label" x="{width - right + 8}" y="{y + 4:.1f}" style="{fill}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 
@@ -119,6 +180,11 @@ def spread(places: list[float], gap: float, low: float, high: float) -> list[flo
         shift = max(low - moved[0], 0) or min(high - moved[-1], 0) if moved else 0
         moved = [m + shift for m in moved]
     return [moved[order.index(i)] for i in range(len(places))]
+
+
+def _shaded(at, scales: list[float], low: float, high: float) -> str:
+    (x0, y0), (x1, y1) = at(scales[0], high), at(scales[-1], low)
+    return f'<rect class="window" x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"/>'
 
 
 def _horizontal(at, scales: list[float], value: float, left: float) -> str:
