@@ -116,7 +116,9 @@ def chip(cell: dict) -> str:
     """A verdict in few words: mark, member, retention, scale."""
     word, value = cell["verdict"], cell["matched_scale"]["value"]
     numbers = f" {number(cell['retention']['value'])}" if word != "undefined" else ""
-    use = f' <span class="use">scale {number(value, 1)}</span>' if value is not None else ""
+    reach = cell["matched_scale"].get("reach")
+    scale = f"scale {number(value, 1)}" if value is not None else f"at most {100 * reach['share']:.0f} %" if reach else ""
+    use = f' <span class="use">{scale}</span>' if scale else ""
     mark = f'<span class="mark" aria-hidden="true">{MARKS.get(word, "")}</span><span class="unseen">{escape(word)} on </span>'
     return f'<span class="chip {escape(word)}">{mark}{escape(where(cell))}<b>{numbers}</b>{use}</span>'
 

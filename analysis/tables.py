@@ -64,10 +64,10 @@ def heat_cell(cell: dict | None, kind: str = "") -> str:
         return f"<td{_class(f'{kind} own')}><strong>{one}</strong><small>source</small>{clip}</td>"
     kept, verdict = cell["retention"], escape(cell["verdict"])
     ends = f"<small>{brackets(kept)}</small>" if kept["value"] is not None else ""
-    word = f"<small>{MARKS.get(verdict, '')} {verdict}</small>" if is_verdict(cell) else ""
+    word = f" {MARKS.get(verdict, '')} {verdict}" if is_verdict(cell) else ""
     others = "".join(f"<small>{escape(f'{who} {_second(cell, reading)}')}</small>" for who, reading in cell.get("second", {}).items())
     style = f' style="{shade(kept["value"])}"'
-    return f"<td{_class(kind)}{style}><strong>{number(kept['value'])}</strong>{ends}{word}{others}{clip}</td>"
+    return f"<td{_class(kind)}{style}><strong>{number(kept['value'])}</strong>{word}{ends}{others}{clip}</td>"
 
 
 def _second(cell: dict, reading: dict) -> str:
@@ -124,27 +124,27 @@ def _leak(share: dict, own: bool) -> str:
 
 def reference_table(cells: list[dict]) -> str:
     """What each retention is to be read against; empty where nothing was measured for comparison."""
-    rows = [_reference_row(c) for c in cells if is_verdict(c) and references(c)]
-    if not rows:
-        return ""
+    found = groups([c for c in cells if is_verdict(c) and references(c)]).values()
     heads = ["control", "on", "retention", "floor", "ceiling", "wrong control", "normalised", "drawn again"]
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
-    table = f'<table class="numbers">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table>'
-    return scrolled(table, "References of each retention")
+    body = "\n".join(_reference_row(c, len(group) * (c is group[0])) for group in found for c in group)
+    table = f'<table class="numbers">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+    return scrolled(table, "References of each retention") if body else ""
 
 
-def _reference_row(cell: dict) -> str:
+def _reference_row(cell: dict, rows: int) -> str:
+    """A cell's row; the first one of a control names it for so many rows."""
     found = references(cell)
-    names = {key: found.get(key, {}).get("control", "") for key in ("ceiling", "wrong")}
+    names = {key: f'<small class="from">{escape(found.get(key, {}).get("control", ""))}</small>' for key in ("ceiling", "wrong")}
     fields = [
-        where(cell),
         ranged(cell["retention"]),
         ranged(found.get("floor", {}).get("share") or EMPTY),
-        *(f"{ranged(found.get(key, {}).get('share') or EMPTY)} {name}" for key, name in names.items()),
+        *(ranged(found.get(key, {}).get("share") or EMPTY) + name for key, name in names.items()),
         ranged(found.get("normalised", EMPTY)),
         ranged(found.get("rerun", {}).get("effect") or EMPTY, 3),
     ]
-    return f'<tr><th scope="row">{escape(cell["control"])}</th>' + "".join(f"<td>{escape(f)}</td>" for f in fields) + "</tr>"
+    head = f'<th scope="rowgroup" rowspan="{rows}">{escape(cell["control"])}</th>' if rows else ""
+    return f'<tr>{head}<th scope="row">{escape(where(cell))}</th>' + "".join(f"<td>{f}</td>" for f in fields) + "</tr>"
 
 
 def numbers_table(group: list[dict]) -> str:
@@ -155,7 +155,9 @@ def numbers_table(group: list[dict]) -> str:
     columns |= {f"at {signed(s)}": [ranged(r["effect"][k], 3) for _, _, r in pairs] for k, s in enumerate(group[0]["scales"])}
     head = "".join(f'<th scope="col">{name}</th>' for name in ("on", "by", *columns))
     rows = [
-        f'<tr><th scope="row">{escape(where(cell))}</th><td>{escape(who)}</td>{"".join(f"<td>{escape(f)}</td>" for f in fields)}</tr>'
+        f'<tr><th scope="row">{escape(where(cell))}</th><td class="by">{escape(who)}</td>'
+        + "".join(f"<td>{escape(f)}</td>" for f in fields)
+        + "</tr>"
         for (cell, who, _), fields in zip(pairs, zip(*columns.values(), strict=True), strict=True)
     ]
     table = f'<table class="numbers">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table>'

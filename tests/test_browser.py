@@ -99,6 +99,15 @@ def test_the_keyboard_turns_every_control_by_the_dial_on_top(opened):
     assert shown(page.locator("section[aria-labelledby=control-3]")) == [5] * len(TARGETS)
 
 
+def test_a_dial_without_the_scale_of_the_one_on_top_goes_to_the_nearest(opened):
+    page = opened()
+    page.locator("#control-1 ~ * input[type=range]").evaluate("d => d.dataset.values = '[0, 0.2, 0.4, 0.6, 0.8, 1]'")
+    top = page.get_by_role("slider", name="All controls:")
+    for key, column in (("Home", 0), ("End", 5), ("ArrowLeft", 5), ("ArrowLeft", 2)):
+        top.press(key)
+        assert page.locator("#control-1 ~ * input[type=range]").input_value() == str(column)
+
+
 def test_whole_sheets_on_request_on_paper_and_without_script(opened):
     page = opened()
     first = page.locator("section[aria-labelledby=control-1]")

@@ -178,5 +178,22 @@ def test_the_window_and_the_margin_are_where_their_scales_are(made):
     assert (x, x + width) == pytest.approx((dots[1], dots[4]), abs=0.2)
 
 
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+    values = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+def test_every_colour_can_be_read_as_text():
+    for scheme in re.findall(r":root \{(.*?)\}", page.STYLE.read_text(), re.S):
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", scheme))
+        grounds = [luminance(colours.pop(name)) for name in ("paper", "tint")]
+        assert len(colours) == page.COLOURS + 6
+        for name in colours.keys() - {"line"}:
+            for ground in grounds:
+                dark, light = sorted((luminance(colours[name]), ground))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+
+
 def test_p_values():
     assert [tables.small(p) for p in (0.0004, 0.0316, 1.0, None)] == ["< 0.001", "0.032", "1.000", "–"]
