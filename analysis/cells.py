@@ -73,8 +73,8 @@ def advice(cell: dict) -> str:
     value, word = cell["matched_scale"]["value"], cell["verdict"]
     sure = "use" if word in ("kept", "weaker", "stronger") else "try"
     scale = nearest(cell) if value is None else f"{sure} scale {number(value, 1)}"
-    help = {"dead": f"train one on {where(cell)}", "reversed": f"train one on {where(cell)}", "unclear": "more prompts would tell"}
-    return "; ".join([scale, *([help[word]] if word in help else [])])
+    more = {"dead": f"train one on {where(cell)}", "reversed": f"train one on {where(cell)}", "unclear": "more prompts would tell"}
+    return f"{scale}; {more[word]}" if word in more else scale
 
 
 def nearest(cell: dict) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from analysis.cells import evaluators_of, is_own, readings, references, where
 from analysis.page import DASH, chart, dial, number, ranged, sheet, signed, ticks
 from analysis.tables import EMPTY, MARKS, numbers_table
-from controls.stats import MARGIN
 
 WIDTH, LEFT, RIGHT = 380, 92, 122  # of the retention axis, in units of its view box
 REACH = (-1.0, 3.0)  # a retention beyond is drawn at the edge
@@ -20,11 +19,14 @@ SHAPES = {  # mark of a retention by the first evaluator, by the second, and of 
 }
 
 
-def control_section(group: list[dict], folder: Path, name: str, colours: dict[str, int]) -> str:
-    """Curves by each evaluator, retentions, image sheets and every number of one control. name: the section's id."""
+def control_section(group: list[dict], folder: Path, name: str, colours: dict[str, int], margin: list[float]) -> str:
+    """Curves by each evaluator, retentions, image sheets and every number of one control.
+
+    name: the section's id. colours: of each target. margin: the retentions that count as the same.
+    """
     control, source = group[0]["control"], group[0]["source"]
     about = f"{group[0].get('kind', 'control')}, trained on {source}" + _words(group[0])
-    charts = "\n".join([*(chart_figure(group, who, colours) for who in evaluators_of(group)), forest_figure(group)])
+    charts = "\n".join([*(chart_figure(group, who, colours) for who in evaluators_of(group)), forest_figure(group, margin)])
     return (
         f'<section aria-labelledby="{name}">\n<h3 id="{name}">{escape(control)}</h3>\n<p class="note">{escape(about)}</p>\n'
         f'<div class="charts">\n{charts}\n</div>\n{sheets(group, folder)}\n'
@@ -35,7 +37,7 @@ def control_section(group: list[dict], folder: Path, name: str, colours: dict[st
 def _words(cell: dict) -> str:
     if not cell.get("positive"):
         return ""
-    below = f", acting below sigma/alpha = {cell['below']:g}" if cell.get("below") is not None else ""
+    below = f", acting below σ/α = {cell['below']:g}" if cell.get("below") is not None else ""
     return f"; from “{cell.get('negative', '')}” to “{cell['positive']}”{below}"
 
 
@@ -53,7 +55,7 @@ def chart_figure(group: list[dict], evaluator: str, colours: dict[str, int]) -> 
     return f"<figure><figcaption><b>Effect over scale</b> by {escape(evaluator)}</figcaption>{picture}</figure>"
 
 
-def forest_figure(group: list[dict]) -> str:
+def forest_figure(group: list[dict], margin: list[float]) -> str:
     """The retentions of one control on one axis, with what they are compared with; empty where there is none."""
     cells = [c for c in group if not is_own(c) and c["retention"]["value"] is not None]
     if not cells:
@@ -62,8 +64,8 @@ def forest_figure(group: list[dict]) -> str:
     first, second = [*evaluators_of(group), ""][:2]
     names = {"first": first, "second": second, "floor": "floor", "ceiling": "ceiling", "wrong": "wrong control"}
     legend = " ".join(f'<span class="key">{_mark(kind)} {escape(names[kind])}</span>' for kind in kinds)
-    note = f" · shaded: {number(MARGIN[0])} to {number(MARGIN[1])}"
-    return f"<figure><figcaption><b>Retention</b> {legend}{note}</figcaption>{forest(cells)}</figure>"
+    note = f" · shaded: {number(margin[0])} to {number(margin[1])}"
+    return f"<figure><figcaption><b>Retention</b> {legend}{note}</figcaption>{forest(cells, margin)}</figure>"
 
 
 def _mark(kind: str) -> str:
@@ -78,7 +80,7 @@ def forest_lines(cell: dict) -> list[dict[str, dict]]:
     return [{k: v for k, v in line.items() if v["value"] is not None} for line in [*lines, shares]]
 
 
-def forest(cells: list[dict], step: int = 15, gap: int = 12) -> str:
+def forest(cells: list[dict], margin: list[float], step: int = 15, gap: int = 12) -> str:
     """Retentions with intervals as inline SVG, the margin shaded, a line at 0 and at 1."""
     rows = [[line for line in forest_lines(cell) if line] for cell in cells]
     ends = [v for row in rows for line in row for i in line.values() for v in i.values() if v is not None]
@@ -90,7 +92,7 @@ def forest(cells: list[dict], step: int = 15, gap: int = 12) -> str:
 
     said = f"{cells[0]['control']}, retention: " + "; ".join(f"{where(c)} {ranged(c['retention'])}" for c in cells)
     parts = [f'<svg viewBox="0 0 {WIDTH} {foot + 24}" role="img" aria-label="{escape(said)}">']
-    parts.append(f'<rect class="margin" x="{at(MARGIN[0]):.1f}" y="0" width="{at(MARGIN[1]) - at(MARGIN[0]):.1f}" height="{foot}"/>')
+    parts.append(f'<rect class="margin" x="{at(margin[0]):.1f}" y="0" width="{at(margin[1]) - at(margin[0]):.1f}" height="{foot}"/>')
     parts += [f'<line class="axis" x1="{at(v):.1f}" x2="{at(v):.1f}" y1="0" y2="{foot}"/>' for v in (0, 1)]
     parts += [f'<text x="{at(v):.1f}" y="{foot + 16}" text-anchor="middle">{number(v, 1)}</text>' for v in ticks(low, high, 5)]
     y = gap

@@ -66,7 +66,7 @@ def read(folder: Path) -> dict:
 def render(results: dict, folder: Path) -> str:
     """The page as text. folder: where the pictures' paths start."""
     cells = results["cells"]
-    groups, colours = of.groups(cells), colours_of(of.members_of(cells))
+    groups, colours, margin = of.groups(cells), colours_of(of.members_of(cells)), results.get("margin", list(MARGIN))
     names = {key: f"control-{i}" for i, key in enumerate(groups, 1)}
     body = Template(BODY.read_text(encoding="utf-8")).substitute(
         links=_links(results),
@@ -78,13 +78,13 @@ def render(results: dict, folder: Path) -> str:
         comparison_note=escape(_comparison_note(cells)),
         dial=page_dial(cells),
         rows=escape(_rows(results, folder)),
-        controls="\n".join(control_section(group, folder, names[key], colours) for key, group in groups.items()),
+        controls="\n".join(control_section(group, folder, names[key], colours, margin) for key, group in groups.items()),
         leakage=_leakage(results),
         references=_references(cells),
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(results)),
         command=escape(results.get("command", "")),
         images=escape(_images(cells)),
-        margin="[{:g}, {:g}]".format(*results.get("margin", MARGIN)),
+        margin="[{:g}, {:g}]".format(*margin),
         saturated=f"{SATURATED:g}",
         config=escape(json.dumps(results.get("config", {}), indent=2, ensure_ascii=False)),
     )

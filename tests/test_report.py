@@ -13,7 +13,7 @@ from PIL import Image
 from synthetic import CONTROLS, SCALES, TARGETS, png, results, sheet, write
 
 import configs
-from analysis import cells, page, report, tables
+from analysis import cells, figures, page, report, tables
 from controls import stats
 
 OLD = {"window", "retention_bootstrap", "equivalence", "difference", "shape", "preservation_curve", "preservation_matched", "references",
@@ -176,6 +176,16 @@ def test_the_window_and_the_margin_are_where_their_scales_are(made):
     x, width = (float(re.search(rf'class="window".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
     dots = [float(v) for v in re.findall(r'<circle class="c0" cx="([\d.]+)"', svg)]
     assert (x, x + width) == pytest.approx((dots[1], dots[4]), abs=0.2)
+
+
+def test_retentions_stand_on_one_axis_with_the_margin(made):
+    group = [c for c in made["cells"] if c["control"] == "smile"]
+    svg = figures.forest([c for c in group if not cells.is_own(c)], [0.5, 1.5])
+    x, width = (float(re.search(rf'class="margin".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
+    found = [float(v) for v in re.findall(r'<path class="first" transform="translate\(([\d.]+)', svg)]
+    wanted = [x + width * (c["retention"]["value"] - 0.5) for c in group if not cells.is_own(c)]
+    assert found == pytest.approx(wanted, abs=0.2)
+    assert all(svg.count(f'<path class="{kind}"') == 4 for kind in figures.SHAPES)
 
 
 def luminance(colour: str) -> float:
