@@ -1,100 +1,70 @@
 """The page: whole, self-contained, made without torch."""
 
+import copy
 import json
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from synthetic import CONTROLS, SCALES, TARGETS, png, results, sheet, write
 
 import configs
-from analysis import report
-from controls import effect, stats
+from analysis import cells, figures, page, report, tables
+from controls import stats
 
-SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
-MEMBERS = {"base": 1.0, "dmd": 0.95, "lcm": 0.55, "lightning": 1.4}
-CONTROLS = {"smile": 0.03, "age <b>": 0.02}
-
-
-def png(image: np.ndarray) -> bytes:
-    """A PNG file of (H, W, 3) uint8, written by hand."""
-    height, width, _ = image.shape
-    rows = b"".join(b"\0" + row.tobytes() for row in image)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+OLD = {"window", "retention_bootstrap", "equivalence", "difference", "shape", "preservation_curve", "preservation_matched", "references",
+       "spread", "reference", "below"}  # fmt: skip
 
 
-def simulated(strength: float, seed: int) -> np.ndarray:
-    """Effects (12, 4, 5) of a control of this strength, saturating, with noise of prompts and images; same prompts for every seed."""
-    prompts = np.random.default_rng(7).normal(1, 0.15, (12, 1, 1))
-    noise = np.random.default_rng(seed).normal(0, 0.006, (12, 4, 5))
-    return effect.change(strength * prompts * np.tanh(np.array(SCALES) / 1.5) * 1.5 + noise, 2)
-
-
-def reading(source: np.ndarray, target: np.ndarray) -> dict:
-    kept, (below, above) = stats.retention(source, target, SCALES), stats.slopes(source, target, SCALES)
-    return {
-        **stats.estimate(target, SCALES),
-        "retention": kept,
-        "verdict": stats.verdict(kept, stats.equivalence(above, below), stats.difference(above, below)),
-        "monotonicity": stats.monotonicity(target, SCALES),
-        "matched_scale": stats.matched_scale(source, target, SCALES),
-    }
-
-
-def cell(control: str, member: str, number: int) -> dict:
-    strength = CONTROLS[control]
-    pairs = {who: [simulated(s * strength * unit, seed + number) for s, seed in ((1, 0), (MEMBERS[member], 10 * (member != "base")))]
-             for who, unit in (("clip", 1), ("probe", 12))}
-    return {
-        "control": control, "kind": "slider", "source": "tiny/base", "target": f"tiny/{member}", "evaluator": "clip", "scales": SCALES,
-        **reading(*pairs["clip"]), "clip_change_percent": 17.8, "preservation": 0.97, "images": 240, "prompts": 12, "seeds": 4,
-        "picture": f"images/{number}/{member}.png", "second": {"probe": reading(*pairs["probe"])},
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def made() -> dict:
+    return results()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(made, tmp_path: Path) -> Path:
     """A run folder as analysis.transfer leaves it."""
-    cells = [cell(control, member, i) for i, control in enumerate(CONTROLS) for member in MEMBERS]
-    for c in cells:
-        path = tmp_path / c["picture"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(np.full((8, 5 * 8, 3), 120, np.uint8)))
-    results = {"schema": 1, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
-               "seconds": 61.5, "config": {"prompts": 12}, "evaluators": ["clip", "probe"], "cells": cells}  # fmt: skip
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    return tmp_path
+    return write(made, tmp_path)
+
+
+def built(found: dict, folder: Path) -> str:
+    (folder / "results.json").write_text(json.dumps(found))
+    return report.build(folder).read_text()
+
+
+def text_of(html: str) -> str:
+    """What a page says, without its tags."""
+    return re.sub(r"<[^>]+>", "", html)
 
 
 def test_page_holds_every_control_and_value(folder):
     path = report.build(folder)
-    page = path.read_text()
-    assert path == folder / "report.html" and "$" not in page
+    html = path.read_text()
+    said = text_of(html)
+    assert path == folder / "report.html" and "$" not in html
     for c in report.read(folder)["cells"]:
-        intervals = [c["retention"], c["matched_scale"], c["second"]["probe"]["retention"]]
-        fine = [c["slope"], *c["effect"], *c["second"]["probe"]["effect"]]
-        for value in [report.escape(c["control"]), c["verdict"], *map(report.ranged, intervals), *(report.ranged(i, 3) for i in fine)]:
-            assert value in page, value
-        if c["source"] != c["target"]:
-            assert report.escape(report.headline(c)) in page
-    assert "age <b>" not in page
-    assert "None" not in page and "nan" not in page
+        for reading in (c, c["second"]["probe"]):
+            fine = [c["slope"], *reading["effect"], reading["shape"]["area"]]
+            for value in [*map(report.ranged, (reading["retention"], reading["matched_scale"])), *(report.ranged(i, 3) for i in fine)]:
+                assert value in html, value
+        assert report.escape(c["control"]) in html and c["verdict"] in html
+        assert (report.escape(report.headline(c)) in said) == cells.is_verdict(c), report.headline(c)
+    for value in ("its twin", "another", "person, smiling", "4320 images drawn", "an old man", "torch 2.13"):
+        assert value in html, value
+    assert "age <b>" not in html and "a child" not in html.split("Configuration")[0]
+    assert "None" not in html and "nan" not in html
 
 
 def test_page_stands_alone(folder):
-    page = report.build(folder).read_text()
-    assert not re.findall(r"https?:|<link|<script|@import|url\(", page)
-    assert page.count("data:image/png;base64,") == len(CONTROLS) * len(MEMBERS)
-    assert len(re.findall(r'<img alt="[^"]{20,}"', page)) == page.count("<img")
+    html = report.build(folder).read_text()
+    assert not re.findall(r"https?:|<link|<script src|@import|url\(", html)
+    assert "default-src 'none'" in html
+    assert html.count("data:image/png;base64,") == len(CONTROLS) * len(TARGETS)
+    assert len(re.findall(r'<img alt="[^"]{20,}"', html)) == html.count("<img")
 
 
 def test_no_torch(folder):
@@ -106,24 +76,72 @@ def test_same_results_same_page(folder):
     assert report.build(folder).read_text() == report.build(folder).read_text()
 
 
-def test_undefined_and_unreached_numbers_are_dashes(folder):
-    results = report.read(folder)
+def test_an_old_record_leaves_parts_out(made, folder):
+    old = {key: value for key, value in copy.deepcopy(made).items() if key not in ("leakage", "cost", "margin")}
+    for c in old["cells"]:
+        for reading in (c, c["second"]["probe"]):
+            for key in OLD & reading.keys():
+                del reading[key]
+            reading["matched_scale"].pop("reach")
+    html = built(old, folder)
+    assert "smile: kept on dmd" in text_of(html) and "Leakage" not in html and "Drawn again" not in html and "None" not in html
+
+
+def test_undefined_and_unreached_numbers_are_dashes(made, folder):
+    found = copy.deepcopy(made)
     empty = {"value": None, "low": None, "high": None}
-    missing = {"clip_change_percent": None, "picture": None}
-    results["cells"][1] |= {"retention": empty, "matched_scale": empty, "verdict": "undefined", **missing}
-    (folder / "results.json").write_text(json.dumps(results))
-    page = report.build(folder).read_text()
-    assert "None" not in page and "No pictures were kept" in page and "smile: undefined on dmd" in page
+    missing = {"clip_change_percent": None, "picture": None, "preservation_matched": None, "spread": None}
+    found["cells"][1] |= {"retention": empty, "matched_scale": empty | {"reach": None}, "verdict": "undefined", **missing}
+    found["leakage"][1]["share"] = None
+    html = built(found, folder)
+    assert "None" not in html and "No pictures were kept" in html and "smile: undefined" in html
 
 
-def test_headline():
-    c = {"control": "smile", "source": "tiny/base", "target": "tiny/dmd", "verdict": "kept", "scales": SCALES,
-         "retention": {"value": 0.93, "low": 0.88, "high": 0.98}, "matched_scale": {"value": 1.1, "low": 1.0, "high": None}}  # fmt: skip
-    assert report.headline(c) == "smile: kept on dmd at 0.93 [0.88, 0.98]; use scale 1.1"
-    c["second"] = {"probe": {"verdict": "weaker"}}
-    assert report.headline(c).endswith("use scale 1.1 (by probe weaker)")
-    c["matched_scale"] = {"value": None, "low": None, "high": None}
-    assert "no scale up to +2 gives the same effect" in report.headline(c)
+def test_a_control_without_effect_is_one_line(made, folder):
+    found = copy.deepcopy(made)
+    for c in found["cells"][: len(TARGETS)]:
+        for reading in (c, c["second"]["probe"]):
+            nothing = [dict.fromkeys(stats.UNDEFINED, 0.0)] * len(SCALES)
+            reading |= {"verdict": "undefined", "retention": stats.UNDEFINED, "effect": nothing}
+    assert built(found, folder).count("smile: undefined") == 1
+
+
+def test_many_controls_are_one_line_each(made, folder):
+    found = copy.deepcopy(made)
+    found["cells"] = [{**c, "control": f"{c['control']} {k}"} for k in range(3) for c in made["cells"]]
+    html = built(found, folder)
+    assert html.count('<details class="verdict">') == 9 and html.count('class="chip ') == 27
+    assert report.build(write(made, folder)).read_text().count('<details class="verdict" open>') == 3
+
+
+def headline(verdict: str, **matched) -> str:
+    """The sentence of a cell with this verdict and matched scale."""
+    c = {"control": "smile", "source": "tiny/base", "target": "tiny/dmd", "verdict": verdict, "scales": SCALES,
+         "retention": {"value": 0.93, "low": 0.88, "high": 0.98}, "matched_scale": {"value": None, "low": None, "high": None, **matched}}
+    return report.headline(c)  # fmt: skip
+
+
+def test_headline_says_what_to_do():
+    assert headline("kept", value=1.1, low=1.0) == "smile: kept on dmd at 0.93 [0.88, 0.98]; use scale 1.1"
+    reach = {"share": 0.89, "scale": 1.4}
+    assert headline("kept", reach=reach).endswith("0.98]; at most 89 % of the source's effect, at scale 1.4")
+    assert headline("dead", reach=reach).endswith("at scale 1.4; train one on dmd")
+    none = "; no positive scale has any of the source's effect; train one on dmd"
+    assert headline("reversed", reach={"share": 0.0, "scale": 0.0}).endswith(none)
+    assert headline("unclear", value=1.1).endswith("; try scale 1.1; more prompts would tell")
+    assert headline("kept").endswith("; no scale up to +2 reaches the source's effect")
+    c = {"verdict": "kept", "second": {"probe": {"verdict": "weaker"}, "other": {"verdict": "kept"}}}
+    assert cells.dissent(c) == " (by probe weaker)"
+
+
+def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(made):
+    assert cells.members_of(made["cells"]) == [f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")]
+    assert cells.tally(made["cells"]) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
+    few = next(c for c in made["cells"] if c["reference"])
+    assert few["verdict"] not in tables.heat_cell(few) and report.number(few["retention"]["value"]) in tables.heat_cell(few)
+    table = tables.heat_map(made["cells"])
+    assert table.count('scope="col" class="apart"') == 1 and table.count('<td class="apart"') == len(CONTROLS)
+    assert table.count("from dmd") == 1 and "from base" not in table
 
 
 def test_bad_folders_are_one_line(tmp_path):
@@ -134,17 +152,58 @@ def test_bad_folders_are_one_line(tmp_path):
             report.build(tmp_path)
 
 
-def test_a_control_without_effect_is_one_line(folder):
-    results = report.read(folder)
-    for c in results["cells"][:4]:
-        c |= {"verdict": "undefined", "retention": stats.UNDEFINED, "effect": [dict.fromkeys(stats.UNDEFINED, 0.0)] * 5}
-        c["second"]["probe"] = {k: c[k] for k in ("verdict", "retention", "effect", "slope", "matched_scale", "monotonicity")}
-    (folder / "results.json").write_text(json.dumps(results))
-    assert report.build(folder).read_text().count("smile: undefined") == 1
+def test_wide_sheets_are_embedded_small(tmp_path):
+    path = tmp_path / "sheet.png"
+    path.write_bytes(png(sheet(size=300, rows=1)))
+    assert page.embedded(path).startswith("data:image/png;base64,") and page.embedded(path, 1800).startswith("data:image/png")
+    small = page.embedded(path, 600)
+    assert small.startswith("data:image/webp;base64,") and len(small) < len(page.embedded(path))
+    (tmp_path / "small.webp").write_bytes(page.base64.b64decode(small.split(",")[1]))
+    assert Image.open(tmp_path / "small.webp").size == (600, 100)
 
 
 def test_ticks_and_labels():
-    assert report.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert report.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
-    places = report.spread([10, 11, 12, 90], 14, 5, 95)
+    assert page.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert page.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
+    places = page.spread([10, 11, 12, 90], 14, 5, 95)
     assert np.diff(places).min() > 13.9 and places == sorted(places)
+
+
+def test_the_window_and_the_margin_are_where_their_scales_are(made):
+    own = made["cells"][0]
+    assert own["window"] == [False, True, True, True, True, False]
+    svg = page.chart(SCALES, {"base": own["effect"]}, "x", window=own["window"])
+    x, width = (float(re.search(rf'class="window".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
+    dots = [float(v) for v in re.findall(r'<circle class="c0" cx="([\d.]+)"', svg)]
+    assert (x, x + width) == pytest.approx((dots[1], dots[4]), abs=0.2)
+
+
+def test_retentions_stand_on_one_axis_with_the_margin(made):
+    group = [c for c in made["cells"] if c["control"] == "smile"]
+    svg = figures.forest([c for c in group if not cells.is_own(c)], [0.5, 1.5])
+    x, width = (float(re.search(rf'class="margin".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
+    found = [float(v) for v in re.findall(r'<path class="first" transform="translate\(([\d.]+)', svg)]
+    wanted = [x + width * (c["retention"]["value"] - 0.5) for c in group if not cells.is_own(c)]
+    assert found == pytest.approx(wanted, abs=0.2)
+    assert all(svg.count(f'<path class="{kind}"') == 4 for kind in figures.SHAPES)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+    values = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+def test_every_colour_can_be_read_as_text():
+    for scheme in re.findall(r":root \{(.*?)\}", page.STYLE.read_text(), re.S):
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", scheme))
+        grounds = [luminance(colours.pop(name)) for name in ("paper", "tint")]
+        assert len(colours) == page.COLOURS + 6
+        for name in colours.keys() - {"line"}:
+            for ground in grounds:
+                dark, light = sorted((luminance(colours[name]), ground))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+
+
+def test_p_values():
+    assert [tables.small(p) for p in (0.0004, 0.0316, 1.0, None)] == ["< 0.001", "0.032", "1.000", "–"]
