@@ -56,6 +56,11 @@ def logged_in() -> bool:
     return False
 
 
+def project() -> str:
+    """The W&B project that runs go to."""
+    return os.environ.get("WANDB_PROJECT") or "distilled-control"
+
+
 def guarded(call: Callable) -> Callable:
     """A Tracker method that does nothing without a run, and whose failure is a warning."""
 
@@ -150,9 +155,8 @@ class Tracker:
             import wandb
 
             self.folder.mkdir(parents=True, exist_ok=True)
-            project = os.environ.get("WANDB_PROJECT", "distilled-control")
             quiet = wandb.Settings(silent=True, console="off", init_timeout=30)
-            self.run = wandb.init(project=project, dir=str(self.folder), mode=mode, settings=quiet, **about)
+            self.run = wandb.init(project=project(), dir=str(self.folder), mode=mode, settings=quiet, **about)
 
     def announce(self) -> None:
         """One line: where the run is seen, or how to upload it."""

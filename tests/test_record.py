@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
-from analysis import record, report
+from analysis import dashboard, record, report
 from configs import ROOT, merge, tracking
 from controls import effect, stats
 from train import slider
@@ -257,6 +257,14 @@ def test_every_logged_key_is_documented_and_every_documented_one_logged(found, t
     patterns = documented()
     assert not [key for key in logged if not any(pattern.fullmatch(key) for pattern in patterns.values())]
     assert not [key for key, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))]
+
+
+def test_the_dashboard_names_what_was_logged(found, results):
+    patterns = [pattern for title in ("Transfer", "Images") for _, _, pattern in dashboard.SECTIONS[title]]
+    named = {key for p in patterns for name in CONTROLS for key in dashboard.filled(p.replace("<control>", name), results["cells"])}
+    undefined = {f"{what}/{c['control']}/{c['target']}" for c in results["cells"] for what in ("retention", "matched_scale")
+                 if c[what]["value"] is None}  # fmt: skip
+    assert undefined and named - found.keys == undefined
 
 
 def test_heat_map_colours():
