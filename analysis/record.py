@@ -73,7 +73,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     for step, cell in product(range(max(len(c["scales"]) for c in cells)), cells):  # before all else, for W&B's steps only go up
         if step < len(cell["scales"]) and cell.get("picture") and (folder / cell["picture"]).is_file():
             key, scale = f"images/{cell['control']}/{cell['target']}", cell["scales"][step]
-            caption = f"{cell['control']} at scale {scale:+g} on {cell['target']}"
+            caption = f"{cell['control']} at scale {f'{scale:+g}' if scale else 0} on {cell['target']}"
             tracker.images({key: (column(folder / cell["picture"], step, len(cell["scales"])), caption)}, step)
     tracker.table("transfer/cells", *cell_table(cells))
     if results.get("leakage"):

@@ -205,7 +205,7 @@ def test_every_scale_is_a_step_of_the_image_slider(found, results):
     for cell in results["cells"]:
         for step, scale in enumerate(cell["scales"]):
             entry = found.rows[step][f"images/{cell['control']}/{cell['target']}"]
-            assert entry["caption"] == f"{cell['control']} at scale {scale:+g} on {cell['target']}"
+            assert entry["caption"] == f"{cell['control']} at scale {f'{scale:+g}' if scale else '0'} on {cell['target']}"
             with Image.open(found.files / entry["path"]) as picture:
                 assert picture.size == (8, 32) and np.all(np.asarray(picture) == step)
 
