@@ -23,7 +23,8 @@ MODES = ("auto", "online", "offline", "disabled")
 def start(folder: Path, config: dict, job_type: str, group: str, mode: str = "auto", name: str | None = None) -> "Tracker":
     """A tracker that writes under folder/wandb.
 
-    config: plain values, shown as the run's config. group: the control's name, so that all that concerns a control stands together.
+    config: plain values, shown as the run's config. group: the control's name, so that all that concerns a control stands together;
+    cut to the 128 characters that W&B allows.
     mode: online, offline, disabled, or auto = $WANDB_MODE if set, else online when logged in, else offline.
     Processes of a distributed run other than the first get a disabled tracker. Raises UserError for another mode.
     """
@@ -34,9 +35,10 @@ def start(folder: Path, config: dict, job_type: str, group: str, mode: str = "au
     tracker = Tracker(Path(folder).resolve())
     if mode == "disabled" or int(os.environ.get("RANK", 0)) > 0:
         return tracker
-    tracker.open(mode, config=config, job_type=job_type, group=group, name=name)
+    about = {"config": config, "job_type": job_type, "group": group[:128], "name": name}
+    tracker.open(mode, **about)
     if tracker.run is None and mode == "online":
-        tracker.open("offline", config=config, job_type=job_type, group=group, name=name)
+        tracker.open("offline", **about)
     tracker.announce()
     return tracker
 
@@ -52,6 +54,11 @@ def logged_in() -> bool:
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+def project() -> str:
+    """The W&B project that runs go to."""
+    return os.environ.get("WANDB_PROJECT") or "distilled-control"
 
 
 def guarded(call: Callable) -> Callable:
@@ -87,27 +94,46 @@ class Tracker:
 
         self.run.log({key: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
-    @guarded
     def image(self, key: str, path: Path, caption: str | None = None) -> None:
         """A picture file."""
-        import wandb
-
-        self.run.log({key: wandb.Image(str(path), caption=caption)})
+        self.images({key: (Path(path), caption)})
 
     @guarded
-    def artifact(self, path: Path, name: str, type: str) -> None:
-        """A file or folder as an artifact: type control for a trained control, results for a record."""
+    def images(self, pictures: dict[str, tuple[Any, str | None]], step: int | None = None) -> None:
+        """Pictures (files or PIL) with captions, by key. The same keys at several steps are what W&B's step slider moves through."""
+        import wandb
+
+        self.run.log({key: wandb.Image(picture, caption=caption) for key, (picture, caption) in pictures.items()}, step=step)
+
+    @guarded
+    def curves(self, key: str, x: list[float], curves: dict[str, list[float]], title: str, xname: str) -> None:
+        """Lines by name over common places x, as one chart."""
+        import wandb
+
+        chart = wandb.plot.line_series(list(x), list(curves.values()), list(curves), title, xname)
+        self.run.log({key: chart})
+
+    @guarded
+    def summary(self, values: dict[str, Any]) -> None:
+        """What a run is compared by in W&B's table of runs."""
+        self.run.summary.update(values)
+
+    @guarded
+    def artifact(self, path: Path | list[Path], name: str, type: str) -> None:
+        """A file, some files or a folder as an artifact: type control for a trained control, results for a record."""
         self.run.log_artifact(_artifact(path, name, type))
 
     @guarded
     def uses(self, name: str, path: Path | None = None, type: str = "control") -> None:
         """States that this run reads an artifact, by its newest version or, with `path`, by the very content of that file.
 
-        Always written to the run's config as `uses`, which also works offline; online it is W&B's lineage as well.
+        Always written to the run's config as `uses`, and as W&B's lineage; offline that takes the content, as no version can be looked up.
         """
         self.used.append(name)
         self.run.config.update({"uses": list(self.used)}, allow_val_change=True)
-        if not self.run.offline:
+        if self.run.offline and path:  # use_artifact refuses offline what it would do itself: note the use, for `wandb sync` to carry out
+            self.run._log_artifact(_artifact(path, name, type), is_user_created=True, use_after_commit=True)
+        elif not self.run.offline:
             self.run.use_artifact(_artifact(path, name, type) if path else f"{_artifact_name(name)}:latest")
 
     def finish(self, exit_code: int = 0) -> None:
@@ -129,9 +155,8 @@ class Tracker:
             import wandb
 
             self.folder.mkdir(parents=True, exist_ok=True)
-            project = os.environ.get("WANDB_PROJECT", "distilled-control")
             quiet = wandb.Settings(silent=True, console="off", init_timeout=30)
-            self.run = wandb.init(project=project, dir=str(self.folder), mode=mode, settings=quiet, **about)
+            self.run = wandb.init(project=project(), dir=str(self.folder), mode=mode, settings=quiet, **about)
 
     def announce(self) -> None:
         """One line: where the run is seen, or how to upload it."""
@@ -158,17 +183,16 @@ class Tracker:
             self.warned = True
 
 
-def _artifact(path: Path, name: str, type: str) -> Any:
-    """A draft artifact that holds a copy of a file or of a folder, the latter without W&B's own files."""
+def _artifact(content: Path | list[Path], name: str, type: str) -> Any:
+    """A draft artifact that holds copies of a file, of some files, or of a folder, the latter without W&B's own files."""
     import wandb
 
-    path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     artifact = wandb.Artifact(_artifact_name(name), type=type)
-    for file in files:
-        inner = file.relative_to(path if path.is_dir() else path.parent)
-        if inner.parts[0] != "wandb":
-            artifact.add_file(str(file), name=inner.as_posix(), skip_cache=True)
+    for path in map(Path, content if isinstance(content, list) else [content]):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            inner = file.relative_to(path if path.is_dir() else path.parent)
+            if inner.parts[0] != "wandb":
+                artifact.add_file(str(file), name=inner.as_posix(), skip_cache=True)
     return artifact
 
 

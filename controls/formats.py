@@ -56,6 +56,12 @@ def save_kohya(control: Control, path: str | Path) -> None:
     _write(tensors, header, replace(control, card=own), path)
 
 
+def relabel(card: Card, path: str | Path) -> None:
+    """Puts another card into a file of any layout; its tensors, bit for bit, and the rest of its header stay as they are."""
+    tensors, metadata = read(Path(path))
+    _store(tensors, {**metadata, "card": json.dumps(asdict(card))}, path)
+
+
 def load(path: str | Path) -> Control:
     """Reads what `save` wrote, through safetensors only: no code in a file ever runs.
 
@@ -165,6 +171,10 @@ def _prefix(control: Control) -> str:
 
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], control: Control, path: str | Path) -> None:
+    _store(tensors, {**header, "card": json.dumps(asdict(control.card)), "format": "pt"}, path)
+
+
+def _store(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path) -> None:
     with replacing(Path(path)) as new:
-        save_file(tensors, new, {**header, "card": json.dumps(asdict(control.card)), "format": "pt"})
+        save_file(tensors, new, header)
         new.chmod(0o644)  # safetensors makes its files private

@@ -30,10 +30,25 @@ def describe(path: Path) -> str:
         rows |= {"control": f"{card.kind} {card.name}", "trained on": f"{card.family}/{card.member}",
                  "its weights": card.base_hash[:12] or "unknown", "layer set": f"{card.layers}, {card.scope}",
                  **{key: listed(value) for key, value in card.recipe.items()},
-                 "versions": ", ".join(f"{k} {v}" for k, v in card.versions.items())}  # fmt: skip
+                 "versions": ", ".join(f"{k} {v}" for k, v in card.versions.items()), **measured(card.transfer)}  # fmt: skip
     else:
         rows["card"] = "none: another tool's file; python -m controls.convert makes it one of ours"
     return "\n".join(f"{key:<14} {value}" for key, value in {"file": path, **rows}.items())
+
+
+def measured(transfer: dict) -> dict[str, str]:
+    """What analysis.transfer wrote into a card, a row per target: by each evaluator the scale, the retention and the verdict."""
+    if not transfer:
+        return {}
+    rows = {target: "; ".join(f"{who}: scale {ranged(found['scale'])}, retention {ranged(found['retention'])}, {found['verdict']}"
+                              for who, found in readings.items()) for target, readings in transfer["targets"].items()}  # fmt: skip
+    return {**rows, "measured by": transfer["command"]}
+
+
+def ranged(interval: dict) -> str:
+    """'0.93 [0.88, 0.98]', with a dash for what is not known."""
+    value, low, high = ("-" if interval[end] is None else f"{interval[end]:.2f}" for end in ("value", "low", "high"))
+    return value if low == high == "-" else f"{value} [{low}, {high}]"
 
 
 def listed(value: object) -> str:

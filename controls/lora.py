@@ -36,6 +36,7 @@ class Card:
     recipe: dict = field(default_factory=dict)  # prompts, steps, seed: what it takes to train it again
     base_hash: str = ""  # fingerprint of the network it was trained on
     versions: dict = field(default_factory=dict)
+    transfer: dict = field(default_factory=dict)  # what analysis.transfer measured, where it was asked to write it here
 
 
 @dataclass

@@ -46,7 +46,7 @@ def merge(controls: list[Control], weights: list[float], rank: int, name: str) -
     kinds, first = {control.card.kind for control in controls}, controls[0].card
     parts = [{"name": c.card.name, "weight": w, "recipe": c.card.recipe} for c, w in zip(controls, weights, strict=True)]
     kind = kinds.pop() if len(kinds) == 1 else "lora"
-    card = replace(first, kind=kind, name=name, rank=rank, alpha=float(rank), recipe={"merged": parts})
+    card = replace(first, kind=kind, name=name, rank=rank, alpha=float(rank), recipe={"merged": parts}, transfer={})
     whole = math.hypot(*norms.values())
     return Control(card, tensors), lost, math.hypot(*(lost[layer] * norms[layer] for layer in lost)) / whole if whole else 0.0
 

@@ -29,10 +29,14 @@ def everything(tracker, folder):
     Image.new("RGB", (4, 4)).save(picture)
     control.write_bytes(b"weights")
     tracker.log({"loss": 1.0}, step=3)
+    tracker.images({"faces": (Image.new("RGB", (4, 4)), "scale 1")}, step=4)
     tracker.table("cells", ["control", "slope"], [["smile", 0.1]])
     tracker.image("strip", picture, "five scales")
+    tracker.curves("curves/smile", [0, 1], {"dmd": [0.0, 0.1]}, "effect", "scale")
+    tracker.summary({"retention": 0.9})
     tracker.artifact(control, "tiny/base smile", "control")
     tracker.artifact(folder, "run", "results")
+    tracker.artifact([picture, control], "two files", "results")
     tracker.uses("smile")
     tracker.uses("age", control)
 
@@ -49,6 +53,11 @@ def test_offline_run_writes_under_the_folder_and_says_how_to_sync(nobody, capfd)
     out, err = capfd.readouterr()
     assert out.startswith("W&B is offline; to upload this run: wandb sync run/wandb/offline-run-") and out.count("\n") == 1
     assert err == ""
+
+
+def test_a_long_group_is_cut_to_what_wandb_takes(nobody):
+    with tracking.start(nobody / "run", **{**ABOUT, "group": "smile+" * 40}, mode="offline") as tracker:
+        assert tracker.run.group == ("smile+" * 40)[:128]
 
 
 def test_disabled_writes_nothing_and_imports_nothing(nobody, monkeypatch, capfd):
