@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from analysis import report
+from analysis import cells as of
+from analysis.page import ranged
 from configs import ROOT, UserError, replacing
 from controls import formats
 from controls.lora import Card
@@ -55,7 +56,7 @@ def numbers(results: dict, control: str) -> dict:
     """
     cells = [cell for cell in results["cells"] if cell["control"] == control and not cell.get("reference")]
     targets = {cell["target"]: {who: {"scale": reading["matched_scale"], "retention": reading["retention"], "verdict": reading["verdict"]}
-                                for who, reading in report.readings(cell).items()} for cell in cells}  # fmt: skip
+                                for who, reading in of.readings(cell).items()} for cell in cells}  # fmt: skip
     first = cells[0]
     about = {key: first.get(key) for key in ("source", "scales", "prompts", "seeds")}
     how = {key: results.get(key) for key in ("command", "created", "versions")}
@@ -66,10 +67,10 @@ def text(results: dict, control: str) -> str:
     """A model card in Markdown, with the front matter that Hugging Face reads."""
     cell, found = next(c for c in results["cells"] if c["control"] == control), numbers(results, control)
     words = f' from "{cell["negative"]}" to "{cell["positive"]}"' if cell.get("negative") and cell.get("positive") else ""
-    evaluators = report.evaluators_of([cell])
+    evaluators = of.evaluators_of([cell])
     heads = ["on", "use scale", *(f"kept, by {who}" for who in evaluators)]
     rows = [[f"`{target}`" + (", trained on it" if target == found["source"] else ""), scale(by[evaluators[0]], found["scales"]),
-             *(f"{report.ranged(by[who]['retention'])} {by[who]['verdict']}" for who in evaluators)]
+             *(f"{ranged(by[who]['retention'])} {by[who]['verdict']}" for who in evaluators)]
             for target, by in found["targets"].items()]  # fmt: skip
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
     versions = ", ".join(f"{name} {version}" for name, version in (found["versions"] or {}).items())
@@ -99,7 +100,7 @@ def scale(reading: dict, scales: list[float]) -> str:
     if reading["verdict"] in HOPELESS:
         return "none"
     if matched["value"] is not None:
-        return report.ranged(matched)
+        return ranged(matched)
     reach = matched.get("reach")
     return f"none up to {scales[-1]:g}" + (f"; at {reach['scale']:.2g} it has {reach['share']:.0%} of the effect" if reach else "")
 

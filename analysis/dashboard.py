@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from analysis import cells as of
 from analysis import report
 from configs import UserError, entry, load, tracking
 
@@ -88,7 +89,7 @@ def drawn(rows: list[tuple[str, str, str]], cells: list[dict], make: dict[str, C
 def filled(pattern: str, cells: list[dict]) -> list[str]:
     """The keys that a pattern stands for; a member is a target without a plan of its own."""
     targets = list(dict.fromkeys(cell["target"] for cell in cells))
-    names = {"<target>": targets, "<member>": [t for t in targets if ":" not in t], "<evaluator>": report.evaluators_of(cells)}
+    names = {"<target>": targets, "<member>": [t for t in targets if ":" not in t], "<evaluator>": of.evaluators_of(cells)}
     here = {mark: values for mark, values in names.items() if mark in pattern}
     keys = []
     for values in product(*here.values()):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from analysis import report
+from analysis import cells as of
+from analysis.page import short
 from configs import replacing
 from configs.tracking import Tracker
 
@@ -78,9 +79,9 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     tracker.table("transfer/cells", *cell_table(cells))
     if results.get("leakage"):
         tracker.table("transfer/leakage", *leakage_table(results["leakage"]))
-    for evaluator in report.evaluators_of(cells):
+    for evaluator in of.evaluators_of(cells):
         tracker.images({f"transfer/heat/{evaluator}": (heat_map(cells, evaluator), f"retention by {evaluator}")})
-    for (control, source), group in report.groups(cells).items():
+    for (control, source), group in of.groups(cells).items():
         curves = {cell["target"]: [point["value"] for point in cell["effect"]] for cell in group}
         title = f"effect of {control}, trained on {source}, by {group[0]['evaluator']}"
         tracker.curves(f"curves/{control}", group[0]["scales"], curves, title, "scale")
@@ -111,7 +112,7 @@ def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
     rows = [[*(cell.get(key) for key in ABOUT), who, reading.get("verdict"),
              *(end for path in INTERVALS.values() for end in ends(reading, path)),
              *(look_up(reading, path) for path in NUMBERS.values()), *(cell.get(key) for key in COUNTS.values())]
-            for cell in cells for who, reading in report.readings(cell).items()]  # fmt: skip
+            for cell in cells for who, reading in of.readings(cell).items()]  # fmt: skip
     return columns, rows
 
 
@@ -131,19 +132,19 @@ def column(path: Path, index: int, count: int) -> Image.Image:
 
 def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 62) -> Image.Image:
     """The table of the paper's T1 as a picture: controls in rows, members in columns, retention with its interval as number and colour."""
-    groups, members = report.groups(cells), report.members_of(cells)
+    groups, members = of.groups(cells), of.members_of(cells)
     several = len({source for _, source in groups}) > 1
-    names = {key: " on ".join((key[0], report.short(key[1]))) if several else key[0] for key in groups}
+    names = {key: " on ".join((key[0], short(key[1]))) if several else key[0] for key in groups}
     big, small = ImageFont.load_default(19), ImageFont.load_default(12)
     left, top = int(max(small.getlength(name) for name in names.values())) + 24, 34
     page = Image.new("RGB", (left + width * len(members) + 12, top + height * len(groups) + 12), "white")
     pen = ImageDraw.Draw(page)
     for c, member in enumerate(members):
-        pen.text((left + (c + 0.5) * width, top / 2), report.short(member), "black", small, anchor="mm")
+        pen.text((left + (c + 0.5) * width, top / 2), short(member), "black", small, anchor="mm")
     for r, (key, group) in enumerate(groups.items()):
         pen.text((left - 12, top + (r + 0.5) * height), names[key], "black", small, anchor="rm")
         for cell in group:
-            reading = report.readings(cell).get(evaluator, {})
+            reading = of.readings(cell).get(evaluator, {})
             x, y = left + members.index(cell["target"]) * width, top + r * height
             pen.rectangle((x + 1, y + 1, x + width - 2, y + height - 2), shade(look_up(reading, "retention.value")), UNKNOWN)
             _numbers(pen, x + width / 2, y, reading, big, small)

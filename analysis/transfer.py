@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from analysis import design, record, report
+from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job
 from analysis.measure import Measurement, Subject, Words, is_reference
 from configs import ROOT, UserError, command, entry, load, run_folder, tracking, versions
@@ -72,24 +72,28 @@ def main(cfg: Config) -> Path:
             drawings.forget(jobs)
     accelerator.wait_for_everyone()
     cost = draw(drawings, jobs, accelerator)
-    if not accelerator.is_main_process:
-        return folder / "report.html"
+    if accelerator.is_main_process:
+        measurement = Measurement(drawings, subjects, cfg.references)
+        cells, leakage = measurement.cells(targets), measurement.leakage(targets)
+        pictures(drawings, subjects, targets, cells, folder)
+        about = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                 "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes)}  # fmt: skip
+        publish(cfg, {**about, "margin": list(stats.MARGIN), "cost": cost, "cells": cells, "leakage": leakage}, folder)
+    return folder / "report.html"
 
-    measurement = Measurement(drawings, subjects, cfg.references)
-    cells, leakage = measurement.cells(targets), measurement.leakage(targets)
-    pictures(drawings, subjects, targets, cells, folder)
-    results = {
-        "schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes), "margin": list(stats.MARGIN),
-        "cost": cost, "cells": cells, "leakage": leakage,
-    }  # fmt: skip
+
+def publish(cfg: Config, results: dict, folder: Path) -> None:
+    """The record to its files, the screen and W&B."""
     record.write(results, folder)
-    page = report.build(folder)
-    show(cells)
-    print(f"{time.time() - start:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}")
-    with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(s.name for s in subjects), cfg.wandb) as tracker:
-        record.track(results, folder, tracker)
-    return page
+    page, files = report.build(folder), {formats.name(path): path for path in map(located, cfg.controls)}
+    cards.write(results, folder)
+    for path in files.values() if cfg.write_card else ():
+        cards.into_header(results, path)
+    show(results["cells"])
+    cost = results["cost"]
+    print(f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}")
+    with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(files), cfg.wandb) as tracker:
+        record.track(results, folder, tracker, files)
 
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
@@ -134,22 +138,29 @@ def check(cfg: Config) -> None:
 
 
 def read(cfg: Config, family: Family) -> list[Control]:
-    """The control files, as given or relative to the project; those of other tools are adopted for the source's network."""
-    found = [adopted(path if Path(path).is_file() else ROOT / path, cfg, family) for path in cfg.controls]
-    names = [control.card.name for control in found]
-    if len(set(names)) < len(names) or not found:
+    """The controls of the files; those of other tools are adopted for the source's network. Raises UserError for what does not match."""
+    controls = [adopted(located(path), cfg, family) for path in cfg.controls]
+    names = [control.card.name for control in controls]
+    if len(set(names)) < len(names) or not controls:
         raise UserError(f"controls must be files of different names; got {', '.join(cfg.controls) or 'none'}")
-    strange = [control.card for control in found if control.card.family != family.card.name]
+    strange = [control.card for control in controls if control.card.family != family.card.name]
     if strange:
         raise UserError(f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}")
-    return found
+    return controls
 
 
-def adopted(path: str | Path, cfg: Config, family: Family) -> Control:
+def located(path: str) -> Path:
+    """A control file as given, or relative to the project."""
+    return Path(path) if Path(path).is_file() else ROOT / path
+
+
+def adopted(path: Path, cfg: Config, family: Family) -> Control:
     if formats.native(path):
         return formats.load(path)
-    source, name = cfg.source or family.card.base, Path(path).stem.replace(".", "-")
-    own = Card("lora", name, family.card.name, source, 0, 0.0, "full", "c3lier", {})
+    if cfg.write_card:
+        cards.carded(path)
+    source = cfg.source or family.card.base
+    own = Card("lora", formats.name(path), family.card.name, source, 0, 0.0, "full", "c3lier", {})
     return formats.adopt(path, family.member(source).denoiser.net, own)
 
 

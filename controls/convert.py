@@ -46,7 +46,7 @@ def opened(source: Path, cfg: Config) -> Control:
     family, member = split(cfg.member) if cfg.member else (card.family, card.member)
     net = Family(family).member(member).denoiser.net
     words = {"positive": cfg.positive, "negative": cfg.negative}
-    own = Card(cfg.kind, cfg.name or source.stem.replace(".", "-"), family, member, 0, 0.0, "full", "c3lier", words)
+    own = Card(cfg.kind, cfg.name or formats.name(source), family, member, 0, 0.0, "full", "c3lier", words)
     return formats.adopt(source, net, own)
 
 

@@ -85,6 +85,12 @@ def native(path: str | Path) -> bool:
     return card_of(path, metadata) is not None and named
 
 
+def name(path: str | Path) -> str:
+    """What the control in a file is called: by its card, else by the file."""
+    card = card_of(path, read(Path(path))[1])
+    return card.name if card else Path(path).stem.replace(".", "-")
+
+
 def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
     """The card in a header, None where there is none. Raises UserError for one that cannot be read."""
     try:

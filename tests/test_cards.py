@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_record import CONTROLS, TARGETS, transfer_record
 
 from analysis import cards, report
+from analysis import cells as of
 from configs import ROOT, UserError
 from controls import formats, info, merge
 
@@ -44,7 +45,7 @@ def test_a_model_card_per_control(tmp_path, results):
         assert card.data.library_name == "diffusers" and "lora" in card.data.tags and card.data.get("base_model") is None
         for cell in (c for c in results["cells"] if c["control"] == name and not c["reference"]):
             (row,) = [line for line in card.text.splitlines() if line.startswith(f"| `{cell['target']}`")]
-            for reading in report.readings(cell).values():
+            for reading in of.readings(cell).values():
                 assert f"{report.ranged(reading['retention'])} {reading['verdict']}" in row
             if cell["verdict"] == "undefined":
                 assert "| none |" in row

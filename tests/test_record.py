@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
-from analysis import dashboard, record, report
+from analysis import cells as of
+from analysis import dashboard, record
 from configs import ROOT, merge, tracking
 from controls import effect, stats
 from train import slider
@@ -190,7 +191,7 @@ def test_every_cell_is_in_the_table_by_both_evaluators(found, results):
     rows = {(row["control"], row["target"], row["evaluator"]): row for row in found.table("transfer/cells")}
     assert len(rows) == len(CONTROLS) * len(TARGETS) * len(UNIT)
     for cell in results["cells"]:
-        for who, reading in report.readings(cell).items():
+        for who, reading in of.readings(cell).items():
             row = rows[cell["control"], cell["target"], who]
             assert row["verdict"] == reading["verdict"] and row["reference"] is cell["reference"]
             for name, interval in {"retention": reading["retention"], "matched scale": reading["matched_scale"],

@@ -152,6 +152,15 @@ def test_below_a_noise_level_a_control_does_less(tmp_path, run):
     assert part["cells"][1]["target"] == "tiny/dmd:hybrid(1)" and part["cells"][1]["source"] == "tiny/dmd"
 
 
+def test_the_card_is_written_into_the_file_on_request(tmp_path, run):
+    file = tmp_path / "smile-dmd.safetensors"
+    file.write_bytes((ROOT / "controls/tiny/smile-dmd.safetensors").read_bytes())
+    results = measure(tmp_path, f"controls=[{file}]", "write_card=true", cache=run[0])
+    told = formats.load(file).card.transfer["targets"]["tiny/lightning"]["clip"]
+    assert results["cost"]["drawn"] == 0 and told["retention"] == results["cells"][1]["retention"]
+    assert "tiny/lightning" in (tmp_path / "default/cards/smile-dmd.md").read_text()
+
+
 def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
     transfer.main(merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "plan=true"]))
     said = capsys.readouterr().out
