@@ -66,12 +66,11 @@ def main(cfg: Config) -> Path:
                     run.backward(astray(moved, space.directions[k], space.spreads[k]))
             run.descend(step)
         run.settle()
-        for k, name in enumerate(names):
-            if run.main:
-                more = {"component": k + 1, "variance": space.shares[k], "direction": [round(v, 6) for v in space.directions[k].tolist()]}
-                run.write(run.control(name, **more), run.folder / f"{name}.safetensors")
-                run.draw(name, run.folder / f"samples/{name}.png")
-        print(f"strips of scales {cfg.sample_scales}, one per direction: {run.folder}/samples")
+        for k, name in enumerate(names if run.main else []):
+            more = {"component": k + 1, "variance": space.shares[k], "direction": [round(v, 6) for v in space.directions[k].tolist()]}
+            run.write(run.control(name, **more), run.folder / f"{name}.safetensors")
+        if run.main:
+            print(f"picture of every direction across scales: {run.draw(run.folder / 'samples/final.png')}")
     return run.folder
 
 
