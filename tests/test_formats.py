@@ -3,16 +3,18 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_unet_checkpoint
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_controls import network, trained
 
 from configs import ROOT, UserError, entry
-from controls import convert, formats, info, layouts, merge
+from controls import convert, formats, info, layouts, merge, show
 from controls.lora import Card, Control, attach, detach, strength
 from models.families import Family
 from models.sample import alone, draw_noise, finish
@@ -328,7 +330,7 @@ def ran(module, words, monkeypatch, capsys):
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
     code, said = ran(info, [SMILE], monkeypatch, capsys)
-    assert code == 0 and "slider smile" in said and "73, 28 of attention" in said
+    assert code == 0 and "slider smile" in said and "73, 28 of attention" in said and formats.load(SMILE).card.base_hash[:12] in said
     assert ran(convert, [SMILE, tmp_path / "k.safetensors", "format=kohya"], monkeypatch, capsys)[0] == 0
     assert ran(convert, [tmp_path / "k.safetensors", tmp_path / "b.safetensors"], monkeypatch, capsys)[0] == 0
     assert same(change(formats.load(tmp_path / "b.safetensors")), change(formats.load(SMILE)))
@@ -336,12 +338,17 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert "kohya" in ran(info, [tmp_path / "k.safetensors"], monkeypatch, capsys)[1]
     assert ran(merge, [SMILE, SMILE, tmp_path / "m.safetensors", "rank=4"], monkeypatch, capsys)[0] == 0
     assert formats.load(tmp_path / "m.safetensors").card.name == "merged"
+    assert ran(show, [SMILE, SMILE, "member=tiny/dmd", "scales=[0,1]", f"out={tmp_path}/two.png"], monkeypatch, capsys)[0] == 0
+    page = np.asarray(Image.open(tmp_path / "two.png").convert("RGB")).astype(int)
+    first, second = page[show.TOP : show.TOP + 128, show.LEFT :], page[show.TOP + 128 :, show.LEFT :]
+    assert first.shape == second.shape == (128, 256, 3) and (first == second).all() and abs(first[:, :128] - first[:, 128:]).max() > 100
 
 
 @pytest.mark.parametrize(("module", "words", "says"), [
     (info, ["nothing.safetensors"], "no control file"), (info, [], "say which file"),
     (convert, [SMILE, "x.safetensors", "format=zip"], "kohya"), (convert, [SMILE], "IN OUT"),
     (convert, [SMILE, "x", "fromat=kohya"], "format"),
+    (show, [], "which controls"), (show, [SMILE, "member=tiny/turbo"], "lightning"),
     (merge, [SMILE, SMILE, "x", "weights=[1]"], "as many weights"), (merge, [SMILE], "A B OUT"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(module, words, says, monkeypatch, capsys, tmp_path):

@@ -28,7 +28,8 @@ class Config(Training):
     rank: int = 1  # of the low-rank pairs
     steps: int = 640  # optimizer steps, shared by the directions in turn
     rate: float = 5e-3  # learning rate
-    sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of a strip
+    sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of the picture, for every seed
+    sample_seeds: list[int] = field(default_factory=lambda: [11, 12])  # its seeds, side by side; a row per direction
     out: str = "runs/sliderspace"  # the run is written to out/name
 
 
