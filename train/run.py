@@ -28,7 +28,7 @@ class Training:
     member: str = "tiny/base"  # family/member to train on
     rank: int = 4  # of the low-rank pairs
     alpha: float = 1.0  # effective strength is scale * alpha / rank
-    layers: str = "noxattn"  # layer set, see controls/targets.py
+    layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/targets.py
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
     batch: int = 8  # latents at once per process, all at one noise level
@@ -212,6 +212,8 @@ OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "prodigy": prodigy}
 
 def check(cfg: Training) -> None:
     """What can be wrong before anything is loaded."""
+    if not cfg.name or "." in cfg.name:
+        raise UserError(f"name={cfg.name} cannot name a control: it is empty or has a dot")
     for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")
