@@ -1,6 +1,6 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report proof bench-train
+.PHONY: help check test demo tiny report proof bench-train bench-prior bench-memory
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ report: ## draw report.html again from the results on disk
 
 bench-train: ## the fast slider recipe against the published one: seconds, evaluations, effect
 	python train/bench.py
+
+bench-prior: ## how well a student draws with a LoRA on it, with and without the prior term
+	python train/bench_prior.py
+
+bench-memory: ## memory of a training step on SDXL's U-Net: estimated, and measured where there is a GPU
+	python train/bench_memory.py
 
 proof: ## the slow tests: minutes each
 	python -m pytest -m slow

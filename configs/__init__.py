@@ -77,10 +77,11 @@ def plain(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def usage(schema: type) -> str:
-    """Every key with its default and the comment that stands beside it in the source."""
-    rows = list(_rows(schema, OmegaConf.structured(schema)))
+    """Every key with its default and the comment that stands beside it in the source; what the dataclass inherits comes last."""
+    own = inspect.get_annotations(schema)
+    rows = sorted(_rows(schema, OmegaConf.structured(schema)), key=lambda row: row[0].partition(".")[0] not in own)
     width = max(len(key) for key, _, _ in rows)
-    lines = [f"  {key:<{width}}  {comment}{default}".rstrip() for key, comment, default in rows]
+    lines = [f"  {key:<{width}}  {comment}{default}".rstrip().replace("\n", "\n" + " " * (width + 4)) for key, comment, default in rows]
     return "\n".join([inspect.getdoc(sys.modules[schema.__module__]) or "", "", "keys: [config=FILE] [key=value ...]", *lines])
 
 
@@ -215,7 +216,10 @@ def _rows(schema: type, config: DictConfig, prefix: str = "") -> Iterator[tuple[
 
 
 def _shown(value: Any) -> str:
-    """A default as one would type it after key=."""
+    """A default as one would type it after key=; of a list of mappings, each on a line of its own, without what is empty."""
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        full = [json.dumps({key: word for key, word in row.items() if word != ""}, ensure_ascii=False) for row in value]
+        return "[" + ",".join("\n" + row for row in full) + "]"
     if isinstance(value, str) and value:
         return "required" if value == "???" else value
     return json.dumps(value, default=str, ensure_ascii=False)

@@ -24,7 +24,7 @@ from controls.lora import Card, Control
 
 HALVES = (".lora_A.weight", ".lora_B.weight")
 PICKLES = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
-TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.")
+UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")  # its layers begin so
 BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1"}  # what kohya's tools call a family
 
 
@@ -173,7 +173,7 @@ def _kernel(half: Tensor) -> list[int]:
 
 def _prefix(control: Control) -> str:
     """What diffusers calls the network: transformer or unet."""
-    return "transformer." if all(name.startswith(TRANSFORMERS) for name in control.tensors) else "unet."
+    return "unet." if all(name.startswith(UNET) for name in control.tensors) else "transformer."
 
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], control: Control, path: str | Path) -> None:

@@ -26,6 +26,15 @@ FLUX_DOUBLE = {
     "txt_mod.lin": ("norm1_context.linear",),
 }  # fmt: skip
 FLUX_SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}
+# outside the blocks, one layer each
+FLUX_OUTSIDE = {
+    "img_in": "x_embedder", "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **{f"{theirs}.{half}_layer": f"time_text_embed.{ours}.linear_{k}" for theirs, ours in
+       (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))
+       for k, half in enumerate(("in", "out"), 1)},
+}  # fmt: skip
+SWAPPED = ("final_layer.adaLN_modulation.1", "final_layer_adaLN_modulation_1")  # rows: shift, scale; diffusers has scale, shift
 
 
 def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -48,7 +57,7 @@ def layout(keys: list[str]) -> str:
     """The name of a file's layout, for people."""
     first = min(keys, default="")
     rows = {
-        "kohya with Flux's own names": any("_double_blocks_" in key or "_single_blocks_" in key for key in keys),
+        "kohya with Flux's own names": any(part in key for key in keys for part in ("_double_blocks_", "_single_blocks_", "_final_layer_")),
         "kohya with SGM names": any(part in key for key in keys for part in ("_input_blocks_", "_output_blocks_", "_middle_block_")),
         "kohya with diffusers names": first.startswith(("lora_unet_", "lora_transformer_")),
         "ai-toolkit or ComfyUI": first.startswith("diffusion_model."),
@@ -84,6 +93,8 @@ def gather(tensors: dict[str, Tensor], net: nn.Module, alphas: dict[str, float])
         rows = [spots[layer].weight.shape[0] for layer in table[stem]]
         if sum(rows) != b.shape[0]:
             raise UserError(f"{stem} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on another family?")
+        if stem.endswith(SWAPPED):
+            b = b.roll(len(b) // 2, 0)
         for layer, part in zip(table[stem], b.split(rows), strict=True):
             pairs[layer] = (a, part, strength)
     return pairs
@@ -140,4 +151,4 @@ def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
                 layers = tuple(f"{ours}.{k}.{part}" for part in parts)
                 if all(layer in spots for layer in layers):
                     found[f"{theirs}.{k}.{name}"] = layers
-    return found
+    return found | {theirs: (ours,) for theirs, ours in FLUX_OUTSIDE.items() if ours in spots}

@@ -149,13 +149,19 @@ class Family:
         return torch.cat(latents).float() * vae.config.scaling_factor
 
     @torch.no_grad()
-    def draw(self, member: Member, texts: list[str], seeds: list[int], batch: int = 48) -> Tensor:
-        """One image per text and seed by the member alone, (B, 3, size_px, size_px) in [-1, 1]; the same whatever the batch."""
+    def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int], batch: int = 48) -> Tensor:
+        """One image per prompt (text or encoded) and seed by the member alone, (B, 3, size_px, size_px) in [-1, 1], whatever the batch."""
         parts = []
-        for rows in torch.arange(len(texts)).split(batch):
+        for rows in torch.arange(len(prompts)).split(batch):
             noise = draw_noise([seeds[r] for r in rows], self.latent_shape, len(member.levels), self.device)
-            parts.append(self.decode(finish(alone(member), noise, self.encode([texts[r] for r in rows]))))
+            told = prompts[rows] if isinstance(prompts, Prompts) else self.encode([prompts[r] for r in rows])
+            parts.append(self.decode(finish(alone(member), noise, told)))
         return torch.cat(parts)
+
+    def free(self) -> None:
+        """Lets the text encoders go, to be called when every prompt has been encoded; the VAE stays."""
+        for part in [name for name in self.pipe.components if name.startswith("text_encoder")]:
+            setattr(self.pipe, part, None)
 
     def member(self, name: str) -> Member:
         """A member with its network on the device. Raises UserError with the names there are."""

@@ -140,13 +140,22 @@ def test_help_lists_every_key_with_comment_and_default(capsys, word):
     assert shown[-len(expected) :] == expected
 
 
-def test_help_of_a_key_without_default_and_of_an_inherited_one():
+def test_help_of_a_key_without_default_and_of_an_inherited_one_which_comes_last():
     @dataclass
     class Longer(Named):
         size: int = 1  # in pixels
 
     shown = [" ".join(line.split()) for line in usage(Longer).splitlines()]
-    assert shown[-2:] == ["name of the run [required]", "size in pixels [1]"]
+    assert shown[-2:] == ["size in pixels [1]", "name of the run [required]"]
+
+
+def test_help_shows_each_mapping_of_a_list_on_a_line():
+    @dataclass
+    class Rows:
+        optims: list[Optim] = field(default_factory=lambda: [Optim(), Optim(rate=1.0)])  # several
+
+    shown = [" ".join(line.split()) for line in usage(Rows).splitlines()]
+    assert shown[-3:] == ["optims several [[", '{"rate": 0.001, "beta": 0.9},', '{"rate": 1.0, "beta": 0.9}]]']
 
 
 def test_save_writes_the_whole_config_with_versions_and_command(tmp_path, monkeypatch):

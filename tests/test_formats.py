@@ -3,16 +3,18 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_unet_checkpoint
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_controls import network, trained
 
 from configs import ROOT, UserError, entry
-from controls import convert, formats, info, layouts, merge
+from controls import convert, formats, info, layouts, merge, show
 from controls.lora import Card, Control, attach, detach, strength
 from models.families import Family
 from models.sample import alone, draw_noise, finish
@@ -131,10 +133,55 @@ def test_a_header_decides_strength_as_peft_reads_it(tmp_path, net, control):
         assert same(found, wanted)
 
 
-def flux() -> FluxTransformer2DModel:
+def flux(**changes) -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    return FluxTransformer2DModel(in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-                                  joint_attention_dim=12, pooled_projection_dim=6, axes_dims_rope=(2, 2, 4))  # fmt: skip
+    config = {"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+              "joint_attention_dim": 12, "pooled_projection_dim": 6, "axes_dims_rope": (2, 2, 4), "guidance_embeds": True}  # fmt: skip
+    return FluxTransformer2DModel(**{**config, **changes})
+
+
+@pytest.mark.parametrize("spell", [lambda name: f"lora_unet_{name.replace('.', '_')}", lambda name: f"diffusion_model.{name}"])
+def test_fluxs_own_names_as_diffusers_reads_checkpoints(tmp_path, spell):
+    """diffusers' reader of Flux's checkpoints sends the rows of every layer, within blocks and outside, where our table does."""
+    with torch.device("meta"):  # it knows one width alone, the real one
+        net = flux(attention_head_dim=128, num_attention_heads=24, num_layers=1, num_single_layers=1)
+    spots, names, theirs, rng = layouts.places(net), layouts._flux(net), {}, torch.Generator().manual_seed(0)
+    for name, layers in names.items():
+        theirs[f"{spell(name)}.lora_A.weight"] = torch.ones(1, spots[layers[0]].weight.shape[1])
+        rows = sum(spots[layer].weight.shape[0] for layer in layers)
+        theirs[f"{spell(name)}.lora_B.weight"] = torch.randn(rows, 1, generator=rng)
+    save_file(theirs, tmp_path / "flux.safetensors")
+    weights = {f"{name}.weight": theirs[f"{spell(name)}.lora_B.weight"] for name in names}
+    norms = ["double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"]
+    scales = {f"{norm}.{part}_norm.scale": torch.ones(1) for norm in norms for part in ("query", "key")}
+    biases = {key.replace(".weight", ".bias"): value for key, value in weights.items()}
+    converted = convert_flux_transformer_checkpoint_to_diffusers({**weights, **biases, **scales})
+    control = formats.adopt(tmp_path / "flux.safetensors", net, FOREIGN)
+    assert {layer for layers in names.values() for layer in layers} == set(spots) == set(change(control))
+    assert all(torch.equal(control.tensors[f"{layer}.lora_B.weight"], converted[f"{layer}.weight"]) for layer in spots)
+
+
+def test_a_control_of_all_of_flux_in_diffusers_is_ours(tmp_path):
+    """Also one of layers outside the blocks alone, which no longer tell by their names that they are a transformer's."""
+    net, rng = flux().requires_grad_(False), torch.Generator().manual_seed(0)
+    x, text, ids = torch.randn(1, 4, 4, generator=rng), torch.randn(1, 3, 12, generator=rng), torch.zeros(4, 3)
+    told = {"encoder_hidden_states": text, "pooled_projections": torch.ones(1, 6), "timestep": torch.ones(1), "guidance": torch.ones(1),
+            "img_ids": ids, "txt_ids": ids[:3]}  # fmt: skip
+    parts = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    for k, layers in enumerate((sorted(layouts.places(net)), ["norm_out.linear", "x_embedder"])):
+        shapes = {layer: layouts.places(net)[layer].weight.shape for layer in layers}
+        tensors = {f"{layer}.lora_A.weight": torch.randn(2, n, generator=rng) for layer, (_, n) in shapes.items()}
+        tensors |= {f"{layer}.lora_B.weight": 0.1 * torch.randn(n, 2, generator=rng) for layer, (n, _) in shapes.items()}
+        control = Control(Card("lora", f"flux-{k}", "flux", "dev", 2, 1.0, "full", "c3lier"), tensors)
+        formats.save(control, tmp_path / "flux.safetensors")
+        attach(net, control)
+        with strength(net, {f"flux-{k}": 1.0}):
+            ours = net(x, **told).sample
+        detach(net)
+        pipe = FluxPipeline(**parts, transformer=flux())
+        pipe.load_lora_weights(tmp_path / "flux.safetensors")
+        theirs = pipe.transformer(x, **told).sample
+        assert torch.allclose(theirs, ours, atol=1e-5) and not torch.allclose(net(x, **told).sample, ours, atol=1e-2)
 
 
 def test_flux_fused(tmp_path):
@@ -283,7 +330,7 @@ def ran(module, words, monkeypatch, capsys):
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
     code, said = ran(info, [SMILE], monkeypatch, capsys)
-    assert code == 0 and "slider smile" in said and "73, 28 of attention" in said
+    assert code == 0 and "slider smile" in said and "73, 28 of attention" in said and formats.load(SMILE).card.base_hash[:12] in said
     assert ran(convert, [SMILE, tmp_path / "k.safetensors", "format=kohya"], monkeypatch, capsys)[0] == 0
     assert ran(convert, [tmp_path / "k.safetensors", tmp_path / "b.safetensors"], monkeypatch, capsys)[0] == 0
     assert same(change(formats.load(tmp_path / "b.safetensors")), change(formats.load(SMILE)))
@@ -291,12 +338,17 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert "kohya" in ran(info, [tmp_path / "k.safetensors"], monkeypatch, capsys)[1]
     assert ran(merge, [SMILE, SMILE, tmp_path / "m.safetensors", "rank=4"], monkeypatch, capsys)[0] == 0
     assert formats.load(tmp_path / "m.safetensors").card.name == "merged"
+    assert ran(show, [SMILE, SMILE, "member=tiny/dmd", "scales=[0,1]", f"out={tmp_path}/two.png"], monkeypatch, capsys)[0] == 0
+    page = np.asarray(Image.open(tmp_path / "two.png").convert("RGB")).astype(int)
+    first, second = page[show.TOP : show.TOP + 128, show.LEFT :], page[show.TOP + 128 :, show.LEFT :]
+    assert first.shape == second.shape == (128, 256, 3) and (first == second).all() and abs(first[:, :128] - first[:, 128:]).max() > 100
 
 
 @pytest.mark.parametrize(("module", "words", "says"), [
     (info, ["nothing.safetensors"], "no control file"), (info, [], "say which file"),
     (convert, [SMILE, "x.safetensors", "format=zip"], "kohya"), (convert, [SMILE], "IN OUT"),
     (convert, [SMILE, "x", "fromat=kohya"], "format"),
+    (show, [], "which controls"), (show, [SMILE, "member=tiny/turbo"], "lightning"),
     (merge, [SMILE, SMILE, "x", "weights=[1]"], "as many weights"), (merge, [SMILE], "A B OUT"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(module, words, says, monkeypatch, capsys, tmp_path):

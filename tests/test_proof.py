@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from configs import ROOT, merge
 from controls import formats
@@ -13,23 +12,14 @@ from controls.targets import targets
 from models.families import Family
 from models.sample import alone, draw_noise, finish
 from models.tiny.evaluators import Probe, column
-from train import slider
+from train import bench_memory, slider
 
 pytestmark = pytest.mark.slow
-
-SDXL = {  # the U-Net config of stabilityai/stable-diffusion-xl-base-1.0
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20], "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
 
 
 def test_layer_sets_of_full_size_sdxl():
     """70 transformer blocks, each with two attentions of four projections."""
-    with torch.device("meta"):
-        net = UNet2DConditionModel(**SDXL)
+    net = bench_memory.unet("meta")
     assert sum(p.numel() for p in net.parameters()) == 2_567_463_684
     count = lambda layers: len(targets(net, layers, "lierla"))  # noqa: E731
     assert (count("full"), count("selfattn"), count("xattn"), count("xattn-strict")) == (560, 280, 280, 140)

@@ -23,7 +23,7 @@ def test_each_direction_is_a_control(folder):
     a, b = (torch.tensor(control.card.recipe["direction"]) for control in (one, two))
     assert a.norm() == pytest.approx(1, abs=1e-3) and abs(a @ b) < 1e-3
     assert one.card.recipe["variance"] > two.card.recipe["variance"] and one.card.kind == "sliderspace"
-    assert (folder / "samples/space-1.png").is_file()
+    assert (folder / "samples/final.png").is_file()
 
 
 def test_training_turns_x0_towards_the_direction(folder):

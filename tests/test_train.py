@@ -2,14 +2,18 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from configs import ROOT, UserError, entry, load, merge
+from models.families import Family
+from models.sample import Denoiser, draw_noise
 from train import lora, slider
 from train.checkpoint import resumable, seeded
 from train.run import Run
@@ -40,24 +44,82 @@ def test_resumable_continues_where_it_was(tmp_path):
         assert torch.equal(train(stop=None), whole)
 
 
-def test_a_killed_slider_continues_bit_for_bit(tmp_path, monkeypatch):
-    whole = slider.main(merge(slider.Config, [*SMALL, f"out={tmp_path}/whole"]))
-    cfg, original, calls = merge(slider.Config, [*SMALL, f"out={tmp_path}/killed"]), Run.backward, 0
+def trained(tmp_path, *words):
+    return load_file(slider.main(merge(slider.Config, [*SMALL, f"out={tmp_path}", *words])))
 
-    def dies(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
 
-    monkeypatch.setattr(Run, "backward", dies)
-    with pytest.raises(KeyboardInterrupt):
-        slider.main(cfg)
-    monkeypatch.setattr(Run, "backward", original)
-    continued = slider.main(cfg)
-    ours, theirs = load_file(whole), load_file(continued)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The small slider, trained without a break."""
+    return trained(tmp_path_factory.mktemp("whole"))
+
+
+def interrupted(monkeypatch, call, after: int) -> bool:
+    """Whether a call was killed at the given one of the moments in which a training computes, descends or writes its state."""
+    left = after
+
+    def dying(original):
+        def moment(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return moment
+
+    with monkeypatch.context() as patch:
+        for place, name in ((Run, "backward"), (Run, "descend"), (torch, "save"), (Run, "show")):
+            patch.setattr(place, name, dying(getattr(place, name)))
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_a_slider_killed_at_random_points_continues_bit_for_bit(tmp_path, monkeypatch, whole):
+    points = random.Random(0)
+    kills = [interrupted(monkeypatch, lambda: trained(tmp_path), points.randint(1, 12)) for _ in range(5)]
+    assert sum(kills) >= 3, "it is finished too early to say"
+    assert same(trained(tmp_path), whole)
+
+
+@pytest.mark.parametrize(("optimizer", "extra", "rate"), [("prodigy", "prodigyopt", 1.0), ("adamw8bit", "bitsandbytes", 1e-3)])
+def test_the_extras_train_and_continue(tmp_path, monkeypatch, optimizer, extra, rate):
+    pytest.importorskip(extra)
+    words = [f"optimizer={optimizer}", f"rate={rate}", "steps=4"]
+    undisturbed = trained(tmp_path / "whole", *words)
+    assert interrupted(monkeypatch, lambda: trained(tmp_path / "killed", *words), 10)
+    assert any(tensor.any() for name, tensor in undisturbed.items() if "lora_B" in name)
+    assert same(trained(tmp_path / "killed", *words), undisturbed)
+
+
+@pytest.mark.parametrize("student", ["dmd", "lcm", "lightning"])
+def test_students_are_trained_on_their_own_timesteps(tmp_path, monkeypatch, student):
+    asked, original = set(), Denoiser.__call__
+
+    def spy(self, x, noise, *rest):
+        asked.add(noise.t)
+        return original(self, x, noise, *rest)
+
+    monkeypatch.setattr(Denoiser, "__call__", spy)
+    control = trained(tmp_path, f"member=tiny/{student}", "steps=2")
+    assert any(tensor.any() for name, tensor in control.items() if "lora_B" in name)
+    assert asked == {level.t for level in Family("tiny").member(student).levels}
+
+
+def test_erasing_is_enhancing_the_other_way_round():
+    family, pair = Family("tiny"), slider.smile()[0]
+    pairs = slider.spread(slider.Config(prompts=[pair, replace(pair, action="erase")]))
+    teacher, member = slider.Teacher(family, family.member("dmd"), pairs), family.member("dmd")
+    x = draw_noise([1, 1], family.latent_shape, 0)[:, 0]
+    neutral, direction = teacher(x, member.levels[0], torch.tensor([0, 1]))
+    assert torch.allclose(direction[0], -direction[1], atol=1e-5) and direction.any() and torch.allclose(neutral[0], neutral[1], atol=1e-5)
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path):
@@ -76,10 +138,6 @@ def test_pairs_are_spread_over_attributes_and_anchors():
         slider.spread(slider.Config(prompts=[slider.Pair("a", "b", "c", action="more")]))
 
 
-def trained(tmp_path, *words):
-    return load_file(slider.main(merge(slider.Config, [*SMALL, f"out={tmp_path}", *words])))
-
-
 def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
     one = trained(tmp_path / "one", "accumulate=2")
     words = [*SMALL, f"out={tmp_path}/two"]
@@ -93,22 +151,10 @@ def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
 
 def test_the_published_recipe_trains_and_continues(tmp_path, monkeypatch):
     words = ["recipe=published", "denoise_steps=5", "member=tiny/base", "steps=3", "save_every=1"]
-    whole = trained(tmp_path / "whole", *words)
-    original, calls = Run.descend, []
-
-    def dies(self, step):
-        calls.append(step)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(self, step)
-
-    monkeypatch.setattr(Run, "descend", dies)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "killed", *words)
-    monkeypatch.setattr(Run, "descend", original)
-    continued = trained(tmp_path / "killed", *words)
-    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    undisturbed = trained(tmp_path / "whole", *words)
+    assert interrupted(monkeypatch, lambda: trained(tmp_path / "killed", *words), 10)
+    assert any(tensor.any() for name, tensor in undisturbed.items() if "lora_B" in name)
+    assert same(trained(tmp_path / "killed", *words), undisturbed)
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_state_before_it(tmp_path, monkeypatch, capsys):
@@ -130,18 +176,26 @@ def test_checkpointing_changes_nothing_but_memory(tmp_path):
     assert all(torch.allclose(plain[name], thrifty[name], atol=1e-5) for name in plain)
 
 
-def test_watching_measures_other_members_and_changes_nothing(tmp_path):
-    plain = trained(tmp_path / "a", "steps=2")
-    watched = trained(tmp_path / "b", "steps=2", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=2")
-    assert all(torch.equal(plain[name], watched[name]) for name in plain)
-    seen = json.loads((tmp_path / "b/smile/watch.jsonl").read_text())
-    assert {"step", "effect/tiny/base", "effect/tiny/dmd", "retention/tiny/dmd/low"} <= seen.keys()
+def test_watching_measures_other_members_and_changes_nothing(tmp_path, monkeypatch, whole):
+    encoders, original = [], Run.descend
+
+    def spy(self, step):
+        encoders.extend([self.family.pipe.text_encoder, self.family.pipe.text_encoder_2])
+        original(self, step)
+
+    monkeypatch.setattr(Run, "descend", spy)
+    watched = trained(tmp_path, "watch=[tiny/dmd]", "watch_every=3", "watch_prompts=2", "sample_every=3")
+    assert same(watched, whole)
+    first, second = map(json.loads, (tmp_path / "smile/watch.jsonl").read_text().splitlines())
+    assert {"step", "effect/tiny/base", "effect/tiny/dmd", "retention/tiny/dmd/low"} <= first.keys() == second.keys()
+    assert (tmp_path / "smile/samples/step-00003.png").is_file() and (tmp_path / "smile/samples/final.png").is_file()
+    assert encoders == [None] * 12, "text encoders are let go before the first step, and strips and watching need none"
 
 
-def test_the_average_lags_behind(tmp_path):
-    last, average = trained(tmp_path / "a"), trained(tmp_path / "b", "ema=0.9")
+def test_the_average_lags_behind(tmp_path, whole):
+    average = trained(tmp_path, "ema=0.9")
     size = lambda control: sum(t.square().sum() for n, t in control.items() if "lora_B" in n).sqrt()  # noqa: E731
-    assert 0 < size(average) < size(last)
+    assert 0 < size(average) < size(whole)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +211,7 @@ def test_the_average_lags_behind(tmp_path):
         (slider, "recipe=slow", "published"),
         (slider, "watch=[sdxl/turbo]", "tiny"),
         (slider, "accumulate=0", "at least 1"),
+        (slider, "name=smile.2", "dot"),
         (lora, "images=0", "at least 1"),
         (lora, "data=tiny:oil", "watercolour"),
     ],

@@ -16,7 +16,7 @@ from controls import formats
 from controls.lora import Card, Control, create, detach, extract, fingerprint, parameters
 from models.families import DTYPES, Family, split
 from train.checkpoint import append, resumable, seeded, store
-from train.samples import strip
+from train.samples import overview, strip
 from train.watch import Watch
 
 
@@ -28,7 +28,7 @@ class Training:
     member: str = "tiny/base"  # family/member to train on
     rank: int = 4  # of the low-rank pairs
     alpha: float = 1.0  # effective strength is scale * alpha / rank
-    layers: str = "noxattn"  # layer set, see controls/targets.py
+    layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/targets.py
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
     batch: int = 8  # latents at once per process, all at one noise level
@@ -77,10 +77,13 @@ class Run:
     def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
         """Attaches the fresh control and takes it out again. prompt: what strips draw; recipe: what the card remembers.
 
-        names: of several controls that are trained side by side, instead of the config's one.
+        names: of several controls that are trained side by side, instead of the config's one. The text encoders are let go: what a recipe
+        wants encoded, it has encoded before.
         """
         cfg, self.recipe, self.names = self.cfg, recipe, names or [self.cfg.name]
         self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
+        self.prompt = self.family.encode([prompt])
+        self.family.free()
         for k, name in enumerate(self.names):
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
         if cfg.checkpointing:
@@ -89,7 +92,6 @@ class Run:
         self.average = deepcopy(self.weights).requires_grad_(False)
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
         self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
-        self.prompt = prompt
         try:
             with tracking.start(self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb) as self.tracker:
                 yield
@@ -141,7 +143,7 @@ class Run:
             append(self.folder / "log.jsonl", {"step": step, **values})
             self.tracker.log(values, step=step)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
-            self.draw(self.names[0], self.folder / f"samples/step-{step + 1:05d}.png")
+            self.draw(self.folder / f"samples/step-{step + 1:05d}.png")
         if self.watched and (step + 1) % cfg.watch_every == 0:
             values = self.watched(self.control(cfg.name))
             append(self.folder / "watch.jsonl", {"step": step, **values})
@@ -154,10 +156,11 @@ class Run:
                     {**self.recipe, **more}, self.fingerprint, versions())  # fmt: skip
         return Control(card, extract(self.net, name))
 
-    def draw(self, name: str, path: Path) -> Path:
-        """A strip of a control as it is now."""
-        strip(self.family, self.member, self.cfg.sample_seeds, name, self.cfg.sample_scales, self.prompt, path)
-        self.tracker.image("samples", path, f"{name} at {self.cfg.sample_scales}")
+    def draw(self, path: Path) -> Path:
+        """A strip of the control as it is now, or one picture of several."""
+        draw, what = (strip, self.names[0]) if len(self.names) == 1 else (overview, self.names)
+        draw(self.family, self.member, self.prompt, self.cfg.sample_seeds, what, self.cfg.sample_scales, path)
+        self.tracker.image("samples", path, f"{', '.join(self.names)} at {self.cfg.sample_scales}")
         return path
 
     def save(self) -> Path:
@@ -166,7 +169,7 @@ class Run:
         path = self.folder / "control.safetensors"
         if self.main:
             self.write(self.control(self.cfg.name), path)
-            print(f"strip of scales {self.cfg.sample_scales}: {self.draw(self.cfg.name, self.folder / 'samples/final.png')}")
+            print(f"picture across scales: {self.draw(self.folder / 'samples/final.png')}")
         return path
 
     def settle(self) -> None:
@@ -209,6 +212,8 @@ OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "prodigy": prodigy}
 
 def check(cfg: Training) -> None:
     """What can be wrong before anything is loaded."""
+    if not cfg.name or "." in cfg.name:
+        raise UserError(f"name={cfg.name} cannot name a control: it is empty or has a dot")
     for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")

@@ -28,7 +28,8 @@ class Config(Training):
     rank: int = 1  # of the low-rank pairs
     steps: int = 640  # optimizer steps, shared by the directions in turn
     rate: float = 5e-3  # learning rate
-    sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of a strip
+    sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of the picture, for every seed
+    sample_seeds: list[int] = field(default_factory=lambda: [11, 12])  # its seeds, side by side; a row per direction
     out: str = "runs/sliderspace"  # the run is written to out/name
 
 
@@ -66,12 +67,11 @@ def main(cfg: Config) -> Path:
                     run.backward(astray(moved, space.directions[k], space.spreads[k]))
             run.descend(step)
         run.settle()
-        for k, name in enumerate(names):
-            if run.main:
-                more = {"component": k + 1, "variance": space.shares[k], "direction": [round(v, 6) for v in space.directions[k].tolist()]}
-                run.write(run.control(name, **more), run.folder / f"{name}.safetensors")
-                run.draw(name, run.folder / f"samples/{name}.png")
-        print(f"strips of scales {cfg.sample_scales}, one per direction: {run.folder}/samples")
+        for k, name in enumerate(names if run.main else []):
+            more = {"component": k + 1, "variance": space.shares[k], "direction": [round(v, 6) for v in space.directions[k].tolist()]}
+            run.write(run.control(name, **more), run.folder / f"{name}.safetensors")
+        if run.main:
+            print(f"picture of every direction across scales: {run.draw(run.folder / 'samples/final.png')}")
     return run.folder
 
 

@@ -18,7 +18,7 @@ class Watch:
     """Draws a few paired images with and without the control on the member it is trained on and on others, and measures its effect."""
 
     def __init__(self, cfg, family: Family, source: Member, recipe: dict):
-        """Loads the watched members. Raises UserError for one of another family, or when the recipe has no words to measure by."""
+        """Loads the watched members, encodes what they draw. Raises UserError for one of another family and a recipe without words."""
         self.family, self.source = family, source
         self.words = recipe.get("positive", ""), recipe.get("negative", "")
         if not all(self.words):
@@ -29,9 +29,10 @@ class Watch:
             raise UserError(f"watch takes members of the family {family.card.name}; got {', '.join(strange)}")
         self.others = [family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name]
         self.eye = next(iter(evaluators(family.card, family.device).values()))
-        self.texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
-        if not self.texts:
+        texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
+        if not texts:
             raise UserError(f"the card of family {family.card.name} has no prompts to watch by")
+        self.prompts = family.encode(texts)
         self.plain = {member.name: self.score(member) for member in self.others}
 
     def __call__(self, control: Control) -> dict[str, float | None]:
@@ -52,7 +53,7 @@ class Watch:
 
     def score(self, member: Member) -> np.ndarray:
         """How much more the images are the positive than the negative description, (P, S)."""
-        images = self.family.draw(member, self.texts, [9000 + k for k in range(len(self.texts))])
+        images = self.family.draw(member, self.prompts, [9000 + k for k in range(len(self.prompts))])
         return self.eye.score(self.eye.features(images), *self.words).reshape(-1, SEEDS)
 
     def effect(self, plain: np.ndarray, edited: np.ndarray) -> np.ndarray:

@@ -1,0 +1,85 @@
+"""Draws controls: python -m controls.show A B … [key=value ...]
+
+One picture with a row per control file: the same prompt and seed at every scale, on the member that it was trained on or on another.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from configs import UserError, entry, load, plain, replacing
+from controls import formats
+from controls.lora import applied
+from models.families import Family, split
+
+LEFT, TOP, FONT = 110, 22, 14  # pixels for the names and for the scales, and of their letters
+LARGEST = 512  # side of a tile; small pictures are doubled
+
+
+@dataclass
+class Config:
+    member: str = ""  # family/member to draw on; empty = the one that each control was trained on
+    prompt: str = ""  # what is drawn; empty = the first prompt of the family's card
+    seed: int = 11  # of the picture
+    scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns, for sliders
+    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # columns, for other controls
+    out: str = "controls.png"  # the picture
+
+
+def main(files: list[str], cfg: Config) -> Path:
+    """Draws every control and returns the picture's path."""
+    rows, families, device = [], {}, torch.accelerator.current_accelerator() or torch.device("cpu")
+    for control in map(formats.load, files):
+        card = control.card
+        family_name, member_name = split(cfg.member or f"{card.family}/{card.member}")
+        family = families.setdefault(family_name, Family(family_name, device))
+        member = family.member(member_name)
+        prompt = cfg.prompt or next(iter(family.card.prompts), "")
+        scales = cfg.lora_scales if card.kind == "lora" else cfg.scales
+        shown = []
+        for scale in scales:
+            with torch.no_grad(), applied(member.denoiser.net, control, scale, family.card.name):
+                shown.append(family.draw(member, [prompt], [cfg.seed]))
+        rows.append((card.name, scales, torch.cat(shown)))
+    return sheet(rows, Path(cfg.out))
+
+
+def sheet(rows: list[tuple[str, list[float], Tensor]], path: Path) -> Path:
+    """Writes a labelled picture: in each row a name and pictures (K, 3, H, W) in [-1, 1], above them their K scales where those change."""
+    size = min(LARGEST, 2 * rows[0][2].shape[-1])
+    heads = [k == 0 or scales != rows[k - 1][1] for k, (_, scales, _) in enumerate(rows)]
+    page = Image.new("RGB", (LEFT + size * max(len(scales) for _, scales, _ in rows), TOP * sum(heads) + size * len(rows)), "white")
+    pen, font, y = ImageDraw.Draw(page), ImageFont.load_default(FONT), 0
+    for head, (name, scales, pictures) in zip(heads, rows, strict=True):
+        y += TOP * head
+        pen.text((LEFT - 8, y + size / 2), name, "black", font, anchor="rm")
+        for k, (scale, one) in enumerate(zip(scales, pictures, strict=True)):
+            page.paste(tile(one, size), (LEFT + k * size, y))
+            if head:
+                pen.text((LEFT + (k + 0.5) * size, y - TOP / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm")
+        y += size
+    with replacing(path) as new:
+        page.save(new)
+    return path
+
+
+def tile(picture: Tensor, size: int) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1] at another size, its pixels seen where it is enlarged."""
+    image = Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    return image.resize((size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS)
+
+
+def run() -> None:
+    files, words = plain(sys.argv[1:])
+    cfg = load(Config, words)
+    if not files:
+        raise UserError("say which controls to draw: python -m controls.show FILE …")
+    print(main(files, cfg))
+
+
+if __name__ == "__main__":
+    entry(run)

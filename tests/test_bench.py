@@ -1,0 +1,40 @@
+"""Benches: what they report is what happens."""
+
+import json
+
+import numpy as np
+import pytest
+from test_controls import network
+from torch.profiler import ProfilerActivity, profile
+
+from train import bench_memory, bench_prior
+
+
+def allocated(call, folder) -> int:
+    """The most bytes that a call held on the CPU beyond what was there, by torch's own allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    record.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, checkpointing):
+    net, cfg = network(), bench_memory.Config(layers="full")
+    real = allocated(lambda: bench_memory.update(net, cfg, 64, checkpointing), tmp_path)
+    seen = bench_memory.follow(network().to("meta"), cfg, 64, checkpointing)
+    assert seen["peak"] - seen["network"] == pytest.approx(real, rel=0.05)
+
+
+def test_kernel_distance_by_its_definition():
+    """Sums over different images, one by one; about 0 between halves of one set and more where one half is moved."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    kernel = lambda x, y: (x @ y / 3 + 1) ** 3  # noqa: E731
+    within = lambda x: np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])  # noqa: E731
+    across = np.mean([kernel(x, y) for x in a for y in b])
+    assert bench_prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
+    many = rng.normal(size=(800, 3))
+    assert abs(bench_prior.distance(many[:400], many[400:])) < 0.1 < bench_prior.distance(many[:400], many[400:] + 0.5)
