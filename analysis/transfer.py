@@ -87,13 +87,13 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
     record.write(results, folder)
     page, files = report.build(folder), {formats.name(path): path for path in map(located, cfg.controls)}
     cards.write(results, folder)
-    for path in files.values() if cfg.write_card else ():
-        cards.into_header(results, path)
     show(results["cells"])
     cost = results["cost"]
     print(f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(files), cfg.wandb) as tracker:
         record.track(results, folder, tracker, files)
+    for path in files.values() if cfg.write_card else ():
+        cards.into_header(results, path)  # last, so that W&B's input is the file that training logged
 
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
