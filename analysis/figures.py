@@ -38,7 +38,8 @@ def _words(cell: dict) -> str:
     if not cell.get("positive"):
         return ""
     below = f", acting below σ/α = {cell['below']:g}" if cell.get("below") is not None else ""
-    return f"; from “{cell.get('negative', '')}” to “{cell['positive']}”{below}"
+    start = f"from “{cell['negative']}” to" if cell.get("negative") else "towards"
+    return f"; {start} “{cell['positive']}”{below}"
 
 
 def chart_figure(group: list[dict], evaluator: str, colours: dict[str, int]) -> str:
@@ -64,7 +65,7 @@ def forest_figure(group: list[dict], margin: list[float]) -> str:
     first, second = [*evaluators_of(group), ""][:2]
     names = {"first": first, "second": second, "floor": "floor", "ceiling": "ceiling", "wrong": "wrong control"}
     legend = " ".join(f'<span class="key">{_mark(kind)} {escape(names[kind])}</span>' for kind in kinds)
-    note = f" · shaded: {number(margin[0])} to {number(margin[1])}"
+    note = f' <span class="key"><span class="swatch"></span> {number(margin[0])} to {number(margin[1])}</span>'
     return f"<figure><figcaption><b>Retention</b> {legend}{note}</figcaption>{forest(cells, margin)}</figure>"
 
 

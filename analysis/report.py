@@ -181,16 +181,16 @@ def _references(cells: list[dict]) -> str:
 LEAKAGE = """<section aria-labelledby="leakage">
 <h2 id="leakage">Leakage</h2>
 <p>How far each control moves what another one is for, as a share of what that other control itself does there. 1 is as far, 0 not at all;
-bold where the interval excludes 0. The diagonal is a control's own attribute.</p>
+bold where the interval excludes 0; outlined is a control's own attribute. Slopes are those between scales −1 and 1.</p>
 {table}
 </section>"""
 
 REFERENCES = """<section aria-labelledby="references">
 <h2 id="references">References</h2>
 <p>What a retention is to be read against, as shares of the control's slope on its source. <b>Floor</b>: a random control whose weights
-have the same norm in every layer. <b>Ceiling</b>: a control of the same words that was trained on the target. <b>Wrong control</b>:
-another control, measured by this one's words. <b>Normalised</b>: where the control stands between floor (0) and ceiling (1). <b>Drawn
-again</b>: the effect that drawing the images at scale 0 a second time has.</p>
+have the same norm in every layer, at scale 1. <b>Ceiling</b>: a control of the same words that was trained on the target. <b>Wrong
+control</b>: another control, measured by this one's words. <b>Normalised</b>: where the control stands between floor (0) and ceiling (1).
+<b>Drawn again</b>: the effect that drawing the images at scale 0 a second time has.</p>
 {table}
 </section>"""
 
