@@ -9,8 +9,8 @@ from analysis.measure import Subject
 from configs import UserError
 from controls import stats
 
-# of a retention, between prompts and between seeds; medians over the shipped controls on the embedded family (LOG.md)
-TYPICAL = {"prompts": 0.15, "seeds": 0.4}
+# of a retention, between prompts and between seeds: root mean squares over all shipped controls on the embedded family (LOG.md)
+TYPICAL = {"prompts": 0.08, "seeds": 0.34}
 
 
 def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job], folder: Path) -> None:
@@ -39,13 +39,13 @@ def evaluations(drawings: Drawings, target: str) -> int:
 def known(folder: Path) -> tuple[dict, str]:
     """How far retentions vary: as in the run that stands in the folder, else as is typical."""
     try:
-        spreads = [cell["spread"] for cell in report.read(folder)["cells"] if cell.get("spread")]
+        spreads = [cell["spread"] for cell in report.read(folder)["cells"] if cell.get("spread") and not cell["reference"]]
     except UserError:
         spreads = []
     if not spreads:
         return TYPICAL, "spread as on the embedded family"
-    middle = lambda key: sorted(spread[key] for spread in spreads)[len(spreads) // 2]  # noqa: E731
-    return {key: middle(key) for key in ("prompts", "seeds")}, f"spread as in {folder}"
+    typical = lambda key: (sum(spread[key] ** 2 for spread in spreads) / len(spreads)) ** 0.5  # noqa: E731
+    return {key: typical(key) for key in TYPICAL}, f"spread as in {folder}"
 
 
 def minutes(drawings: Drawings, todo: list[Job]) -> str:

@@ -49,18 +49,24 @@ class Drawings:
         self.numbers = [seed + i for i in range(len(prompts) * seeds)]  # each image its own
         self.batch, self.folder = batch, Path(folder)
         self.contents = {name: content(control) for name, control in controls.items()}
+        self.keys: dict[Job, str] = {}
         self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
 
     def key(self, job: Job) -> str:
         """The hash of what the images of a job depend on."""
+        if job not in self.keys:
+            self.keys[job] = hashlib.sha256(json.dumps(self.said(job), sort_keys=True).encode()).hexdigest()
+        return self.keys[job]
+
+    def said(self, job: Job) -> dict:
+        """What the images of a job depend on."""
         member, _, plan = job.target.partition(":")
         card, acts = self.family.card, bool(job.control and job.scale)
-        said = {
+        return {
             "version": VERSION, "target": job.target, "again": job.again, "prompts": self.texts, "seeds": self.numbers,
             "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
             "control": [self.contents[job.control], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
         }  # fmt: skip
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def path(self, job: Job, who: str = "") -> Path:
         """Where a job's latents are, or its features by one evaluator."""

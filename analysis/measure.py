@@ -109,13 +109,13 @@ class Measurement:
         at = lambda slopes: {"slope": stats.mean(slopes), "share": stats.ratio(slopes, below)}  # noqa: E731
         floor = self.slopes(who, subject, target, [Job(target), Job(target, subject.random, 1.0)], [0.0, 1.0])
         found["floor"] = at(floor)
-        ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target and s is not subject), None)
-        if ceiling:
+        ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
+        if ceiling and target != subject.source:
             there, scales = self.effect(who, ceiling, target), np.array(ceiling.scales)
             slopes = stats.slopes(there, there, scales)[0]
             found["ceiling"] = {"control": ceiling.name, **at(slopes)}
             found["normalised"] = stats.ratio(above - floor, slopes - floor)
-        wrong = next((s for s in after(self.subjects, subject) if not twins(s, subject)), None)
+        wrong = next((s for s in after(self.subjects, subject) if s.words and not twins(s, subject)), None)
         if wrong and subject.words:
             found["wrong"] = {"control": wrong.name, **at(self.small_slopes(who, wrong, target, subject.words))}
         if not is_reference(target):

@@ -133,7 +133,7 @@ def slopes(source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: n
 
 
 def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict:
-    """The smallest positive scale at which the target's mean effect equals the source's at scale 1.
+    """The positive scale, of several the one nearest to 1, at which the target's mean effect equals the source's at scale 1.
 
     Curves are cubic splines through the scales, which are linear in the effects. The interval holds the scales around it at which a test
     of equal effects does not reject. None stands for "beyond the largest scale"; all None where the interval of the source's effect at 1
@@ -166,13 +166,11 @@ def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) ->
 
 
 def crossing(grid: np.ndarray, gap: np.ndarray) -> float | None:
-    """The first place (G,) at which a gap (G,) passes through 0, between points on a line; None where it never does."""
-    meets = np.flatnonzero(gap[:-1] * gap[1:] <= 0)
-    if not len(meets):
-        return None
-    k = meets[0]
-    left, right = gap[k], gap[k + 1]
-    return float(grid[k] + (0.0 if left == right else left / (left - right)) * (grid[k + 1] - grid[k]))
+    """The place nearest to 1 at which a gap (G,) on a grid (G,) passes through 0, between points on a line; None where it never does."""
+    k = np.flatnonzero(gap[:-1] * gap[1:] <= 0)
+    rise = gap[k] - gap[k + 1]
+    places = grid[k] + np.where(rise == 0, 0, gap[k] / np.where(rise == 0, 1, rise)) * (grid[k + 1] - grid[k])
+    return float(places[np.abs(places - 1).argmin()]) if len(k) else None
 
 
 def shape(effect: np.ndarray, scales: np.ndarray) -> dict:
@@ -310,7 +308,12 @@ def _centre(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, f
     n = len(values)
     if n < 2:
         return values.mean(0), np.full(values.shape[1:], np.inf), 1.0
-    return values.mean(0), values.std(0, ddof=1) / np.sqrt(n), float(student.ppf((1 + level) / 2, n - 1))
+    return values.mean(0), values.std(0, ddof=1) / np.sqrt(n), _quantile(level, n - 1)
+
+
+@cache
+def _quantile(level: float, freedom: int) -> float:
+    return float(student.ppf((1 + level) / 2, freedom))
 
 
 def _t(values: np.ndarray) -> float:

@@ -175,6 +175,11 @@ def test_matched_scale_inverts_the_strength():
     assert matched(-1, -2)["value"] == pytest.approx(0.5)
 
 
+def test_the_matched_scale_of_a_source_is_1_also_where_its_curve_comes_back():
+    hump = np.tile(np.interp(SCALES, [-2, 0, 0.5, 1, 2], [-1, 0, 1, 0.9, 0.2]), (4, 2, 1)) * (1 + 0.1 * np.arange(4)[:, None, None])
+    assert stats.matched_scale(hump, hump, SCALES)["value"] == pytest.approx(1)
+
+
 def test_matched_scale_out_of_reach_is_none():
     weak = stats.matched_scale(line(1), line(0.3), SCALES)
     assert weak == {**stats.UNDEFINED, "reach": {"share": pytest.approx(0.6), "scale": 2.0}}
@@ -183,9 +188,9 @@ def test_matched_scale_out_of_reach_is_none():
     assert edge["low"] is not None and edge["high"] is None
 
 
-def test_crossing_takes_the_first_place():
+def test_crossing_takes_the_place_nearest_to_1():
     grid = np.array([0.0, 1, 2])
-    assert stats.crossing(grid, np.array([-1.0, 1, -1])) == pytest.approx(0.5)
+    assert stats.crossing(grid, np.array([-1.0, 1, -3])) == pytest.approx(1.25)
     assert stats.crossing(grid, np.array([-1.0, -1, -0.5])) is None
     assert stats.crossing(grid, np.array([-1.0, 0, 0])) == pytest.approx(1)
 
