@@ -1,9 +1,9 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report proof bench-train bench-prior bench-memory
+.PHONY: help check test demo tiny report proof bench-train bench-transfer bench-prior bench-memory
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 check: ## lint
 	python -m ruff check .
@@ -22,6 +22,9 @@ report: ## draw report.html again from the results on disk
 
 bench-train: ## the fast slider recipe against the published one: seconds, evaluations, effect
 	python train/bench.py
+
+bench-transfer: ## what drawing for the transfer validator costs beyond the networks themselves
+	python -m analysis.bench
 
 bench-prior: ## how well a student draws with a LoRA on it, with and without the prior term
 	python train/bench_prior.py

@@ -32,6 +32,21 @@ def simulated(random, prompts: int, seeds: int, kept: float, bend: float = np.in
 DESIGNS = [(12, 4), (20, 8)]
 
 
+def covered(interval, tries: int, seed: int = 5, **world) -> float:
+    """In what share of simulated measurements of 12 prompts x 4 seeds an interval holds the true retention."""
+    random = np.random.default_rng(seed)
+    found = [interval(*simulated(random, 12, 4, 0.8, **world), SCALES) for _ in range(tries)]
+    return float(np.mean([f["low"] <= 0.8 <= f["high"] for f in found if f["value"] is not None]))
+
+
+def test_why_the_interval_is_not_the_bootstraps():
+    """Where seeds make the noise, a bootstrap over prompts, then seeds counts it twice; where prompts do, 12 are too few for it."""
+    bootstrap = lambda *cell: stats.bootstrap(*cell, n=400)  # noqa: E731
+    seeds, prompts = {"noise": 1.0, "differ": 0.0}, {"noise": 0.2, "differ": 0.3}
+    assert covered(bootstrap, 600, **seeds) > 0.97 and covered(bootstrap, 600, **prompts) < 0.93
+    assert all(0.93 <= covered(stats.retention, 600, **world) <= 0.97 for world in (seeds, prompts))
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize(("noise", "differ"), [(0.6, 0.2), (1.0, 0.0), (0.2, 0.3)])
 def test_a_retention_interval_covers_the_truth(design, noise, differ):

@@ -5,6 +5,7 @@ captions in the student's own few steps, without and with the token. Writes runs
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
              "with token": ([f"{recipe.token} {text}" for text in texts],
                             [styled(face, recipe.data.partition(":")[2]) for face in people])}  # fmt: skip
     for case, (told, true) in cases.items():
-        with applied(member.denoiser.net, control, 1.0 if control else 0.0, name):
+        with applied(member.denoiser.net, control, 1.0, name) if control else nullcontext():
             images = family.draw(member, told, list(range(cfg.images)))
         obeyed = [np.mean(list(checks(claims(text), seen).values())) for text, seen in zip(texts, probe.features(images), strict=True)]
         pairs = zip(np.array_split(clip.features(images), BLOCKS),
