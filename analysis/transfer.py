@@ -1,7 +1,7 @@
 """How much of a control's effect survives on other members of the family: python -m analysis.transfer [config=FILE] [key=value ...]
 
-Without arguments: the shipped controls, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --plan says what it will
-cost and what it can see, and draws nothing. Any LoRA: controls=[my.safetensors] family=sdxl positive="…" negative="…".
+Without arguments: a shipped control of every kind, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --plan says what
+it will cost and what it can see, and draws nothing. Any LoRA: controls=[my.safetensors] family=sdxl positive="…" negative="…".
 """
 
 import time
@@ -26,7 +26,7 @@ from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard
 from models.sample import PLANS
 
-SHIPPED = [f"controls/tiny/{name}.safetensors" for name in ("smile", "age", "eyes", "watercolour")]
+SHIPPED = [f"controls/tiny/{name}.safetensors" for name in ("smile", "age", "eyes-image", "watercolour", "crayon", "space-1")]
 FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "scales", "lora_scales", "references")
 
 
