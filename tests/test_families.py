@@ -179,7 +179,7 @@ def test_unknown_names_are_told_the_known_ones(tiny):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{base: {law: edm}}", "law.*'vp', 'flow'"),
+        ("{base: {law: edm}}", "law.*'vp', 'vp-linear', 'flow'"),
         ("{base: {kind: epsilon}}", "kind.*'eps', 'v', 'flow', 'sample'"),
         ("{base: {final: one}}", "final.*'clean', 'first'"),
         ("{base: {stepz: 4}}", "did you mean .*steps"),
