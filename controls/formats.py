@@ -24,7 +24,7 @@ from controls.lora import Card, Control
 
 HALVES = (".lora_A.weight", ".lora_B.weight")
 PICKLES = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
-TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.")
+TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.", "layers.", "noise_refiner.", "context_refiner.")
 BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1"}  # what kohya's tools call a family
 
 

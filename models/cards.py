@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from configs import ROOT, UserError, merge
 from models.architectures import ARCHITECTURES
 
@@ -94,8 +96,17 @@ def _path(name: str) -> Path:
 def _layers(path: Path) -> list[Path]:
     """The cards that a card extends, the first one first, and itself last."""
     found = [path]
-    while above := merge(FamilyCard, found[0]).extends:
+    while above := _extends(found[0]):
         found.insert(0, _path(above))
         if len(found) > 9:
             raise UserError(f"{path} extends itself: {above}")
     return found
+
+
+def _extends(path: Path) -> str:
+    """What a card extends; nothing for a broken one, of which `merge` says more."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return ""
+    return (isinstance(found, dict) and found.get("extends")) or ""

@@ -5,12 +5,14 @@ import transformers.utils.logging
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import UserError
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, MemberCard, card, split
-from models.loading import fetch, network, place, source
+from models.delta import Delta
+from models.delta import read as delta_of
+from models.loading import fetch, file_of, network, one_line, place, source
 from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
@@ -101,9 +103,8 @@ class Family:
         return self._members[name]
 
     def _load(self, name: str, member: MemberCard) -> Member:
-        net = network(self.card, name, self.dtype)
-        net = net.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-        denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call)
+        net, delta = self._network(name, member)
+        denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call, delta, member.strength)
         return Member(
             name=f"{self.card.name}/{name}",
             denoiser=denoiser,
@@ -114,6 +115,18 @@ class Family:
             final=CLEAN if member.final == "clean" else LAWS[member.law][0](0),
             start=member.start,
         )
+
+    def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
+        """A member's own network, or its base's with the delta that makes the student."""
+        if not member.lora:
+            net = network(self.card, name, self.dtype).to(self.device, self.dtype, memory_format=torch.channels_last)
+            return net.eval().requires_grad_(False), None
+        net = self.member(self.card.base).denoiser.net
+        repo, revision, _ = source(self.card, member)
+        with one_line(f"{member.lora} of {repo}"):
+            delta = delta_of(file_of(repo, revision, member.lora, member.sha256), self.architecture, net)
+        delta.attach(net)
+        return net, delta
 
     def _levels(self, member: MemberCard) -> tuple[Noise, ...]:
         """A member's schedule; a flow's is what its own scheduler, shifted for the size of the image, makes of the number of steps."""
