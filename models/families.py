@@ -8,6 +8,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from configs import UserError
+from models import budget
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
@@ -45,6 +46,7 @@ class Family:
         if self._pipe is None:
             its, text = self.architecture, self.dtype if self.card.encoders == "network" else torch.float32
             absent = dict.fromkeys((its.part, *its.absent))
+            budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.device, text)
             self._pipe = fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant, **absent,
                                dtype={"vae": torch.float32, "default": text})  # fmt: skip
             self._pipe.set_progress_bar_config(disable=True)
@@ -119,6 +121,8 @@ class Family:
     def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""
         if not member.lora:
+            need = budget.network_need(self.card, name, self.dtype)
+            budget.check(f"{self.card.name}/{name}", [need], self.device, self.dtype)
             net = network(self.card, name, self.dtype).to(self.device, self.dtype, memory_format=torch.channels_last)
             return net.eval().requires_grad_(False), None
         net = self.member(self.card.base).denoiser.net

@@ -1,6 +1,7 @@
 """A Hub cache with small random weights under the real names: real classes, real layouts, seconds to write."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -218,4 +219,20 @@ def write(cache: Path, name: str) -> FamilyCard:
             network(family, its, seed).save_pretrained(folder / (its.subfolder or ""), variant=variant)
             if its.law == "flow":
                 FlowMatchEulerDiscreteScheduler(**FLOWS[repo]).save_pretrained(folder / "scheduler")
+    return family
+
+
+def write_configs(cache: Path, name: str) -> FamilyCard:
+    """Publishes the full-size configs of a family's repositories, as the real ones have them, and no weights."""
+    family, parts = card(name), json.loads((ROOT / "tests/full_size.json").read_text())[name]
+    for member, its in family.members.items():
+        repo, revision, _ = source(family, its)
+        folder, net = publish(cache, repo, revision), "unet" if "unet" in parts else "transformer"
+        files = {f"{its.subfolder}/config.json" if its.subfolder else "config.json": parts[net]}
+        if member == family.base:
+            files |= {f"{part}/config.json": config for part, config in parts.items() if part != "model_index"}
+            files["model_index.json"] = parts["model_index"]
+        for file, config in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(json.dumps(config))
     return family
