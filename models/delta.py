@@ -61,16 +61,17 @@ def read(path: Path, architecture: Architecture, net: nn.Module) -> Delta:
     alphas = given[0] if given else None
     own = {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")}
     own = own if any("lora_A" in key for key in own) else convert_unet_state_dict_to_peft(own)
+    spots = {key.removesuffix(half) for key in own for half in HALVES if key.endswith(half)}
+    known = {name for name, _ in net.named_modules()}
     strange = sorted({key for key in state if not key.startswith(f"{part}.")} | {key for key in own if not key.endswith(HALVES)})
+    lost = strange + sorted(spot for spot in spots if spot not in known)
+    if lost or not own:
+        raise UserError(f"{path.name} is no LoRA of a {type(net).__name__} alone: it holds {', '.join(lost[:2]) or 'nothing for it'}")
     with init_empty_weights():
-        shadow = type(net).from_config(net.config)  # says which layers are meant, and how strongly each
-    if own and not strange:
-        shadow.load_lora_adapter(state, prefix=part, network_alphas=alphas, adapter_name="delta", low_cpu_mem_usage=True,
-                                 metadata=None if alphas else metadata)  # fmt: skip
+        shadow = type(net).from_config(net.config)  # says how strongly each layer is meant
+    shadow.load_lora_adapter(state, prefix=part, network_alphas=alphas, adapter_name="delta", low_cpu_mem_usage=True,
+                             metadata=None if alphas else metadata)  # fmt: skip
     scales = {spot: layer.scaling["delta"] for spot, layer in shadow.named_modules() if isinstance(layer, LoraLayer)}
-    if strange or not own or 2 * len(scales) < len(own):
-        what = f"holds {strange[0]}" if strange else f"only {len(scales)} of its {len(own) // 2} layers have a place in this network"
-        raise UserError(f"{path.name} is no LoRA of a {type(net).__name__} alone: {what}")
     return Delta({spot: (own[spot + HALVES[0]], own[spot + HALVES[1]] * scale) for spot, scale in scales.items()})
 
 

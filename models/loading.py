@@ -111,6 +111,7 @@ def _reason(error: BaseException) -> str:
         return "its repository is gated: accept the licence on its page at huggingface.co, then `hf auth login` or set HF_TOKEN"
     if RepositoryNotFoundError in kinds:
         return "the Hub knows no such repository, or it is private: check the name; for a private one `hf auth login`"
-    if constants.HF_HUB_OFFLINE and LocalEntryNotFoundError in kinds:
-        return "it is not in the cache, and HF_HUB_OFFLINE keeps it from being downloaded"
+    if LocalEntryNotFoundError in kinds:
+        why = "HF_HUB_OFFLINE keeps it from being downloaded" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        return f"it is not in the cache, and {why}"
     return " ".join(str(error).split())[:200]
