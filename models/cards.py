@@ -53,7 +53,11 @@ class FamilyCard:
     text_length: int | None = None  # tokens of a T5 or Qwen prompt; null = the pipeline's default
     encoders: Literal["fp32", "network"] = "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
     base: str = "base"  # the member the others were distilled from
-    clip: str = ""  # evaluator: a transformers CLIPModel, Hub id or folder
+    clip: str = ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
+    siglip: str = ""  # evaluator: a SiglipModel, likewise
+    dino: str = ""  # evaluator without words: a Dinov2Model, likewise
+    dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble
+    inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
     prompts: list[str] = field(default_factory=list)  # what controls are measured on by default
     members: dict[str, MemberCard] = field(default_factory=dict)

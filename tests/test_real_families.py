@@ -49,11 +49,11 @@ def families(cache, tmp_path_factory):
 
     def family(name: str) -> Family:
         if name not in loaded:
-            shutil.copytree(ROOT / "models/tiny/weights/clip", hub.publish(cache, card(name).clip), dirs_exist_ok=True)
+            shutil.copytree(ROOT / "models/tiny/weights/clip", hub.publish(cache, *card(name).clip.split("@")), dirs_exist_ok=True)
             its = hub.write(cache, name)
             long = {member: {"steps": FEWER} for member, m in its.members.items() if m.steps > 8 and not m.timesteps}
             text = {} if its.architecture in ("sd", "sdxl") else {"text_length": hub.LENGTH}
-            small = {"extends": name, "size_px": hub.SIZE_PX, "members": long, **text}
+            small = {"extends": name, "size_px": hub.SIZE_PX, "siglip": "", "members": long, **text}
             (folder / f"{name}.yaml").write_text(json.dumps(small))
             loaded[name] = Family(str(folder / f"{name}.yaml"), dtype=torch.float32)
             loaded[name].path = folder / f"{name}.yaml"
