@@ -1,8 +1,8 @@
-"""Budgets: what members will load, download and occupy, from configs alone, before a weight is touched."""
+"""What members will load, download and occupy, from configs alone: python -m models.budget family=sdxl members=[base,dmd2]"""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import constants
 
-from configs import UserError
+from configs import UserError, entry, load
 from models.architectures import ARCHITECTURES
-from models.cards import FamilyCard
+from models.cards import FamilyCard, card
 from models.loading import available, one_line, place, source
 
 GB = 1e9
@@ -35,51 +35,51 @@ class Need:
     memory: float  # bytes on the device
 
 
-def needs(card: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> list[Need]:
+def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> list[Need]:
     """What the VAE, the text encoders and these members need, in the order in which they are loaded.
 
     Reads configs, from the cache or some kilobytes from the Hub. Raises UserError for a config that cannot be had.
     """
-    own = dict.fromkeys(card.base if card.members[name].lora else name for name in members)  # a LoRA brings its base
-    deltas = [name for name in members if card.members[name].lora]
-    return [*shared(card, dtype), *(network_need(card, name, dtype) for name in own), *(_delta_need(card, name) for name in deltas)]
+    own = dict.fromkeys(family.base if family.members[name].lora else name for name in members)  # a LoRA brings its base
+    deltas = [name for name in members if family.members[name].lora]
+    return [*shared(family, dtype), *(network_need(family, name, dtype) for name in own), *(_delta_need(family, name) for name in deltas)]
 
 
-def shared(card: FamilyCard, dtype: torch.dtype) -> list[Need]:
+def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
     """The VAE and the text encoders of a family."""
-    its, home = ARCHITECTURES[card.architecture], {"revision": available(card.repo, card.revision)}
-    with one_line(card.repo):
-        index = its.pipeline.load_config(place(card.repo), **home)
+    its, home = ARCHITECTURES[family.architecture], {"revision": available(family.repo, family.revision)}
+    with one_line(family.repo):
+        index = its.pipeline.load_config(place(family.repo), **home)
     found = []
     for part, (library, name) in ((part, value) for part, value in index.items() if isinstance(value, list | tuple) and all(value)):
         kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
         if part in (its.part, *its.absent) or not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
             continue
-        with one_line(f"{part} of {card.repo}"):
-            count = _count(kind, _config(kind, card.repo, part, **home))
-        size = dtype.itemsize if library == "transformers" and card.encoders == "network" else torch.float32.itemsize
-        stored = HALF if card.variant or card.encoders == "network" else 4
-        found.append(Need(part, card.repo, card.licence, count, 0 if _here(card.repo, part) else stored * count, size * count))
+        with one_line(f"{part} of {family.repo}"):
+            count = _count(kind, _config(kind, family.repo, part, **home))
+        size = dtype.itemsize if library == "transformers" and family.encoders == "network" else torch.float32.itemsize
+        stored = HALF if family.variant or family.encoders == "network" else 4
+        found.append(Need(part, family.repo, family.licence, count, 0 if _here(family.repo, part) else stored * count, size * count))
     return found
 
 
-def network_need(card: FamilyCard, name: str, dtype: torch.dtype) -> Need:
+def network_need(family: FamilyCard, name: str, dtype: torch.dtype) -> Need:
     """A member's own network."""
-    member, its = card.members[name], ARCHITECTURES[card.architecture]
-    like = card.members[card.base] if member.file else member
-    repo, revision, _ = source(card, like)
+    member, its = family.members[name], ARCHITECTURES[family.architecture]
+    like = family.members[family.base] if member.file else member
+    repo, revision, _ = source(family, like)
     with one_line(f"the config of {name} in {repo}"):
         count = _count(its.network, _config(its.network, repo, like.subfolder, revision=available(repo, revision)))
-    home, _, variant = source(card, member)
-    stored = HALF if variant or member.file or card.encoders == "network" else 4
+    home, _, variant = source(family, member)
+    stored = HALF if variant or member.file or family.encoders == "network" else 4
     on_disk = _here(home, member.subfolder or "", member.file)
-    return Need(name, home, member.licence or card.licence, count, 0 if on_disk else stored * count, dtype.itemsize * count)
+    return Need(name, home, member.licence or family.licence, count, 0 if on_disk else stored * count, dtype.itemsize * count)
 
 
-def _delta_need(card: FamilyCard, name: str) -> Need:
-    member = card.members[name]
-    repo, _, _ = source(card, member)
-    return Need(name, repo, member.licence or card.licence, 0, 0, 0)
+def _delta_need(family: FamilyCard, name: str) -> Need:
+    member = family.members[name]
+    repo, _, _ = source(family, member)
+    return Need(name, repo, member.licence or family.licence, 0, 0, 0)
 
 
 def free(device: torch.device) -> float:
@@ -102,7 +102,7 @@ def check(what: str, needed: Sequence[Need], device: torch.device, dtype: torch.
 
 def table(needed: Sequence[Need]) -> str:
     """The budget as text: a line per part, and the sums."""
-    rows = [(n.part, f"{n.parameters / GB:.2f}", _gb(n.download), _gb(n.memory), n.repo, n.licence) for n in needed]
+    rows = [(n.part, f"{n.parameters / GB:.3g}", _gb(n.download), _gb(n.memory), n.repo, n.licence) for n in needed]
     total = ("together", "", _gb(sum(n.download for n in needed)), _gb(sum(n.memory for n in needed)), "", "")
     head = ("part", "10^9 parameters", "GB to download", "GB of memory", "repository", "licence")
     lines = [head, *rows, total]
@@ -111,7 +111,7 @@ def table(needed: Sequence[Need]) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.1f}"
+    return f"{size / GB:.1f}" if size >= 0.05 * GB or not size else f"{size / GB:.2g}"
 
 
 def _config(kind: type, repo: str, subfolder: str | None, **home) -> dict:
@@ -143,3 +143,23 @@ def _here(repo: str, subfolder: str, file: str = "") -> bool:
     if file:
         return Path(file).is_file() or any((folder / file).is_file() for folder in folders)
     return any(path.suffix in WEIGHTS for folder in folders for path in (folder / subfolder).glob("*"))
+
+
+@dataclass
+class Config:
+    family: str = "tiny"  # a card in configs/families, or the path of one
+    members: list[str] = field(default_factory=list)  # empty = all of the family
+    dtype: str = "bf16"  # of the networks: bf16, fp16, fp32
+
+
+def main(cfg: Config) -> None:
+    """Prints the budget."""
+    family, dtypes = card(cfg.family), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    unknown = [name for name in cfg.members if name not in family.members]
+    if unknown or cfg.dtype not in dtypes:
+        raise UserError(f"no member or dtype {(unknown or [cfg.dtype])[0]!r}; there are {', '.join([*family.members, *dtypes])}")
+    print(table(needs(family, cfg.members or list(family.members), dtypes[cfg.dtype])))
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))

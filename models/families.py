@@ -2,7 +2,7 @@
 
 import torch
 import transformers.utils.logging
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
 from models.loading import fetch, file_of, network, one_line, place, source
+from models.memory import Memory, Turns
 from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
 
-__all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "card", "fast_dtype", "place", "split"]
+__all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # auto = fast_dtype
 logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -32,11 +33,14 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 class Family:
     """A loaded family. VAE and text encoders are shared; networks are loaded when first asked for."""
 
-    def __init__(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
-        self.card = card(name)
+    def __init__(
+        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None
+    ):
+        self.card, self.memory = card(name), memory or Memory()
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
+        self.turns, self.home = Turns(self.device), torch.device("cpu") if self.memory.offload else self.device
         self._members: dict[str, Member] = {}
         self._pipe = None
 
@@ -44,16 +48,34 @@ class Family:
     def pipe(self) -> DiffusionPipeline:
         """diffusers' own pipeline without a network: VAE in fp32, tokenizers, text encoders."""
         if self._pipe is None:
-            its, text = self.architecture, self.dtype if self.card.encoders == "network" else torch.float32
-            absent = dict.fromkeys((its.part, *its.absent))
-            budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.device, text)
-            self._pipe = fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant, **absent,
-                               dtype={"vae": torch.float32, "default": text})  # fmt: skip
+            self._pipe = self._parts()
             self._pipe.set_progress_bar_config(disable=True)
-            for part in self._pipe.components.values():
-                if isinstance(part, torch.nn.Module):
-                    part.to(self.device).eval().requires_grad_(False)
+            if self.memory.tiling:
+                self._pipe.vae.enable_slicing()
+            if self.memory.tiling and isinstance(self._pipe.vae, AutoencoderKL):  # the tiny one tiles for a factor of 8 only
+                self._pipe.vae.enable_tiling()
         return self._pipe
+
+    def _parts(self, **without) -> DiffusionPipeline:
+        """The pipeline from its repository, at home: without its network, and without what is given as None."""
+        its, text = self.architecture, self.dtype if self.card.encoders == "network" else torch.float32
+        budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.home, text)
+        absent = dict.fromkeys((its.part, *its.absent)) | without
+        pipe = fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant, **absent,
+                     dtype={"vae": torch.float32, "default": text})  # fmt: skip
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.to(self.home).eval().requires_grad_(False)
+        return pipe
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by their names in the pipeline; none after `forget_encoders`."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+
+    def forget_encoders(self) -> None:
+        """Frees the text encoders, which are most of some families' memory; the next `encode` loads them anew."""
+        self.turns.bring([part for part in self.turns.here if part not in self.encoders().values()])
+        self.pipe.register_modules(**dict.fromkeys(self.encoders()))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -64,23 +86,33 @@ class Family:
     @torch.no_grad()
     def encode(self, texts: list[str], negative: list[str] | None = None) -> Prompts:
         """Prompts as the pipeline itself encodes them; without negative texts the negative side is the pipeline's own (SDXL: zeros)."""
+        if not self.encoders():
+            again = self._parts(vae=None)
+            self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
+        if self.memory.offload:
+            self.turns.bring(list(self.encoders().values()))
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
         return self.architecture.encode(self.pipe, list(texts), negative, self.card.size_px, self.device, **length)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """Images (B, 3, size_px, size_px) in [-1, 1] from finished latents (B, C, H, W), in fp32 on the CPU."""
-        vae, (scale, shift) = self.pipe.vae, self._latent_scale()
+        vae, (scale, shift) = self._vae(), self._latent_scale()
         parts = (latents / scale + shift).to(vae.dtype).split(batch)
         return torch.cat([vae.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])
 
     @torch.no_grad()
     def to_latents(self, images: Tensor, batch: int = 64) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a distribution."""
-        vae, (scale, shift) = self.pipe.vae, self._latent_scale()
+        vae, (scale, shift) = self._vae(), self._latent_scale()
         found = [vae.encode(part.to(self.device, vae.dtype)) for part in images.split(batch)]
         latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
         return (torch.cat(latents).float() - shift) * scale
+
+    def _vae(self) -> nn.Module:
+        if self.memory.offload:
+            self.turns.bring([self.pipe.vae])
+        return self.pipe.vae
 
     def _latent_scale(self) -> tuple[float, float]:
         """The factor and the shift between the VAE's latents and the networks'."""
@@ -122,8 +154,12 @@ class Family:
         """A member's own network, or its base's with the delta that makes the student."""
         if not member.lora:
             need = budget.network_need(self.card, name, self.dtype)
-            budget.check(f"{self.card.name}/{name}", [need], self.device, self.dtype)
-            net = network(self.card, name, self.dtype).to(self.device, self.dtype, memory_format=torch.channels_last)
+            budget.check(f"{self.card.name}/{name}", [need], self.home, self.dtype)
+            net = network(self.card, name, self.dtype).to(self.home, self.dtype, memory_format=torch.channels_last)
+            if self.memory.offload:
+                self.turns.comes_when_called(net)
+            if self.memory.compile:
+                net.compile(backend=self.memory.compile)
             return net.eval().requires_grad_(False), None
         net = self.member(self.card.base).denoiser.net
         repo, revision, _ = source(self.card, member)
