@@ -21,10 +21,10 @@ LAYERS = {
     "xattn-up": r"^up_blocks\..*\.attn2\.",
     "xattn-down": r"^down_blocks\..*\.attn2\.",
     "xattn-mid": r"^mid_block\..*\.attn2\.",
-    "flux-attn": r"transformer_blocks\.\d+\.attn\.",
+    "flux-attn": r"(transformer_blocks|layers)\.\d+\.(attn|attention)\.",  # of any transformer with one attention per block
 }
 
-ATTENTION = r"\.attn\d?\."
+ATTENTION = r"\.(attn\d?|attention)\."
 CONVOLUTION = r"\.(resnets|downsamplers|upsamplers)\.\d+\."
 SCOPES = {"lierla": ATTENTION, "c3lier": f"{ATTENTION}|{CONVOLUTION}"}
 

@@ -1,16 +1,19 @@
 """Images to features: evaluators, each a function of pictures and of the words that say what a control does."""
 
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, CLIPModel, SiglipModel
 
 from configs import UserError
-from models.families import FamilyCard, place
+from models.cards import FamilyCard
+from models.loading import available, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
 
@@ -29,17 +32,23 @@ class Evaluator(Protocol):
         ...
 
 
-class Clip:
-    """A transformers CLIPModel: the embedded one, or any from the Hub."""
+class Picture:
+    """A vision model of transformers: pictures to unit-length embeddings. It reads no words."""
+
+    kind: type = AutoModel
 
     def __init__(self, repo: str, device: str | torch.device = "cpu"):
-        try:
-            self.model = CLIPModel.from_pretrained(place(repo), dtype=torch.float32).to(device).eval().requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(place(repo))
-            pixels, _ = CLIPImageProcessor.get_image_processor_dict(place(repo))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the evaluator {repo}: {str(error).strip().splitlines()[0]}") from None
-        self.size_px, self.known = self.model.config.vision_config.image_size, {}
+        """repo: a folder or a Hub id, with @revision where it is pinned. Raises UserError in one line for what cannot be loaded."""
+        repo, _, revision = repo.partition("@")
+        where = {"revision": available(repo, revision or None)}
+        with one_line(f"the evaluator {repo}"):
+            self.model = self.kind.from_pretrained(place(repo), dtype=torch.float32, **where).to(device).eval().requires_grad_(False)
+            pixels, _ = CLIPImageProcessor.get_image_processor_dict(place(repo), **where)
+            self.tokenizer = AutoTokenizer.from_pretrained(place(repo), **where) if hasattr(self.model.config, "text_config") else None
+        self.known: dict[str, np.ndarray] = {}  # texts that were embedded
+        size, crop = pixels["size"], pixels.get("crop_size")
+        self.resize_px = size.get("shortest_edge") or size["height"]
+        self.size_px = crop["height"] if crop and pixels.get("do_center_crop") else self.resize_px
         self.mean, self.std = (torch.tensor(pixels[key], device=device).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
 
     @torch.no_grad()
@@ -49,11 +58,39 @@ class Clip:
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit-length image embeddings (B, d) as a tensor that gradients pass."""
+        return F.normalize(self.see(self.prepare(images)), dim=-1)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """The model's own summary of prepared pixels."""
+        return self.model(pixel_values=pixels).pooler_output
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Square images in [-1, 1] as the model was trained to see them."""
         pixels = images.to(self.mean.device) / 2 + 0.5
-        if pixels.shape[-1] != self.size_px:
-            pixels = F.interpolate(pixels, (self.size_px, self.size_px), mode="bicubic", antialias=True).clamp(0, 1)
-        out = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std).pooler_output
-        return F.normalize(self.model.visual_projection(out), dim=-1)
+        if pixels.shape[-1] != self.resize_px:
+            pixels = F.interpolate(pixels, (self.resize_px, self.resize_px), mode="bicubic", antialias=True).clamp(0, 1)
+        edge = (self.resize_px - self.size_px) // 2
+        return (pixels[..., edge : edge + self.size_px, edge : edge + self.size_px] - self.mean) / self.std
+
+    def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
+        raise UserError(f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's own direction")
+
+    def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
+        """All of it: no direction is known."""
+        return features
+
+
+class Dino(Picture):
+    """DINOv2 (Oquab et al. 2023): the class token."""
+
+
+class Clip(Picture):
+    """A transformers CLIPModel: the embedded one, or any from the Hub."""
+
+    kind = CLIPModel
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def texts(self, texts: list[str]) -> np.ndarray:
         """Unit-length text embeddings (B, d); a text is embedded once."""
@@ -67,8 +104,10 @@ class Clip:
         """The unit-length embedding of a text (d,)."""
         length = self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        out = self.model.text_model(input_ids=ids.to(self.mean.device)).pooler_output
-        return F.normalize(self.model.text_projection(out), dim=-1).double().cpu().numpy()[0]
+        return F.normalize(self.read(ids.to(self.mean.device)), dim=-1).double().cpu().numpy()[0]
+
+    def read(self, ids: Tensor) -> Tensor:
+        return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """Cosine to the positive description minus cosine to the negative one, where there is one."""
@@ -84,6 +123,53 @@ class Clip:
         """From the negative to the positive description, (d,); the positive one itself where there is no other."""
         a = self.texts([positive])[0]
         return a - self.texts([negative])[0] if negative else a
+
+
+class Siglip(Clip):
+    """A transformers SiglipModel (Zhai et al. 2023), whose towers end in the shared space by themselves."""
+
+    kind = SiglipModel
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return self.model.vision_model(pixel_values=pixels).pooler_output
+
+    def read(self, ids: Tensor) -> Tensor:
+        return self.model.text_model(input_ids=ids).pooler_output
+
+
+class DreamSim(Picture):
+    """DreamSim (Fu et al. 2023), the paper's measure of diversity: its distance is 1 - cosine of these. Extra `dreamsim`."""
+
+    def __init__(self, kind: str, device: str | torch.device = "cpu"):
+        """kind: which of the published models, e.g. ensemble; the package itself fetches the weights."""
+        self.model, _ = extra("dreamsim").dreamsim(pretrained=True, device=str(device), dreamsim_type=kind)
+        self.device, self.resize_px = device, 224
+
+    def embed(self, images: Tensor) -> Tensor:
+        pixels = F.interpolate(images.to(self.device) / 2 + 0.5, (self.resize_px,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
+        return F.normalize(self.model.embed(pixels), dim=-1)
+
+
+class Inception(Picture):
+    """The 2048 features of Inception v3 that FID is defined on, by torch-fidelity. Extra `inception`."""
+
+    def __init__(self, kind: str, device: str | torch.device = "cpu"):
+        """kind: torch-fidelity's name of the network, inception-v3-compat."""
+        net = extra("torch_fidelity.feature_extractor_inceptionv3", "inception").FeatureExtractorInceptionV3(kind, ["2048"])
+        self.model, self.device = net.to(device).eval(), device
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Not of unit length; the network resizes bytes to 299 pixels itself."""
+        (features,) = self.model(((images.to(self.device) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        return features
+
+
+def extra(package: str, name: str = "") -> Any:
+    """An optional package. Raises UserError with how to install it."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise UserError(f"this evaluator needs {package.partition('.')[0]}: pip install -e '.[{name or package}]'") from None
 
 
 class Attributes:
@@ -117,9 +203,18 @@ class Attributes:
         return direction, np.array([less.get(a, 0.0) for a in ATTRIBUTES])
 
 
-def evaluators(card: FamilyCard, device: str | torch.device = "cpu") -> dict[str, Evaluator]:
-    """The evaluators that a family's card names; the first is the primary one."""
-    found: dict[str, Evaluator] = {"clip": Clip(card.clip, device)}
-    if card.probe:
-        found["probe"] = Attributes(card.probe, device)
-    return found
+EVALUATORS = {"clip": Clip, "siglip": Siglip, "probe": Attributes, "dino": Dino, "dreamsim": DreamSim, "inception": Inception}
+READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
+
+
+def evaluators(card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] | None = None) -> dict[str, Evaluator]:
+    """A card's evaluators by name, or all of them that read words; the first is the primary one.
+
+    Raises UserError for a name that the card has nothing for.
+    """
+    there = [name for name in EVALUATORS if getattr(card, name)]
+    for name in names or ():
+        if name not in there:
+            raise UserError(f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}")
+    chosen = [name for name in there if name in READERS] if names is None else names
+    return {name: EVALUATORS[name](getattr(card, name), device) for name in chosen}

@@ -1,95 +1,28 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
-import hashlib
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Literal
-
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from configs import ROOT, UserError, merge
-from models.noise import CLEAN, LAWS, ancestral
+from configs import UserError
+from models import budget
+from models.architectures import ARCHITECTURES
+from models.cards import FamilyCard, MemberCard, card, split
+from models.delta import Delta
+from models.delta import read as delta_of
+from models.loading import fetch, file_of, network, one_line, place, source
+from models.memory import Memory, Turns
+from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
 
-CARDS = ROOT / "configs/families"
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}  # auto = fast_dtype
+__all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # auto = fast_dtype
 logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-
-@dataclass
-class MemberCard:
-    """One member: where its network is, what it predicts, how it is sampled."""
-
-    repo: str = ""  # Hub id, or folder relative to the project; empty = the family's
-    revision: str | None = None  # commit or branch on the Hub; null = of the family's repo, the family's
-    subfolder: str | None = "unet"  # folder of the network inside the repo; null = the repo itself
-    file: str = ""  # a single weights file in the repo, for the base's architecture; empty = a diffusers folder
-    sha256: str = ""  # of that file, checked when given
-    licence: str = ""  # of the weights
-    kind: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
-    law: Literal["vp", "flow"] = "vp"  # noise law
-    steps: int = 50  # evaluations of a sampling run
-    spacing: Literal["leading", "trailing", "linspace"] = "leading"  # timestep spacing
-    timesteps: list[float] = field(default_factory=list)  # explicit timesteps, which win over the spacing
-    eta: float = 0.0  # share of fresh noise per update: 0 DDIM and Euler, 1 LCM and DMD2
-    ancestral: bool = False  # Euler-ancestral's eta instead
-    guidance: float | None = None  # classifier-free guidance; null = conditional only
-    guidance_embedding: float | None = None  # guidance scale minus one, told to networks with time_cond_proj_dim
-    final: Literal["clean", "first"] = "clean"  # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
-    start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)
-
-
-@dataclass
-class FamilyCard:
-    """A family: what its members share."""
-
-    name: str = ""
-    repo: str = ""  # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
-    revision: str | None = None
-    licence: str = ""
-    size_px: int = 1024  # images are square
-    base: str = "base"  # the member the others were distilled from
-    clip: str = ""  # evaluator: a transformers CLIPModel, Hub id or folder
-    probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
-    prompts: list[str] = field(default_factory=list)  # what controls are measured on by default
-    members: dict[str, MemberCard] = field(default_factory=dict)
-
-
-def card(name: str) -> FamilyCard:
-    """A family's card by name, or by the path of a YAML. Raises UserError with the names there are."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
-        raise UserError(f"no family {name!r}: there are {known}, or give the path of a card.yaml")
-    found = merge(FamilyCard, path)
-    if found.base not in found.members:
-        raise UserError(f"{path}: base {found.base!r} is not one of its members: {', '.join(found.members)}")
-    return found
-
-
-def split(member: str) -> tuple[str, str]:
-    """'tiny/dmd' as ('tiny', 'dmd'). Raises UserError for anything else."""
-    family, slash, name = member.rpartition("/")
-    if not (family and slash and name):
-        raise UserError(f"a member is written family/member, e.g. tiny/base; got {member!r}")
-    return family, name
-
-
-def place(repo: str) -> str:
-    """A repo as diffusers wants it: a folder of the project as an absolute path, a Hub id as it is."""
-    return str(ROOT / repo) if (ROOT / repo).is_dir() else repo
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -100,22 +33,49 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 class Family:
     """A loaded family. VAE and text encoders are shared; networks are loaded when first asked for."""
 
-    def __init__(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
-        self.card = card(name)
+    def __init__(
+        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None
+    ):
+        self.card, self.memory = card(name), memory or Memory()
+        self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
+        self.turns, self.home = Turns(self.device), torch.device("cpu") if self.memory.offload else self.device
         self._members: dict[str, Member] = {}
         self._pipe = None
 
     @property
-    def pipe(self) -> StableDiffusionXLPipeline:
-        """diffusers' own pipeline without a U-Net: VAE, tokenizers, text encoders, in fp32."""
+    def pipe(self) -> DiffusionPipeline:
+        """diffusers' own pipeline without a network: VAE in fp32, tokenizers, text encoders."""
         if self._pipe is None:
-            self._pipe = _fetch(StableDiffusionXLPipeline, self.card.repo, revision=self.card.revision, unet=None, dtype=torch.float32)
+            self._pipe = self._parts()
             self._pipe.set_progress_bar_config(disable=True)
-            for part in (self._pipe.vae, self._pipe.text_encoder, self._pipe.text_encoder_2):
-                part.to(self.device).eval().requires_grad_(False)
+            if self.memory.tiling:
+                self._pipe.vae.enable_slicing()
+            if self.memory.tiling and isinstance(self._pipe.vae, AutoencoderKL):  # the tiny one tiles for a factor of 8 only
+                self._pipe.vae.enable_tiling()
         return self._pipe
+
+    def _parts(self, **without) -> DiffusionPipeline:
+        """The pipeline from its repository, at home: without its network, and without what is given as None."""
+        its, text = self.architecture, self.dtype if self.card.encoders == "network" else torch.float32
+        budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.home, text)
+        absent = dict.fromkeys((its.part, *its.absent)) | without
+        pipe = fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant, **absent,
+                     dtype={"vae": torch.float32, "default": text})  # fmt: skip
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.to(self.home).eval().requires_grad_(False)
+        return pipe
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by their names in the pipeline; none after `forget_encoders`."""
+        return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+
+    def forget_encoders(self) -> None:
+        """Frees the text encoders, which are most of some families' memory; the next `encode` loads them anew."""
+        self.turns.bring([part for part in self.turns.here if part not in self.encoders().values()])
+        self.pipe.register_modules(**dict.fromkeys(self.encoders()))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -123,30 +83,41 @@ class Family:
         side = self.card.size_px // self.pipe.vae_scale_factor
         return (self.pipe.vae.config.latent_channels, side, side)
 
+    @torch.no_grad()
     def encode(self, texts: list[str], negative: list[str] | None = None) -> Prompts:
         """Prompts as the pipeline itself encodes them; without negative texts the negative side is the pipeline's own (SDXL: zeros)."""
-        size = self.card.size_px
-        with torch.no_grad():
-            tokens, negative_tokens, pooled, negative_pooled = self.pipe.encode_prompt(
-                prompt=list(texts), device=self.device, do_classifier_free_guidance=True, negative_prompt=negative
-            )
-        ids = torch.tensor([size, size, 0, 0, size, size], device=self.device, dtype=torch.float32).expand(len(texts), 6)
-        return Prompts(tokens.float(), pooled.float(), ids, Prompts(negative_tokens.float(), negative_pooled.float(), ids))
+        if not self.encoders():
+            again = self._parts(vae=None)
+            self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
+        if self.memory.offload:
+            self.turns.bring(list(self.encoders().values()))
+        length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
+        return self.architecture.encode(self.pipe, list(texts), negative, self.card.size_px, self.device, **length)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """Images (B, 3, size_px, size_px) in [-1, 1] from finished latents (B, C, H, W), in fp32 on the CPU."""
-        vae = self.pipe.vae
-        parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(batch)
+        vae, (scale, shift) = self._vae(), self._latent_scale()
+        parts = (latents / scale + shift).to(vae.dtype).split(batch)
         return torch.cat([vae.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])
 
     @torch.no_grad()
     def to_latents(self, images: Tensor, batch: int = 64) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a distribution."""
-        vae = self.pipe.vae
+        vae, (scale, shift) = self._vae(), self._latent_scale()
         found = [vae.encode(part.to(self.device, vae.dtype)) for part in images.split(batch)]
         latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
-        return torch.cat(latents).float() * vae.config.scaling_factor
+        return (torch.cat(latents).float() - shift) * scale
+
+    def _vae(self) -> nn.Module:
+        if self.memory.offload:
+            self.turns.bring([self.pipe.vae])
+        return self.pipe.vae
+
+    def _latent_scale(self) -> tuple[float, float]:
+        """The factor and the shift between the VAE's latents and the networks'."""
+        config = self.pipe.vae.config
+        return config.scaling_factor, config.get("shift_factor") or 0.0
 
     @torch.no_grad()
     def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int], batch: int = 48) -> Tensor:
@@ -158,11 +129,6 @@ class Family:
             parts.append(self.decode(finish(alone(member), noise, told)))
         return torch.cat(parts)
 
-    def free(self) -> None:
-        """Lets the text encoders go, to be called when every prompt has been encoded; the VAE stays."""
-        for part in [name for name in self.pipe.components if name.startswith("text_encoder")]:
-            setattr(self.pipe, part, None)
-
     def member(self, name: str) -> Member:
         """A member with its network on the device. Raises UserError with the names there are."""
         if name not in self._members:
@@ -172,19 +138,12 @@ class Family:
         return self._members[name]
 
     def _load(self, name: str, member: MemberCard) -> Member:
-        repo, revision = self._source(member)
-        if member.file:
-            with _one_line(f"{member.file} of {repo}"):
-                net = UNet2DConditionModel.from_config(self._base_config())
-                net.load_state_dict(_weights(repo, revision, member))
-        else:
-            net = _fetch(UNet2DConditionModel, repo, revision=revision, subfolder=member.subfolder)
-        net = net.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-        denoiser = Denoiser(net, member.kind, member.guidance_embedding)
+        net, delta = self._network(name, member)
+        denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call, delta, member.strength)
         return Member(
             name=f"{self.card.name}/{name}",
             denoiser=denoiser,
-            levels=levels_of(member.law, member.spacing, member.steps, member.timesteps),
+            levels=self._levels(member),
             law=member.law,
             eta=ancestral if member.ancestral else member.eta,
             guidance=member.guidance,
@@ -192,36 +151,33 @@ class Family:
             start=member.start,
         )
 
-    def _source(self, member: MemberCard) -> tuple[str, str | None]:
-        """The repo and revision of a member's network."""
-        return (member.repo, member.revision) if member.repo else (self.card.repo, member.revision or self.card.revision)
+    def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
+        """A member's own network, or its base's with the delta that makes the student."""
+        if not member.lora:
+            need = budget.network_need(self.card, name, self.dtype)
+            budget.check(f"{self.card.name}/{name}", [need], self.home, self.dtype)
+            net = network(self.card, name, self.dtype).to(self.home, self.dtype, memory_format=torch.channels_last)
+            if self.memory.offload:
+                self.turns.comes_when_called(net)
+            if self.memory.compile:
+                net.compile(backend=self.memory.compile)
+            return net.eval().requires_grad_(False), None
+        net = self.member(self.card.base).denoiser.net
+        repo, revision, _ = source(self.card, member)
+        with one_line(f"{member.lora} of {repo}"):
+            delta = delta_of(file_of(repo, revision, member.lora, member.sha256), self.architecture, net)
+        delta.attach(net)
+        return net, delta
 
-    def _base_config(self) -> dict:
-        base = self.card.members[self.card.base]
-        repo, revision = self._source(base)
-        return UNet2DConditionModel.load_config(place(repo), subfolder=base.subfolder, revision=revision)
-
-
-@contextmanager
-def _one_line(what: str):
-    """The many ways in which the Hub and a damaged file fail, in one line."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _fetch(kind, repo: str, **options):
-    """from_pretrained of a folder of the project or a repo of the Hub; raises UserError."""
-    with _one_line(repo):
-        return kind.from_pretrained(place(repo), **options)
-
-
-def _weights(repo: str, revision: str | None, member: MemberCard) -> dict[str, Tensor]:
-    """A single weights file, safetensors or a .bin of plain tensors; its hash is checked where the card has one."""
-    folder = Path(place(repo))
-    path = folder / member.file if folder.is_dir() else Path(hf_hub_download(repo, member.file, revision=revision))
-    with path.open("rb") as file:
-        if member.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != member.sha256:
-            raise UserError(f"{member.file} of {repo} is not the file of the card: its sha256 differs from {member.sha256[:12]}…")
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    def _levels(self, member: MemberCard) -> tuple[Noise, ...]:
+        """A member's schedule; a flow's is what its own scheduler, shifted for the size of the image, makes of the number of steps."""
+        if member.law != "flow" or member.timesteps:
+            return levels_of(member.law, member.spacing, member.steps, member.timesteps)
+        repo, revision = (self.card.repo, self.card.revision) if member.file or member.lora else source(self.card, member)[:2]
+        scheduler = fetch(FlowMatchEulerDiscreteScheduler, repo, revision, subfolder="scheduler")
+        its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2
+        mu = calculate_shift(patches, its.base_image_seq_len, its.max_image_seq_len, its.base_shift, its.max_shift)
+        evenly = {"sigmas": [1 - k / member.steps for k in range(member.steps)]}
+        scheduler.set_timesteps(mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": member.steps}))
+        pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False)
+        return tuple(Noise(t, 1 - sigma, sigma) for t, sigma in pairs)

@@ -8,37 +8,46 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from models.families import FamilyCard, MemberCard, place
+from models.cards import FamilyCard, MemberCard
+from models.loading import place
 
+PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence")  # of a card: where, not how
 PARTS = ("model_index.json", "config.json")  # a file that every repo of its kind has
 
 
 def identity(card: FamilyCard, member: str) -> str:
-    """The sha256 of what the card says of a member, and of the files it names: by content in a folder, by commit on the Hub."""
-    mine = card.members[member]
-    base = card.members[card.base]
-    said = {"family": card.name, "size_px": card.size_px, "member": chosen(mine), "base": chosen(base) if mine.file else None}
-    sources = [source(card.repo, card.revision, "", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-               source(mine.repo or card.repo, mine.revision, mine.file, mine.subfolder or "")]  # fmt: skip
+    """The sha256 of how the card says that a member is run, and of the files it names: by content on disk, by commit on the Hub."""
+    mine, base = card.members[member], card.members[card.base]
+    said = {"family": card.name, "size_px": card.size_px, "member": manner(mine)}
+    home = (mine.repo or card.repo, mine.revision or card.revision)
+    sources = [content(card.repo, card.revision, "", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+               content(*home, mine.file, mine.subfolder or "")]  # fmt: skip
+    if mine.file or mine.lora:  # a file is of the base's architecture, a LoRA acts on the base's weights
+        sources += [content(base.repo or card.repo, base.revision or card.revision, base.file, base.subfolder or "")]
+    if mine.lora:
+        sources += [content(*home, mine.lora)]
     return hashlib.sha256(json.dumps([said, sources], sort_keys=True).encode()).hexdigest()
 
 
-def chosen(member: MemberCard) -> dict:
-    """What a card says that is not the default: a new key of cards leaves what was drawn before it as it is."""
+def manner(member: MemberCard) -> dict:
+    """How a member is run, not where its files are, and only what is not the default: a new key of cards leaves hashes as they are."""
     usual = asdict(MemberCard())
-    return {key: value for key, value in asdict(member).items() if value != usual[key]}
+    return {key: value for key, value in asdict(member).items() if key not in PLACES and value != usual[key]}
 
 
 @cache
-def source(repo: str, revision: str | None, file: str, *subfolders: str) -> str:
-    """A repo's content: the hash of a folder's files, or the commit that the Hub's cache holds."""
+def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str:
+    """A repo's content: the hash of files on disk, or the commit that the Hub's cache holds."""
     folder = Path(place(repo))
-    if not folder.is_dir():
+    if file and Path(file).is_file():
+        paths, folder = [Path(file)], Path(file).parent
+    elif folder.is_dir():
+        paths = [folder / file] if file else sorted(p for sub in subfolders for p in (folder / sub).rglob("*") if p.is_file())
+    else:
         named = [file] if file else [f"{sub}/{part}".lstrip("/") for sub in ("", *subfolders) for part in PARTS]
         found = [try_to_load_from_cache(repo, name, revision=revision) for name in named]
         commits = {Path(path).parts[Path(path).parts.index("snapshots") + 1] for path in found if isinstance(path, str)}
         return f"{repo}@{','.join(sorted(commits)) or revision or 'main'}"
-    paths = [folder / file] if file else sorted(p for sub in subfolders for p in (folder / sub).rglob("*") if p.is_file())
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode())

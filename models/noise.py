@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from torch import Tensor
@@ -30,23 +30,28 @@ class Noise:
 CLEAN = Noise(0.0, 1.0, 0.0)
 
 
+# first and last beta, and the power of them that is spaced evenly: scaled_linear of Stable Diffusion, linear of DDPM and PixArt
+BETAS = {"vp": (0.00085, 0.012, 0.5), "vp-linear": (0.0001, 0.02, 1.0)}
+
+
 @cache
-def _vp_ratios() -> np.ndarray:
-    """sigma / alpha of the 1000 training steps, SDXL's scaled-linear betas .00085 … .012."""
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS) ** 2
+def _vp_ratios(law: str) -> np.ndarray:
+    """sigma / alpha of the 1000 training steps."""
+    first, last, power = BETAS[law]
+    betas = np.linspace(first**power, last**power, TRAIN_STEPS) ** (1 / power)
     kept = np.cumprod(1 - betas)
     return np.sqrt((1 - kept) / kept)
 
 
-def vp(t: float) -> Noise:
+def vp(t: float, law: str = "vp") -> Noise:
     """The variance-preserving level at training step t in [0, 999]; between steps sigma / alpha is linear, as in diffusers' Euler."""
-    ratio = float(np.interp(t, np.arange(TRAIN_STEPS), _vp_ratios()))
+    ratio = float(np.interp(t, np.arange(TRAIN_STEPS), _vp_ratios(law)))
     return Noise(t, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
 
 
-def vp_at(ratio: float) -> Noise:
+def vp_at(ratio: float, law: str = "vp") -> Noise:
     """The variance-preserving level with this sigma / alpha; beyond the last training step, the last one."""
-    return vp(float(np.interp(ratio, _vp_ratios(), np.arange(TRAIN_STEPS))))
+    return vp(float(np.interp(ratio, _vp_ratios(law), np.arange(TRAIN_STEPS))), law)
 
 
 def flow(t: float, shift: float = 1.0) -> Noise:
@@ -63,7 +68,11 @@ def flow_at(ratio: float) -> Noise:
 
 
 # law: (level at t, level at sigma / alpha)
-LAWS: dict[str, tuple[Callable[[float], Noise], Callable[[float], Noise]]] = {"vp": (vp, vp_at), "flow": (flow, flow_at)}
+LAWS: dict[str, tuple[Callable[[float], Noise], Callable[[float], Noise]]] = {
+    "vp": (vp, vp_at),
+    "vp-linear": (partial(vp, law="vp-linear"), partial(vp_at, law="vp-linear")),
+    "flow": (flow, flow_at),
+}
 
 
 def timesteps(spacing: str, steps: int) -> list[float]:

@@ -1,6 +1,6 @@
 """Encoded prompts: what a network is told besides x and t."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -8,25 +8,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompts:
-    """B encoded prompts. Where `negative` is None, guidance has nothing to push away from."""
+    """B encoded prompts; what a kind of network is not told is None. Where `negative` is None, guidance has nothing to push away from."""
 
     tokens: Tensor  # (B, L, D) text encoder states
-    pooled: Tensor  # (B, P)
-    size: Tensor  # (B, 6) SDXL's micro-conditioning: original size, crop, target size, in pixels
+    pooled: Tensor | None = None  # (B, P) one vector for the whole text: SDXL, SD3, Flux
+    size: Tensor | None = None  # pixels. SDXL (B, 6): original size, crop, target size. PixArt (B, 2): height, width
     negative: "Prompts | None" = None
+    mask: Tensor | None = None  # (B, L) 1 where a token counts: PixArt, Z-Image
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows) -> "Prompts":
         """Some of them, in order; repeats allowed."""
-        negative = self.negative[rows] if self.negative is not None else None
-        return Prompts(self.tokens[rows], self.pooled[rows], self.size[rows], negative)
+        return _each(lambda tensor: tensor[rows], self)
 
     def to(self, *args, **kwargs) -> "Prompts":
         """On another device or in another dtype."""
-        negative = self.negative.to(*args, **kwargs) if self.negative is not None else None
-        return Prompts(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs), self.size.to(*args, **kwargs), negative)
+        return _each(lambda tensor: tensor.to(*args, **kwargs), self)
 
     def conditional(self) -> "Prompts":
         """Without the negative side."""
@@ -35,4 +34,12 @@ class Prompts:
 
 def concatenate(*parts: Prompts) -> Prompts:
     """One batch of several, negatives dropped."""
-    return Prompts(torch.cat([p.tokens for p in parts]), torch.cat([p.pooled for p in parts]), torch.cat([p.size for p in parts]))
+    return _each(lambda *tensors: torch.cat(tensors), *(part.conditional() for part in parts))
+
+
+def _each(change, *parts: Prompts) -> Prompts:
+    """Prompts made of what `change` makes of each of their tensors, negatives included."""
+    found = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Prompts)}
+    negatives = found.pop("negative")
+    changed = {name: None if values[0] is None else change(*values) for name, values in found.items()}
+    return Prompts(**changed, negative=_each(change, *negatives) if negatives[0] is not None else None)

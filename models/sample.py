@@ -3,60 +3,17 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs import UserError
-from models.noise import CLEAN, LAWS, Noise, timesteps, to_eps, to_x0
-from models.prompts import Prompts, concatenate
+from models.denoiser import Denoiser
+from models.noise import CLEAN, LAWS, Noise, timesteps, to_eps
+from models.prompts import Prompts
 
 Eta = float | Callable[[Noise, Noise], float]
-
-
-@dataclass
-class Denoiser:
-    """A network wrapped into a thing that returns the clean latent x0. Counts what it is asked."""
-
-    net: nn.Module  # diffusers UNet2DConditionModel
-    kind: str = "eps"  # what the network predicts: eps, v, flow, sample
-    guidance_embedding: float | None = None  # LCM-SDXL: the guidance scale it is told, minus one
-    evaluations: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
-
-    def __call__(self, x: Tensor, noise: Noise, prompts: Prompts, guidance: float | None = None) -> Tensor:
-        """x0 (B, C, H, W) at x; guidance None = conditional only, else x0_neg + guidance (x0 - x0_neg)."""
-        if guidance is None:
-            return self._x0(x, noise, prompts)
-        if prompts.negative is None:
-            raise UserError("guidance needs prompts with a negative side; say guidance=null for conditional only")
-        both = self._x0(torch.cat([x, x]), noise, concatenate(prompts.negative, prompts))
-        self.evaluations += 1
-        negative, positive = both.chunk(2)
-        return negative + guidance * (positive - negative)
-
-    def _x0(self, x: Tensor, noise: Noise, prompts: Prompts) -> Tensor:
-        self.evaluations += 1
-        dtype = next(self.net.parameters()).dtype
-        told = {}
-        if self.guidance_embedding is not None:
-            told["timestep_cond"] = guidance_features(self.guidance_embedding, self.net.config.time_cond_proj_dim, len(x)).to(x)
-        out = self.net(
-            x.to(dtype),
-            torch.tensor(noise.t, device=x.device),
-            prompts.tokens.to(dtype),
-            added_cond_kwargs={"text_embeds": prompts.pooled.to(dtype), "time_ids": prompts.size.to(dtype)},
-            **{key: value.to(dtype) for key, value in told.items()},
-        ).sample
-        return to_x0(x, out.to(x.dtype), noise, self.kind)
-
-
-def guidance_features(w: float, size: int, batch: int) -> Tensor:
-    """LCM's sinusoidal embedding of the guidance scale minus one, (batch, size); as diffusers' get_guidance_scale_embedding."""
-    half = size // 2
-    angles = w * 1000.0 * torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
-    features = torch.cat([torch.sin(angles), torch.cos(angles)])
-    return torch.nn.functional.pad(features, (0, size % 2)).expand(batch, size)
 
 
 @dataclass(frozen=True)

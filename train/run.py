@@ -83,7 +83,7 @@ class Run:
         cfg, self.recipe, self.names = self.cfg, recipe, names or [self.cfg.name]
         self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
         self.prompt = self.family.encode([prompt])
-        self.family.free()
+        self.family.forget_encoders()
         for k, name in enumerate(self.names):
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
         if cfg.checkpointing:

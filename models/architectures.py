@@ -1,0 +1,187 @@
+"""Architectures: how each kind of network is called, and how its own pipeline encodes prompts. All that differs between them is here.
+
+A call turns x (B, C, H, W), t and prompts into the network's output (B, C, H, W), whatever the network wants to be handed: packed latents,
+lists, another clock, another sign. What the output means is the member's `kind`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import Tensor, nn
+
+from models.noise import TRAIN_STEPS
+from models.prompts import Prompts
+
+Call = Callable[[nn.Module, Tensor, float, Prompts, float | None], Tensor]  # network, x, t, prompts in its dtype, guidance it is told
+Encode = Callable[..., Prompts]  # pipeline, texts, negative texts or None, size_px, device, further options of encode_prompt
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of network: its classes in diffusers and the two functions that know it."""
+
+    network: type[ModelMixin]
+    pipeline: type[DiffusionPipeline]
+    part: str  # the network's name in the pipeline, and its folder in a repository
+    call: Call
+    encode: Encode
+    absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
+    even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
+    lora: dict = field(default_factory=dict)  # what the pipeline's lora_state_dict is asked for besides the file
+
+
+def call_unet(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
+    """Stable Diffusion 1 and 2."""
+    return net(x, torch.tensor(t, device=x.device), prompts.tokens, **_told(net, x, guidance)).sample
+
+
+def call_sdxl(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
+    """SDXL: also pooled text and sizes."""
+    added = {"text_embeds": prompts.pooled, "time_ids": prompts.size}
+    return net(x, torch.tensor(t, device=x.device), prompts.tokens, added_cond_kwargs=added, **_told(net, x, guidance)).sample
+
+
+def call_pixart(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
+    """PixArt: masked text, sizes only at 1024; learned variances beside the prediction are left out."""
+    sized = net.config.sample_size == 128
+    added = {"resolution": prompts.size if sized else None, "aspect_ratio": prompts.size[:, :1] / prompts.size[:, 1:] if sized else None}
+    out = net(x, encoder_hidden_states=prompts.tokens, encoder_attention_mask=prompts.mask, timestep=_clock(x, t), added_cond_kwargs=added)
+    return out.sample[:, : x.shape[1]]
+
+
+def call_sd3(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
+    """Stable Diffusion 3."""
+    return net(x, encoder_hidden_states=prompts.tokens, pooled_projections=prompts.pooled, timestep=_clock(x, t)).sample
+
+
+def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
+    """Flux: latents packed 2x2 into a sequence with positions, a clock from 1 to 0, guidance told where it was distilled."""
+    height, width = x.shape[2] // 2, x.shape[3] // 2
+    places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
+    places[..., 1] += torch.arange(height, device=x.device)[:, None]
+    places[..., 2] += torch.arange(width, device=x.device)
+    told = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
+    out = net(
+        pack(x), encoder_hidden_states=prompts.tokens, pooled_projections=prompts.pooled, timestep=_clock(x, t) / TRAIN_STEPS,
+        img_ids=places.flatten(0, 1), txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype), guidance=told,
+    )  # fmt: skip
+    return unpack(out.sample, height, width)
+
+
+def call_zimage(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
+    """Z-Image: lists of images and of texts without their padding, a clock from 0 to 1, the output negated."""
+    texts = [tokens[mask.bool()] for tokens, mask in zip(prompts.tokens, prompts.mask, strict=True)]
+    out = net(list(x.unsqueeze(2)), (TRAIN_STEPS - _clock(x, t)) / TRAIN_STEPS, texts).sample
+    return -torch.stack(list(out)).squeeze(2)
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as a sequence of their 2x2 patches, (B, H/2 W/2, 4C)."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(x: Tensor, height: int, width: int) -> Tensor:
+    """The sequence of height x width patches as latents again."""
+    b, _, c = x.shape
+    return x.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * height, 2 * width)
+
+
+def guidance_features(w: float, size: int, batch: int) -> Tensor:
+    """LCM's sinusoidal embedding of the guidance scale minus one, (batch, size); as diffusers' get_guidance_scale_embedding."""
+    half = size // 2
+    angles = w * 1000.0 * torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    features = torch.cat([torch.sin(angles), torch.cos(angles)])
+    return torch.nn.functional.pad(features, (0, size % 2)).expand(batch, size)
+
+
+def _told(net: nn.Module, x: Tensor, guidance: float | None) -> dict[str, Tensor]:
+    """The guidance that a U-Net with time_cond_proj_dim is told."""
+    return {} if guidance is None else {"timestep_cond": guidance_features(guidance, net.config.time_cond_proj_dim, len(x)).to(x)}
+
+
+def _clock(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, device=x.device, dtype=torch.float32)
+
+
+def encode_sd(pipe, texts: list[str], negative: list[str] | None, size_px: int, device) -> Prompts:
+    """Stable Diffusion 1 and 2: tokens; the negative side is the empty text."""
+    tokens, away = pipe.encode_prompt(texts, device, 1, True, negative)
+    return Prompts(tokens.float(), negative=Prompts(away.float()))
+
+
+def encode_sdxl(pipe, texts: list[str], negative: list[str] | None, size_px: int, device) -> Prompts:
+    """SDXL: tokens, pooled text and sizes; the negative side is zeros."""
+    tokens, away, pooled, away_pooled = pipe.encode_prompt(
+        prompt=texts, device=device, do_classifier_free_guidance=True, negative_prompt=negative
+    )
+    size = torch.tensor([size_px, size_px, 0, 0, size_px, size_px], device=device, dtype=torch.float32).expand(len(texts), 6)
+    return Prompts(tokens.float(), pooled.float(), size, Prompts(away.float(), away_pooled.float(), size))
+
+
+def encode_pixart(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
+    """PixArt: T5's tokens with their mask; the negative side is the empty text."""
+    tokens, mask, away, away_mask = pipe.encode_prompt(texts, True, negative or "", device=device, **more)
+    size = torch.tensor([size_px, size_px], device=device, dtype=torch.float32).expand(len(texts), 2)
+    return Prompts(tokens.float(), None, size, Prompts(away.float(), None, size, mask=away_mask), mask)
+
+
+def encode_sd3(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
+    """Stable Diffusion 3: the tokens of two CLIPs and of T5, pooled text; the negative side is the empty text."""
+    tokens, away, pooled, away_pooled = pipe.encode_prompt(texts, None, None, device, negative_prompt=negative, **more)
+    return Prompts(tokens.float(), pooled.float(), None, Prompts(away.float(), away_pooled.float()))
+
+
+def encode_flux(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
+    """Flux: T5's tokens, CLIP's pooled text; the negative side, which the distilled members never ask for, is the empty text."""
+    away = negative or [""]
+    tokens, pooled, _ = pipe.encode_prompt([*texts, *away], None, device, **more)
+    rows = torch.arange(len(texts)) * (len(away) > 1) + len(texts)
+    told = Prompts(tokens.float(), pooled.float())
+    return Prompts(told.tokens[: len(texts)], told.pooled[: len(texts)], negative=told[rows])
+
+
+def encode_zimage(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, max_sequence_length: int = 512) -> Prompts:
+    """Z-Image: Qwen's tokens of the chat's template, padded to one length, with their mask; the negative side is the empty text."""
+    found = pipe.encode_prompt(list(texts), device, True, negative and list(negative), max_sequence_length=max_sequence_length)
+    (tokens, mask), (away, away_mask) = (_padded(part, max_sequence_length) for part in found)
+    return Prompts(tokens, negative=Prompts(away, mask=away_mask), mask=mask)
+
+
+def _padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Token rows (L_i, D) as (B, length, D) in fp32, and where they end, (B, length)."""
+    tokens = torch.stack([torch.nn.functional.pad(row.float(), (0, 0, 0, length - len(row))) for row in rows])
+    return tokens, torch.tensor([[k < len(row) for k in range(length)] for row in rows], device=tokens.device)
+
+
+UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
+KOHYA = {"unet_config": None}  # filled with the network's own, by which SGM's names are counted
+
+UNET = partial(Architecture, UNet2DConditionModel, part="unet", lora=KOHYA)
+TRANSFORMER = partial(Architecture, part="transformer")
+ARCHITECTURES = {
+    "sdxl": UNET(pipeline=StableDiffusionXLPipeline, call=call_sdxl, encode=encode_sdxl, absent=UNSAFE[1:]),
+    "sd": UNET(pipeline=StableDiffusionPipeline, call=call_unet, encode=encode_sd, absent=UNSAFE),
+    "pixart": TRANSFORMER(PixArtTransformer2DModel, PixArtAlphaPipeline, call=call_pixart, encode=encode_pixart),
+    "sd3": TRANSFORMER(SD3Transformer2DModel, StableDiffusion3Pipeline, call=call_sd3, encode=encode_sd3, absent=UNSAFE[1:]),
+    "flux": TRANSFORMER(FluxTransformer2DModel, FluxPipeline, call=call_flux, encode=encode_flux, absent=UNSAFE[1:], even=True,
+                        lora={"return_alphas": True}),
+    "zimage": TRANSFORMER(ZImageTransformer2DModel, ZImagePipeline, call=call_zimage, encode=encode_zimage, even=True),
+}  # fmt: skip

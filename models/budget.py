@@ -1,0 +1,165 @@
+"""What members will load, download and occupy, from configs alone: python -m models.budget family=sdxl members=[base,dmd2]"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import psutil
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import constants
+
+from configs import UserError, entry, load
+from models.architectures import ARCHITECTURES
+from models.cards import FamilyCard, card
+from models.loading import available, one_line, place, source
+
+GB = 1e9
+HALF = 2  # bytes of a number, as the variants fp16 and the weights of transformers are published
+WEIGHTS = (".safetensors", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Need:
+    """One part that is loaded."""
+
+    part: str  # a member's name, vae, text_encoder, …
+    repo: str
+    licence: str
+    parameters: int  # 0 for a LoRA, which adds little to its base
+    download: float  # bytes, about; 0 where the files are on disk
+    memory: float  # bytes on the device
+
+
+def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> list[Need]:
+    """What the VAE, the text encoders and these members need, in the order in which they are loaded.
+
+    Reads configs, from the cache or some kilobytes from the Hub. Raises UserError for a config that cannot be had.
+    """
+    own = dict.fromkeys(family.base if family.members[name].lora else name for name in members)  # a LoRA brings its base
+    deltas = [name for name in members if family.members[name].lora]
+    return [*shared(family, dtype), *(network_need(family, name, dtype) for name in own), *(_delta_need(family, name) for name in deltas)]
+
+
+def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
+    """The VAE and the text encoders of a family."""
+    its, home = ARCHITECTURES[family.architecture], {"revision": available(family.repo, family.revision)}
+    with one_line(family.repo):
+        index = its.pipeline.load_config(place(family.repo), **home)
+    found = []
+    for part, (library, name) in ((part, value) for part, value in index.items() if isinstance(value, list | tuple) and all(value)):
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+        if part in (its.part, *its.absent) or not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            continue
+        with one_line(f"{part} of {family.repo}"):
+            count = _count(kind, _config(kind, family.repo, part, **home))
+        size = dtype.itemsize if library == "transformers" and family.encoders == "network" else torch.float32.itemsize
+        stored = HALF if family.variant or family.encoders == "network" else 4
+        found.append(Need(part, family.repo, family.licence, count, 0 if _here(family.repo, part) else stored * count, size * count))
+    return found
+
+
+def network_need(family: FamilyCard, name: str, dtype: torch.dtype) -> Need:
+    """A member's own network."""
+    member, its = family.members[name], ARCHITECTURES[family.architecture]
+    like = family.members[family.base] if member.file else member
+    repo, revision, _ = source(family, like)
+    with one_line(f"the config of {name} in {repo}"):
+        count = _count(its.network, _config(its.network, repo, like.subfolder, revision=available(repo, revision)))
+    home, _, variant = source(family, member)
+    stored = HALF if variant or member.file or family.encoders == "network" else 4
+    on_disk = _here(home, member.subfolder or "", member.file)
+    return Need(name, home, member.licence or family.licence, count, 0 if on_disk else stored * count, dtype.itemsize * count)
+
+
+def _delta_need(family: FamilyCard, name: str) -> Need:
+    member = family.members[name]
+    repo, _, _ = source(family, member)
+    return Need(name, repo, member.licence or family.licence, 0, 0, 0)
+
+
+def free(device: torch.device) -> float:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def check(what: str, needed: Sequence[Need], device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError, with what would fit, when parts need more memory than is free."""
+    need, room = sum(part.memory for part in needed), free(device)
+    if need <= room:
+        return
+    smaller = need * HALF / dtype.itemsize
+    ways = [f"dtype=bf16 needs {smaller / GB:.1f}"] if dtype.itemsize > HALF and smaller <= room else []
+    raise UserError(
+        f"{what} needs {need / GB:.1f} GB of memory on {device.type} in {str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; "
+        + (ways or ["fewer members at once, or another device, would fit"])[0]
+    )
+
+
+def table(needed: Sequence[Need]) -> str:
+    """The budget as text: a line per part, and the sums."""
+    rows = [(n.part, f"{n.parameters / GB:.3g}", _gb(n.download), _gb(n.memory), n.repo, n.licence) for n in needed]
+    total = ("together", "", _gb(sum(n.download for n in needed)), _gb(sum(n.memory for n in needed)), "", "")
+    head = ("part", "10^9 parameters", "GB to download", "GB of memory", "repository", "licence")
+    lines = [head, *rows, total]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f}" if size >= 0.05 * GB or not size else f"{size / GB:.2g}"
+
+
+def _config(kind: type, repo: str, subfolder: str | None, **home) -> dict:
+    """A part's config as plain values."""
+    if issubclass(kind, diffusers.ModelMixin):
+        return dict(kind.load_config(place(repo), subfolder=subfolder, **home))
+    return transformers.AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home).to_dict()
+
+
+def _count(kind: type, config: dict) -> int:
+    return _counted(kind, json.dumps(config, sort_keys=True, default=str))
+
+
+@cache
+def _counted(kind: type, config: str) -> int:
+    """The number of parameters of a network by its config."""
+    values = json.loads(config)
+    with init_empty_weights():
+        net = kind.from_config(values) if issubclass(kind, diffusers.ModelMixin) else kind(kind.config_class.from_dict(values))
+    if isinstance(net, transformers.PreTrainedModel):
+        net.tie_weights()  # on the meta device shared embeddings are two
+    return sum(weight.numel() for weight in net.parameters())
+
+
+def _here(repo: str, subfolder: str, file: str = "") -> bool:
+    """Whether a part's weights are on disk already."""
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    folders = [Path(place(repo))] if Path(place(repo)).is_dir() else list(cached.glob("*"))
+    if file:
+        return Path(file).is_file() or any((folder / file).is_file() for folder in folders)
+    return any(path.suffix in WEIGHTS for folder in folders for path in (folder / subfolder).glob("*"))
+
+
+@dataclass
+class Config:
+    family: str = "tiny"  # a card in configs/families, or the path of one
+    members: list[str] = field(default_factory=list)  # empty = all of the family
+    dtype: str = "bf16"  # of the networks: bf16, fp16, fp32
+
+
+def main(cfg: Config) -> None:
+    """Prints the budget."""
+    family, dtypes = card(cfg.family), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    unknown = [name for name in cfg.members if name not in family.members]
+    if unknown or cfg.dtype not in dtypes:
+        raise UserError(f"no member or dtype {(unknown or [cfg.dtype])[0]!r}; there are {', '.join([*family.members, *dtypes])}")
+    print(table(needs(family, cfg.members or list(family.members), dtypes[cfg.dtype])))
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))

@@ -1,0 +1,116 @@
+"""Cards: what a family and its members are, as typed YAML."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from configs import ROOT, UserError, merge
+from models.architectures import ARCHITECTURES
+
+CARDS = ROOT / "configs/families"
+
+
+@dataclass
+class MemberCard:
+    """One member: where its network is, what it predicts, how it is sampled."""
+
+    repo: str = ""  # Hub id, or folder relative to the project; empty = the family's
+    revision: str | None = None  # commit or branch on the Hub; null = of the family's repo, the family's
+    variant: str | None = None  # of the weight files, e.g. fp16; null = of the family's repo, the family's
+    subfolder: str | None = ""  # folder of the network inside the repo; empty = unet or transformer, null = the repo itself
+    file: str = ""  # a single weights file in the repo or on disk, for the base's architecture; empty = a diffusers folder
+    lora: str = ""  # a LoRA file in the repo or on disk: this member is the base with it
+    strength: float = 1.0  # of that LoRA
+    sha256: str = ""  # of the file, checked when given
+    licence: str = ""  # of the weights
+    kind: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
+    law: Literal["vp", "vp-linear", "flow"] = "vp"  # noise law
+    steps: int = 50  # evaluations of a sampling run
+    spacing: Literal["leading", "trailing", "linspace"] = "leading"  # timestep spacing; flows take their scheduler's instead
+    timesteps: list[float] = field(default_factory=list)  # explicit timesteps, which win over the spacing
+    eta: float = 0.0  # share of fresh noise per update: 0 DDIM and Euler, 1 LCM and DMD2
+    ancestral: bool = False  # Euler-ancestral's eta instead
+    guidance: float | None = None  # classifier-free guidance; null = conditional only
+    guidance_embedding: float | None = None  # what the network itself is told: LCM the guidance scale minus one, Flux the scale
+    final: Literal["clean", "first"] = "clean"  # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
+    start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)
+
+
+@dataclass
+class FamilyCard:
+    """A family: what its members share."""
+
+    name: str = ""
+    extends: str = ""  # another card, by name or path, of which this one says only what differs
+    architecture: str = "sdxl"  # kind of network and pipeline, see models/architectures.py
+    repo: str = ""  # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
+    revision: str | None = None  # commit or branch on the Hub
+    variant: str | None = None  # of the weight files, e.g. fp16; null = the plain ones
+    licence: str = ""
+    size_px: int = 1024  # images are square
+    text_length: int | None = None  # tokens of a T5 or Qwen prompt; null = the pipeline's default
+    encoders: Literal["fp32", "network"] = "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
+    base: str = "base"  # the member the others were distilled from
+    clip: str = ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
+    siglip: str = ""  # evaluator: a SiglipModel, likewise
+    dino: str = ""  # evaluator without words: a Dinov2Model, likewise
+    dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble
+    inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
+    probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
+    prompts: list[str] = field(default_factory=list)  # what controls are measured on by default
+    members: dict[str, MemberCard] = field(default_factory=dict)
+
+
+def card(name: str) -> FamilyCard:
+    """A family's card by name, or by the path of a YAML. Raises UserError with the names there are."""
+    path = _path(name)
+    found = merge(FamilyCard, *_layers(path))
+    if found.architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: no architecture {found.architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    if found.base not in found.members:
+        raise UserError(f"{path}: base {found.base!r} is not one of its members: {', '.join(found.members)}")
+    for member, its in found.members.items():
+        if (its.law == "flow") != (its.kind == "flow"):
+            raise UserError(f"{path}: member {member} has law {its.law} and kind {its.kind}; flow goes with flow")
+        if bool(its.file) + bool(its.lora) > 1 or (member == found.base and its.lora):
+            raise UserError(f"{path}: member {member} has a file or a lora, not both, and the base has no lora")
+        if its.subfolder == "":
+            its.subfolder = ARCHITECTURES[found.architecture].part
+    return found
+
+
+def split(member: str) -> tuple[str, str]:
+    """'tiny/dmd' as ('tiny', 'dmd'). Raises UserError for anything else."""
+    family, slash, name = member.rpartition("/")
+    if not (family and slash and name):
+        raise UserError(f"a member is written family/member, e.g. tiny/base; got {member!r}")
+    return family, name
+
+
+def _path(name: str) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
+        raise UserError(f"no family {name!r}: there are {known}, or give the path of a card.yaml")
+    return path
+
+
+def _layers(path: Path) -> list[Path]:
+    """The cards that a card extends, the first one first, and itself last."""
+    found = [path]
+    while above := _extends(found[0]):
+        found.insert(0, _path(above))
+        if len(found) > 9:
+            raise UserError(f"{path} extends itself: {above}")
+    return found
+
+
+def _extends(path: Path) -> str:
+    """What a card extends; nothing for a broken one, of which `merge` says more."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return ""
+    return (isinstance(found, dict) and found.get("extends")) or ""

@@ -1,0 +1,117 @@
+"""Loading: from what a card says to networks and pipelines, and every failure in one line."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs import ROOT, UserError
+from models.architectures import ARCHITECTURES
+from models.cards import FamilyCard, MemberCard
+
+BROKEN = (OSError, EOFError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError, UnpicklingError)
+
+
+def place(repo: str) -> str:
+    """A repo as diffusers wants it: a folder of the project as an absolute path, a Hub id as it is."""
+    return str(ROOT / repo) if (ROOT / repo).is_dir() else repo
+
+
+def fetch(kind, repo: str, revision: str | None = None, **options):
+    """from_pretrained of a folder of the project or a repo of the Hub; raises UserError."""
+    with one_line(repo):
+        return kind.from_pretrained(place(repo), revision=available(repo, revision), **options)
+
+
+def source(family: FamilyCard, member: MemberCard) -> tuple[str, str | None, str | None]:
+    """The repo of a member's network, its revision and the variant of its files."""
+    if member.repo:
+        return member.repo, member.revision, member.variant
+    return family.repo, member.revision or family.revision, member.variant or family.variant
+
+
+def network(family: FamilyCard, name: str, dtype: torch.dtype) -> nn.Module:
+    """A member's own network, on the CPU. Raises UserError in one line for what cannot be loaded."""
+    member, kind = family.members[name], ARCHITECTURES[family.architecture].network
+    repo, revision, variant = source(family, member)
+    if not member.file:
+        return fetch(kind, repo, revision, subfolder=member.subfolder, variant=variant, dtype=dtype)
+    base = family.members[family.base]
+    with one_line(f"{member.file} of {repo}"):
+        weights = plain_weights(file_of(repo, revision, member.file, member.sha256))
+        home, pinned, _ = source(family, base)
+        with init_empty_weights(include_buffers=False):
+            net = kind.from_config(kind.load_config(place(home), subfolder=base.subfolder, revision=available(home, pinned)))
+        if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in weights):  # as trainers and civitai save
+            where = {"config": place(home), "subfolder": base.subfolder, "config_revision": available(home, pinned)}
+            weights = kind.from_single_file(weights, **where).state_dict()
+        net.load_state_dict(weights, assign=True)
+    return net
+
+
+def file_of(repo: str, revision: str | None, file: str, sha256: str = "") -> Path:
+    """Where a file of a folder or of the Hub lies on disk. Raises UserError for another hash than the card's; call it in `one_line`."""
+    folder = Path(place(repo))
+    near = next((path for path in (folder / file, Path(file), ROOT / file) if path.is_file()), None)
+    if near is None and (folder.is_dir() or Path(file).is_absolute()):
+        raise FileNotFoundError("there is no such file")
+    path = near or Path(hf_hub_download(repo, file, revision=available(repo, revision)))
+    with path.open("rb") as opened:
+        if sha256 and hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
+            raise UserError(f"{file} of {repo} is not the file of the card: its sha256 differs from {sha256[:12]}…")
+    return path
+
+
+def plain_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or a .bin or .ckpt of plain tensors, of which no code is run."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    return found.get("state_dict", found)
+
+
+def available(repo: str, revision: str | None) -> str | None:
+    """The pinned revision; where the Hub is out of reach and the cache holds only another one, that, with a warning."""
+    home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    if not (revision and constants.HF_HUB_OFFLINE and home.is_dir()):
+        return revision
+    if (home / "snapshots" / revision).is_dir() or (home / "refs" / revision).is_file() or not (home / "refs/main").is_file():
+        return revision
+    other = (home / "refs/main").read_text().strip()
+    warnings.warn(f"{repo}: the card pins revision {revision[:12]}, the cache holds only {other[:12]}, which is used", stacklevel=2)
+    return other
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """The many ways in which the Hub and a damaged file fail, in one line."""
+    try:
+        yield
+    except BROKEN as error:
+        raise UserError(f"cannot load {what}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in words that help; the library that failed may have wrapped the Hub's own error."""
+    chain = [error]
+    while above := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(above)
+    kinds = tuple(type(link) for link in chain)
+    if GatedRepoError in kinds or "gated repo" in str(error):
+        return "its repository is gated: accept the licence on its page at huggingface.co, then `hf auth login` or set HF_TOKEN"
+    if RepositoryNotFoundError in kinds:
+        return "the Hub knows no such repository, or it is private: check the name; for a private one `hf auth login`"
+    if LocalEntryNotFoundError in kinds:
+        why = "HF_HUB_OFFLINE keeps it from being downloaded" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        return f"it is not in the cache, and {why}"
+    return " ".join(str(error).split())[:200]

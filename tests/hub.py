@@ -1,0 +1,238 @@
+"""A Hub cache with small random weights under the real names: real classes, real layouts, seconds to write."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from configs import ROOT
+from models.cards import FamilyCard, MemberCard, card
+from models.loading import source
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SIZE_PX, LENGTH, WIDTH = 64, 24, 64  # of images, of T5's and Qwen's prompts, of text encoders
+ALPHABET = sorted({chr(code) for code in range(32, 127)} | {"▁"})
+FLOWS = {  # published scheduler configs
+    "stabilityai/stable-diffusion-3.5-large": {"shift": 3.0},
+    "stabilityai/stable-diffusion-3.5-large-turbo": {"shift": 3.0},
+    "black-forest-labs/FLUX.1-dev": {"shift": 3.0, "use_dynamic_shifting": True},
+    "black-forest-labs/FLUX.1-schnell": {"shift": 1.0},
+    "Tongyi-MAI/Z-Image": {"shift": 6.0},
+    "Tongyi-MAI/Z-Image-Turbo": {"shift": 3.0},
+}
+
+
+def publish(cache: Path, repo: str, revision: str | None = None) -> Path:
+    """The folder in which the Hub's cache would keep a branch or a commit of a repo."""
+    pinned = revision is not None and len(revision) == 40
+    commit = revision if pinned else hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+    home = cache / f"models--{repo.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True, exist_ok=True)
+    (home / "refs" / ("main" if pinned or not revision else revision)).write_text(commit)
+    folder = home / "snapshots" / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# small parts of the real kinds
+
+
+def unet(seed: int, sdxl: bool, **changes) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "attention_head_dim": 16, "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 2 * WIDTH if sdxl else WIDTH,
+    }  # fmt: skip
+    if sdxl:
+        config |= {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                   "projection_class_embeddings_input_dim": WIDTH + 6 * 8}  # fmt: skip
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def transformer(architecture: str, seed: int, **changes):
+    torch.manual_seed(seed)
+    kind, config = {
+        "pixart": (PixArtTransformer2DModel, {
+            "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 128,
+            "cross_attention_dim": 48, "caption_channels": WIDTH, "patch_size": 2, "norm_num_groups": 1}),
+        "sd3": (SD3Transformer2DModel, {
+            "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
+            "num_attention_heads": 2, "joint_attention_dim": 2 * WIDTH, "caption_projection_dim": 32, "pooled_projection_dim": 2 * WIDTH,
+            "pos_embed_max_size": 16, "qk_norm": "rms_norm"}),
+        "flux": (FluxTransformer2DModel, {
+            "in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+            "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "guidance_embeds": True, "axes_dims_rope": (4, 4, 8)}),
+        "zimage": (ZImageTransformer2DModel, {
+            "in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": WIDTH,
+            "axes_dims": [4, 4, 8], "axes_lens": [256, 64, 64]}),
+    }[architecture]  # fmt: skip
+    net = kind(**{**config, **changes}).eval()
+    for name, weight in net.named_parameters():  # the padding tokens and gates of a fresh network are zeros, which would hide mistakes
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    return net
+
+
+def vae(channels: int, **changes) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=channels, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, **changes,
+    ).eval()  # fmt: skip
+
+
+def clip_words() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(ROOT / "models/tiny/weights/base/tokenizer")
+
+
+def clip(words: CLIPTokenizer, kind=CLIPTextModelWithProjection):
+    torch.manual_seed(1)
+    special = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    return kind(CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=WIDTH,
+        max_position_embeddings=words.model_max_length, **special,
+    )).eval()  # fmt: skip
+
+
+def t5_words() -> T5Tokenizer:
+    """A Unigram tokenizer of single characters."""
+    return T5Tokenizer(vocab=[(piece, -2.0) for piece in ("<pad>", "</s>", "<unk>", *ALPHABET)], extra_ids=0, model_max_length=LENGTH)
+
+
+def t5(words: T5Tokenizer, width: int = WIDTH) -> T5EncoderModel:
+    torch.manual_seed(2)
+    return T5EncoderModel(T5Config(vocab_size=len(words), d_model=width, d_kv=16, d_ff=32, num_layers=2, num_heads=2)).eval()
+
+
+def qwen_words() -> Qwen2Tokenizer:
+    """A byte-level tokenizer of single bytes, with a chat template."""
+    letters = {letter: k for k, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    words = Qwen2Tokenizer(vocab={**letters, "<|endoftext|>": len(letters)}, merges=[], model_max_length=LENGTH)
+    words.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    return words
+
+
+def qwen(words: Qwen2Tokenizer) -> Qwen3Model:
+    torch.manual_seed(3)
+    return Qwen3Model(Qwen3Config(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )).eval()  # fmt: skip
+
+
+def network(family: FamilyCard, member: MemberCard, seed: int):
+    """A small random network of a member's kind."""
+    if family.architecture in ("sd", "sdxl"):
+        embeds = {"time_cond_proj_dim": 16} if member.guidance_embedding is not None else {}
+        return unet(seed, family.architecture == "sdxl", **embeds)
+    guided = {"guidance_embeds": member.guidance_embedding is not None} if family.architecture == "flux" else {}
+    return transformer(family.architecture, seed, **guided)
+
+
+def pipeline(family: FamilyCard):
+    """A small random pipeline of a family's kind, with its base's network."""
+    kind, net, words = family.architecture, network(family, family.members[family.base], 0), clip_words()
+    flow = FlowMatchEulerDiscreteScheduler(**FLOWS.get(family.repo, {}))
+    ddim = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    shifted = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    if kind == "sdxl":
+        return StableDiffusionXLPipeline(vae(4, scaling_factor=0.13025), clip(words, CLIPTextModel), clip(words), words, words, net, ddim)
+    if kind == "sd":
+        return StableDiffusionPipeline(vae(4), clip(words, CLIPTextModel), words, net, ddim, None, None, requires_safety_checker=False)
+    if kind == "pixart":
+        steps = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+        return PixArtAlphaPipeline(t5_words(), t5(t5_words()), vae(4), net, steps)
+    if kind == "sd3":
+        both = t5_words()
+        return StableDiffusion3Pipeline(net, flow, vae(16, **shifted), clip(words), words, clip(words), words, t5(both, 2 * WIDTH), both)
+    if kind == "flux":
+        return FluxPipeline(flow, vae(16, **shifted), clip(words, CLIPTextModel), words, t5(t5_words()), t5_words(), net)
+    return ZImagePipeline(flow, vae(16, **shifted), qwen(qwen_words()), qwen_words(), net)
+
+
+def half(net) -> dict[str, torch.Tensor]:
+    return {key: value.half().contiguous() for key, value in net.state_dict().items()}
+
+
+def lora(net, seed: int, rank: int = 2, alpha: float = 1.0) -> dict[str, torch.Tensor]:
+    """A LoRA of a network's attention and convolutions in kohya's layout with diffusers' names, as the published students are."""
+    rng, found = torch.Generator().manual_seed(seed), {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and (".attn" in name or ".resnets." in name):
+            rows, columns, *kernel = layer.weight.shape
+            stem = f"lora_unet_{name.replace('.', '_')}"
+            found |= {
+                f"{stem}.lora_down.weight": torch.randn(rank, columns, *kernel, generator=rng) / columns**0.5,
+                f"{stem}.lora_up.weight": torch.randn(rows, rank, *(1 for _ in kernel), generator=rng) * 0.1,
+                f"{stem}.alpha": torch.tensor(alpha),
+            }
+    return found
+
+
+def write(cache: Path, name: str) -> FamilyCard:
+    """Publishes every repository that a shipped card names."""
+    family = card(name)
+    for seed, (member, its) in enumerate(family.members.items()):
+        repo, revision, variant = source(family, its)
+        folder = publish(cache, repo, revision)
+        if member == family.base:
+            pipeline(family).save_pretrained(folder, variant=variant)
+        elif its.lora:
+            save_file(lora(network(family, family.members[family.base], 0), seed), folder / its.lora)
+        elif its.file:
+            weights = half(network(family, its, seed))
+            torch.save(weights, folder / its.file) if its.file.endswith(".bin") else save_file(weights, folder / its.file)
+        else:
+            network(family, its, seed).save_pretrained(folder / (its.subfolder or ""), variant=variant)
+            if its.law == "flow":
+                FlowMatchEulerDiscreteScheduler(**FLOWS[repo]).save_pretrained(folder / "scheduler")
+    return family
+
+
+def write_configs(cache: Path, name: str) -> FamilyCard:
+    """Publishes the full-size configs of a family's repositories, as the real ones have them, and no weights."""
+    family, parts = card(name), json.loads((ROOT / "tests/full_size.json").read_text())[name]
+    for member, its in family.members.items():
+        repo, revision, _ = source(family, its)
+        folder, net = publish(cache, repo, revision), "unet" if "unet" in parts else "transformer"
+        files = {f"{its.subfolder}/config.json" if its.subfolder else "config.json": parts[net]}
+        if member == family.base:
+            files |= {f"{part}/config.json": config for part, config in parts.items() if part != "model_index"}
+            files["model_index.json"] = parts["model_index"]
+        for file, config in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(json.dumps(config))
+    return family
