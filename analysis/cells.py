@@ -79,12 +79,19 @@ def advice(cell: dict) -> str:
 
 def nearest(cell: dict) -> str:
     """How near a control comes to the effect that it has on its source at scale 1."""
-    reach = cell["matched_scale"].get("reach")
-    if not reach:
+    matched = cell["matched_scale"]
+    if "reach" not in matched:  # a record from before it was measured
         return f"no scale up to {signed(cell['scales'][-1])} reaches the source's effect"
-    if reach["share"] <= 0 or reach["scale"] <= 0:
+    if matched["reach"] is None:
+        return f"no scale to match, since its effect at +1 on {short(cell['source'])} cannot be told from none"
+    if matched["reach"]["share"] <= 0:
         return "no positive scale has any of the source's effect"
-    return f"at most {100 * reach['share']:.0f} % of the source's effect, at scale {number(reach['scale'], 1)}"
+    return f"at most {reached(matched['reach'])} of the source's effect, at scale {number(matched['reach']['scale'], 1)}"
+
+
+def reached(reach: dict) -> str:
+    """The share of an effect that is not reached: below 100 %."""
+    return f"{min(round(100 * reach['share']), 99)} %"
 
 
 def dissent(cell: dict) -> str:

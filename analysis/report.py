@@ -117,7 +117,7 @@ def chip(cell: dict) -> str:
     word, value = cell["verdict"], cell["matched_scale"]["value"]
     numbers = f" {number(cell['retention']['value'])}" if word != "undefined" else ""
     reach = cell["matched_scale"].get("reach")
-    scale = f"scale {number(value, 1)}" if value is not None else f"at most {100 * reach['share']:.0f} %" if reach else ""
+    scale = f"scale {number(value, 1)}" if value is not None else f"at most {of.reached(reach)}" if reach else ""
     use = f' <span class="use">{scale}</span>' if scale else ""
     mark = f'<span class="mark" aria-hidden="true">{MARKS.get(word, "")}</span><span class="unseen">{escape(word)} on </span>'
     return f'<span class="chip {escape(word)}">{mark}{escape(where(cell))}<b>{numbers}</b>{use}</span>'
@@ -210,7 +210,7 @@ def _facts(results: dict) -> Iterator[tuple[str, str]]:
 
 def _images(cells: list[dict]) -> str:
     counts = {(c["prompts"], c["seeds"], len(c["scales"])) for c in cells}
-    each = " or ".join(f"{p} prompts × {s} seeds × {k} scales" for p, s, k in sorted(counts))
+    each = " or ".join(f"{p} prompt{'s' * (p != 1)} × {s} seed{'s' * (s != 1)} × {k} scales" for p, s, k in sorted(counts))
     return f"{each} per control and model, {sum(c['images'] for c in cells)} images in all."
 
 

@@ -129,6 +129,8 @@ def test_headline_says_what_to_do():
     none = "; no positive scale has any of the source's effect; train one on dmd"
     assert headline("reversed", reach={"share": 0.0, "scale": 0.0}).endswith(none)
     assert headline("unclear", value=1.1).endswith("; try scale 1.1; more prompts would tell")
+    assert "at most 99 %" in headline("kept", reach={"share": 0.998, "scale": 2.0})
+    assert headline("kept", reach=None).endswith("; no scale to match, since its effect at +1 on base cannot be told from none")
     assert headline("kept").endswith("; no scale up to +2 reaches the source's effect")
     c = {"verdict": "kept", "second": {"probe": {"verdict": "weaker"}, "other": {"verdict": "kept"}}}
     assert cells.dissent(c) == " (by probe weaker)"
