@@ -157,7 +157,9 @@ def compare(family: Family, pair: Pair, todo: list[Chunk], measure: Measure, wal
         t_first = first.levels[near[step]].t if inputs == "own" else levels[step].t
         cells.append({"what": "block", **about, "inputs": inputs, "block": block, "step": step, "t": levels[step].t, "t_first": t_first,
                       **site.numbers()})  # fmt: skip
-    cells += [{"what": "weights", **about, "block": name, "change": change(first.denoiser.net, second.denoiser.net, name)} for name in names]
+    nets = first.denoiser.net, second.denoiser.net
+    if not pair.control:
+        cells += [{"what": "weights", **about, "block": name, "change": change(*nets, name)} for name in names]
     return cells + [{"what": "cross", **about, "step": s, "t": levels[s].t, "blocks": names, "cka": cross(sites, s, names)}
                     for s in range(len(levels))]  # fmt: skip
 

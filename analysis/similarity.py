@@ -282,8 +282,9 @@ def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
     if found:
         tracker.table("predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "foretold"],
                       [[c["evaluator"], c["predictor"], c["points"], *c["spearman"].values(), c["foretold"]] for c in found])  # fmt: skip
-    means = {f"cka/{r['comparison']}/{key}/step {r['step'] + 1}": r[key] for r in similarity_page.by_step(cells) for key in ("forced", "own")}
-    tracker.log({name: value for name, value in means.items() if value is not None})
+    for row in similarity_page.by_step(cells):
+        means = {f"cka/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in similarity_page.INPUTS}
+        tracker.log({name: value for name, value in means.items() if value is not None})
     for path in sorted((folder / "images/stitch").glob("*.png")):
         tracker.image(f"stitch/{path.stem}", path, "in columns: first, second, first's down half with second's up half, the reverse")
     for name in dict.fromkeys(c["control"] for c in cells if c["what"] == "direction"):
