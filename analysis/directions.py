@@ -15,7 +15,7 @@ from controls.lora import Control, applied
 from models.families import Family
 from models.noise import Noise
 from models.prompts import Prompts
-from models.sample import Member, Stage
+from models.sample import Member
 
 Key = tuple[str, Noise, bool]  # member, level, guided
 
@@ -84,7 +84,7 @@ def _cell(family: Family, control: Control, source: Member, target: Member, leve
     changed = overlap.delta(source.denoiser.net, target.denoiser.net, list(found))
     return {
         "what": "direction", "control": control.card.name, "kind": control.card.kind, "source": source.name, "target": target.name,
-        "t": [level.t for level in Stage.of(target, levels).levels],
+        "t": [level.t for level in levels],
         "cosine": [mean(cosine(a, b), start.prompts) for a, b in pairs[False]],
         "gain": [gain(a, b, start.prompts) for a, b in pairs[False]],
         "gain_guided": [gain(a, b, start.prompts) for a, b in pairs[True]],

@@ -85,7 +85,8 @@ def main(cfg: Config) -> Path:
     todo = chunks(cfg.prompts, cfg.seeds, cfg.seed, cfg.batch)
     firsts = list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
     work(walks(family, firsts, todo, folder), "sampling", accelerator)
-    work(measurements(cfg, family, pairs, shown, todo, measure, folder), "measuring", accelerator)
+    quiet = not accelerator.is_main_process
+    work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), "measuring", accelerator)
     if not accelerator.is_main_process:
         return folder / "report.html"
 
@@ -191,11 +192,13 @@ def walked(folder: Path, member: str, chunk: Chunk) -> Path:
     return folder / "trajectories" / member / chunk.file
 
 
-def measurements(cfg, family: Family, pairs: list[Pair], controls: list[Control], todo: list[Chunk], measure: Measure, folder: Path):
+def measurements(
+    cfg: Config, family: Family, pairs: list[Pair], controls: list[Control], todo: list[Chunk], measure: Measure, folder: Path, quiet: bool
+) -> list[Job]:
     """Comparisons, stitched networks and controls: one job and one JSON file of cells each."""
 
     def comparison(pair: Pair, path: Path) -> None:
-        keep(compare(family, pair, todo, measure, partial(walked, folder, pair.first), quiet=False), path)
+        keep(compare(family, pair, todo, measure, partial(walked, folder, pair.first), quiet), path)
 
     def stitches(pair: Pair, path: Path) -> None:
         texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]

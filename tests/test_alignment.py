@@ -10,9 +10,7 @@ from ignite.metrics import HSIC
 from scipy import stats as reference
 
 from analysis import alignment, prediction
-from analysis.alignment import Alignment, Moments, Spread
-
-RNG = np.random.default_rng(0)
+from analysis.alignment import Alignment, Spread
 
 
 def data(n: int, p: int, q: int, seed: int = 0, offset: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

@@ -120,8 +120,8 @@ def test_recorded_blocks_are_what_the_blocks_return(family, call):
 
 
 def flux() -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=8,
-                                  num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=[4, 2, 2])  # fmt: skip
+    sizes = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8}
+    return FluxTransformer2DModel(patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, axes_dims_rope=[4, 2, 2], **sizes)
 
 
 @torch.no_grad()
