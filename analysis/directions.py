@@ -11,7 +11,7 @@ from analysis.alignment import by_prompt, mean, ratio
 from analysis.representations import forced
 from controls import overlap
 from controls.effect import cosine
-from controls.lora import Control, applied
+from controls.lora import Card, Control, applied
 from models.families import Family
 from models.noise import Noise
 from models.prompts import Prompts
@@ -100,7 +100,11 @@ def gain(a: np.ndarray, b: np.ndarray, prompts: np.ndarray) -> dict:
 
 
 def overlaps(controls: list[Control]) -> list[dict]:
-    """Every two controls in weights: cosine of ΔW and shared subspaces against chance. `same`: trained on the same two descriptions."""
+    """Every two controls in weights: cosine of ΔW and shared subspaces against chance.
+
+    same: trained on the same two descriptions. same_start: training began from the same random A (controls.lora.create draws it from
+    seed, layers and rank), which alone makes them read much together.
+    """
     found = [(c.card, overlap.factors(c)) for c in controls]
     cells = []
     for i, (one, a) in enumerate(found):
@@ -108,10 +112,15 @@ def overlaps(controls: list[Control]) -> list[dict]:
             spaces = overlap.subspaces(a, b) or dict.fromkeys(("in", "out", "chance_in", "chance_out"), None) | {"layers": 0}
             cells.append({"what": "overlap", "one": one.name, "two": two.name, "one_source": f"{one.family}/{one.member}",
                           "two_source": f"{two.family}/{two.member}", "same": _concept(one) == _concept(two),
-                          "cosine": overlap.cosine(a, b), **spaces})  # fmt: skip
+                          "same_start": _start(one) == _start(two), "cosine": overlap.cosine(a, b), **spaces})  # fmt: skip
     return cells
 
 
-def _concept(card) -> tuple:
+def _concept(card: Card) -> tuple:
     words = (card.recipe.get("positive"), card.recipe.get("negative"))
     return words if all(words) else (card.name,)
+
+
+def _start(card: Card) -> tuple:
+    """What `controls.lora.create` draws A from; controls trained side by side, as SliderSpace's, count their seeds up."""
+    return card.layers, card.scope, card.rank, card.recipe.get("seed", 0) + card.recipe.get("component", 1) - 1

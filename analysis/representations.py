@@ -119,7 +119,8 @@ class Site:
         room = max(0, self.measure.kept - chunk.first)
         for side, spread, kept, row in zip(maps, self.spreads, self.kept, rows, strict=True):
             spread.add(side.flatten(1).double().cpu().numpy(), chunk.prompt)
-            kept.append(row[:room])
+            if room:
+                kept.append(row[:room])
 
     def numbers(self) -> dict:
         """CKA with its interval and null, the standardised one, Procrustes, mutual neighbours, variance over seeds, second / first."""

@@ -289,8 +289,12 @@ def overlap_table(pairs: Cells) -> str:
     row = lambda name, some: [name, str(len(some)), *(number(mean([c[key] for c in some]), 3) for key in keys)]  # noqa: E731
     same, other = [c for c in pairs if c["same"]], [c for c in pairs if not c["same"]]
     rows = [row(f"{c['one']} and {c['two']}", [c]) for c in same]
-    rows += [row(name, some) for name, some in (("same concept, mean", same), ("other concepts, mean", other)) if some]
-    return plain(["pair", "pairs", "cosine of ΔW", "read together", "chance", "written together", "chance"], rows)
+    means = {"same concept, mean": same, "other concepts, same start, mean": [c for c in other if c["same_start"]],
+             "other concepts, other start, mean": [c for c in other if not c["same_start"]]}  # fmt: skip
+    rows += [row(name, some) for name, some in means.items() if some]
+    note = ('<p class="note">Same start: training began from the same random A, and controls then read much together whatever they were '
+            "taught; what they write, from B = 0, is the fairer witness.</p>")  # fmt: skip
+    return plain(["pair", "pairs", "cosine of ΔW", "read together", "chance", "written together", "chance"], rows) + note
 
 
 def prediction(found: Cells) -> str:

@@ -11,6 +11,7 @@ from scipy import stats as reference
 
 from analysis import alignment, prediction
 from analysis.alignment import Alignment, Spread
+from analysis.representations import Chunk, Measure, Site
 
 
 def data(n: int, p: int, q: int, seed: int = 0, offset: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +107,18 @@ def test_memory_does_not_grow_with_the_samples_and_time_does_linearly():
     (small, brief), (large, longer) = state(500), state(10000)
     assert large <= small + 64  # the counts themselves
     assert longer < 20 * brief * 4  # 20 times the samples; 4 for a busy machine: quadratic would be 400
+
+
+def test_a_site_keeps_no_more_than_it_was_told_to():
+    measure = Measure(kind="parts", grid=1, spread_grid=2, neighbours=2, kept=6, draws=5, seed=0)
+    rng, sizes = torch.Generator().manual_seed(0), []
+    for images in (10, 400):
+        site = Site(measure)
+        for start in range(0, images, 5):
+            maps = torch.randn(2, 5, 8, 2, 2, generator=rng)
+            site.add((maps[0], maps[1]), Chunk(0, "a", start, tuple(range(start, start + 5))))
+        sizes.append(len(pickle.dumps((site.alignment, site.spreads, np.concatenate(site.kept[0])))))
+    assert len(np.concatenate(site.kept[0])) == 6 and site.n == 400 and sizes[1] <= sizes[0] + 64
 
 
 def test_moments_of_a_stream_do_not_depend_on_the_batches():

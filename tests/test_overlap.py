@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 
+from analysis import directions
 from configs import ROOT, UserError
 from controls import formats, overlap
 from controls.lora import Control, applied
@@ -80,6 +81,17 @@ def test_subspaces_are_all_their_own_and_at_chance_when_random():
     assert found["chance_in"] == pytest.approx(6 / 90) and found["chance_out"] == pytest.approx(6 / 60)
     assert found["in"] == pytest.approx(6 / 90, rel=0.1) and found["out"] == pytest.approx(6 / 60, rel=0.1)
     assert overlap.subspaces(overlap.factors(SMILE), {}) is None
+
+
+def test_a_shared_random_start_is_told_from_a_shared_concept():
+    names = ("smile", "smile-dmd", "age", "space-1", "space-2")
+    cells = directions.overlaps([formats.load(ROOT / f"controls/tiny/{name}.safetensors") for name in names])
+    found = {(c["one"], c["two"]): c for c in cells}
+    twins, others, spaces = found["smile", "smile-dmd"], found["smile", "age"], found["space-1", "space-2"]
+    assert twins["same"] and twins["same_start"] and others["same_start"] and not others["same"] and not spaces["same_start"]
+    assert twins["cosine"] > 0.3 > 0.1 > abs(others["cosine"])
+    assert others["in"] > 0.5 > 10 * others["chance_in"]  # the start's doing, not the concept's
+    assert spaces["in"] < 0.05
 
 
 def test_a_control_beside_the_delta_is_that_of_dense_matrices(family):
