@@ -96,7 +96,7 @@ class Alignment:
 
 
 class Spread:
-    """Variance over the seeds of each prompt, in one pass over samples that come prompt by prompt."""
+    """Variance over the seeds of each prompt, and between prompts, in one pass over samples that come prompt by prompt."""
 
     def __init__(self) -> None:
         self.prompt, self.count, self.variances = None, 0, []
@@ -112,15 +112,20 @@ class Spread:
         self.apart += ((x - mean) ** 2).sum() + ((mean - self.mean) ** 2).sum() * self.count * m / total
         self.mean, self.count = self.mean + (mean - self.mean) * m / total, total
 
-    def finish(self) -> np.ndarray:
-        """Each prompt's variance over seeds, summed over channels, (P,)."""
+    def finish(self) -> tuple[np.ndarray, float]:
+        """Each prompt's variance over seeds, summed over channels, (P,); and the variance of the prompts' means."""
         self._close()
         self.prompt, self.count = None, 0
-        return np.array(self.variances)
+        prompts = len(self.variances)
+        between = self.squares - self.total @ self.total / prompts if prompts > 1 else 0.0
+        return np.array(self.variances), float(between) / max(1, prompts - 1)
 
     def _close(self) -> None:
         if self.count > 1:
+            if not self.variances:
+                self.origin, self.total, self.squares = self.mean, np.zeros_like(self.mean), 0.0
             self.variances.append(float(self.apart) / (self.count - 1))
+            self.total, self.squares = self.total + self.mean - self.origin, self.squares + ((self.mean - self.origin) ** 2).sum()
 
 
 def by_prompt(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:

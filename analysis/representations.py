@@ -123,11 +123,15 @@ class Site:
                 kept.append(row[:room])
 
     def numbers(self) -> dict:
-        """CKA with its interval and null, the standardised one, Procrustes, mutual neighbours, variance over seeds, second / first."""
+        """CKA with its interval and null, the standardised one, Procrustes, mutual neighbours, variance over seeds, second / first.
+
+        seed_share: of each, seeds / (seeds + prompts) in variance, which a mere change of the activations' size leaves as it is.
+        """
         m, (x, y) = self.measure, (np.concatenate(side) for side in self.kept)
         prompts = np.repeat(np.arange(len(x) // m.kept), m.kept)
         k, l = alignment.gram(x), alignment.gram(y)  # noqa: E741
         around = alignment.jackknife(lambda rows: alignment.cka(k[np.ix_(rows, rows)], l[np.ix_(rows, rows)]), prompts)
+        first, second = (spread.finish() for spread in self.spreads)
         chance = [alignment.procrustes(x, y[rows]) for rows in alignment.permutations(prompts, PROCRUSTES_DRAWS, m.seed)]
         return {
             "cka": {**around, "value": self.alignment.cka()},
@@ -137,9 +141,15 @@ class Site:
             "procrustes_permuted": None if None in chance else float(np.mean(chance)),
             "neighbours": alignment.neighbours(x, y, m.neighbours),
             "neighbours_chance": m.neighbours / (len(x) - 1),
-            "seed_variance": alignment.ratio(*(spread.finish() for spread in self.spreads), seed=m.seed),
+            "seed_variance": alignment.ratio(first[0], second[0], seed=m.seed),
+            "seed_share": [_share(first), _share(second)],
             "samples": self.n,
         }
+
+
+def _share(spread: tuple[np.ndarray, float]) -> float | None:
+    seeds, prompts = spread[0].mean(), spread[1]
+    return float(seeds / (seeds + prompts)) if seeds + prompts > 0 else None
 
 
 @torch.no_grad()

@@ -255,11 +255,12 @@ def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dic
 def show(cells: list[dict]) -> None:
     """Prints CKA and the variance over seeds per comparison and step, then what predicts retention."""
     table = Table(title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first (means over blocks)")
-    for head in ("comparison", "step", "t", "CKA, same inputs", "lowest block", "CKA, own", "seed variance, own"):
+    for head in ("comparison", "step", "t", "CKA, same inputs", "lowest block", "CKA, own", "seed variance, own", "seeds' share"):
         table.add_column(head)
     for row in similarity_page.by_step(cells):
         table.add_row(row["comparison"], str(row["step"] + 1), f"{row['t']:.0f}", number(row["forced"]), f"{row['lowest']} "
-                      f"{number(row['lowest_cka'])}", number(row["own"]), number(row["seed_variance"]))  # fmt: skip
+                      f"{number(row['lowest_cka'])}", number(row["own"]), number(row["seed_variance"]),
+                      " against ".join(number(row["shares"][side]) for side in (1, 0)))  # fmt: skip
     Console(width=max(120, Console().width)).print(table)
     found = [c for c in cells if c["what"] == "predictor"]
     if found:

@@ -83,7 +83,8 @@ def by_step(found: Cells) -> list[dict]:
             rows.append({"comparison": name, "first": low["first"], "step": step, "t": low["t"], "lowest": low["block"],
                          "lowest_cka": low["cka"]["value"], "lowest_null": low["null"]["high"],
                          **{key: mean([c["cka"]["value"] for c in here[key]]) for key in INPUTS},
-                         "seed_variance": mean([c["seed_variance"]["value"] for c in here["own"]])})  # fmt: skip
+                         "seed_variance": mean([c["seed_variance"]["value"] for c in here["own"]]),
+                         "shares": [mean([c["seed_share"][side] for c in here["own"]]) for side in (0, 1)]})  # fmt: skip
     return rows
 
 
@@ -107,7 +108,8 @@ def findings(found: Cells) -> list[str]:
     sentences = []
     for name in comparisons(found):
         steps = [row for row in by_step(found) if row["comparison"] == name]
-        sentences += [agreement_sentence(steps), f"{name}: {variance_sentence(of(found, 'block', comparison=name, inputs='own'))}"]
+        own = of(found, "block", comparison=name, inputs="own")
+        sentences += [agreement_sentence(steps), f"{name}: {variance_sentence(own)} {share_sentence(steps)}"]
     return sentences + [stitch_sentence(c) for c in of(found, "stitch") if c["down"] != c["up"]] + predictor_sentences(found)
 
 
@@ -130,6 +132,12 @@ def variance_sentence(found: Cells) -> str:
     least = min(low, key=lambda c: c["seed_variance"]["value"])
     return (f"on own trajectories, {counts}; less first at step {1 + min(c['step'] for c in low)}, least at {least['block']}, "
             f"step {least['step'] + 1}: {ranged(least['seed_variance'])} of the first one's.")  # fmt: skip
+
+
+def share_sentence(steps: list[dict]) -> str:
+    """Seeds' share in the variance of both members over the steps; steps: rows of `by_step`."""
+    first, second = (" → ".join(number(row["shares"][side]) for row in steps) for side in (0, 1))
+    return f"Of all variance, seeds and prompts, seeds make {second} over the steps, in the first one {first} (means over blocks)."
 
 
 def stitch_sentence(c: dict) -> str:
@@ -213,10 +221,10 @@ def block_map(found: Cells, name: str) -> str:
 def numbers(found: Cells) -> str:
     """Every number of a comparison, a row per block, inputs and step."""
     heads = ["block", "inputs", "step", "CKA", "null, 95 %", "p", "standardised", "Procrustes", "permuted", "neighbours", "chance",
-             "seed variance"]  # fmt: skip
+             "seed variance", "share of seeds, first", "second"]  # fmt: skip
     rows = [[c["block"], INPUTS[c["inputs"]], str(c["step"] + 1), ranged(c["cka"]), number(c["null"]["high"]), number(c["null"]["p"], 3),
              number(c["standardised"]), number(c["procrustes"]), number(c["procrustes_permuted"]), number(c["neighbours"]),
-             number(c["neighbours_chance"]), ranged(c["seed_variance"])] for c in found]  # fmt: skip
+             number(c["neighbours_chance"]), ranged(c["seed_variance"]), *map(number, c["seed_share"])] for c in found]  # fmt: skip
     return plain(heads, rows)
 
 

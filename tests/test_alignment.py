@@ -156,7 +156,10 @@ def test_spread_is_the_variance_over_each_prompts_seeds():
         stop = {0: 4, 4: 10, 10: 20, 20: 25, 25: 30}[start]
         found.add(x[start:stop], 0 if start < 10 else 1 if start < 20 else 2)
     expected = [part.var(0, ddof=1).sum() for part in (x[:10], x[10:20], x[20:])]
-    assert np.allclose(found.finish(), expected, rtol=1e-12)
+    within, between = found.finish()
+    assert np.allclose(within, expected, rtol=1e-10)
+    means = np.stack([part.mean(0) for part in (x[:10], x[10:20], x[20:])])
+    assert between == pytest.approx(means.var(0, ddof=1).sum(), rel=1e-8)
 
 
 def test_permutations_move_prompts_whole():
