@@ -179,10 +179,10 @@ def null(k: np.ndarray, l: np.ndarray, prompts: np.ndarray, draws: int = 200, se
     if norm <= 0:
         return {"mean": None, "high": None, "p": None}
     k, l, n = _hollow(k), _hollow(l), len(k)  # noqa: E741
-    values = [_hsic1((k * l[rows[:, None], rows]).sum(), k.sum(), l.sum(), k.sum(0) @ l.sum(0)[rows], n) / norm**0.5
-              for rows in permutations(prompts, draws, seed)]  # fmt: skip
-    reach = sum(value >= hsic(k, l) / norm**0.5 for value in values)
-    return {"mean": float(np.mean(values)), "high": float(np.quantile(values, 0.95)), "p": (1 + reach) / (1 + draws)}
+    sums, sides = (k.sum(), l.sum()), (k.sum(0), l.sum(0))
+    values = [_hsic1(np.vdot(k, l[rows][:, rows]), *sums, sides[0] @ sides[1][rows], n) for rows in permutations(prompts, draws, seed)]
+    values, true = np.array(values) / norm**0.5, hsic(k, l) / norm**0.5
+    return {"mean": float(values.mean()), "high": float(np.quantile(values, 0.95)), "p": float(1 + (values >= true).sum()) / (1 + draws)}
 
 
 def permutations(prompts: np.ndarray, draws: int, seed: int = 0) -> list[np.ndarray]:

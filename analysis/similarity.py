@@ -57,7 +57,7 @@ class Config:
     spread_grid: int = 4  # variance over seeds: of maps of so many positions per side
     neighbours: int = 10  # k of the mutual nearest neighbours
     kept: int = 512  # samples kept for intervals, permutations, neighbours, maps between blocks; CKA itself keeps none
-    draws: int = 200  # permutations of the prompts for the null
+    draws: int = 100  # permutations of the prompts for the null
     stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
