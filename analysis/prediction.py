@@ -59,6 +59,7 @@ def _cell(rows: list[dict], name: str, evaluator: str, draws: int, seed: int) ->
         "what": "predictor", "evaluator": evaluator, "predictor": name, "points": len(rows), "controls": len(set(groups)),
         "spearman": bootstrap(spearman, x, y, groups, draws, seed), "pearson": bootstrap(pearson, x, y, groups, draws, seed),
         "without_one": without_one(spearman, x, y, groups), "foretold": foretold(x, y, groups),
+        "foretold_without_one": foretold_without_one(x, y, groups),
     }  # fmt: skip
 
 
@@ -113,6 +114,14 @@ def foretold(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float | None:
         missed += ((y[out] - slope * x[out] - offset) ** 2).sum()
         blind += ((y[out] - y[~out].mean()) ** 2).sum()
     return float(1 - missed / blind) if blind > 0 else None
+
+
+def foretold_without_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict:
+    """The lowest `foretold` when one group is not there at all, and which: a line that a single group holds up falls here."""
+    left = {kind: foretold(x[groups != kind], y[groups != kind], groups[groups != kind]) for kind in sorted(set(groups.tolist()))}
+    left = {kind: value for kind, value in left.items() if value is not None}
+    lowest = min(left, key=left.get) if left else None
+    return {"value": left.get(lowest), "without": lowest}
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

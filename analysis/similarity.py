@@ -265,11 +265,12 @@ def show(cells: list[dict]) -> None:
     found = [c for c in cells if c["what"] == "predictor"]
     if found:
         table = Table(title=f"What predicts retention: {found[0]['points']} points of {found[0]['controls']} controls")
-        for head in ("evaluator", "predictor", "Spearman [95 %]", "one control left out", "R² foretold"):
+        for head in ("evaluator", "predictor", "Spearman [95 %]", "one control left out", "R² foretold", "lowest without one"):
             table.add_column(head)
         for c in found:
             left = f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}"
-            table.add_row(c["evaluator"], c["predictor"], ranged(c["spearman"]), left, number(c["foretold"]))
+            table.add_row(c["evaluator"], c["predictor"], ranged(c["spearman"]), left, number(c["foretold"]),
+                          number(c["foretold_without_one"]["value"]))  # fmt: skip
         Console(width=max(120, Console().width)).print(table)
 
 

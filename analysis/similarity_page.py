@@ -155,16 +155,23 @@ def predictor_sentences(found: Cells) -> list[str]:
     """Per evaluator how many predictors can be told from none, and the one whose line foretells left-out controls best."""
     sentences = []
     for who in dict.fromkeys(c["evaluator"] for c in of(found, "predictor")):
-        ours = [c for c in of(found, "predictor", evaluator=who) if c["foretold"] is not None]
+        ours = [c for c in of(found, "predictor", evaluator=who) if c["foretold_without_one"]["value"] is not None]
         if not ours:
             sentences.append(f"By {who} there are too few controls with a retention to say what predicts it.")
             continue
-        best, sure = max(ours, key=lambda c: c["foretold"]), [c for c in ours if c["spearman"]["low"] * c["spearman"]["high"] > 0]
-        use = "" if best["foretold"] > 0 else " None foretells a control that it has not seen."
+        best, sure = best_of(ours), [c for c in ours if c["spearman"]["low"] * c["spearman"]["high"] > 0]
+        robust = best["foretold_without_one"]["value"]
+        use = "" if robust > 0 else ", so none foretells a control that it has not seen"
         sentences.append(f"What predicts retention by {who} ({best['points']} points of only {best['controls']} controls): {len(sure)} of "
-                         f"{len(ours)} predictors have a rank correlation whose interval leaves out 0; for an unseen control the best is "
-                         f"“{best['predictor']}”, R² {number(best['foretold'])}, Spearman {ranged(best['spearman'])}.{use}")  # fmt: skip
+                         f"{len(ours)} numbers have a rank correlation whose interval leaves out 0; the best for an unseen control is "
+                         f"“{best['predictor']}”, Spearman {ranged(best['spearman'])}, R² {number(best['foretold'])}, "
+                         f"and {number(robust)} when {best['foretold_without_one']['without']} is not there{use}.")  # fmt: skip
     return sentences
+
+
+def best_of(predictors: Cells) -> dict:
+    """The predictor whose line foretells left-out controls best, and does not owe that to a single control."""
+    return max(predictors, key=lambda c: -math.inf if c["foretold_without_one"]["value"] is None else c["foretold_without_one"]["value"])
 
 
 def comparison_section(found: Cells, name: str) -> str:
@@ -312,15 +319,16 @@ def prediction(found: Cells) -> str:
         return f'<h3>What predicts retention</h3>\n<p class="note">Not asked: there were no retentions to read. {MAKE} makes them.</p>'
     rows = [[c["predictor"], c["evaluator"], f"{c['points']} / {c['controls']}", ranged(c["spearman"]), ranged(c["pearson"]),
              f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} ({c['without_one']['most'] or DASH})",
-             number(c["foretold"])] for c in ours]  # fmt: skip
+             number(c["foretold"]), f"{number(c['foretold_without_one']['value'])} ({c['foretold_without_one']['without'] or DASH})"]
+            for c in ours]  # fmt: skip
     plots = []
     for who in dict.fromkeys(c["evaluator"] for c in ours):
-        best = max(of(found, "predictor", evaluator=who), key=lambda c: (c["foretold"] is not None, c["foretold"] or 0.0))["predictor"]
+        best = best_of(of(found, "predictor", evaluator=who))["predictor"]
         dots = [(f"{p['control']} on {p['target']}", p["target"].rpartition("/")[2], p[best], p["retention"])
                 for p in of(found, "point", evaluator=who) if p[best] is not None]  # fmt: skip
         plots.append(figure(f"retention by {who} over “{best}”", scatter(dots, best, f"retention by {who} over {best}")))
     heads = ["predictor", "by", "points / controls", "Spearman [95 %]", "Pearson [95 %]", "Spearman without one control (moves most)",
-             "R² foretold"]  # fmt: skip
+             "R² foretold", "lowest without one control"]  # fmt: skip
     return (f"<h3>What predicts retention</h3>\n<p>One number of a control and a target against its retention there. Intervals draw whole "
             f"controls; R² foretold is of a line through the other controls, and 0 or less is no better than their mean.</p>\n"
             f'<div class="charts">\n{chr(10).join(plots)}\n</div>\n{plain(heads, rows)}')  # fmt: skip
