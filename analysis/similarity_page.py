@@ -147,8 +147,8 @@ def stitch_sentence(c: dict) -> str:
     apart = "nearer to" if up["high"] < down["low"] else "farther from" if up["low"] > down["high"] else "about as near to"
     than = "as" if apart.endswith("near to") else "than"
     return (f"Stitched, {c['down']} below and {c['up']} above: by {who} {apart} what {c['up']} draws alone ({ranged(up)}) {than} to what "
-            f"{c['down']} does ({ranged(down)}); the two lie {number(c['between'][who]['value'])} apart. Agreement with the prompt "
-            f"{ranged(c['agreement'])}.")  # fmt: skip
+            f"{c['down']} draws in the same plan ({ranged(down)}); the two lie {number(c['between'][who]['value'])} apart. Agreement with "
+            f"the prompt {ranged(c['agreement'])}.")  # fmt: skip
 
 
 def predictor_sentences(found: Cells) -> list[str]:
