@@ -71,12 +71,12 @@ def main(cfg: Config) -> Path:
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
     shown, control = [read(path) for path in cfg.controls] if not cfg.control else [], read(cfg.control) if cfg.control else None
+    transfer = retentions(cfg.transfer) if shown else []
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
     cfg.prompts = cfg.prompts or family.card.prompts
     pairs = pairs_of(cfg, family, control)
     measure = measure_of(cfg)
     fits(family, pairs, shown, cfg.blocks)
-    transfer = retentions(cfg.transfer) if shown else []
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
         run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "transfer"))
