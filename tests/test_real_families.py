@@ -276,7 +276,7 @@ def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines,
         assert torch.equal(latents(family, student), plain)
     page = transfer.main(transfer.Config(
         name=name, family=str(family.path), controls=[str(files[0])], targets=[student], prompts=TEXTS, seeds=2, scales=[0.0, 1.0],
-        draws=20, batch=2, out=str(tmp_path / "transfer"),
+        references=False, batch=2, out=str(tmp_path / "transfer"), cache=str(tmp_path / "cache"),
     ))  # fmt: skip
     (cell,) = json.loads((page.parent / "results.json").read_text())["cells"]
     assert (cell["source"], cell["target"]) == (f"{name}/{base}", f"{name}/{student}")

@@ -1,0 +1,301 @@
+"""Which blocks of a student still agree with its base, and what predicts that a control transfers.
+
+    python -m analysis.similarity [config=FILE] [key=value ...]
+
+Without arguments: tiny/base against each of its students, and all shipped controls; some minutes on a CPU. With control=FILE: members
+without against themselves with that control.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from analysis import record, similarity_page
+from analysis.directions import Start, directions, overlaps
+from analysis.prediction import points, predictors
+from analysis.report import number, ranged
+from analysis.representations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
+from analysis.stitching import stitch
+from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
+from controls import formats
+from controls.lora import Control, applied
+from models.evaluators import evaluators
+from models.families import DTYPES, Family
+
+SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
+PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
+Job = tuple[Path, Callable[[Path], None]]  # what makes a file, and where it goes
+
+
+@dataclass
+class Config:
+    name: str = "default"  # of the run folder
+    family: str = "tiny"  # a card in configs/families, or the path of one
+    source: str = ""  # the member the others are compared with; empty = the family's base
+    targets: list[str] = field(default_factory=list)  # members compared with it; empty = all others; with control: these with it
+    control: str = ""  # a control file: members without it against themselves with it, instead of member against member
+    scale: float = 1.0  # of that control
+    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files whose weights and directions are compared; [] = none
+    transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
+    prompts: list[str] = field(default_factory=list)  # empty = the family card's prompts
+    seeds: int = 16  # images per prompt
+    seed: int = 1000  # the first image seed, and that of permutations
+    blocks: str = "parts"  # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
+    grid: int = 1  # CKA: an activation is averaged to grid x grid positions; 1 = over all positions; memory grows as its 4th power
+    spread_grid: int = 4  # variance over seeds: of maps of so many positions per side
+    neighbours: int = 10  # k of the mutual nearest neighbours
+    kept: int = 512  # samples kept for intervals, permutations, neighbours, maps between blocks; CKA itself keeps none
+    draws: int = 100  # permutations of the prompts for the null
+    stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
+    batch: int = 48  # images sampled at once
+    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    out: str = "runs/similarity"  # the run is written to out/name
+    overwrite: bool = False  # start afresh instead of continuing
+    wandb: str = "auto"  # auto, online, offline, disabled
+
+
+def main(cfg: Config) -> Path:
+    """Compares, prints the tables and returns the path of the page."""
+    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    check(cfg)
+    shown, control = [read(path) for path in cfg.controls] if not cfg.control else [], read(cfg.control) if cfg.control else None
+    transfer = retentions(cfg.transfer) if shown else []
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
+    cfg.prompts = cfg.prompts or family.card.prompts
+    pairs = pairs_of(cfg, family, control)
+    measure = measure_of(cfg)
+    fits(family, pairs, shown, cfg.blocks)
+    folder = Path(cfg.out) / cfg.name
+    if accelerator.is_main_process:
+        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "transfer"))
+    accelerator.wait_for_everyone()
+
+    todo = chunks(cfg.prompts, cfg.seeds, cfg.seed, cfg.batch)
+    firsts = list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
+    work(walks(family, firsts, todo, folder), "sampling", accelerator)
+    quiet = not accelerator.is_main_process
+    work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), "measuring", accelerator)
+    if not accelerator.is_main_process:
+        return folder / "report.html"
+
+    cells = gather(folder, pairs, shown)
+    for who, rows in points(cells, transfer).items():
+        cells += [{"what": "point", "evaluator": who, **row} for row in rows] + predictors(rows, who, seed=cfg.seed)
+    results = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
+               "seconds": round(time.time() - start, 1), "config": asdict(cfg), "cells": cells}  # fmt: skip
+    record.write(results, folder)
+    page = similarity_page.build(folder)
+    show(cells)
+    print(f"{time.time() - start:.0f} seconds; report: {page}")
+    with tracking.start(folder, asdict(cfg), "analysis.similarity", control.card.name if control else cfg.family, cfg.wandb) as tracker:
+        track(cells, folder, tracker)
+    return page
+
+
+def check(cfg: Config) -> None:
+    """What can be wrong before anything is loaded."""
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
+    if cfg.seeds < 2:
+        raise UserError(f"seeds must be at least 2, for the variance over seeds; got {cfg.seeds}")
+    for key in ("grid", "neighbours", "draws", "batch"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
+    if cfg.spread_grid < cfg.grid or cfg.spread_grid % cfg.grid:
+        raise UserError(f"spread_grid must be a multiple of grid; got {cfg.spread_grid} and {cfg.grid}")
+    if not 0 <= cfg.stitch_seeds <= cfg.seeds:
+        raise UserError(f"stitch_seeds must be 0 … {cfg.seeds}, the seeds of a prompt; got {cfg.stitch_seeds}")
+
+
+def read(path: str) -> Control:
+    """A control file, as given or relative to the project."""
+    return formats.load(path if Path(path).is_file() else ROOT / path)
+
+
+def pairs_of(cfg: Config, family: Family, control: Control | None) -> list[Pair]:
+    """What is compared with what. Raises UserError for a member that the family does not have."""
+    source = cfg.source or family.card.base
+    named = [name for name in (source, *cfg.targets) if name not in family.card.members]
+    if named:
+        raise UserError(f"no member {named[0]!r} in family {family.card.name}: there are {', '.join(family.card.members)}")
+    if control:
+        return [Pair(name, name, control, cfg.scale) for name in cfg.targets or [source]]
+    targets = cfg.targets or [name for name in family.card.members if name != source]
+    if source in targets:
+        raise UserError(f"{source} against itself says nothing; give other targets, or control=FILE")
+    return [Pair(source, name) for name in targets]
+
+
+def measure_of(cfg: Config) -> Measure:
+    """How activations become numbers. Raises UserError where there are too few samples."""
+    kept = min(cfg.seeds, max(2, cfg.kept // max(1, len(cfg.prompts))))
+    samples = kept * len(cfg.prompts)
+    if samples < 4:
+        raise UserError(f"at least 4 samples are needed, prompts x seeds; got {samples}")
+    if cfg.neighbours >= samples:
+        raise UserError(f"neighbours must be below the {samples} samples that are kept; got {cfg.neighbours}")
+    return Measure(cfg.blocks, cfg.grid, cfg.spread_grid, cfg.neighbours, kept, cfg.draws, cfg.seed)
+
+
+def fits(family: Family, pairs: list[Pair], controls: list[Control], kind: str) -> None:
+    """A misfit of members or controls is said now, not after minutes of sampling."""
+    for pair in pairs:
+        shared_blocks(family.member(pair.first), family.member(pair.second), kind)
+    names = [control.card.name for control in controls]
+    if len(set(names)) < len(names):
+        raise UserError(f"controls must be files of different names; got {', '.join(names)}")
+    for control in [*controls, *(pair.control for pair in pairs if pair.control)]:
+        with applied(family.member(control.card.member).denoiser.net, control, 1.0, family.card.name):
+            pass
+
+
+def retentions(folder: str) -> list[dict]:
+    """The cells of a run of analysis.transfer; none, and a line that says how to make them, where there is no such run."""
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        print(f"no {path}, so nothing to predict; python -m analysis.transfer config=configs/transfer/all.yaml makes it")
+        return []
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [cell for cell in cells if {"control", "source", "target", "retention"} <= cell.keys()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not the record of analysis.transfer; run that again, or give another transfer=") from None
+
+
+def work(jobs: list[Job], label: str, accelerator: Accelerator) -> None:
+    """Makes the files that are not there yet, this process its share of them, and waits for the others."""
+    todo = [(path, make) for path, make in jobs if not path.exists()]
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    for path, make in tqdm(mine, label, unit="job", disable=not accelerator.is_main_process):
+        make(path)
+    accelerator.wait_for_everyone()
+
+
+def walks(family: Family, members: list[str], todo: list[Chunk], folder: Path) -> list[Job]:
+    """The own runs of the members with which others are compared."""
+    return [(walked(folder, name, chunk), partial(walk, family, name, chunk)) for name in members for chunk in todo]
+
+
+def walked(folder: Path, member: str, chunk: Chunk) -> Path:
+    return folder / "trajectories" / member / chunk.file
+
+
+def measurements(
+    cfg: Config, family: Family, pairs: list[Pair], controls: list[Control], todo: list[Chunk], measure: Measure, folder: Path, quiet: bool
+) -> list[Job]:
+    """Comparisons, stitched networks and controls: one job and one JSON file of cells each."""
+
+    def comparison(pair: Pair, path: Path) -> None:
+        keep(compare(family, pair, todo, measure, partial(walked, folder, pair.first), quiet), path)
+
+    def stitches(pair: Pair, path: Path) -> None:
+        texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]
+        seeds = [cfg.seed + p * cfg.seeds + s for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
+        eyes = evaluators(family.card, family.device)
+        cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes, cfg.batch)
+        record.picture(pictures, folder / f"images/stitch/{pair.file}.png")
+        keep(cells, path)
+
+    grounds: list[Start] = []
+
+    def direction(control: Control, path: Path) -> None:
+        if not grounds:
+            grounds.append(ground(cfg, family, todo, folder))
+        keep(directions(family, control, grounds[0]), path)
+
+    files = files_of(folder, pairs, controls)
+    jobs: list[Job] = [(files[f"compare/{pair.file}"], partial(comparison, pair)) for pair in pairs]
+    if cfg.stitch_seeds:
+        jobs += [(files[f"stitch/{pair.file}"], partial(stitches, pair)) for pair in pairs if not pair.control]
+    jobs += [(files[f"control/{control.card.name}"], partial(direction, control)) for control in controls]
+    return jobs + ([(files["overlap"], lambda path: keep(overlaps(controls), path))] if controls else [])
+
+
+def files_of(folder: Path, pairs: list[Pair], controls: list[Control]) -> dict[str, Path]:
+    """Where the cells of each job are, in the order of the record."""
+    names = [f"{job}/{pair.file}" for job in ("compare", "stitch") for pair in pairs]
+    return {name: folder / f"cells/{name}.json" for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]}
+
+
+@torch.no_grad()
+def ground(cfg: Config, family: Family, todo: list[Chunk], folder: Path) -> Start:
+    """Finished latents of the base, the first seeds of every prompt, and the noise that is added to them."""
+    base = family.member(family.card.base)
+    firsts = [chunk for chunk in todo if chunk.first == 0]
+    x0 = torch.cat([load_file(walked(folder, family.card.base, chunk))["x0"][:PROMPT_SEEDS] for chunk in firsts]).to(family.device)
+    eps = torch.cat([spare_noise(family, base, chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts])
+    counts = [len(chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts]
+    told = family.encode([chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)])
+    return Start(told, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), cfg.batch)
+
+
+def keep(cells: list[dict], path: Path) -> None:
+    """Cells as JSON, whole or not at all."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(cells, allow_nan=False))
+
+
+def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dict]:
+    """The cells of all jobs."""
+    return [cell for path in files_of(folder, pairs, controls).values() if path.is_file() for cell in json.loads(path.read_text())]
+
+
+def show(cells: list[dict]) -> None:
+    """Prints CKA and the variance over seeds per comparison and step, then what predicts retention."""
+    table = Table(title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first (means over blocks)")
+    for head in ("comparison", "step", "t", "CKA, same inputs", "lowest block", "CKA, own", "seed variance, own", "seeds' share"):
+        table.add_column(head)
+    for row in similarity_page.by_step(cells):
+        table.add_row(row["comparison"], str(row["step"] + 1), f"{row['t']:.0f}", number(row["forced"]), f"{row['lowest']} "
+                      f"{number(row['lowest_cka'])}", number(row["own"]), number(row["seed_variance"]),
+                      " against ".join(number(row["shares"][side]) for side in (1, 0)))  # fmt: skip
+    Console(width=max(120, Console().width)).print(table)
+    found = [c for c in cells if c["what"] == "predictor"]
+    if found:
+        table = Table(title=f"What predicts retention: {found[0]['points']} points of {found[0]['controls']} controls")
+        for head in ("evaluator", "predictor", "Spearman [95 %]", "one control left out", "R² foretold", "lowest without one"):
+            table.add_column(head)
+        for c in found:
+            left = f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}"
+            table.add_row(c["evaluator"], c["predictor"], ranged(c["spearman"]), left, number(c["foretold"]),
+                          number(c["foretold_without_one"]["value"]))  # fmt: skip
+        Console(width=max(120, Console().width)).print(table)
+
+
+def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
+    """Logs every kind of cell as a table, the maps of CKA as tables blocks x steps, stitched pictures, the record as an artifact."""
+    blocks = [c for c in cells if c["what"] == "block"]
+    columns = ["comparison", "inputs", "block", "step", "cka", "null high", "standardised", "procrustes", "neighbours", "seed variance"]
+    tracker.table("blocks", columns, [[c["comparison"], c["inputs"], c["block"], c["step"], c["cka"]["value"], c["null"]["high"],
+                  c["standardised"], c["procrustes"], c["neighbours"], c["seed_variance"]["value"]] for c in blocks])  # fmt: skip
+    for name, inputs in dict.fromkeys((c["comparison"], c["inputs"]) for c in blocks):
+        steps, rows = similarity_page.table(blocks, name, inputs, lambda c: c["cka"]["value"])
+        tracker.table(f"cka/{name}/{inputs}", ["block", *(f"step {s + 1}" for s in steps)], [[block, *row] for block, row in rows.items()])
+    found = [c for c in cells if c["what"] == "predictor"]
+    if found:
+        tracker.table("predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "foretold"],
+                      [[c["evaluator"], c["predictor"], c["points"], *c["spearman"].values(), c["foretold"]] for c in found])  # fmt: skip
+    for row in similarity_page.by_step(cells):
+        means = {f"cka/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in similarity_page.INPUTS}
+        tracker.log({name: value for name, value in means.items() if value is not None})
+    for path in sorted((folder / "images/stitch").glob("*.png")):
+        tracker.image(f"stitch/{path.stem}", path, "in columns: first, second, first's down half with second's up half, the reverse")
+    for name in dict.fromkeys(c["control"] for c in cells if c["what"] == "direction"):
+        tracker.uses(name)
+    tracker.artifact(folder / "results.json", f"similarity-{folder.name}", "results")
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))
