@@ -185,9 +185,10 @@ class Neighbours:
     inside: int = 0  # images in some ball of the reference
     balls: int = 0  # balls that hold an image, summed over images
     first: list[np.ndarray] = field(default_factory=list)
+    radii: np.ndarray | None = None  # of the reference, (R,); found where not given
 
     def __post_init__(self):
-        self.radii = radii(self.reference, self.k)
+        self.radii = radii(self.reference, self.k) if self.radii is None else self.radii
         self.met = np.zeros(len(self.reference), dtype=bool)
 
     def add(self, features: np.ndarray) -> "Neighbours":

@@ -118,10 +118,14 @@ class Stage:
         return cls(member, tuple(level if level in member.levels else LAWS[member.law][1](level.ratio) for level in levels))
 
     @property
+    def members(self) -> list[Member]:
+        """Who is asked at each level."""
+        return [self.member, *([self.mix.beside] if self.mix and self.mix.beside else [])]
+
+    @property
     def evaluations(self) -> int:
-        """Network evaluations per image, all told."""
-        asked = [self.member, *([self.mix.beside] if self.mix and self.mix.beside else [])]
-        return len(self.levels) * sum(1 if member.guidance is None else 2 for member in asked)
+        """Network evaluations per image."""
+        return len(self.levels) * sum(1 if member.guidance is None else 2 for member in self.members)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,11 @@ class Plan:
     def evaluations(self) -> int:
         """Network evaluations per image, guidance's second one included."""
         return sum(stage.evaluations for stage in self.stages)
+
+    @property
+    def members(self) -> list[Member]:
+        """Who is asked, stage by stage."""
+        return [member for stage in self.stages for member in stage.members]
 
 
 def alone(member: Member) -> Plan:
