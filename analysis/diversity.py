@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import diversity_page, record
+from analysis import diversity_page, record, sheets
 from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
@@ -35,6 +35,7 @@ FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(
 KINDS = {"clip": "cosine"}  # evaluator: how its features are compared; the others by half the squared distance
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # parts of the captions: what the jackknife of the quality numbers leaves out
+FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "wandb", "out")  # what a continued run may change
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
@@ -83,7 +84,7 @@ def main(cfg: Config) -> Path:
     eyes = evaluators(family.card, accelerator.device)
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch", "draws"))
+        run_folder(cfg, folder, cfg.overwrite, free=FREE)
     accelerator.wait_for_everyone()
 
     parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(BLOCKS if texts else 0)]
@@ -135,12 +136,11 @@ def plans_of(cfg: Config, family: Family) -> dict[tuple[str, str], Callable[[], 
     """
     base, others = family.member(family.card.base), [name for name in family.card.members if name != family.card.base]
     found: dict[tuple[str, str], Callable[[], Plan]] = {}
-    for name in cfg.students or others:
-        if name == family.card.base:
-            raise UserError(f"{name} is the base itself; students are {', '.join(others)}")
-        student = family.member(name)
-        for text in cfg.plans:
-            make = partial(named, text, base, student)
+    if family.card.base in cfg.students:
+        raise UserError(f"{family.card.base} is the base itself; students are {', '.join(others)}")
+    for text in cfg.plans:
+        for name in cfg.students or others:
+            make = partial(named, text, base, family.member(name))
             make()  # a mistake is said now, not after an hour of drawing
             found[family.card.base if text.split("(")[0] in OF_THE_BASE else name, text] = make
     return found
@@ -160,7 +160,7 @@ def images_of(family: Family, plan: Plan, texts: list[str], seeds: list[int], ba
 def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], p: int, path: Path) -> None:
     """How far apart the seeds of one prompt are at each step, as one safetensors file of numbers and a few pictures."""
     spreads = {name: [Spread(KINDS.get(name, "squared")) for _ in range(plan.steps)] for name in eyes}
-    agrees, pictures, word = np.zeros(plan.steps), torch.empty(0), eyes["clip"].texts([cfg.prompts[p]])[0]
+    agrees, pictures, word = np.zeros(plan.steps), torch.empty(0, dtype=torch.uint8), eyes["clip"].texts([cfg.prompts[p]])[0]
     seeds = [cfg.seed + p * cfg.seeds + i for i in range(cfg.seeds)]
     for t, images in images_of(family, plan, [cfg.prompts[p]] * cfg.seeds, seeds, cfg.batch, steps=True):
         features = {name: eye.features(images) for name, eye in eyes.items()}
@@ -168,12 +168,12 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
             spreads[name][t].add(values)
         agrees[t] += (features["clip"] @ word).sum() / cfg.seeds
         if t + 1 == plan.steps:
-            pictures = torch.cat([pictures, images])[:SHOWN]
+            pictures = torch.cat([pictures, sheets.thumbs(images)])[:SHOWN]
     tensors = {name: torch.tensor([list(s.distance().values()) for s in spread], dtype=torch.float64) for name, spread in spreads.items()}
     tensors["vendi"] = torch.tensor([s.vendi() for s in spreads["clip"]], dtype=torch.float64)
     tensors["agreement"] = torch.from_numpy(100 * agrees)
     tensors["t"] = torch.tensor([level.t for stage in plan.stages for level in stage.levels], dtype=torch.float64)
-    tensors["pictures"] = ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()
+    tensors["pictures"] = pictures.contiguous()
     with replacing(path) as new:
         save_file(tensors, new)
 
@@ -276,11 +276,11 @@ def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> 
 
 
 def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
-    """One sheet per student: its plans in rows, beside the base, the seeds of the first prompt in columns."""
+    """One sheet per student: its plans in rows, the seeds of the first prompt in columns."""
     for student in dict.fromkeys(c["student"] for c in cells):
-        rows = {c["plan"]: load_file(folder / Job(c["student"], c["plan"], "prompt-0").file)["pictures"] for c in cells
-                if c["student"] == student}  # fmt: skip
-        record.overview(rows, [""] * min(SHOWN, cfg.seeds), folder / f"images/{student}.png", zoom=1)
+        plans = [c["plan"] for c in cells if c["student"] == student]
+        rows = [(plan, list(load_file(folder / Job(student, plan, "prompt-0").file)["pictures"])) for plan in plans]
+        sheets.sheet(rows, [str(cfg.seed + k) for k in range(min(SHOWN, cfg.seeds))], folder / f"images/{student}.png")
 
 
 def show(cells: list[dict]) -> None:

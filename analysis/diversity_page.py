@@ -130,10 +130,10 @@ def findings(cells: list[dict], student: str, base: str) -> list[str]:
 def over_steps(cells: list[dict], student: str, base: str, name: str) -> str:
     """Diversity of x0 over the noise level: base, student, hybrid."""
     chosen = {base: pick(cells, base, "base"), **{plan: pick(cells, student, plan) for plan in TRACED}}
-    curves = {label.replace("student", student): [(-step["t"], p) for step, p in zip(cell["steps"], cell["diversity"][name], strict=True)]
+    curves = {label.replace("student", student): [(step["t"], p) for step, p in zip(cell["steps"], cell["diversity"][name], strict=True)]
               for label, cell in chosen.items() if cell}  # fmt: skip
     title = f"{student}: diversity over the noise level by {name}"
-    return figure(f"{student}, by {name}", lines(curves, "−t (noise level)", "", title))
+    return figure(f"{student}, by {name}", lines(curves, "noise level t", "", title, falling=True))
 
 
 def by_prompt(cells: list[dict], student: str, base: str) -> str:

@@ -125,13 +125,15 @@ def picture(path: Path, alt: str, pixels: bool = False) -> str:
 class Axes:
     """A frame with round ticks that places values: `x(value)`, `y(value)` in the pixels of an SVG."""
 
-    def __init__(self, xs: list[float], ys: list[float], size: tuple[int, int] = (460, 300), right: int = 100, left: int = 60):
+    def __init__(self, xs: list[float], ys: list[float], size: tuple[int, int] = (460, 300), right: int = 100, left: int = 60, falling=False):
+        self.falling = falling  # x from large to small
         self.width, self.height = size
         self.left, self.right, self.top, self.bottom = left, right, 10, 38
         (self.x0, self.x1), (self.y0, self.y1) = _padded(xs), _padded(ys)
 
     def x(self, value: float) -> float:
-        return self.left + (value - self.x0) / (self.x1 - self.x0) * (self.width - self.left - self.right)
+        share = (value - self.x0) / (self.x1 - self.x0)
+        return self.left + (1 - share if self.falling else share) * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
         return self.top + (self.y1 - value) / (self.y1 - self.y0) * (self.height - self.top - self.bottom)
@@ -155,12 +157,12 @@ class Axes:
         return f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(title)}">\n{inside}\n</svg>'
 
 
-def lines(curves: dict[str, Curve], x_name: str, y_name: str, title: str) -> str:
-    """Curves with interval bands, each on its own xs, labelled at their right ends."""
+def lines(curves: dict[str, Curve], x_name: str, y_name: str, title: str, falling: bool = False) -> str:
+    """Curves with interval bands, each on its own xs, labelled at their last points; `falling` draws large xs at the left."""
     points = [(x, p) for curve in curves.values() for x, p in curve if p["value"] is not None]
     if not points:
         return ""
-    axes = Axes([x for x, _ in points], [v for _, p in points for v in p.values() if v is not None])
+    axes = Axes([x for x, _ in points], [v for _, p in points for v in p.values() if v is not None], falling=falling)
     parts = axes.frame(x_name, y_name)
     for i, curve in enumerate(curves.values()):
         known = [(x, p) for x, p in curve if p["value"] is not None]
@@ -230,4 +232,4 @@ def _padded(values: list[float]) -> tuple[float, float]:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    return (f"{value:.3g}" if abs(value) < 1000 else f"{value:g}").replace("-", "−")
