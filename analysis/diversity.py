@@ -34,7 +34,8 @@ from models.sample import Plan, draw_noise, named, sample
 FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(1)", "renoised(1)", "guided(1)", "cads(0.2)", "delta(0.8)"]
 KINDS = {"clip": "cosine"}  # evaluator: how its features are compared; the others by half the squared distance
 SHOWN = 8  # images of a prompt that the picture shows
-BLOCKS = 8  # parts of the captions: what the jackknife of the quality numbers leaves out
+BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
+BLOCK_SIZE = 64  # captions drawn and held at once, at most
 FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "wandb", "out")  # what a continued run may change
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
@@ -87,7 +88,7 @@ def main(cfg: Config) -> Path:
         run_folder(cfg, folder, cfg.overwrite, free=FREE)
     accelerator.wait_for_everyone()
 
-    parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(BLOCKS if texts else 0)]
+    parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
     jobs = [Job(student, plan, part) for student, plan in plans for part in parts]
     todo = [job for job in jobs if not (folder / job.file).exists()]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -100,7 +101,7 @@ def main(cfg: Config) -> Path:
         return folder / "report.html"
 
     judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
-    cells = cells_of(cfg, family.card.base, list(plans), list(eyes), judge, folder)
+    cells = cells_of(cfg, family.card.base, list(plans), list(eyes), judge, blocks_of(texts), folder)
     results = {"schema": 1, "recipe": "analysis.diversity", "command": command(), "versions": versions(),
                "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
                "evaluators": list(eyes), "base": family.card.base, "fronts": diversity_page.fronts(cells, family.card.base),
@@ -181,26 +182,34 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
 @torch.no_grad()
 def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], texts: list[str], b: int, path: Path) -> None:
     """One block of the captions, an image each: features, and what it cost, from the words to the pixels, the base's steps included."""
-    rows = range(b, len(texts), BLOCKS)
+    rows = range(b, len(texts), blocks_of(texts))
     told, seeds = [texts[r] for r in rows], [cfg.seed + 500_000 + r for r in rows]
     asked = {id(member.denoiser): member.denoiser for member in plan.members}.values()
-    before, start = sum(denoiser.evaluations for denoiser in asked), time.perf_counter()
-    batches = [images for _, images in images_of(family, plan, told, seeds, cfg.batch, steps=False)]
-    seconds, evaluations = time.perf_counter() - start, (sum(denoiser.evaluations for denoiser in asked) - before) / len(batches)
-    tensors = {name: torch.from_numpy(eye.features(torch.cat(batches))).float() for name, eye in eyes.items()}
+    before, seconds, found, start = sum(denoiser.evaluations for denoiser in asked), 0.0, {name: [] for name in eyes}, time.perf_counter()
+    for _, images in images_of(family, plan, told, seeds, cfg.batch, steps=False):
+        seconds += time.perf_counter() - start
+        for name, eye in eyes.items():
+            found[name].append(torch.from_numpy(eye.features(images)).float())
+        start = time.perf_counter()
+    evaluations = (sum(denoiser.evaluations for denoiser in asked) - before) / len(found["clip"])
     words = torch.from_numpy(eyes["clip"].texts(told)).float()
     cost = torch.tensor([seconds / len(rows), evaluations], dtype=torch.float64)
     with replacing(path) as new:
-        save_file({**tensors, "words": words, "cost": cost}, new)
+        save_file({**{name: torch.cat(parts) for name, parts in found.items()}, "words": words, "cost": cost}, new)
 
 
-def cells_of(cfg: Config, base: str, plans: list[tuple[str, str]], evaluators: list[str], judge: Judge | None, folder: Path) -> list[dict]:
-    """A cell per student and plan."""
+def blocks_of(texts: list[str]) -> int:
+    """How many blocks the captions are drawn in: of at most BLOCK_SIZE, so that no block grows with their number."""
+    return max(BLOCKS, -(-len(texts) // BLOCK_SIZE)) if texts else 0
+
+
+def cells_of(cfg: Config, base: str, plans: list, evaluators: list[str], judge: Judge | None, blocks: int, folder: Path) -> list[dict]:
+    """A cell per (student, plan)."""
     found = {key: gather(cfg, *key, evaluators, folder) for key in plans}
     cells = []
     for (student, plan), own in tqdm(found.items(), "numbers", unit="cell"):
         cell = {"student": student, "plan": plan, **summary(cfg, own, found[base, "base"], found.get((student, "student")), evaluators)}
-        cells.append(cell | (scored(judge, student, plan, BLOCKS, folder) if judge else {}))
+        cells.append(cell | (scored(judge, student, plan, blocks, folder) if judge else {}))
     return cells
 
 
@@ -264,15 +273,15 @@ def recovery(cfg: Config, own: np.ndarray, base: np.ndarray, student: np.ndarray
 
 
 def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> dict:
-    """Quality with intervals, and the cost of an image."""
-    files = [load_file(folder / Job(student, plan, f"block-{b}").file) for b in range(blocks)]
-    found = [{key: value.double().numpy() for key, value in file.items()} for file in files]
-    return {
-        "quality": {name: {end: float(v) for end, v in interval.items()} for name, interval in judge(found).items()},
-        "seconds": float(np.median([block["cost"][0] for block in found])),
-        "evaluations": float(found[0]["cost"][1]),
-        "captions": sum(len(block["clip"]) for block in found),
-    }
+    """Quality with intervals, and the cost of an image; one block is held at a time."""
+    tallies, costs, images = [judge.tally() for _ in range(BLOCKS)], [], 0
+    for b in range(blocks):
+        block = {key: value.double().numpy() for key, value in load_file(folder / Job(student, plan, f"block-{b}").file).items()}
+        judge.add(tallies[b % BLOCKS], block)
+        costs.append(block["cost"])
+        images += len(block["words"])
+    seconds, evaluations = np.median(costs, 0).tolist()
+    return {"quality": judge.jackknife(tallies), "seconds": seconds, "evaluations": evaluations, "captions": images}
 
 
 def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:

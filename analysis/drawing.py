@@ -125,7 +125,7 @@ def picture(path: Path, alt: str, pixels: bool = False) -> str:
 class Axes:
     """A frame with round ticks that places values: `x(value)`, `y(value)` in the pixels of an SVG."""
 
-    def __init__(self, xs: list[float], ys: list[float], size: tuple[int, int] = (460, 300), right: int = 100, left: int = 60, falling=False):
+    def __init__(self, xs: list[float], ys: list[float], size=(460, 300), right: int = 100, left: int = 60, falling: bool = False):
         self.falling = falling  # x from large to small
         self.width, self.height = size
         self.left, self.right, self.top, self.bottom = left, right, 10, 38
@@ -162,7 +162,8 @@ def lines(curves: dict[str, Curve], x_name: str, y_name: str, title: str, fallin
     points = [(x, p) for curve in curves.values() for x, p in curve if p["value"] is not None]
     if not points:
         return ""
-    axes = Axes([x for x, _ in points], [v for _, p in points for v in p.values() if v is not None], falling=falling)
+    values = [v for _, p in points for v in p.values() if v is not None]
+    axes = Axes([x for x, _ in points], values, falling=falling)
     parts = axes.frame(x_name, y_name)
     for i, curve in enumerate(curves.values()):
         known = [(x, p) for x, p in curve if p["value"] is not None]

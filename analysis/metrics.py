@@ -158,6 +158,9 @@ class Sharpness:
         self.entropy += float((p * np.log(np.clip(p, 1e-300, None))).sum())
         return self
 
+    def __add__(self, other: "Sharpness") -> "Sharpness":
+        return Sharpness(self.n + other.n, self.total + other.total, self.entropy + other.entropy)
+
     def score(self) -> float:
         """1 where all images look alike to the classifier, the number of classes where each is sure and all are met."""
         marginal = self.total / self.n
@@ -187,9 +190,11 @@ class Neighbours:
     first: list[np.ndarray] = field(default_factory=list)
     radii: np.ndarray | None = None  # of the reference, (R,); found where not given
 
+    met: np.ndarray | None = None  # which of the reference have an image in their ball, (R,)
+
     def __post_init__(self):
         self.radii = radii(self.reference, self.k) if self.radii is None else self.radii
-        self.met = np.zeros(len(self.reference), dtype=bool)
+        self.met = np.zeros(len(self.reference), dtype=bool) if self.met is None else self.met
 
     def add(self, features: np.ndarray) -> "Neighbours":
         """features: (n, d). Returns self."""
@@ -197,12 +202,17 @@ class Neighbours:
         room = len(self.reference) - self.n
         self.first += [np.asarray(features[:room], dtype=np.float64)] if room > 0 else []
         self.n, self.inside, self.balls = self.n + len(features), self.inside + int(within.any(0).sum()), self.balls + int(within.sum())
-        self.met |= within.any(1)
+        self.met = self.met | within.any(1)
         return self
+
+    def __add__(self, other: "Neighbours") -> "Neighbours":
+        """Both sets of images against the same reference."""
+        counts = (self.n + other.n, self.inside + other.inside, self.balls + other.balls)
+        return Neighbours(self.reference, self.k, *counts, self.first + other.first, self.radii, self.met | other.met)
 
     def scores(self) -> dict[str, float]:
         """The four numbers. Raises ValueError where there are no more than k images."""
-        own = np.concatenate(self.first)
+        own = np.concatenate(self.first)[: len(self.reference)]
         recall = (_squares(own, self.reference) <= radii(own, self.k)[:, None] ** 2).any(0).mean()
         return {"precision": self.inside / self.n, "recall": float(recall), "density": self.balls / (self.k * self.n),
                 "coverage": float(self.met.mean())}  # fmt: skip

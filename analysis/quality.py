@@ -1,6 +1,9 @@
 """What images are compared with and how well they do: real pictures, captions, Fréchet, Inception-style, CLIP, neighbours, by blocks."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -56,35 +59,59 @@ def opened(files: list[Path], size_px: int) -> Tensor:
     return world.to_unit(torch.stack(rows).permute(0, 3, 1, 2))
 
 
+@dataclass
+class Tally:
+    """What is kept of a set of images: sums, and for recall a bounded number of features. Two tallies add up."""
+
+    sharp: Sharpness
+    agreement: Moments  # of the similarity to the caption
+    moments: dict[str, Moments]  # per evaluator
+    near: dict[str, Neighbours]
+
+    def __add__(self, other: "Tally") -> "Tally":
+        moments, near = ({name: a[name] + b[name] for name in a} for a, b in ((self.moments, other.moments), (self.near, other.near)))
+        return Tally(self.sharp + other.sharp, self.agreement + other.agreement, moments, near)
+
+
 class Judge:
-    """The quality numbers of blocks of images. A block is a dict of features per evaluator, and of its captions' CLIP `words`."""
+    """The quality numbers of images, from their features per evaluator and their captions' CLIP `words`."""
 
     def __init__(self, eyes: dict[str, Evaluator], labels: list[str], real: Batches | None, k: int):
         """labels: classes of the Inception-style score, told apart by CLIP. k: neighbours."""
         self.labels, self.heat = eyes["clip"].texts(labels), eyes["clip"].model.logit_scale.exp().item()
-        self.real = {name: np.concatenate([eye.features(batch) for batch in real()]) for name, eye in eyes.items()} if real else {}
-        self.moments = {name: Moments().add(features) for name, features in self.real.items()}
-        self.neighbours = {name: Neighbours(features, k) for name, features in self.real.items()}
+        found: dict[str, list] = {name: [] for name in eyes}
+        for batch in real() if real else ():
+            for name, eye in eyes.items():
+                found[name].append(eye.features(batch))
+        self.real = {name: Neighbours(np.concatenate(parts), k) for name, parts in found.items() if parts}
+        self.moments = {name: Moments().add(near.reference) for name, near in self.real.items()}
 
-    def numbers(self, blocks: list[dict]) -> dict[str, float]:
+    def tally(self) -> Tally:
+        """An empty one."""
+        near = {name: Neighbours(one.reference, one.k, radii=one.radii) for name, one in self.real.items()}
+        return Tally(Sharpness(), Moments(), {name: Moments() for name in self.real}, near)
+
+    def add(self, tally: Tally, block: dict[str, np.ndarray]) -> None:
+        """Adds a block: features (n, d) per evaluator, words (n, d)."""
+        tally.sharp.add(softmax(self.heat * block["clip"] @ self.labels.T))
+        tally.agreement.add((block["clip"] * block["words"]).sum(1, keepdims=True))
+        for name in self.real:
+            tally.moments[name].add(block[name])
+            tally.near[name].add(block[name])
+
+    def numbers(self, tally: Tally) -> dict[str, float]:
         """Inception-style score, CLIP score; per evaluator Fréchet distance, precision, recall, density, coverage."""
-        sharp, agreement = Sharpness(), np.concatenate([(block["clip"] * block["words"]).sum(1) for block in blocks])
-        for block in blocks:
-            sharp.add(softmax(self.heat * block["clip"] @ self.labels.T))
-        found = {"inception": sharp.score(), "clip": 100 * float(agreement.mean())}
-        for name, features in self.real.items():
-            moments, near = Moments(), Neighbours(features, self.neighbours[name].k, radii=self.neighbours[name].radii)
-            for block in blocks:
-                moments.add(block[name])
-                near.add(block[name])
-            found |= {f"{key}_{name}": value for key, value in {"frechet": moments.frechet(self.moments[name]), **near.scores()}.items()}
+        found = {"inception": tally.sharp.score(), "clip": 100 * float(tally.agreement.mean[0])}
+        for name, moments in tally.moments.items():
+            scores = {"frechet": moments.frechet(self.moments[name]), **tally.near[name].scores()}
+            found |= {f"{key}_{name}": float(value) for key, value in scores.items()}
         return found
 
-    def __call__(self, blocks: list[dict]) -> dict[str, dict]:
-        """Each number with a 95 % interval from the jackknife over blocks."""
-        value, n = self.numbers(blocks), len(blocks)
-        without = [self.numbers(blocks[:i] + blocks[i + 1 :]) for i in range(n)]
-        errors = {name: ((n - 1) ** 2 / n * np.var([w[name] for w in without], ddof=1)) ** 0.5 for name in value}
+    def jackknife(self, tallies: list[Tally]) -> dict[str, dict]:
+        """The numbers of all tallies together, with 95 % intervals from leaving out one after the other."""
+        n, value = len(tallies), self.numbers(reduce(add, tallies))
+        without = [self.numbers(reduce(add, tallies[:i] + tallies[i + 1 :])) for i in range(n)]
+        errors = {name: float(((n - 1) ** 2 / n * np.var([w[name] for w in without], ddof=1)) ** 0.5) for name in value}
         return {name: {"value": v, "low": v - Z * errors[name], "high": v + Z * errors[name]} for name, v in value.items()}
 
 

@@ -17,9 +17,9 @@ from analysis.report import number
 COMMAND = "analysis.trace"
 NOTES = {
     "distance": "How far the x0 of each step is from the final image; 1 is how far two seeds of the base are apart (Fig 5).",
-    "commitment": "The first step whose x0 is within the tolerance of the final image: as a share of the steps, and as noise level t.",
-    "abandoned": "Images in which a concept is there at some step and gone in the end; in the second column it was not there at the first step. "
-    "A strip shows the x0 of every step.",
+    "commitment": "The first step whose x0 is within the tolerance of the final image: as a share of the steps and as noise level t.",
+    "abandoned": "Images in which a concept is there at some step and gone in the end; in the second column it was not there at the first "
+    "step. A strip shows the x0 of every step.",
     "effect": "The effect of the control on the x0 of each step, over the share of the steps.",
     "parts": "What is left of the control's effect when it acts on a part of the noise levels alone; 1 = all of it.",
     "sheets": "As the paper's Fig 4: x_t above, x0 below, the share of the steps in columns.",

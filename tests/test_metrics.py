@@ -78,6 +78,7 @@ def test_sharpness_closed_forms():
     p = np.random.default_rng(0).dirichlet(np.ones(3), 50)
     by_hand = np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p]))
     assert Sharpness().add(p[:20]).add(p[20:]).score() == pytest.approx(by_hand)
+    assert (Sharpness().add(p[:20]) + Sharpness().add(p[20:])).score() == pytest.approx(by_hand)
 
 
 def brute(reference, images, k):
@@ -97,6 +98,8 @@ def test_neighbours_against_plain_loops(k):
     found = Neighbours(reference, k).add(images[:10]).add(images[10:]).scores()
     assert found == pytest.approx(brute(reference, images, k))
     assert 0 < found["recall"] < 1 and 0 < found["precision"]
+    apart = [Neighbours(reference, k).add(part) for part in (images[:10], images[10:])]
+    assert (apart[0] + apart[1]).scores() == pytest.approx(found)
 
 
 def test_neighbours_at_the_ends():
