@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from analysis import diversity_page, record, sheets
 from analysis.drawing import shown
-from analysis.metrics import Spread
+from analysis.metrics import Spread, spanned
 from analysis.quality import Judge, against
 from analysis.report import number
 from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
@@ -244,13 +244,6 @@ def resampled(cfg: Config, *values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """Means over prompts of per-prompt values, as they are (K,) and in each bootstrap draw of prompts (n, K), the same draws for all."""
     table = np.stack(values, -1)[:, None]                                                        # (P, 1, K)
     return table.mean((0, 1)), stats.curves(table, cfg.draws, cfg.seed)
-
-
-def spanned(value: float, draws: np.ndarray) -> dict:
-    """An interval from bootstrap draws."""
-    low, high = stats.interval(draws)
-    numbers = {"value": float(value), "low": low, "high": high}
-    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
 def mean(cfg: Config, values: np.ndarray) -> dict:

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from controls.stats import interval
+
 Z = 1.959964  # 97.5 % point of the normal
+
+
+def spanned(value: float, draws: np.ndarray) -> dict:
+    """A value with the 95 % interval of its bootstrap draws, for JSON: what is not finite becomes None."""
+    numbers = dict(zip(("value", "low", "high"), (float(value), *interval(draws)), strict=True))
+    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
 def distances(features: np.ndarray, kind: str = "cosine") -> np.ndarray:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from analysis import record, sheets, trace_page
 from analysis.drawing import shown
+from analysis.metrics import spanned
 from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats, stats
 from controls.effect import cosine
@@ -278,12 +279,6 @@ def estimate(cfg: Config, values: np.ndarray) -> list[dict]:
     """Means over prompts and seeds of values (P, S, K), with intervals from the bootstrap over prompts and seeds."""
     draws = stats.curves(values, cfg.draws, cfg.seed)
     return [spanned(value, column) for value, column in zip(values.mean((0, 1)), draws.T, strict=True)]
-
-
-def spanned(value: float, draws: np.ndarray) -> dict:
-    """An interval from bootstrap draws; what is not finite becomes None."""
-    numbers = dict(zip(("value", "low", "high"), (float(value), *stats.interval(draws)), strict=True))
-    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
 def committed(cfg: Config, own: dict, unit: dict[str, float]) -> dict:
