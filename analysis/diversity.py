@@ -259,10 +259,11 @@ def ratio(cfg: Config, above: np.ndarray, below: np.ndarray) -> dict:
 
 
 def recovery(cfg: Config, own: np.ndarray, base: np.ndarray, student: np.ndarray) -> dict:
-    """(plan - student) / (base - student): 0 at the student, 1 at the base; undefined where the student's loss cannot be told from none."""
+    """(plan - student) / (base - student): 0 at the student, 1 at the base; undefined where no loss of the student can be told."""
     (gained, lost), draws = resampled(cfg, own - student, base - student)
-    low, high = stats.interval(draws[:, 1])
-    return dict(stats.UNDEFINED) if low <= 0 <= high else spanned(gained / lost, draws[:, 0] / draws[:, 1])
+    if stats.interval(draws[:, 1])[0] <= 0:
+        return dict(stats.UNDEFINED)
+    return spanned(gained / lost, draws[:, 0] / draws[:, 1])
 
 
 def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> dict:

@@ -13,26 +13,27 @@ from analysis.drawing import figure, figures, forest, lines, scatter, section, s
 from analysis.report import number
 
 COMMAND = "analysis.diversity"
-SWEEPS = {  # plan: what its argument is; Fig 7 of the paper is the first three
-    "guided": "guidance of the base in step 1",
-    "hybrid": "steps given to the base, from the first on",
-    "schedule": "steps of the base's own schedule",
-    "late": "steps given to the base, from the last on",
-    "only": "the one step given to the base",
-    "base": "steps of the base alone",
-    "renoised": "steps given to the base, with fresh noise",
-    "attenuate": "share of x0 kept in step 1",
-    "other": "share of x0 kept, the rest another seed's",
-    "blend": "share of x0 kept, the rest the base's",
-    "pink": "exponent of the initial noise",
-    "cads": "noise on the prompt",
-    "delta": "strength of the distillation delta",
+SWEEPS = {  # plan: what its argument is, and the argument at which the plan is the student; Fig 7 of the paper is the first three
+    "guided": ("guidance of the base in step 1", None),
+    "hybrid": ("steps given to the base, from the first on", 0),
+    "schedule": ("steps of the base's own schedule", None),
+    "late": ("steps given to the base, from the last on", 0),
+    "only": ("the one step given to the base", None),
+    "skip": ("steps left out", 0),
+    "base": ("steps of the base alone", None),
+    "renoised": ("steps given to the base, with fresh noise", 0),
+    "attenuate": ("share of x0 kept in step 1", 1),
+    "other": ("share of x0 kept, the rest another seed's", 1),
+    "blend": ("share of x0 kept, the rest the base's", 1),
+    "pink": ("exponent of the initial noise", 0),
+    "cads": ("noise on the prompt", 0),
+    "delta": ("strength of the distillation delta", 1),
 }
 NOTES = {
     "steps": "Mean distance between the x0 of different seeds at each step, over the noise level: high noise at the left.",
     "prompts": "In brackets the 95 % interval of a jackknife over seeds; for the average, of a bootstrap over prompts.",
     "located": "The base in some steps, the student in the others; the lines are the student's and the base's own diversity.",
-    "recovered": "(plan − student) / (base − student): 0 is the student, 1 the base. Where the student's loss cannot be told from none "
+    "recovered": "(plan − student) / (base − student): 0 is the student, 1 the base. Where no loss of the student can be told "
     "there is no such share, and the gain over the student is shown.",
     "pareto": "Named and filled: no other plan is better in one of the three and as good in the others. Area: evaluations per image.",
     "quality": "One image per caption, against real pictures. Milliseconds are measured from the words to the pixels, the base's steps "
@@ -178,12 +179,14 @@ def pareto(results: dict, student: str) -> str:
 
 def sweep(cells: list[dict], students: list[str], base: str, kind: str, name: str) -> str:
     """Diversity over the argument of one kind of plan, a curve per student."""
-    curves = {}
+    (meaning, same), curves = SWEEPS[kind], {}
     for student in (base, *students):
         own = [(argument(c["plan"], kind), c) for c in cells if c["student"] == student and argument(c["plan"], kind) is not None]
+        if own and student != base and same is not None and same not in [x for x, _ in own]:
+            own.append((same, pick(cells, student, "student")))
         if len(own) > 1:
             curves[student] = [(x, last(c, name)) for x, c in sorted(own, key=lambda pair: pair[0])]
-    return figure(kind, lines(curves, SWEEPS[kind], f"diversity by {name}", f"{kind}: diversity by {name}")) if curves else ""
+    return figure(kind, lines(curves, meaning, f"diversity by {name}", f"{kind}: diversity by {name}")) if curves else ""
 
 
 def quality(cells: list[dict], student: str, base: str) -> str:

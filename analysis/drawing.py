@@ -128,7 +128,7 @@ class Axes:
     def __init__(self, xs: list[float], ys: list[float], size=(460, 300), right: int = 100, left: int = 60, falling: bool = False):
         self.falling = falling  # x from large to small
         self.width, self.height = size
-        self.left, self.right, self.top, self.bottom = left, right, 10, 38
+        self.left, self.right, self.top, self.bottom = left, right, 22, 38
         (self.x0, self.x1), (self.y0, self.y1) = _padded(xs), _padded(ys)
 
     def x(self, value: float) -> float:
@@ -144,7 +144,7 @@ class Axes:
         rows = [f'<line class="{"axis" if v == 0 else "grid"}" x1="{self.left}" x2="{right}" y1="{self.y(v):.1f}" y2="{self.y(v):.1f}"/>'
                 f'<text x="{self.left - 8}" y="{self.y(v) + 4:.1f}" text-anchor="end">{_short(v)}</text>'
                 for v in ticks(self.y0, self.y1)]  # fmt: skip
-        return [*rows, *self.foot(x_name), f'<text x="{self.left + 6}" y="{self.top + 10}">{escape(y_name)}</text>' if y_name else ""]
+        return [*rows, *self.foot(x_name), f'<text x="{self.left}" y="12">{escape(y_name)}</text>' if y_name else ""]
 
     def foot(self, x_name: str) -> list[str]:
         """The numbers along the x axis and its name."""

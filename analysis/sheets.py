@@ -11,7 +11,7 @@ from torch import Tensor
 from configs import replacing
 
 THUMB_PX = 192  # the largest side at which a picture is kept
-LEFT_PX, TOP_PX = 120, 22
+LEFT_PX, TOP_PX = 150, 22
 
 
 def thumbs(images: Tensor) -> Tensor:
