@@ -157,7 +157,7 @@ def acting(plan: Plan, control: Control | None, scale: float, family: str, below
     if control is None:
         yield plan
         return
-    contexts = [ready(net, control, scale, family) for net in {stage.member.denoiser.net: None for stage in plan.stages}]
+    contexts = [ready(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}]
 
     def on() -> ExitStack:
         with ExitStack() as stack:

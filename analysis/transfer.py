@@ -185,7 +185,7 @@ def resolve(cfg: Config, family: FamilyCard) -> list[str]:
     students = [name for name in family.members if name != family.base]
     found = []
     for target in cfg.targets or family.members:
-        bare = target.partition("(")[0] in PLANS
+        bare = target not in family.members and target.partition("(")[0] in PLANS
         found += [f"{student}:{target}" for student in students] if bare else [target]
     if cfg.references and students:
         steps = {len(card.timesteps) or card.steps for name, card in family.members.items() if name != family.base}

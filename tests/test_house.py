@@ -29,6 +29,8 @@ SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
     "sliderspaces": ("train.sliderspace", "Config"),
     "transfer": ("analysis.transfer", "Config"),
     "similarity": ("analysis.similarity", "Config"),
+    "trace": ("analysis.trace", "Config"),
+    "diversity": ("analysis.diversity", "Config"),
 }
 YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
 RECIPES = [path for path in YAMLS if not path.startswith("configs/families/")]

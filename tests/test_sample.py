@@ -282,7 +282,7 @@ def test_plans_go_by_name():
     base, student = members()
     for text, plan in {"hybrid(1)": hybrid(base, student, 1), "late(2)": late(base, student, 2), "skip(1)": skip(student, 1)}.items():
         assert named(text, base, student) == plan
-    for wrong in ("hybrid", "mixed(1)", "skip(x)"):
+    for wrong in ("hybrid", "mixed(1)", "hybrid(x)"):
         with pytest.raises(UserError, match=r"hybrid\(k\)"):
             named(wrong, base, student)
 

@@ -1,0 +1,121 @@
+"""What images are compared with and how well they do: real pictures, captions, Fréchet, Inception-style, CLIP, neighbours, by blocks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from analysis.metrics import Moments, Neighbours, Sharpness, Z
+from configs import UserError
+from models.evaluators import Evaluator
+from models.families import FamilyCard
+from models.tiny import world
+
+REAL = 600  # pictures of a known world to compare with
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+Batches = Callable[[], Iterator[Tensor]]  # real pictures (B, 3, H, W) in [-1, 1], batch by batch
+
+
+def against(card: FamilyCard, reference: str, prompts: list[str], captions: int, k: int) -> tuple[list[str], Batches | None]:
+    """What the images are told, and the real pictures to compare them with; None where there are none.
+
+    reference: a folder of pictures, with captions in .txt files beside them, or "" for the world's own where it is known. k: neighbours
+    that a picture must have. Raises UserError for a folder with too few pictures.
+    """
+    if reference:
+        files = sorted(path for path in Path(reference).glob("*") if path.suffix.lower() in SUFFIXES)
+        if len(files) <= k:
+            raise UserError(f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has {len(files)}")
+        words = [path.with_suffix(".txt") for path in files if path.with_suffix(".txt").is_file()]
+        told = [path.read_text(encoding="utf-8").strip() for path in words] or prompts
+        return cycled(told, captions), lambda: (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))
+    if card.probe:  # a world whose truth is known can be asked for its own pictures
+        people = world.faces(captions, 558)
+        return world.captions(people, 558), lambda: (world.to_unit(part) for part in world.pictures(world.faces(REAL, 559)).split(100))
+    return cycled(prompts, captions), None
+
+
+def cycled(texts: list[str], n: int) -> list[str]:
+    """n of the texts, over and over."""
+    return [texts[i % len(texts)] for i in range(n)]
+
+
+def opened(files: list[Path], size_px: int) -> Tensor:
+    """The middles of picture files, (B, 3, size_px, size_px) in [-1, 1]. Raises UserError for one that cannot be read."""
+    rows = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                fitted = ImageOps.fit(image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS)
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"{file} is not a picture that can be read: {str(error)[:100]}") from None
+        rows.append(torch.from_numpy(np.array(fitted)))
+    return world.to_unit(torch.stack(rows).permute(0, 3, 1, 2))
+
+
+@dataclass
+class Tally:
+    """What is kept of a set of images: sums, and for recall a bounded number of features. Two tallies add up."""
+
+    sharp: Sharpness
+    agreement: Moments  # of the similarity to the caption
+    moments: dict[str, Moments]  # per evaluator
+    near: dict[str, Neighbours]
+
+    def __add__(self, other: "Tally") -> "Tally":
+        moments, near = ({name: a[name] + b[name] for name in a} for a, b in ((self.moments, other.moments), (self.near, other.near)))
+        return Tally(self.sharp + other.sharp, self.agreement + other.agreement, moments, near)
+
+
+class Judge:
+    """The quality numbers of images, from their features per evaluator and their captions' CLIP `words`."""
+
+    def __init__(self, eyes: dict[str, Evaluator], labels: list[str], real: Batches | None, k: int):
+        """labels: classes of the Inception-style score, told apart by CLIP. k: neighbours."""
+        self.labels, self.heat = eyes["clip"].texts(labels), eyes["clip"].model.logit_scale.exp().item()
+        found: dict[str, list] = {name: [] for name in eyes}
+        for batch in real() if real else ():
+            for name, eye in eyes.items():
+                found[name].append(eye.features(batch))
+        self.real = {name: Neighbours(np.concatenate(parts), k) for name, parts in found.items() if parts}
+        self.moments = {name: Moments().add(near.reference) for name, near in self.real.items()}
+
+    def tally(self) -> Tally:
+        """An empty one."""
+        near = {name: Neighbours(one.reference, one.k, radii=one.radii) for name, one in self.real.items()}
+        return Tally(Sharpness(), Moments(), {name: Moments() for name in self.real}, near)
+
+    def add(self, tally: Tally, block: dict[str, np.ndarray]) -> None:
+        """Adds a block: features (n, d) per evaluator, words (n, d)."""
+        tally.sharp.add(softmax(self.heat * block["clip"] @ self.labels.T))
+        tally.agreement.add((block["clip"] * block["words"]).sum(1, keepdims=True))
+        for name in self.real:
+            tally.moments[name].add(block[name])
+            tally.near[name].add(block[name])
+
+    def numbers(self, tally: Tally) -> dict[str, float]:
+        """Inception-style score, CLIP score; per evaluator Fréchet distance, precision, recall, density, coverage."""
+        found = {"inception": tally.sharp.score(), "clip": 100 * float(tally.agreement.mean[0])}
+        for name, moments in tally.moments.items():
+            scores = {"frechet": moments.frechet(self.moments[name]), **tally.near[name].scores()}
+            found |= {f"{key}_{name}": float(value) for key, value in scores.items()}
+        return found
+
+    def jackknife(self, tallies: list[Tally]) -> dict[str, dict]:
+        """The numbers of all tallies together, with 95 % intervals from leaving out one after the other."""
+        n, value = len(tallies), self.numbers(reduce(add, tallies))
+        without = [self.numbers(reduce(add, tallies[:i] + tallies[i + 1 :])) for i in range(n)]
+        errors = {name: float(((n - 1) ** 2 / n * np.var([w[name] for w in without], ddof=1)) ** 0.5) for name in value}
+        return {name: {"value": v, "low": v - Z * errors[name], "high": v + Z * errors[name]} for name, v in value.items()}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis."""
+    likely = np.exp(logits - logits.max(-1, keepdims=True))
+    return likely / likely.sum(-1, keepdims=True)

@@ -1,0 +1,408 @@
+"""What a model believes at every step: python -m analysis.trace [config=FILE] [key=value ...]
+
+Without arguments: the base and the students of `tiny`, alone and as hybrid(1), with the smile slider; some minutes on a CPU. Makes sheets
+of x_t and x0 over the steps, an animation, and a page with a scrubber; measures when a member commits to its image, what it begins and
+abandons, and at which steps a control acts.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from analysis import record, sheets, trace_page
+from analysis.drawing import shown
+from analysis.metrics import spanned
+from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
+from controls import formats, stats
+from controls.effect import cosine
+from controls.lora import Control, attach, detach, merged
+from models.evaluators import Evaluator, evaluators
+from models.families import DTYPES, Family
+from models.noise import Noise
+from models.sample import Plan, draw_noise, during, named, sample
+
+OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
+NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
+EXAMPLES = 4  # images of a plan that show what it abandoned
+CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
+
+
+@dataclass
+class Config:
+    name: str = "default"  # of the run folder
+    family: str = "tiny"  # a card in configs/families, or the path of one
+    students: list[str] = field(default_factory=list)  # members to trace beside the base; empty = all of the family
+    plans: list[str] = field(default_factory=lambda: ["base(4)", "hybrid(1)"])  # besides base and student, as models/sample.py writes them
+    prompts: list[str] = field(default_factory=list)  # what is drawn; empty = the family card's prompts
+    seeds: int = 4  # images per prompt, at least 2
+    seed: int = 3000  # the first image seed, and that of the bootstrap
+    tolerance: float = 0.25  # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
+    concepts: list[str] = field(default_factory=lambda: list(CONCEPTS))  # what may be abandoned, name: positive | negative
+    threshold: float = 0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
+    control: str = "controls/tiny/smile.safetensors"  # a control file whose effect is followed; empty = none
+    scale: float = 1.0  # of the control
+    positive: str = ""  # what the control makes; empty = what its card says
+    negative: str = ""  # what it departs from; empty = what its card says
+    bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
+    shown: int = 4  # prompts whose first image is in the sheets
+    draws: int = 2000  # bootstrap draws of every interval
+    batch: int = 48  # images sampled at once
+    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    out: str = "runs/trace"  # the run is written to out/name
+    overwrite: bool = False  # start afresh instead of continuing
+    wandb: str = "auto"  # auto, online, offline, disabled
+
+
+@dataclass(frozen=True)
+class Job:
+    """All prompts and seeds by one plan, with the control off, on, or on in some bands of the noise level."""
+
+    student: str  # the base's own name for plans that no student takes part in
+    plan: str
+    bands: tuple[int, ...] | None  # where the control is on; () = nowhere, None = everywhere
+
+    @property
+    def file(self) -> str:
+        state = "on" if self.bands is None else "-".join(map(str, self.bands)) or "off"
+        return f"features/{self.student}/{self.plan}/{state}.safetensors"
+
+
+def main(cfg: Config) -> Path:
+    """Draws, measures, prints the table and returns the path of the page."""
+    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    check(cfg)
+    control = formats.load(cfg.control if Path(cfg.control).is_file() else ROOT / cfg.control) if cfg.control else None
+    pair = words(cfg, control) if control else ("", "")
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
+    cfg.prompts = cfg.prompts or family.card.prompts
+    plans = plans_of(cfg, family)
+    eyes = evaluators(family.card, accelerator.device)
+    if control:  # a misfit is said now, not after an hour of drawing
+        for make in plans.values():
+            with controlled(make(), control, cfg.scale, family.card.name):
+                pass
+    folder = Path(cfg.out) / cfg.name
+    if accelerator.is_main_process:
+        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch", "draws", "tolerance", "threshold", "concepts"))
+    accelerator.wait_for_everyone()
+
+    jobs = jobs_of(cfg, list(plans), control is not None)
+    todo = [job for job in jobs if not (folder / job.file).exists()]
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    for job in tqdm(mine, "trace", unit="set", disable=not accelerator.is_main_process):
+        draw(cfg, family, plans[job.student, job.plan](), control, eyes, job, folder / job.file)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return folder / "report.html"
+
+    cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
+    pictures(cfg, cells, folder)
+    strips(cfg, family, plans, cells, folder)
+    results = {"schema": 1, "recipe": "analysis.trace", "command": command(), "versions": versions(),
+               "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
+               "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts, "shown": min(cfg.shown, len(cfg.prompts)),
+               "control": control.card.name if control else "", "cells": cells}  # fmt: skip
+    record.write(results, folder)
+    page = trace_page.build(folder)
+    show(cells)
+    print(f"{time.time() - start:.0f} seconds; page: {page}")
+    with tracking.start(folder, asdict(cfg), "analysis.trace", results["control"] or family.card.name, cfg.wandb) as tracker:
+        track(results, folder, tracker)
+    return page
+
+
+def check(cfg: Config) -> None:
+    """What can be wrong before anything is loaded."""
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
+    if cfg.seeds < 2:
+        raise UserError(f"seeds must be at least 2, to tell how far two images are apart; got {cfg.seeds}")
+    for key in ("shown", "batch", "draws"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
+    if sorted(cfg.bands, reverse=True) != cfg.bands or not cfg.bands:
+        raise UserError(f"bands must be falling noise levels t, such as 875, 625, 375; got {cfg.bands}")
+    for text in cfg.concepts:
+        concept(text)
+    cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
+
+
+def concept(text: str) -> tuple[str, str, str]:
+    """(name, positive, negative) of "name: positive | negative". Raises UserError."""
+    name, _, pair = text.partition(":")
+    positive, _, negative = pair.partition("|")
+    if not (name.strip() and positive.strip() and negative.strip()):
+        raise UserError(f"a concept is written 'name: positive description | negative description'; got {text!r}")
+    return name.strip(), positive.strip(), negative.strip()
+
+
+def words(cfg: Config, control: Control) -> tuple[str, str]:
+    """The positive and negative descriptions by which a control is measured. Raises UserError for a control without them."""
+    pair = tuple(given or control.card.recipe.get(key, "") for key, given in (("positive", cfg.positive), ("negative", cfg.negative)))
+    if not all(pair):
+        raise UserError(f"{control.card.name} does not say what it makes: give positive=… and negative=…")
+    return pair
+
+
+def plans_of(cfg: Config, family: Family) -> dict[tuple[str, str], Callable[[], Plan]]:
+    """(student, plan) to a function that makes the plan; plans of the base alone stand once, under the base's name.
+
+    Raises UserError for a member of another family and for a plan that is none.
+    """
+    base, others = family.member(family.card.base), [name for name in family.card.members if name != family.card.base]
+    found: dict[tuple[str, str], Callable[[], Plan]] = {}
+    for name in cfg.students or others:
+        if name == family.card.base:
+            raise UserError(f"{name} is the base itself; students are {', '.join(others)}")
+        for text in cfg.plans:
+            make = partial(named, text, base, family.member(name))
+            make()  # a mistake is said now, not after an hour of drawing
+            found[family.card.base if text.split("(")[0] in OF_THE_BASE else name, text] = make
+    return found
+
+
+def jobs_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list[Job]:
+    """Every plan without and with the control; on the members alone also with the control in one band, the first ones, the last ones."""
+    count = len(cfg.bands) + 1
+    one, first, rest = ([tuple(range(*ends)) for ends in zip(a, b, strict=True)] for a, b in (
+        (range(count), range(1, count + 1)), ([0] * (count - 1), range(1, count)), (range(1, count), [count] * (count - 1))))  # fmt: skip
+    parts = dict.fromkeys([*one, *first, *rest])
+    jobs = [Job(*key, bands) for key in plans for bands in ((), None)[: 1 + controlled]]
+    return jobs + [Job(*key, bands) for key in plans if controlled and key[1] in ("base", "student") for bands in parts]
+
+
+def band(cfg: Config, level: Noise) -> int:
+    """The part of a run that a noise level belongs to, 0 the noisiest."""
+    return sum(level.t < edge for edge in cfg.bands)
+
+
+@contextmanager
+def controlled(plan: Plan, control: Control, scale: float, family: str) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Attaches a control to every network of a plan and gives a context in which it acts; afterwards the networks are bare again."""
+    nets = list({id(member.denoiser.net): member.denoiser.net for member in plan.members}.values())
+
+    @contextmanager
+    def acting() -> Iterator[None]:
+        with ExitStack() as stack:
+            for net in nets:
+                stack.enter_context(merged(net, {"traced": scale}))
+            yield
+
+    with ExitStack() as stack:
+        for net in nets:
+            attach(net, control, "traced", family)
+            stack.callback(detach, net)
+        yield acting
+
+
+@torch.no_grad()
+def draw(cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], job: Job, path: Path) -> None:
+    """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
+    texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
+    whole, levels = job.bands is None or not job.bands, [level for stage in plan.stages for level in stage.levels]
+    found: dict[str, list] = {name: [] for name in (*eyes, "x", "x0")}
+    with controlled(plan, control, cfg.scale, family.card.name) if job.bands != () else nullcontext() as acting:
+        if acting:
+            plan = during(plan, lambda level: job.bands is None or band(cfg, level) in job.bands, acting)
+        for rows in torch.arange(len(texts)).split(cfg.batch):
+            kept = [r for r in range(len(rows)) if rows[r] % cfg.seeds == 0 and rows[r] // cfg.seeds < cfg.shown]
+            noise = draw_noise([cfg.seed + int(r) for r in rows], family.latent_shape, plan.steps, family.device)
+            steps: dict[str, list] = {name: [] for name in found}
+            for step in sample(plan, noise, family.encode([texts[r] for r in rows])):
+                last = step.index + 1 == plan.steps
+                if not (whole or last):
+                    continue
+                images = family.decode(step.after if last else step.x0)
+                for name, eye in eyes.items():
+                    steps[name].append(torch.from_numpy(eye.features(images)).float())
+                if whole:
+                    steps["x0"].append(sheets.thumbs(images[kept]))
+                    steps["x"].append(sheets.thumbs(family.decode(step.x[kept])) if kept else steps["x0"][-1])
+            for name, parts in steps.items():
+                found[name] += [torch.stack(parts, 1)] if parts else []
+    tensors = {name: torch.cat(parts).contiguous() for name, parts in found.items() if parts}
+    tensors["t"] = torch.tensor([level.t for level in levels], dtype=torch.float64)
+    with replacing(path) as new:
+        save_file(tensors, new)
+
+
+def cells_of(cfg: Config, base: str, jobs: list[Job], eyes: dict[str, Evaluator], pair: tuple[str, str], folder: Path) -> list[dict]:
+    """A cell per student and plan."""
+    features = {job: gather(cfg, job, eyes, folder) for job in jobs}
+    unit = {name: apart(name, features[Job(base, "base", ())][name]) for name in eyes}
+    plain = [f for job, f in features.items() if job.bands == ()]
+    ends = {name: np.concatenate([f[name][:, :, -1].reshape(-1, f[name].shape[-1]) for f in plain]) for name in eyes}
+    cells = []
+    for student, plan in dict.fromkeys((job.student, job.plan) for job in jobs):
+        own = features[Job(student, plan, ())]
+        steps = [{"t": t, "share": (i + 1) / len(own["t"])} for i, t in enumerate(own["t"].tolist())]
+        cell = {"student": student, "plan": plan, "steps": steps, **committed(cfg, own, unit), "abandoned": abandoned(cfg, own, eyes, ends),
+                "images": len(cfg.prompts) * cfg.seeds, "prompts": len(cfg.prompts), "seeds": cfg.seeds}  # fmt: skip
+        with_control = {job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)}
+        if None in with_control:
+            cell["control"] = {name: followed(cfg, eye, name, with_control, pair) for name, eye in eyes.items()}
+        cells.append(cell)
+    return cells
+
+
+def gather(cfg: Config, job: Job, eyes: dict, folder: Path) -> dict[str, np.ndarray]:
+    """A job's features, (P, S, T, d) per evaluator, and its noise levels t (T,)."""
+    file = load_file(folder / job.file)
+    shape = (len(cfg.prompts), cfg.seeds)
+    return {**{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in eyes}, "t": file["t"].numpy()}
+
+
+def between(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distance of features over the last axis: 1 - cosine by CLIP, else Euclidean."""
+    return 1 - cosine(a, b) if name == "clip" else np.linalg.norm(a - b, axis=-1)
+
+
+def apart(name: str, features: np.ndarray) -> float:
+    """How far two finished images of one prompt are apart on average; features (P, S, T, d)."""
+    rows, columns = np.triu_indices(features.shape[1], 1)
+    return float(between(name, features[:, rows, -1], features[:, columns, -1]).mean())
+
+
+def estimate(cfg: Config, values: np.ndarray) -> list[dict]:
+    """Means over prompts and seeds of values (P, S, K), with intervals from the bootstrap over prompts and seeds."""
+    draws = stats.curves(values, cfg.draws, cfg.seed)
+    return [spanned(value, column) for value, column in zip(values.mean((0, 1)), draws.T, strict=True)]
+
+
+def committed(cfg: Config, own: dict, unit: dict[str, float]) -> dict:
+    """How far x0 is from the final image at each step, in units of how far two seeds of the base are apart; when that is little."""
+    found: dict = {"distance": {}, "commitment": {}}
+    for name, one in unit.items():
+        far = between(name, own[name], own[name][:, :, -1:]) / one                               # (P, S, T)
+        first = (far <= cfg.tolerance).argmax(-1)                                                # (P, S)
+        found["distance"][name] = estimate(cfg, far)
+        share, t = estimate(cfg, np.stack([(first + 1) / far.shape[-1], own["t"][first]], -1))
+        found["commitment"][name] = {"share": share, "t": t}
+    return found
+
+
+def abandoned(cfg: Config, own: dict, eyes: dict[str, Evaluator], ends: dict[str, np.ndarray]) -> dict:
+    """Where a concept's score of x0 falls before the end: the share of images, and the deepest falls with their steps.
+
+    By the attribute probe where there is one, in its own units; by CLIP in units of the middle 90 % of all finished images.
+    """
+    name = "probe" if "probe" in eyes else "clip"
+    falls, rises, examples = [], [], []
+    for word, positive, negative in map(concept, cfg.concepts):
+        score = eyes[name].score(own[name], positive, negative)                                  # (P, S, T)
+        if name == "clip":
+            low, high = np.quantile(eyes[name].score(ends[name], positive, negative), (0.05, 0.95))
+            score = (score - low) / (high - low)
+        peak = score.max(-1)
+        falls.append((peak - score[..., -1] >= cfg.threshold) & (peak >= 0.5))
+        rises.append(falls[-1] & (peak - score[..., 0] >= cfg.threshold))
+        for p, s in zip(*np.nonzero(falls[-1]), strict=True):
+            examples.append({"concept": word, "prompt": cfg.prompts[p], "image": int(p * cfg.seeds + s), "score": score[p, s].tolist(),
+                             "fall": float(peak[p, s] - score[p, s, -1]), "rises_first": bool(rises[-1][p, s])})  # fmt: skip
+    if not falls:
+        return {"evaluator": name, "falls": None, "rises_and_falls": None, "examples": []}
+    share = estimate(cfg, np.stack([np.any(falls, 0), np.any(rises, 0)], -1).astype(float))
+    examples.sort(key=lambda e: (-e["rises_first"], -e["fall"]))
+    return {"evaluator": name, "falls": share[0], "rises_and_falls": share[1], "count": len(examples), "examples": examples[:EXAMPLES]}
+
+
+def followed(cfg: Config, eye: Evaluator, name: str, states: dict, pair: tuple[str, str]) -> dict:
+    """The effect of a control on x0 at each step, when half of it is there, and what is left of it when it is on in some bands alone."""
+    score = {bands: eye.score(found[name], *pair) for bands, found in states.items()}
+    effect = score[None] - score[()]                                                             # (P, S, T)
+    enters = lambda curve: (curve >= 0.5 * curve[..., -1:]).argmax(-1)  # noqa: E731
+    steps, draws = states[()]["t"], stats.curves(effect, cfg.draws, cfg.seed)
+    first, firsts = int(enters(effect.mean((0, 1)))), enters(draws)
+    found = {"effect": estimate(cfg, effect), "half": {"share": spanned((first + 1) / len(steps), (firsts + 1) / len(steps)),
+                                                       "t": spanned(steps[first], steps[firsts])}, "parts": []}  # fmt: skip
+    low, high = stats.interval(draws[:, -1])
+    for bands in (b for b in score if b):
+        final = np.stack([score[bands][..., -1] - score[()][..., -1], effect[..., -1]], -1)
+        sums, means = stats.curves(final, cfg.draws, cfg.seed), final.mean((0, 1))
+        kept = dict(stats.UNDEFINED) if low <= 0 <= high else spanned(means[0] / means[1], sums[:, 0] / sums[:, 1])
+        found["parts"].append({"bands": list(bands), "share": kept})
+    return found
+
+
+def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
+    """Sheets as the paper's Fig 4, sprites for the scrubber, an animation, strips of what was abandoned."""
+    rows = {trace_page.label(c): load_file(folder / Job(c["student"], c["plan"], ()).file) for c in cells}
+    most = max(row["x0"].shape[1] for row in rows.values())
+    heads = [f"{100 * (c + 1) / most:.0f} %" for c in range(most)]
+    count = next(iter(rows.values()))["x0"].shape[0]
+    zoom = max(1, 64 // next(iter(rows.values()))["x0"].shape[-1])
+    for k in range(count):
+        lines = [(f"{name} {NAMES[key]}", placed(row[key][k], most)) for name, row in rows.items() for key in NAMES]
+        sheets.sheet(lines, heads, folder / f"images/sheet-{k}.png", zoom)
+        for i, row in enumerate(rows.values()):
+            sheets.sprite(row["x"][k], row["x0"][k], folder / f"images/sprite-{i}-{k}.webp")
+    frames = [[[row["x0"][k][sheets.reached(row["x0"].shape[1], (c + 1) / most)] for row in rows.values()] for k in range(count)]
+              for c in range(most)]  # fmt: skip
+    sheets.animation(frames, folder / "images/trace.gif")
+
+
+@torch.no_grad()
+def strips(cfg: Config, family: Family, plans: dict, cells: list[dict], folder: Path) -> None:
+    """The images that abandon most, drawn again: x0 at every step, one sheet per plan that has such images."""
+    for i, c in enumerate(cells):
+        examples = c["abandoned"]["examples"]
+        if not examples:
+            continue
+        plan, seeds = plans[c["student"], c["plan"]](), [cfg.seed + e["image"] for e in examples]
+        noise = draw_noise(seeds, family.latent_shape, plan.steps, family.device)
+        steps = [family.decode(step.x0) for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))]
+        rows = [(e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)]
+        c["abandoned"]["picture"] = f"images/abandoned-{i}.png"
+        sheets.sheet(rows, [f"t {step['t']:.0f}" for step in c["steps"]], folder / c["abandoned"]["picture"])
+
+
+def placed(pictures: torch.Tensor, columns: int) -> list[torch.Tensor | None]:
+    """The pictures of a short run where they belong among more columns: at their share of the steps."""
+    row: list[torch.Tensor | None] = [None] * columns
+    for i, one in enumerate(pictures):
+        row[-(-(i + 1) * columns // len(pictures)) - 1] = one
+    return row
+
+
+def show(cells: list[dict]) -> None:
+    """Prints a row per plan."""
+    table = Table(title="When x0 is the final image (share of steps, t); what is abandoned; where half of the control's effect is there")
+    names = list(cells[0]["commitment"])
+    heads = [head for name in names for head in (f"commits, {name}", "t")]
+    for head in ("student", "plan", *heads, "abandons", *(f"half effect t, {name}" for name in names if "control" in cells[0])):
+        table.add_column(head)
+    for c in cells:
+        when = [shown(c["commitment"][name][key], digits) for name in names for key, digits in (("share", 2), ("t", 0))]
+        half = [shown(c["control"][name]["half"]["t"], 0) for name in names if "control" in c]
+        table.add_row(c["student"], c["plan"], *when, shown(c["abandoned"]["falls"], 2), *half)
+    Console(width=max(140, Console().width)).print(table)
+
+
+def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
+    """Logs a table, the sheets and the animation, and the record as an artifact of type results."""
+    cells = results["cells"]
+    rows = [[c["student"], c["plan"], name, *when["share"].values(), when["t"]["value"]]
+            for c in cells for name, when in c["commitment"].items()]  # fmt: skip
+    tracker.table("trace", ["student", "plan", "evaluator", "commits at share", "low", "high", "t"], rows)
+    for k in range(results["shown"]):
+        tracker.image(f"images/sheet-{k}", folder / f"images/sheet-{k}.png", results["prompts"][k])
+    tracker.image("images/trace", folder / "images/trace.gif", "x0 over the steps, members in columns")
+    if results["control"]:
+        tracker.uses(results["control"])
+    tracker.artifact(folder / "results.json", f"trace-{folder.name}", "results")
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))
