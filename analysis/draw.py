@@ -23,6 +23,7 @@ from controls.lora import Control, content, fingerprint, ready
 from models.evaluators import Evaluator
 from models.families import Family
 from models.identity import identity
+from models.noise import Noise
 from models.prompts import Prompts
 from models.sample import Plan, alone, draw_noise, during, finish, named
 
@@ -104,7 +105,9 @@ class Drawings:
         """The finished latents of a job, (P · S, C, H, W)."""
         family, shape = self.family, self.family.latent_shape
         control = self.controls[job.control] if job.control and job.scale else None
-        with acting(self.plan(job.target), control, job.scale, family.card.name, self.below) as plan:
+        # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
+        holds = None if self.below is None else lambda level: level.ratio < self.below
+        with acting(self.plan(job.target), control, job.scale, family.card.name, holds) as plan:
 
             def drawn(rows: Tensor) -> Tensor:
                 noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
@@ -148,11 +151,12 @@ class Drawings:
 
 
 @contextmanager
-def acting(plan: Plan, control: Control | None, scale: float, family: str, below: float | None = None) -> Iterator[Plan]:
-    """Inside, the plan returned runs with a control at a scale on all of its networks.
+def acting(
+    plan: Plan, control: Control | None, scale: float, family: str, holds: Callable[[Noise], bool] | None = None
+) -> Iterator[Plan]:
+    """Inside, the plan returned runs with a control at a scale on all of its networks; holds: at these noise levels alone.
 
-    below: only at noise levels whose sigma / alpha is less, which leaves the structure that earlier levels decide (Gandikota et al. 2023,
-    sec. 5; SDEdit). A level, not a step: so base and student are changed at the same noise.
+    Levels, not steps: so base and student are changed at the same noise.
     """
     if control is None:
         yield plan
@@ -165,8 +169,8 @@ def acting(plan: Plan, control: Control | None, scale: float, family: str, below
                 stack.enter_context(context())
             return stack.pop_all()
 
-    if below is not None:
-        yield during(plan, lambda level: level.ratio < below, on)
+    if holds is not None:
+        yield during(plan, holds, on)
         return
     with on():
         yield plan

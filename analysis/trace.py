@@ -6,8 +6,7 @@ abandons, and at which steps a control acts.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -22,16 +21,17 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from analysis import record, sheets, trace_page
+from analysis.draw import acting
 from analysis.drawing import shown
 from analysis.metrics import spanned
 from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats, stats
 from controls.effect import cosine
-from controls.lora import Control, attach, detach, merged
+from controls.lora import Control
 from models.evaluators import Evaluator, evaluators
 from models.families import DTYPES, Family
 from models.noise import Noise
-from models.sample import Plan, draw_noise, during, named, sample
+from models.sample import Plan, draw_noise, named, sample
 
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
@@ -91,7 +91,7 @@ def main(cfg: Config) -> Path:
     eyes = evaluators(family.card, accelerator.device)
     if control:  # a misfit is said now, not after an hour of drawing
         for make in plans.values():
-            with controlled(make(), control, cfg.scale, family.card.name):
+            with acting(make(), control, cfg.scale, family.card.name):
                 pass
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
@@ -188,34 +188,14 @@ def band(cfg: Config, level: Noise) -> int:
     return sum(level.t < edge for edge in cfg.bands)
 
 
-@contextmanager
-def controlled(plan: Plan, control: Control, scale: float, family: str) -> Iterator[Callable[[], AbstractContextManager]]:
-    """Attaches a control to every network of a plan and gives a context in which it acts; afterwards the networks are bare again."""
-    nets = list({id(member.denoiser.net): member.denoiser.net for member in plan.members}.values())
-
-    @contextmanager
-    def acting() -> Iterator[None]:
-        with ExitStack() as stack:
-            for net in nets:
-                stack.enter_context(merged(net, {"traced": scale}))
-            yield
-
-    with ExitStack() as stack:
-        for net in nets:
-            attach(net, control, "traced", family)
-            stack.callback(detach, net)
-        yield acting
-
-
 @torch.no_grad()
 def draw(cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], job: Job, path: Path) -> None:
     """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
     whole, levels = job.bands is None or not job.bands, [level for stage in plan.stages for level in stage.levels]
     found: dict[str, list] = {name: [] for name in (*eyes, "x", "x0")}
-    with controlled(plan, control, cfg.scale, family.card.name) if job.bands != () else nullcontext() as acting:
-        if acting:
-            plan = during(plan, lambda level: job.bands is None or band(cfg, level) in job.bands, acting)
+    holds = None if job.bands is None else lambda level: band(cfg, level) in job.bands
+    with acting(plan, control if job.bands != () else None, cfg.scale, family.card.name, holds) as plan:
         for rows in torch.arange(len(texts)).split(cfg.batch):
             kept = [r for r in range(len(rows)) if rows[r] % cfg.seeds == 0 and rows[r] // cfg.seeds < cfg.shown]
             noise = draw_noise([cfg.seed + int(r) for r in rows], family.latent_shape, plan.steps, family.device)

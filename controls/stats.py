@@ -279,14 +279,25 @@ def resamples(prompts: int, seeds: int, n: int = 2000, seed: int = 0) -> np.ndar
     return np.bincount(flat.ravel(), minlength=n * prompts * seeds).reshape(n, -1).astype(np.float64)
 
 
+def curves(values: np.ndarray, n: int = 2000, seed: int = 0) -> np.ndarray:
+    """The mean of values (P, S, ...) over images in n bootstrap draws, (n, ...)."""
+    prompts, seeds, *rest = values.shape
+    return (resamples(prompts, seeds, n, seed) @ values.reshape(prompts * seeds, -1) / (prompts * seeds)).reshape(n, *rest)
+
+
+def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The central percentile interval of draws (n,), whose ends are draws: infinite ones are allowed."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)
+
+
 def bootstrap(source: np.ndarray, target: np.ndarray, scales: np.ndarray, n: int = 2000, seed: int = 0) -> dict:
     """The retention with the central percentile interval of the paired hierarchical bootstrap over prompts, then seeds."""
-    scales = _checked(scales, source, target)
-    inside, weights = window(source, scales), resamples(*source.shape[:2], n, seed)
-    below, above = (slope(scales[inside], effect[..., inside]).ravel() for effect in (source, target))
+    scales, inside = _checked(scales, source, target), window(source, scales)
+    below, above = (slope(scales[inside], effect[..., inside]) for effect in (source, target))
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.quantile((weights @ above) / (weights @ below), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
-        return _interval(above.mean() / below.mean(), low, high)
+        draws = curves(above, n, seed) / curves(below, n, seed)
+        return _interval(above.mean() / below.mean(), *interval(draws))
 
 
 def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:

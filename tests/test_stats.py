@@ -122,6 +122,13 @@ def test_the_bootstrap_draws_prompts_then_seeds():
     assert found["low"] < found["value"] < found["high"] and exact["value"] == 1
 
 
+def test_curves_are_means_over_resampled_images():
+    values, weights = line(1, spread=0.3, noise=0.2), stats.resamples(6, 3, n=40)
+    assert np.allclose(stats.curves(values, n=40), weights @ values.reshape(18, -1) / 18)
+    low, high = stats.interval(np.arange(1000.0))
+    assert (low, high) == (25, 974) and stats.interval(np.array([1.0, 2.0] + [np.inf] * 98))[1] == np.inf
+
+
 def test_a_window_ends_where_a_curve_saturates():
     curve = np.array([-1.1, -1.0, 0.0, 0.5, 1.0, 1.05])
     assert stats.window(np.tile(curve, (3, 2, 1)), SCALES).tolist() == [False, True, True, True, True, False]
