@@ -1,6 +1,6 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report proof bench-train
+.PHONY: help check test demo tiny report proof bench-train bench-sdxl
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ report: ## draw report.html again from the results on disk
 
 bench-train: ## the fast slider recipe against the published one: seconds, evaluations, effect
 	python train/bench.py
+
+bench-sdxl: ## SDXL at full size with random weights on a GPU: seconds per image and training step, memory, beside diffusers
+	python train/bench_sdxl.py
 
 proof: ## the slow tests: minutes each
 	python -m pytest -m slow

@@ -28,6 +28,7 @@ SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
     "image_sliders": ("train.image_slider", "Config"),
     "sliderspaces": ("train.sliderspace", "Config"),
     "transfer": ("analysis.transfer", "Config"),
+    "paper": ("analysis.transfer", "Config"),
 }
 YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
 RECIPES = [path for path in YAMLS if not path.startswith("configs/families/")]
