@@ -140,10 +140,10 @@ def _download(repo: str, revision: str | None, subfolder: str, variant: str | No
     if _here(repo, subfolder, file):
         return 0
     files = _sizes(repo, revision)
+    if file:
+        return files.get(file, HALF * count)
     folder = f"{subfolder}/" if subfolder else ""
     own = {name.removeprefix(folder): size for name, size in files.items() if name.startswith(folder)}
-    if file:
-        return own.get(file, HALF * count)
     marks = (f".{variant}.", f".{variant}-") if variant else ()  # the latter in front of a shard's number
     right = [name for name in own if "/" not in name and (any(m in name for m in marks) if marks else name.count(".") == 1)]
     kinds = [[own[name] for name in right if name.endswith(kind)] for kind in WEIGHTS]
