@@ -1,6 +1,6 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report proof bench-train bench-transfer bench-prior bench-memory
+.PHONY: help check test demo tiny report proof bench-train bench-transfer bench-prior bench-memory bench-sdxl
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ bench-prior: ## how well a student draws with a LoRA on it, with and without the
 
 bench-memory: ## memory of a training step on SDXL's U-Net: estimated, and measured where there is a GPU
 	python train/bench_memory.py
+
+bench-sdxl: ## SDXL at full size with random weights on a GPU: seconds per image and training step, memory, beside diffusers
+	python train/bench_sdxl.py
 
 proof: ## the slow tests: minutes each
 	python -m pytest -m slow

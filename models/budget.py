@@ -11,12 +11,12 @@ import psutil
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from configs import UserError, entry, load
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, card
-from models.loading import available, one_line, place, source
+from models.loading import BROKEN, available, one_line, place, source
 
 GB = 1e9
 HALF = 2  # bytes of a number, as the variants fp16 and the weights of transformers are published
@@ -31,7 +31,7 @@ class Need:
     repo: str
     licence: str
     parameters: int  # 0 for a LoRA, which adds little to its base
-    download: float  # bytes, about; 0 where the files are on disk
+    download: float  # bytes, by the Hub's list of files, or about where it is out of reach; 0 where the files are on disk
     memory: float  # bytes on the device
 
 
@@ -58,8 +58,8 @@ def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
         with one_line(f"{part} of {family.repo}"):
             count = _count(kind, _config(kind, family.repo, part, **home))
         size = dtype.itemsize if library == "transformers" and family.encoders == "network" else torch.float32.itemsize
-        stored = HALF if family.variant or family.encoders == "network" else 4
-        found.append(Need(part, family.repo, family.licence, count, 0 if _here(family.repo, part) else stored * count, size * count))
+        found.append(Need(part, family.repo, family.licence, count,
+                          _download(family.repo, family.revision, part, family.variant, count), size * count))  # fmt: skip
     return found
 
 
@@ -70,16 +70,15 @@ def network_need(family: FamilyCard, name: str, dtype: torch.dtype) -> Need:
     repo, revision, _ = source(family, like)
     with one_line(f"the config of {name} in {repo}"):
         count = _count(its.network, _config(its.network, repo, like.subfolder, revision=available(repo, revision)))
-    home, _, variant = source(family, member)
-    stored = HALF if variant or member.file or family.encoders == "network" else 4
-    on_disk = _here(home, member.subfolder or "", member.file)
-    return Need(name, home, member.licence or family.licence, count, 0 if on_disk else stored * count, dtype.itemsize * count)
+    home, pinned, variant = source(family, member)
+    download = _download(home, pinned, member.subfolder or "", variant, count, member.file)
+    return Need(name, home, member.licence or family.licence, count, download, dtype.itemsize * count)
 
 
 def _delta_need(family: FamilyCard, name: str) -> Need:
     member = family.members[name]
-    repo, _, _ = source(family, member)
-    return Need(name, repo, member.licence or family.licence, 0, 0, 0)
+    repo, revision, _ = source(family, member)
+    return Need(name, repo, member.licence or family.licence, 0, _download(repo, revision, "", None, 0, member.lora), 0)
 
 
 def free(device: torch.device) -> float:
@@ -87,13 +86,13 @@ def free(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def check(what: str, needed: Sequence[Need], device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError, with what would fit, when parts need more memory than is free."""
+def check(what: str, needed: Sequence[Need], device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
+    """Raises UserError, with what would fit, when parts need more memory than is free; fixed: dtype is not the user's to choose."""
     need, room = sum(part.memory for part in needed), free(device)
     if need <= room:
         return
     smaller = need * HALF / dtype.itemsize
-    ways = [f"dtype=bf16 needs {smaller / GB:.1f}"] if dtype.itemsize > HALF and smaller <= room else []
+    ways = [f"dtype=bf16 needs {smaller / GB:.1f}"] if not fixed and dtype.itemsize > HALF and smaller <= room else []
     raise UserError(
         f"{what} needs {need / GB:.1f} GB of memory on {device.type} in {str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; "
         + (ways or ["fewer members at once, or another device, would fit"])[0]
@@ -134,6 +133,32 @@ def _counted(kind: type, config: str) -> int:
     if isinstance(net, transformers.PreTrainedModel):
         net.tie_weights()  # on the meta device shared embeddings are two
     return sum(weight.numel() for weight in net.parameters())
+
+
+def _download(repo: str, revision: str | None, subfolder: str, variant: str | None, count: int, file: str = "") -> float:
+    """Bytes of the weights that diffusers would fetch for a part; half precision is assumed where the Hub cannot be asked."""
+    if _here(repo, subfolder, file):
+        return 0
+    files = _sizes(repo, revision)
+    if file:
+        return files.get(file, HALF * count)
+    folder = f"{subfolder}/" if subfolder else ""
+    own = {name.removeprefix(folder): size for name, size in files.items() if name.startswith(folder)}
+    marks = (f".{variant}.", f".{variant}-") if variant else ()  # the latter in front of a shard's number
+    right = [name for name in own if "/" not in name and (any(m in name for m in marks) if marks else name.count(".") == 1)]
+    kinds = [[own[name] for name in right if name.endswith(kind)] for kind in WEIGHTS]
+    return next((sum(kind) for kind in kinds if kind), HALF * count)
+
+
+@cache
+def _sizes(repo: str, revision: str | None) -> dict[str, int]:
+    """A repository's files with their sizes; none where the Hub is out of reach or says nothing."""
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        return {file.rfilename: file.size or 0 for file in HfApi().model_info(repo, revision=revision, files_metadata=True).siblings}
+    except BROKEN:
+        return {}
 
 
 def _here(repo: str, subfolder: str, file: str = "") -> bool:

@@ -42,7 +42,11 @@ class Family:
         self.dtype = dtype or fast_dtype(self.device)
         self.turns, self.home = Turns(self.device), torch.device("cpu") if self.memory.offload else self.device
         self._members: dict[str, Member] = {}
-        self._pipe = None
+        self._pipe, self._nets = None, {}
+
+    def use(self, pipe: DiffusionPipeline, nets: dict[str, nn.Module]) -> None:
+        """Takes a pipeline and networks by member that are in memory already, instead of loading them."""
+        self._pipe, self._nets = pipe, nets
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -58,8 +62,9 @@ class Family:
 
     def _parts(self, **without) -> DiffusionPipeline:
         """The pipeline from its repository, at home: without its network, and without what is given as None."""
-        its, text = self.architecture, self.dtype if self.card.encoders == "network" else torch.float32
-        budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.home, text)
+        its, fixed = self.architecture, self.card.encoders == "fp32"
+        text = torch.float32 if fixed else self.dtype
+        budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.home, text, fixed)
         absent = dict.fromkeys((its.part, *its.absent)) | without
         pipe = fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant, **absent,
                      dtype={"vae": torch.float32, "default": text})  # fmt: skip
@@ -153,6 +158,8 @@ class Family:
 
     def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""
+        if name in self._nets:
+            return self._nets[name], None
         if not member.lora:
             need = budget.network_need(self.card, name, self.dtype)
             budget.check(f"{self.card.name}/{name}", [need], self.home, self.dtype)

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from configs import ROOT, UserError
@@ -40,17 +41,17 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     if path is None:
         raise UserError(f"no prompt file at {prompt}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{prompt} is no text file") from None
-    found = _table(lines, prompt) if prompt.endswith(".csv") else [(line.strip(), None) for line in lines if line.strip()]
+    found = _table(text, prompt) if prompt.endswith(".csv") else [(line.strip(), None) for line in text.splitlines() if line.strip()]
     if not found:
         raise UserError(f"{prompt} holds no prompts")
     return found
 
 
-def _table(lines: list[str], where: str) -> list[tuple[str, int | None]]:
-    rows = list(csv.DictReader(lines))
+def _table(text: str, where: str) -> list[tuple[str, int | None]]:
+    rows = list(csv.DictReader(StringIO(text, newline="")))
     column = next((name for name in COLUMNS if rows and name in rows[0]), None)
     if rows and column is None:
         raise UserError(f"{where} has no column {', '.join(COLUMNS)}; it has {', '.join(map(str, rows[0]))}")

@@ -205,7 +205,8 @@ def test_a_line_foretells_what_is_linear_and_nothing_else():
     # what holds inside controls only is of no use for a control not seen
     inner = np.tile([-1.0, 0.0, 1.0], 10)
     assert prediction.foretold(inner, inner * 0.1 + np.repeat(rng.normal(size=10), 3) * 5, groups) < 0.05
-    held = np.where(groups == "3", 50.0, x)  # one group alone makes the line
-    alone = prediction.foretold_without_one(held, np.where(groups == "3", 30.0, rng.normal(size=30)), groups)
-    assert alone["without"] == "3" and alone["value"] < 0.2
+    pair = np.isin(groups, ["3", "4"])  # two groups hold the line up: each foretells the other, and alone it foretells nothing
+    held, y = np.where(pair, 50.0, x), np.where(pair, 30.0, rng.normal(size=30))
+    alone = prediction.foretold_without_one(held, y, groups)
+    assert prediction.foretold(held, y, groups) > 0.9 and alone["without"] in ("3", "4") and alone["value"] < 0.2
     assert prediction.foretold(x[:9], x[:9], groups[:9]) is None and prediction.bootstrap(np.dot, x[:9], x[:9], groups[:9])["low"] is None

@@ -95,7 +95,7 @@ def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, res
 def test_page(run, results):
     page = (run / "report.html").read_text()
     assert page.count("<svg") >= 6 and "hybrid(1)" in page and "By prompt" in page and page.count("data:image/png") == 2
-    assert not re.search(r'(src|href)="(?!data:)', page) and "$" not in page.split("</style>")[0]
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "$" not in page.split("</style>")[0]
     assert diversity_page.build(run) == run / "report.html"
 
 

@@ -1,6 +1,7 @@
 """The real networks at full size, from their published configs, without a weight: layer sets, budgets, published LoRAs' keys."""
 
 import json
+from types import SimpleNamespace
 
 import hub
 import huggingface_hub.constants
@@ -18,7 +19,7 @@ from models.architectures import ARCHITECTURES
 from models.cards import card
 from models.families import Family
 
-CONFIGS = json.loads((ROOT / "tests/full_size.json").read_text())
+CONFIGS = json.loads((ROOT / "models/published.json").read_text())
 LAYERS = {  # family: (set, scope) -> layers, counted by hand from blocks x projections; see the comments
     # 70 transformer blocks, two attentions of 4; 17 resnets of 3, 11 shortcuts, 4 samplers = 66
     "sdxl": {("full", "lierla"): 560, ("full", "c3lier"): 626, ("noxattn", "c3lier"): 346, ("xattn-strict", "lierla"): 140},
@@ -74,6 +75,27 @@ def test_a_budget_needs_no_weights(cache, name):
     millions = {need.part if need.part != family.base else its: need.parameters / 1e6 for need in found}
     assert millions == pytest.approx(PARAMETERS[name], rel=0.005)
     assert all(need.download for need in found) and family.repo in budget.table(found)
+
+
+def test_the_hub_knows_what_there_is_to_download(cache, monkeypatch):
+    """Of the variant's files only, safetensors before .bin, one file where the card names one."""
+    family = hub.write_configs(cache, "sdxl")
+    sizes = {
+        "vae/diffusion_pytorch_model.fp16.safetensors": 5, "vae/diffusion_pytorch_model.safetensors": 50,
+        "unet/diffusion_pytorch_model.fp16.safetensors": 7, "unet/diffusion_pytorch_model.fp16.bin": 70,
+        "text_encoder/model.fp16-00001-of-00002.safetensors": 1, "text_encoder/model.fp16-00002-of-00002.safetensors": 1,
+        "dmd2_sdxl_4step_unet_fp16.bin": 3, "sdxl_lightning_4step_lora.safetensors": 2,
+    }  # fmt: skip
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(budget.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    budget._sizes.cache_clear()
+    found = {need.part: need for need in budget.needs(family, ["base", "dmd2", "lightning-lora"], torch.bfloat16)}
+    budget._sizes.cache_clear()
+    about = 2 * found["text_encoder_2"].parameters  # of which the list says nothing
+    assert {name: need.download for name, need in found.items()} == {
+        "vae": 5, "text_encoder": 2, "text_encoder_2": about, "base": 7, "dmd2": 3, "lightning-lora": 2,
+    }  # fmt: skip
 
 
 def test_what_fits_is_said_before_anything_is_loaded(cache, monkeypatch):

@@ -31,6 +31,7 @@ SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
     "similarity": ("analysis.similarity", "Config"),
     "trace": ("analysis.trace", "Config"),
     "diversity": ("analysis.diversity", "Config"),
+    "paper": ("analysis.transfer", "Config"),
 }
 YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
 RECIPES = [path for path in YAMLS if not path.startswith("configs/families/")]

@@ -56,7 +56,7 @@ class Gate(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def online(monkeypatch, tmp_path):
-    """A Hub on this machine that refuses everybody."""
+    """A local Hub that refuses everybody."""
     server = HTTPServer(("127.0.0.1", 0), Gate)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"

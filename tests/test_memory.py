@@ -24,7 +24,9 @@ def plain():
     return drawn(Family("tiny"))
 
 
-@pytest.mark.parametrize("memory", [Memory(offload=True), Memory(tiling=True), Memory(compile="eager")])
+@pytest.mark.parametrize("memory", [
+    Memory(offload=True), Memory(tiling=True), pytest.param(Memory(compile="eager"), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_same_pictures(plain, memory):
     latents, images = drawn(Family("tiny", memory=memory))
     assert torch.equal(latents, plain[0]) and torch.allclose(images, plain[1], atol=1e-5)

@@ -64,7 +64,7 @@ COSTS = {  # plan: evaluations of the base of 10 steps with guidance, and of the
     "base": (20, 0), "base(4)": (8, 0), "student": (0, 4), "hybrid(0)": (0, 4), "hybrid(1)": (2, 3), "hybrid(4)": (8, 0), "late(1)": (2, 3),
     "skip(1)": (0, 3), "only(2)": (2, 3), "renoised(1)": (2, 3), "guided(1)": (1, 3), "guided(5)": (2, 3), "schedule(8)": (4, 3),
     "interval(0,500)": (15, 0), "attenuate(.5)": (0, 4), "other(.5)": (0, 5), "blend(.5)": (2, 4), "pink(.5)": (0, 4),
-    "cads(.2)": (0, 4), "delta(.8)": (0, 4), "delta(.8,1)": (0, 4),
+    "few(3)": (0, 3), "cads(.2)": (0, 4), "delta(.8)": (0, 4), "delta(.8,1)": (0, 4),
 }  # fmt: skip
 SAME = {
     "hybrid(0)": "student", "attenuate(1)": "student", "other(1)": "student", "blend(1)": "student", "delta(1)": "student",

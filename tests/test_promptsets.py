@@ -6,7 +6,8 @@ from configs import UserError
 from models.promptsets import PromptSet, read
 
 COCO = """case_number,prompt,evaluation_seed,coco_id
-2,"A dog, asleep on a mat.",99,7
+2,"A dog, asleep
+on a mat.",99,7
 1,A cat on a chair.,4,5
 """
 
@@ -17,7 +18,7 @@ def test_texts_stay_texts():
 
 def test_coco_as_published(tmp_path):
     (tmp_path / "coco.csv").write_text(COCO)
-    assert read([str(tmp_path / "coco.csv")]) == PromptSet(["A cat on a chair.", "A dog, asleep on a mat."], [4, 99])
+    assert read([str(tmp_path / "coco.csv")]) == PromptSet(["A cat on a chair.", "A dog, asleep\non a mat."], [4, 99])
     assert read([str(tmp_path / "coco.csv"), "a bird"]).seeds is None  # which has none
 
 

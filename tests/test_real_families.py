@@ -29,6 +29,7 @@ from train import slider
 
 TEXTS, SEEDS = ["a cat on a chair", "two dogs"], [5, 17]
 NAMES = ["sdxl", "sd15", "sd21", "pixart", "sd3", "flux", "zimage"]
+TWINS = ("2step", "8step", "2step-lora", "8step-lora")  # of members with another number of steps: left to `make proof`
 MEMBERS = [(name, member) for name in NAMES for member in card(name).members]
 FEWER = 5  # steps of the long runs, so that the tests are short; divides 1000, as DDIM wants it with trailing spacing
 
@@ -162,7 +163,11 @@ def test_every_member_has_its_published_use():
     assert {path.stem for path in CARDS.glob("*.yaml")} == {*NAMES, "tiny"}
 
 
-@pytest.mark.parametrize(("name", "member"), MEMBERS)
+def slow(values, when) -> list:
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=[pytest.mark.slow] if when(v) else []) for v in values]
+
+
+@pytest.mark.parametrize(("name", "member"), slow(MEMBERS, lambda pair: pair[1].endswith(TWINS)))
 def test_a_member_draws_what_its_authors_pipeline_draws(families, pipelines, cache, name, member):
     family = families(name)
     ours, expected = latents(family, member), theirs(pipelines(name), family, member, cache)
@@ -262,7 +267,7 @@ def trained(family: Family, member: str, folder) -> str:
 STUDENTS = {"sdxl": "dmd2", "sd15": "hyper", "sd21": "turbo", "pixart": "delta", "sd3": "turbo", "flux": "schnell", "zimage": "turbo"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow(NAMES, lambda name: name in ("sd15", "sd21")))  # U-Nets like sdxl's
 def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines, cache, tmp_path, name):
     family, base, student = families(name), families(name).card.base, STUDENTS[name]
     files = [trained(family, member, tmp_path) for member in (base, student)]

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from analysis import sheets, trace, trace_page
+from analysis.draw import acting
 from analysis.trace import Config, abandoned, band, committed, jobs_of
 from configs import entry, load, merge
 from controls import formats
@@ -65,7 +66,7 @@ def test_pictures(run, results):
 def test_page(run, results):
     page = (run / "report.html").read_text()
     assert page.count('class="film') == 3 and '<input id="share" type="range"' in page and "smile" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     levels = [json.loads(text) for text in re.findall(r'data-levels="(\[[^"]+\])"', page)]
     assert [len(found) for found in levels] == [10, 4, 4] and levels[1] == [999, 749, 499, 249]
     assert trace_page.build(run) == run / "report.html"
@@ -83,10 +84,12 @@ def test_a_control_on_all_bands_is_the_control_and_the_networks_come_back_bare()
     before = [fingerprint(m.denoiser.net) for m in (base, student)]
     plan, noise, told = named("hybrid(1)", base, student), draw_noise([1], family.latent_shape, 4), family.encode(["portrait of a person"])
     plain = finish(plan, noise, told)
-    with trace.controlled(plan, control, 1.0, "tiny") as acting:
-        whole = finish(trace.during(plan, lambda level: True, acting), noise, told)
-        nowhere = finish(trace.during(plan, lambda level: False, acting), noise, told)
-    assert torch.allclose(nowhere, plain, atol=1e-5) and not torch.allclose(whole, plain, atol=1e-2)
+    found = []
+    for holds in (None, lambda level: True, lambda level: False):
+        with acting(plan, control, 1.0, "tiny", holds) as controlled:
+            found.append(finish(controlled, noise, told))
+    always, whole, nowhere = found
+    assert torch.equal(always, whole) and torch.allclose(nowhere, plain, atol=1e-5) and not torch.allclose(whole, plain, atol=1e-2)
     assert [fingerprint(m.denoiser.net) for m in (base, student)] == before
 
 
