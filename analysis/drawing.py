@@ -125,7 +125,7 @@ def picture(path: Path, alt: str, pixels: bool = False) -> str:
 class Axes:
     """A frame with round ticks that places values: `x(value)`, `y(value)` in the pixels of an SVG."""
 
-    def __init__(self, xs: list[float], ys: list[float], size=(460, 300), right: int = 100, left: int = 60, falling: bool = False):
+    def __init__(self, xs: list[float], ys: list[float], size=(490, 300), right: int = 130, left: int = 60, falling: bool = False):
         self.falling = falling  # x from large to small
         self.width, self.height = size
         self.left, self.right, self.top, self.bottom = left, right, 22, 38
