@@ -35,7 +35,7 @@ NOTES = {
     "located": "The base in some steps, the student in the others; the lines are the student's and the base's own diversity.",
     "recovered": "(plan − student) / (base − student): 0 is the student, 1 the base. Where no loss of the student can be told "
     "there is no such share, and the gain over the student is shown.",
-    "pareto": "Named and filled: no other plan is better in one of the three and as good in the others. Area: evaluations per image.",
+    "pareto": "Filled and numbered: no other plan is better in one of the three and as good in the others. Area: evaluations per image.",
     "quality": "One image per caption, against real pictures. Milliseconds are measured from the words to the pixels, the base's steps "
     "included. Intervals: jackknife over blocks of captions.",
     "pictures": "Plans in rows, the seeds of the first prompt in columns.",
@@ -172,9 +172,14 @@ def recovered(cells: list[dict], student: str, name: str) -> str:
 def pareto(results: dict, student: str) -> str:
     """All plans of a student and of the base: diversity, agreement with the prompt, evaluations."""
     group = [c for c in results["cells"] if c["student"] in (results["base"], student)]
-    front = results["fronts"][student]
-    points = [(c["plan"], last(c, "clip")["value"], c["agreement"]["value"], c.get("evaluations", 1), c["plan"] in front) for c in group]
-    return figure(student, scatter(points, "diversity by clip", "agreement with the prompt", f"{student}: diversity and agreement"))
+    group.sort(key=lambda c: -last(c, "clip")["value"])
+    front = [c for c in group if c["plan"] in results["fronts"][student]]
+    ranks = [front.index(c) + 1 if c in front else 0 for c in group]
+    points = [(c["plan"], last(c, "clip")["value"], c["agreement"]["value"], c.get("evaluations", 1), rank)
+              for c, rank in zip(group, ranks, strict=True)]  # fmt: skip
+    drawn = figure(student, scatter(points, "diversity by clip", "agreement with the prompt", f"{student}: diversity and agreement"))
+    rows = [[f"{rank} {name}", number(x, 3), number(y, 1), f"{cost:g}"] for name, x, y, cost, rank in points if rank]
+    return drawn + figure(f"{student}: the front", table(["plan", "diversity", "agreement", "evaluations"], rows))
 
 
 def sweep(cells: list[dict], students: list[str], base: str, kind: str, name: str) -> str:

@@ -97,7 +97,7 @@ def picture(path: Path, alt: str, pixels: bool = False) -> str:
 class Axes:
     """A frame with round ticks that places values: `x(value)`, `y(value)` in the pixels of an SVG."""
 
-    def __init__(self, xs: list[float], ys: list[float], size=(460, 300), right: int = 100, left: int = 60, falling: bool = False):
+    def __init__(self, xs: list[float], ys: list[float], size=(490, 300), right: int = 130, left: int = 60, falling: bool = False):
         self.falling = falling  # x from large to small
         self.width, self.height = size
         self.left, self.right, self.top, self.bottom = left, right, 22, 38
@@ -168,21 +168,17 @@ def forest(rows: list[tuple[str, dict, int]], x_name: str, title: str, marks: tu
     return axes.svg(title, parts)
 
 
-def scatter(points: list[tuple[str, float, float, float, bool]], x_name: str, y_name: str, title: str) -> str:
-    """(name, x, y, size, filled) as circles, area by size; the filled ones are named."""
-    axes = Axes([p[1] for p in points], [p[2] for p in points], (460, 340), right=30)
+def scatter(points: list[tuple[str, float, float, float, int]], x_name: str, y_name: str, title: str) -> str:
+    """(name, x, y, size, rank) as circles, area by size; those with a rank other than 0 are filled and bear it."""
+    axes = Axes([p[1] for p in points], [p[2] for p in points], (490, 380), right=30)
     largest, parts = max(p[3] for p in points), axes.frame(x_name, y_name)
-    named = [p for p in points if p[4]]
-    ys = spread([axes.y(p[2]) for p in named], 13, axes.top + 6, axes.height - axes.bottom)
-    for name, x, y, size, filled in points:
-        style = "fill-opacity: .75" if filled else "fill-opacity: .12"
-        about = f"{name}: {number(x, 3)}, {number(y, 2)}, {size:g}"
-        parts.append(f'<circle class="c{1 if filled else 0}" style="{style}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" '
+    for name, x, y, size, rank in sorted(points, key=lambda p: p[4] > 0):
+        at, about = (axes.x(x), axes.y(y)), f"{name}: {number(x, 3)}, {number(y, 2)}, {size:g}"
+        look = f'class="c{1 if rank else 0}" style="fill-opacity: {0.75 if rank else 0.12}"'
+        parts.append(f'<circle {look} cx="{at[0]:.1f}" cy="{at[1]:.1f}" '
                      f'r="{3 + 7 * (size / largest) ** 0.5:.1f}"><title>{escape(about)}</title></circle>')  # fmt: skip
-    for (name, x, *_), y in zip(named, ys, strict=True):
-        flip = axes.x(x) > 0.62 * axes.width
-        parts.append(f'<text x="{axes.x(x) + (-12 if flip else 12):.1f}" y="{y + 4:.1f}" text-anchor="{"end" if flip else "start"}">'
-                     f"{escape(name)}</text>")  # fmt: skip
+        if rank:
+            parts.append(f'<text class="label" x="{at[0]:.1f}" y="{at[1] - 11:.1f}" text-anchor="middle">{rank}</text>')
     return axes.svg(title, parts)
 
 

@@ -32,9 +32,9 @@ STYLE = """<style>
   border-radius: 4px; cursor: pointer; }
 .scrubber button:focus-visible, .scrubber input:focus-visible { outline: 2px solid var(--c1); outline-offset: 2px; }
 .scrubber output { min-width: 4rem; text-align: right; font-variant-numeric: tabular-nums; }
-.run { display: flex; flex-wrap: wrap; gap: 1rem; margin: .5rem 0 1.5rem; }
-.run figcaption { font-size: .8rem; line-height: 1.25; min-height: 2.6em; }
-.film { width: 8rem; aspect-ratio: 1 / 2; background-repeat: no-repeat; border-radius: 3px; }
+.run { display: flex; flex-wrap: wrap; align-items: end; gap: .8rem; margin: .5rem 0 1.5rem; }
+.run figcaption { width: 7rem; font-size: .8rem; line-height: 1.25; min-height: 2.6em; }
+.film { width: 7rem; aspect-ratio: 1 / 2; background-repeat: no-repeat; border-radius: 3px; }
 .film.small { image-rendering: pixelated; }
 </style>"""
 SCRIPT = """<script>

@@ -27,8 +27,10 @@ SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("diversity")
-    diversity.main(merge(Config, [*SMALL, f"out={out}"]))
-    return out / "default"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "REAL", 60)
+        diversity.main(merge(Config, [*SMALL, f"out={out}"]))
+        yield out / "default"
 
 
 @pytest.fixture(scope="module")
