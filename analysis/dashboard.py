@@ -33,8 +33,14 @@ SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel p
         ("curves", "effect of <control>", "curves/<control>_table"),
     ],
     "Images": [("images", "<control>, a step per scale", "images/<control>/<target>")],
+    "Why": [
+        ("images", "x0 over the steps, members in columns", "trace/animation"),
+        ("table", "when x0 commits", "trace/commitment"),
+        ("table", "diversity, recovery, agreement, cost of every plan", "diversity/plans"),
+        ("table", "what predicts transfer", "similarity/predictors"),
+    ],
 }
-COLUMNS = {"Training": 3, "Transfer": 2, "Images": 1}  # panels beside one another
+COLUMNS = {"Training": 3, "Transfer": 2, "Images": 1, "Why": 2}  # panels beside one another
 
 
 @dataclass

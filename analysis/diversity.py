@@ -307,10 +307,10 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     columns = ["student", "plan", "diversity", "low", "high", "recovery", "agreement", "evaluations", "seconds"]
     rows = [[c["student"], c["plan"], *c["diversity"]["clip"][-1].values(), (c["recovery"]["clip"] or {}).get("value"),
              c["agreement"]["value"], c.get("evaluations"), c.get("seconds")] for c in cells]  # fmt: skip
-    tracker.table("diversity", columns, rows)
-    tracker.log({f"diversity/{c['student']}/{c['plan']}": c["diversity"]["clip"][-1]["value"] for c in cells})
+    tracker.table("diversity/plans", columns, rows)
+    tracker.log({f"diversity/clip/{c['student']}/{c['plan']}": c["diversity"]["clip"][-1]["value"] for c in cells})
     for student in dict.fromkeys(c["student"] for c in cells):
-        tracker.image(f"images/{student}", folder / f"images/{student}.png", "plans in rows, seeds in columns")
+        tracker.image(f"diversity/pictures/{student}", folder / f"images/{student}.png", "plans in rows, seeds in columns")
     tracker.artifact(folder / "results.json", f"diversity-{folder.name}", "results")
 
 

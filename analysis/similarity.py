@@ -278,20 +278,22 @@ def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
     """Logs every kind of cell as a table, the maps of CKA as tables blocks x steps, stitched pictures, the record as an artifact."""
     blocks = [c for c in cells if c["what"] == "block"]
     columns = ["comparison", "inputs", "block", "step", "cka", "null high", "standardised", "procrustes", "neighbours", "seed variance"]
-    tracker.table("blocks", columns, [[c["comparison"], c["inputs"], c["block"], c["step"], c["cka"]["value"], c["null"]["high"],
+    tracker.table("similarity/blocks", columns, [[c["comparison"], c["inputs"], c["block"], c["step"], c["cka"]["value"], c["null"]["high"],
                   c["standardised"], c["procrustes"], c["neighbours"], c["seed_variance"]["value"]] for c in blocks])  # fmt: skip
     for name, inputs in dict.fromkeys((c["comparison"], c["inputs"]) for c in blocks):
         steps, rows = similarity_page.table(blocks, name, inputs, lambda c: c["cka"]["value"])
-        tracker.table(f"cka/{name}/{inputs}", ["block", *(f"step {s + 1}" for s in steps)], [[block, *row] for block, row in rows.items()])
+        heads = ["block", *(f"step {s + 1}" for s in steps)]
+        tracker.table(f"similarity/cka/{name}/{inputs}", heads, [[block, *row] for block, row in rows.items()])
     found = [c for c in cells if c["what"] == "predictor"]
     if found:
-        tracker.table("predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "foretold"],
+        tracker.table("similarity/predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "foretold"],
                       [[c["evaluator"], c["predictor"], c["points"], *c["spearman"].values(), c["foretold"]] for c in found])  # fmt: skip
     for row in similarity_page.by_step(cells):
-        means = {f"cka/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in similarity_page.INPUTS}
+        means = {f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in similarity_page.INPUTS}
         tracker.log({name: value for name, value in means.items() if value is not None})
     for path in sorted((folder / "images/stitch").glob("*.png")):
-        tracker.image(f"stitch/{path.stem}", path, "in columns: first, second, first's down half with second's up half, the reverse")
+        caption = "in columns: first, second, first's down half with second's up half, the reverse"
+        tracker.image(f"similarity/stitched/{path.stem}", path, caption)
     for name in dict.fromkeys(c["control"] for c in cells if c["what"] == "direction"):
         tracker.uses(name)
     tracker.artifact(folder / "results.json", f"similarity-{folder.name}", "results")

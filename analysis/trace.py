@@ -375,10 +375,10 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     cells = results["cells"]
     rows = [[c["student"], c["plan"], name, *when["share"].values(), when["t"]["value"]]
             for c in cells for name, when in c["commitment"].items()]  # fmt: skip
-    tracker.table("trace", ["student", "plan", "evaluator", "commits at share", "low", "high", "t"], rows)
+    tracker.table("trace/commitment", ["student", "plan", "evaluator", "commits at share", "low", "high", "t"], rows)
     for k in range(results["shown"]):
-        tracker.image(f"images/sheet-{k}", folder / f"images/sheet-{k}.png", results["prompts"][k])
-    tracker.image("images/trace", folder / "images/trace.gif", "x0 over the steps, members in columns")
+        tracker.image(f"trace/sheet-{k}", folder / f"images/sheet-{k}.png", results["prompts"][k])
+    tracker.image("trace/animation", folder / "images/trace.gif", "x0 over the steps, members in columns")
     if results["control"]:
         tracker.uses(results["control"])
     tracker.artifact(folder / "results.json", f"trace-{folder.name}", "results")

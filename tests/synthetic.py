@@ -1,12 +1,14 @@
 """A made-up run folder of the transfer validator: known retentions, every part of the record, a grey per column of its sheets."""
 
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from configs import ROOT
 from controls import effect, stats
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
@@ -107,3 +109,40 @@ def write(found: dict, folder: Path) -> Path:
             (folder / c["picture"]).write_bytes(png(sheet()))
     (folder / "results.json").write_text(json.dumps(found))
     return folder
+
+
+class Keys:
+    """A tracker that remembers what it was asked to log, and nothing else."""
+
+    def __init__(self):
+        self.logged: set[str] = set()
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        self.logged |= values.keys()
+
+    def table(self, key: str, columns: list[str], rows: list[list]) -> None:
+        assert all(len(row) == len(columns) for row in rows)
+        self.logged.add(key)
+
+    def image(self, key: str, path: Path, caption: str | None = None) -> None:
+        assert Path(path).is_file()
+        self.logged.add(key)
+
+    def uses(self, *_) -> None: ...
+
+    def artifact(self, path: Path, name: str, type: str) -> None:
+        assert Path(path).exists() and type == "results"
+
+
+def documented(*commands: str) -> dict[str, re.Pattern]:
+    """The keys of the README's table, all or of some commands; <words> stand for anything."""
+    section = (ROOT / "README.md").read_text().split("## W&B keys")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \|.*\| (\w+)[^|]* \|$", section, re.M)
+    return {key: re.compile(re.sub(r"<[^>]+>", ".+", key)) for key, where in rows if where in (commands or (where,))}
+
+
+def undocumented(logged: set[str], command: str) -> list[str]:
+    """The keys that a command logs and the README lacks, and the other way round."""
+    patterns = documented(command)
+    lost = [key for key in sorted(logged) if not any(pattern.fullmatch(key) for pattern in patterns.values())]
+    return lost + [key for key, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic import Keys, undocumented
 
 from analysis import diversity, diversity_page, quality
 from analysis.diversity import Config, images_of, recovery
@@ -92,6 +93,12 @@ def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, res
     for before in results["cells"]:
         now = cell(after, before["student"], before["plan"])
         assert all(now[key] == before[key] for key in before if key != "seconds")
+
+
+def test_every_logged_key_is_documented(run, results):
+    keys = Keys()
+    diversity.track(results, run, keys)
+    assert not undocumented(keys.logged, "diversity")
 
 
 def test_page(run, results):

@@ -1,7 +1,6 @@
 """The record of a transfer run in W&B: recorded offline, and read back from W&B's own files."""
 
 import json
-import re
 import struct
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic import documented
 from wandb.proto import wandb_internal_pb2
 
 from analysis import cells as of
@@ -154,13 +154,6 @@ def merged(into: dict, items) -> dict:
     return into
 
 
-def documented() -> dict[str, re.Pattern]:
-    """The keys of the README's table; <words> stand for anything."""
-    section = (ROOT / "README.md").read_text().split("## W&B keys")[1].split("\n## ")[0]
-    keys = re.findall(r"^\| `([^`]+)` \|", section, re.M)
-    return {key: re.compile(re.sub(r"<[^>]+>", ".+", key)) for key in keys}
-
-
 @pytest.fixture(scope="module")
 def results() -> dict:
     return transfer_record()
@@ -255,7 +248,7 @@ def test_every_logged_key_is_documented_and_every_documented_one_logged(found, t
     slider.main(merge(slider.Config, words))
     watched = json.loads((tmp_path / "smile/watch.jsonl").read_text())  # also what could not be told and was not logged
     logged = found.keys | Recorded(tmp_path / "smile").keys | {f"watch/{key}" for key in watched if key != "step"}
-    patterns = documented()
+    patterns = documented("training", "transfer")
     assert not [key for key in logged if not any(pattern.fullmatch(key) for pattern in patterns.values())]
     assert not [key for key, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))]
 

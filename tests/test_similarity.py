@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from synthetic import Keys, undocumented
 
 from analysis import prediction, similarity, similarity_page
 from analysis.representations import Pair, chunks, forced, nearest
@@ -57,6 +58,12 @@ def test_the_record(run):
     assert len(similarity_page.of(found, "point")) == 3
     assert {c["points"] for c in similarity_page.of(found, "predictor")} == {3}
     assert all(c["spearman"]["value"] is None for c in similarity_page.of(found, "predictor"))  # two controls say nothing
+
+
+def test_every_logged_key_is_documented(run):
+    keys = Keys()
+    similarity.track(cells(run), run, keys)
+    assert not undocumented(keys.logged, "similarity")
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic import Keys, undocumented
 
 from analysis import sheets, trace, trace_page
 from analysis.draw import acting
@@ -61,6 +62,12 @@ def test_pictures(run, results):
     assert moving.n_frames == 10 and moving.size == (3 * 64, 64)
     for c in results["cells"]:
         assert bool(c["abandoned"]["examples"]) == ("picture" in c["abandoned"])
+
+
+def test_every_logged_key_is_documented(run, results):
+    keys = Keys()
+    trace.track(results, run, keys)
+    assert not undocumented(keys.logged, "trace")
 
 
 def test_page(run, results):
