@@ -8,6 +8,7 @@ from analysis.draw import Drawings, Job
 from analysis.measure import Subject
 from configs import UserError
 from controls import stats
+from models import budget
 
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the embedded family (LOG.md)
 TYPICAL = {"prompts": 0.08, "seeds": 0.34}
@@ -21,19 +22,28 @@ def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: 
     print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
     print(f"to draw: {len(todo) * each} images, {calls} network evaluations; known already: the rest")
     print(f"time: {minutes(drawings, todo)}")
+    print(memory(drawings, targets))
     for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
         least = stats.detectable(n, k, spread)
         print(f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})")
 
 
+def memory(drawings: Drawings, targets: list[str]) -> str:
+    """What is to be downloaded and held; words where not even the configs can be had."""
+    family = drawings.family
+    try:
+        return budget.table(budget.needs(family.card, list(dict.fromkeys(target.partition(":")[0] for target in targets)), family.dtype))
+    except UserError as error:
+        return f"download and memory: unknown ({error})"
+
+
 def evaluations(drawings: Drawings, target: str) -> int:
-    """Network evaluations of one image, from the family's card alone."""
+    """Network evaluations of one image, from the family's card alone; of a plan with the base, those of its student."""
     member, _, plan = target.partition(":")
-    cards = drawings.family.card.members
-    steps = len(cards[member].timesteps) or cards[member].steps
+    its = drawings.family.card.members[member]
     if plan.startswith("few("):
         return int(plan[4:-1])
-    return steps * (2 if cards[member].guidance is not None else 1)
+    return (len(its.timesteps) or its.steps) * (2 if its.guidance is not None else 1)
 
 
 def known(folder: Path) -> tuple[dict, str]:

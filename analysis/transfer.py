@@ -101,7 +101,7 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
     family = Family(cfg.family, device, DTYPES[cfg.dtype])
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
     cfg.prompts, targets = cfg.prompts or family.card.prompts, resolve(cfg, family.card)
-    eyes = evaluators(family.card, device)
+    eyes = evaluators(family.card, device) if not cfg.plan else {}
     for subject in subjects:
         for eye in eyes.values() if subject.words else ():
             eye.score(eye.features(torch.zeros(1, 3, 64, 64)), *subject.words)  # words that an evaluator cannot tell apart are an error
@@ -161,6 +161,8 @@ def adopted(path: Path, cfg: Config, family: Family) -> Control:
         cards.carded(path)
     source = cfg.source or family.card.base
     own = Card("lora", formats.name(path), family.card.name, source, 0, 0.0, "full", "c3lier", {})
+    if cfg.plan:  # which needs no network, and so cannot say where its layers go
+        return Control(own, {})
     return formats.adopt(path, family.member(source).denoiser.net, own)
 
 

@@ -10,6 +10,11 @@ from configs import ROOT, UserError, merge
 from models.architectures import ARCHITECTURES
 
 CARDS = ROOT / "configs/families"
+PEOPLE = (  # most sliders are about them
+    "photo of a woman in a park", "photo of a man at a desk", "portrait of a chef in a kitchen", "portrait of a dancer on a stage",
+    "photo of a farmer in a field", "photo of a student in a library", "portrait of a sailor on a boat", "photo of a person in the rain",
+    "portrait of a nurse in a hospital", "photo of a cyclist on a street", "portrait of a singer on a stool", "photo of a child at a beach",
+)  # fmt: skip
 
 
 @dataclass
@@ -59,7 +64,7 @@ class FamilyCard:
     dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble
     inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
-    prompts: list[str] = field(default_factory=list)  # what controls are measured on by default
+    prompts: list[str] = field(default_factory=lambda: list(PEOPLE))  # what controls are measured on by default
     members: dict[str, MemberCard] = field(default_factory=dict)
 
 
