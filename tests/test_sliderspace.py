@@ -33,7 +33,7 @@ def test_training_turns_x0_towards_the_direction(folder):
 
 def test_transfer_measures_it_without_words(folder, tmp_path):
     words = [f"controls=[{folder}/space-1.safetensors]", "targets=[dmd,lcm]", "prompts=[a person,portrait of a person]", "seeds=2",
-             "scales=[-1,0,1]", "draws=100", "wandb=disabled", f"out={tmp_path}"]  # fmt: skip
+             "scales=[-1,0,1]", "references=false", "wandb=disabled", f"out={tmp_path}", f"cache={tmp_path}/cache"]  # fmt: skip
     page = transfer.main(merge(transfer.Config, words))
     cells = json.loads((page.parent / "results.json").read_text())["cells"]
     assert [cell["clip_change_percent"] for cell in cells] == [None, None] and cells[0]["positive"] == ""
