@@ -11,7 +11,7 @@ from controls import stats
 from models import budget
 
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the embedded family (LOG.md)
-TYPICAL = {"prompts": 0.08, "seeds": 0.34}
+TYPICAL = {"prompts": 0.07, "seeds": 0.33}
 
 
 def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job], folder: Path) -> None:

@@ -1,6 +1,6 @@
 """How much of a control's effect survives on other members of the family: python -m analysis.transfer [config=FILE] [key=value ...]
 
-Without arguments: a shipped control of every kind, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --plan says what
+Without arguments: shipped controls of every kind, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --plan says what
 it will cost and what it can see, and draws nothing. Any LoRA: controls=[my.safetensors] family=sdxl positive="…" negative="…".
 """
 
@@ -26,8 +26,10 @@ from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard
 from models.sample import PLANS
 
-SHIPPED = [f"controls/tiny/{name}.safetensors" for name in ("smile", "age", "eyes-image", "watercolour", "crayon", "space-1")]
-FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "scales", "lora_scales", "references")
+NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
+SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
+SCALES = {"lora": "lora_scales", "sliderspace": "direction_scales"}  # kind of control: the key that holds its scales; of others, scales
+FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "references", "scales", *SCALES.values())
 
 
 @dataclass
@@ -42,7 +44,8 @@ class Config:
     seeds: int = 4  # images per prompt
     seed: int = 1000  # of the first image
     scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # of sliders; must hold 0 and reach 1
-    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5])  # of other controls; must hold 0 and reach 1
+    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5])  # of LoRAs; likewise
+    direction_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # of SliderSpace's directions; likewise
     below: float | None = None  # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at all
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
@@ -125,7 +128,7 @@ def check(cfg: Config) -> None:
     """What can be wrong before anything is loaded."""
     if cfg.dtype not in DTYPES:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
-    for key in ("scales", "lora_scales"):
+    for key in ("scales", *SCALES.values()):
         values = sorted(set(getattr(cfg, key)))
         if 0 not in values or max(values) < 1:
             raise UserError(f"{key} must hold 0 and reach 1; got {getattr(cfg, key)}")
@@ -179,7 +182,7 @@ def words(cfg: Config, control: Control) -> Words:
 
 
 def scales_of(cfg: Config, control: Control) -> list[float]:
-    return cfg.lora_scales if control.card.kind == "lora" else cfg.scales
+    return getattr(cfg, SCALES.get(control.card.kind, "scales"))
 
 
 def resolve(cfg: Config, family: FamilyCard) -> list[str]:

@@ -221,9 +221,13 @@ def test_kohyas_file_in_diffusers_is_ours(tmp_path):
     formats.save_kohya(control, tmp_path / "k.safetensors")
     pipe = DiffusionPipeline.from_pretrained(ROOT / "models/tiny/weights/base")
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(tmp_path / "k.safetensors", adapter_name="smile")
-    theirs = pipe(["portrait of a person"], height=64, width=64, num_inference_steps=10, guidance_scale=3.0, output_type="latent",
-                  generator=[torch.Generator().manual_seed(1)]).images  # fmt: skip
+    theirs = []
+    for file in (tmp_path / "k.safetensors", SMILE):
+        pipe.load_lora_weights(file, adapter_name="smile")
+        theirs.append(pipe(["portrait of a person"], height=64, width=64, num_inference_steps=10, guidance_scale=3.0, output_type="latent",
+                           generator=[torch.Generator().manual_seed(1)]).images)  # fmt: skip
+        pipe.unload_lora_weights()
+    assert torch.allclose(*theirs, rtol=0, atol=1e-5)
     family = Family("tiny")
     member = family.member("base")
     attach(member.denoiser.net, control, family="tiny")
@@ -231,7 +235,7 @@ def test_kohyas_file_in_diffusers_is_ours(tmp_path):
     with torch.no_grad(), strength(member.denoiser.net, smile=1.0):
         ours = finish(alone(member), noise, family.encode(["portrait of a person"]))
     detach(member.denoiser.net)
-    assert (theirs - ours).abs().max() < 1e-5
+    assert (ours - theirs[0]).abs().max() < 1e-4  # another order of the same sums, over 10 steps
 
 
 def test_keys_without_a_place_are_named(tmp_path, net, control):
