@@ -1,6 +1,7 @@
 """What a transfer run measured, as a model card per control, and as the same numbers in the control's own header."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -105,11 +106,16 @@ def scale(reading: dict, scales: list[float]) -> str:
     return f"none up to {scales[-1]:g}" + (f"; at {reach['scale']:.2g} it has {reach['share']:.0%} of the effect" if reach else "")
 
 
+@cache
+def family_of(name: str) -> families.FamilyCard:
+    return families.card(name)
+
+
 def front(results: dict, cell: dict) -> str:
     """YAML for Hugging Face; base_model only where the network is on the Hub and not a folder of this project."""
     tags = ["lora", *(["concept-slider"] if cell.get("kind") == "slider" else []), "distilled-control"]
     found = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
-    family = families.card(results["config"]["family"])
+    family = family_of(results["config"]["family"])
     repo = family.members[families.split(cell["source"])[1]].repo or family.repo
     if not (ROOT / repo).exists():
         found |= {"base_model": repo, "base_model_relation": "adapter"}

@@ -47,7 +47,7 @@ class Config:
     students: list[str] = field(default_factory=list)  # members to compare with the base; empty = all of the family
     plans: list[str] = field(default_factory=lambda: list(FEW))  # as models/sample.py writes them; base and student are always there
     prompts: list[str] = field(default_factory=list)  # what is drawn; empty = the family card's prompts
-    seeds: int = 6  # images per prompt, at least 3
+    seeds: int = 5  # images per prompt, at least 3
     seed: int = 2000  # the first image seed, and that of the bootstrap
     captions: int = 48  # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
     reference: str = ""  # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
