@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs import UserError, replacing
-from controls.lora import Control, content, fingerprint, ready
+from controls.lora import Control, content, ready
 from models.evaluators import Evaluator
 from models.families import Family
 from models.identity import identity
@@ -52,6 +52,8 @@ class Drawings:
         self.contents = {name: content(control) for name, control in controls.items()}
         self.keys: dict[Job, str] = {}
         self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
+        for name, path in self.words():
+            eyes[name].known |= {text: vector.numpy() for text, vector in load_file(path).items()} if path.is_file() else {}
 
     def key(self, job: Job) -> str:
         """The hash of what the images of a job depend on."""
@@ -76,6 +78,15 @@ class Drawings:
 
     def files(self, job: Job) -> list[Path]:
         return [self.path(job), *(self.path(job, who) for who in self.eyes)]
+
+    def words(self) -> Iterator[tuple[str, Path]]:
+        """The evaluators that embed texts, and where these embeddings are kept."""
+        return ((name, self.folder / f"words-{self.signs[name]}.safetensors") for name, eye in self.eyes.items() if hasattr(eye, "known"))
+
+    def remember_words(self) -> None:
+        """Keeps what evaluators made of texts, so that a run with nothing new need not load them."""
+        for name, path in self.words():
+            _store(path, **{text: torch.from_numpy(vector) for text, vector in self.eyes[name].known.items()})
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         """The jobs of which something is still to be made, each kind of images once."""
@@ -177,9 +188,8 @@ def acting(
 
 
 def sign(name: str, eye: Evaluator) -> str:
-    """A short hash of an evaluator: its name and its weights."""
-    weights = [fingerprint(part) for part in vars(eye).values() if isinstance(part, nn.Module)]
-    return f"{name}-{hashlib.sha256(json.dumps([type(eye).__name__, *weights]).encode()).hexdigest()[:12]}"
+    """A short hash of an evaluator: its name and what its features depend on."""
+    return f"{name}-{hashlib.sha256(json.dumps([type(eye).__name__, eye.identity]).encode()).hexdigest()[:12]}"
 
 
 def _store(path: Path, **tensors: Tensor) -> None:

@@ -78,6 +78,7 @@ def main(cfg: Config) -> Path:
     if accelerator.is_main_process:
         measurement = Measurement(drawings, subjects, cfg.references)
         cells, leakage = measurement.cells(targets), measurement.leakage(targets)
+        drawings.remember_words()
         pictures(drawings, subjects, targets, cells, folder)
         about = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
                  "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes)}  # fmt: skip
@@ -104,12 +105,13 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
     family = Family(cfg.family, device, DTYPES[cfg.dtype])
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
     cfg.prompts, targets = cfg.prompts or family.card.prompts, resolve(cfg, family.card)
-    eyes = evaluators(family.card, device) if not cfg.plan else {}
+    eyes = evaluators(family.card, device, ready=False) if not cfg.plan else {}
+    controls = {s.name: s.control for s in subjects} | {s.random: random_like(s.control, cfg.seed) for s in subjects if cfg.references}
+    drawings = Drawings(family, controls, eyes, cfg.prompts, cfg.seeds, cfg.seed, cfg.batch, cfg.below, Path(cfg.cache))
     for subject in subjects:
         for eye in eyes.values() if subject.words else ():
-            eye.score(eye.features(torch.zeros(1, 3, 64, 64)), *subject.words)  # words that an evaluator cannot tell apart are an error
-    controls = {s.name: s.control for s in subjects} | {s.random: random_like(s.control, cfg.seed) for s in subjects if cfg.references}
-    return Drawings(family, controls, eyes, cfg.prompts, cfg.seeds, cfg.seed, cfg.batch, cfg.below, Path(cfg.cache)), subjects, targets
+            eye.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
+    return drawings, subjects, targets
 
 
 def draw(drawings: Drawings, jobs: list[Job], accelerator: Accelerator) -> dict:
@@ -213,6 +215,8 @@ def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Jo
 def fit(drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
     """A control or a plan that does not fit is said now, not after an hour of drawing; with nothing to draw no network is loaded."""
     todo = drawings.missing(jobs)
+    for eye in drawings.eyes.values() if todo else ():
+        eye.features(torch.zeros(1, 3, 64, 64))
     for subject in subjects if todo else ():
         ready(drawings.family.member(subject.source).denoiser.net, subject.control, 1.0, drawings.family.card.name)
     for target in dict.fromkeys(job.target for job in todo):

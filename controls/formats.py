@@ -12,8 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from controls import layouts
 from controls.lora import Card, Control
 
 HALVES = (".lora_A.weight", ".lora_B.weight")
+DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in a header, its LORA_ADAPTER_METADATA_KEY
 PICKLES = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
 UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")  # its layers begin so
 BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1"}  # what kohya's tools call a family
@@ -34,7 +33,7 @@ def save(control: Control, path: str | Path) -> None:
     tensors = {prefix + name: tensor.contiguous() for name, tensor in control.tensors.items()}
     layers = sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors})
     peft = {f"{prefix}r": control.card.rank, f"{prefix}lora_alpha": control.card.alpha, f"{prefix}target_modules": layers}
-    _write(tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps(peft)}, control, path)
+    _write(tensors, {DIFFUSERS: json.dumps(peft)}, control, path)
 
 
 def save_kohya(control: Control, path: str | Path) -> None:
@@ -153,9 +152,11 @@ def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, f
 
     Under rsLoRA (Kalajdzievski 2023) strength is alpha / sqrt(rank), which is an alpha greater by sqrt(rank).
     """
+    from peft.utils.other import get_pattern_key
+
     ranks = {stem: tensor.shape[0] for key, tensor in tensors.items() for stem, half in [layouts.split(key) or ("", "")] if half == "A"}
     try:
-        peft = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        peft = json.loads(metadata.get(DIFFUSERS, "{}"))
         prefix = next((key.removesuffix("r") for key in peft if key in ("unet.r", "transformer.r")), None)
         if prefix is None:
             return {}
@@ -163,7 +164,7 @@ def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, f
         found = {stem: float(patterns.get(get_pattern_key(patterns, stem.removeprefix(prefix)), usual)) for stem in ranks}
         return {stem: alpha * ranks[stem] ** 0.5 for stem, alpha in found.items()} if peft.get(f"{prefix}use_rslora") else found
     except (ValueError, TypeError, KeyError, AttributeError, re.error):
-        raise UserError(f"the header's {LORA_ADAPTER_METADATA_KEY} cannot be read, and with it the alpha of this file") from None
+        raise UserError(f"the header's {DIFFUSERS} cannot be read, and with it the alpha of this file") from None
 
 
 def _kernel(half: Tensor) -> list[int]:

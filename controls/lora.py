@@ -11,14 +11,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from configs import UserError
 from controls.targets import places, targets
+
+if TYPE_CHECKING:  # peft takes seconds to import, which what only reads controls need not wait
+    from peft.tuners.lora import LoraLayer
 
 
 @dataclass
@@ -198,8 +200,10 @@ def fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _adapted(net: nn.Module) -> dict[str, LoraLayer]:
+def _adapted(net: nn.Module) -> dict[str, "LoraLayer"]:
     """The layers that carry controls, by name."""
+    from peft.tuners.lora import LoraLayer
+
     found, waiting = {}, [("", net)]
     while waiting:  # not named_modules, which also walks the branches: `strength` comes by twice per training step
         prefix, module = waiting.pop()
@@ -211,12 +215,12 @@ def _adapted(net: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
-def _layers(net: nn.Module, name: str) -> dict[str, LoraLayer]:
+def _layers(net: nn.Module, name: str) -> dict[str, "LoraLayer"]:
     """The layers of one control, sorted by name. Raises UserError when there is none."""
     return _having(_adapted(net), name)
 
 
-def _having(adapted: dict[str, LoraLayer], name: str) -> dict[str, LoraLayer]:
+def _having(adapted: dict[str, "LoraLayer"], name: str) -> dict[str, "LoraLayer"]:
     found = {spot: adapted[spot] for spot in sorted(adapted) if name in adapted[spot].lora_A}
     if not found:
         attached = sorted({n for layer in adapted.values() for n in layer.lora_A})
@@ -224,17 +228,17 @@ def _having(adapted: dict[str, LoraLayer], name: str) -> dict[str, LoraLayer]:
     return found
 
 
-def _state(layer: LoraLayer) -> tuple[list[str], bool, dict[str, float]]:
+def _state(layer: "LoraLayer") -> tuple[list[str], bool, dict[str, float]]:
     return layer.active_adapters, layer.disable_adapters, dict(layer.scaling)
 
 
-def _switch(layer: LoraLayer, active: list[str], disabled: bool, scaling: dict[str, float]) -> None:
+def _switch(layer: "LoraLayer", active: list[str], disabled: bool, scaling: dict[str, float]) -> None:
     # Not by peft's set_adapter and enable_adapters: they also toggle requires_grad, under a trainer's feet.
     layer._active_adapter, layer._disable_adapters = active, disabled
     layer.scaling.update(scaling)
 
 
-def _dial(layer: LoraLayer, scales: Mapping[str, float]) -> None:
+def _dial(layer: "LoraLayer", scales: Mapping[str, float]) -> None:
     active = [name for name, scale in scales.items() if scale != 0 and name in layer.lora_A]
     _switch(layer, active, not active, {name: scales[name] * layer.lora_alpha[name] / layer.r[name] for name in active})
 
@@ -283,6 +287,8 @@ def _few(names: list[str]) -> str:
 
 def _inject(net: nn.Module, name: str, tensors: dict[str, Tensor], rank: int, alpha: float, trainable: bool) -> None:
     """Places the branches with these weights, switched off; leaves the controls already there, and torch's random state, as they are."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     adapted = _adapted(net)
     if not name or "." in name or hasattr(nn.ModuleDict(), name) or any(name in layer.lora_A for layer in adapted.values()):
         raise UserError(f"{name!r} cannot name a control here: it is in use, empty, has a dot, or is a word of torch's own; choose another")

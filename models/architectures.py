@@ -7,23 +7,9 @@ lists, another clock, another sign. What the output means is the member's `kind`
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    ModelMixin,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
 from torch import Tensor, nn
 
 from models.noise import TRAIN_STEPS
@@ -37,14 +23,23 @@ Encode = Callable[..., Prompts]  # pipeline, texts, negative texts or None, size
 class Architecture:
     """One kind of network: its classes in diffusers and the two functions that know it."""
 
-    network: type[ModelMixin]
-    pipeline: type[DiffusionPipeline]
+    names: tuple[str, str]  # of the network's and the pipeline's class
     part: str  # the network's name in the pipeline, and its folder in a repository
     call: Call
     encode: Encode
     absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
     even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
     lora: dict = field(default_factory=dict)  # what the pipeline's lora_state_dict is asked for besides the file
+
+    @property
+    def network(self) -> type[nn.Module]:
+        """The network's class. Some seconds of imports, which a command that draws nothing need not wait."""
+        return getattr(import_module("diffusers"), self.names[0])
+
+    @property
+    def pipeline(self) -> type:
+        """The pipeline's class, likewise."""
+        return getattr(import_module("diffusers"), self.names[1])
 
 
 def call_unet(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
@@ -174,14 +169,13 @@ def _padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
 UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
 KOHYA = {"unet_config": None}  # filled with the network's own, by which SGM's names are counted
 
-UNET = partial(Architecture, UNet2DConditionModel, part="unet", lora=KOHYA)
-TRANSFORMER = partial(Architecture, part="transformer")
+UNET, TRANSFORMER = partial(Architecture, part="unet", lora=KOHYA), partial(Architecture, part="transformer")
 ARCHITECTURES = {
-    "sdxl": UNET(pipeline=StableDiffusionXLPipeline, call=call_sdxl, encode=encode_sdxl, absent=UNSAFE[1:]),
-    "sd": UNET(pipeline=StableDiffusionPipeline, call=call_unet, encode=encode_sd, absent=UNSAFE),
-    "pixart": TRANSFORMER(PixArtTransformer2DModel, PixArtAlphaPipeline, call=call_pixart, encode=encode_pixart),
-    "sd3": TRANSFORMER(SD3Transformer2DModel, StableDiffusion3Pipeline, call=call_sd3, encode=encode_sd3, absent=UNSAFE[1:]),
-    "flux": TRANSFORMER(FluxTransformer2DModel, FluxPipeline, call=call_flux, encode=encode_flux, absent=UNSAFE[1:], even=True,
+    "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, absent=UNSAFE[1:]),
+    "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, absent=UNSAFE),
+    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart),
+    "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, absent=UNSAFE[1:]),
+    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, absent=UNSAFE[1:], even=True,
                         lora={"return_alphas": True}),
-    "zimage": TRANSFORMER(ZImageTransformer2DModel, ZImagePipeline, call=call_zimage, encode=encode_zimage, even=True),
+    "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, even=True),
 }  # fmt: skip

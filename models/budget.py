@@ -4,12 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
-import diffusers
 import psutil
 import torch
-import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants
 
@@ -52,7 +51,7 @@ def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
         index = its.pipeline.load_config(place(family.repo), **home)
     found = []
     for part, (library, name) in ((part, value) for part, value in index.items() if isinstance(value, list | tuple) and all(value)):
-        kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+        kind = getattr(import_module(library), name, None) if library in ("diffusers", "transformers") else None
         if part in (its.part, *its.absent) or not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
             continue
         with one_line(f"{part} of {family.repo}"):
@@ -115,9 +114,9 @@ def _gb(size: float) -> str:
 
 def _config(kind: type, repo: str, subfolder: str | None, **home) -> dict:
     """A part's config as plain values."""
-    if issubclass(kind, diffusers.ModelMixin):
+    if hasattr(kind, "load_config"):  # diffusers'
         return dict(kind.load_config(place(repo), subfolder=subfolder, **home))
-    return transformers.AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home).to_dict()
+    return import_module("transformers").AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home).to_dict()
 
 
 def _count(kind: type, config: dict) -> int:
@@ -129,8 +128,8 @@ def _counted(kind: type, config: str) -> int:
     """The number of parameters of a network by its config."""
     values = json.loads(config)
     with init_empty_weights():
-        net = kind.from_config(values) if issubclass(kind, diffusers.ModelMixin) else kind(kind.config_class.from_dict(values))
-    if isinstance(net, transformers.PreTrainedModel):
+        net = kind.from_config(values) if hasattr(kind, "load_config") else kind(kind.config_class.from_dict(values))
+    if hasattr(net, "tie_weights"):
         net.tie_weights()  # on the meta device shared embeddings are two
     return sum(weight.numel() for weight in net.parameters())
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import init_empty_weights
-from diffusers.utils import convert_unet_state_dict_to_peft
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from configs import UserError
@@ -53,6 +51,9 @@ def read(path: Path, architecture: Architecture, net: nn.Module) -> Delta:
 
     Raises UserError when the pipeline takes no LoRA, for text encoders' layers, and when a layer has no place in the network.
     """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.tuners.lora import LoraLayer
+
     loader, part = architecture.pipeline, architecture.part
     if not hasattr(loader, "lora_state_dict"):
         raise UserError(f"{path.name}: {loader.__name__} takes no LoRA")

@@ -1,6 +1,8 @@
 """Images to features: evaluators, each a function of pictures and of the words that say what a control does."""
 
+import json
 from collections.abc import Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,17 +11,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor, CLIPModel, SiglipModel
 
 from configs import UserError
 from models.cards import FamilyCard
-from models.loading import available, one_line, place
+from models.identity import content
+from models.loading import available, file_of, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
 
 
 class Evaluator(Protocol):
     """What the analyses ask of an evaluator. Images are (B, 3, H, W) in [-1, 1], features (…, d) float64."""
+
+    identity: str  # what its features depend on, besides its class
 
     def features(self, images: Tensor) -> np.ndarray: ...
 
@@ -33,23 +37,62 @@ class Evaluator(Protocol):
 
 
 class Picture:
-    """A vision model of transformers: pictures to unit-length embeddings. It reads no words."""
+    """A vision model of transformers: pictures to unit-length embeddings. It reads no words.
 
-    kind: type = AutoModel
+    Its parts are loaded when they are first asked for; each raises UserError in one line when it cannot be loaded.
+    """
+
+    kind = "AutoModel"
 
     def __init__(self, repo: str, device: str | torch.device = "cpu"):
-        """repo: a folder or a Hub id, with @revision where it is pinned. Raises UserError in one line for what cannot be loaded."""
-        repo, _, revision = repo.partition("@")
-        where = {"revision": available(repo, revision or None)}
-        with one_line(f"the evaluator {repo}"):
-            self.model = self.kind.from_pretrained(place(repo), dtype=torch.float32, **where).to(device).eval().requires_grad_(False)
-            pixels, _ = CLIPImageProcessor.get_image_processor_dict(place(repo), **where)
-            self.tokenizer = AutoTokenizer.from_pretrained(place(repo), **where) if hasattr(self.model.config, "text_config") else None
+        """repo: a folder or a Hub id, with @revision where it is pinned."""
+        self.repo, _, self.revision = repo.partition("@")
+        self.device, self.identity = device, content(self.repo, self.revision or None, "", "")
         self.known: dict[str, np.ndarray] = {}  # texts that were embedded
-        size, crop = pixels["size"], pixels.get("crop_size")
-        self.resize_px = size.get("shortest_edge") or size["height"]
-        self.size_px = crop["height"] if crop and pixels.get("do_center_crop") else self.resize_px
-        self.mean, self.std = (torch.tensor(pixels[key], device=device).view(1, 3, 1, 1) for key in ("image_mean", "image_std"))
+
+    @cached_property
+    def model(self) -> Any:
+        """The network, frozen, in fp32."""
+        return self._part(self.kind, dtype=torch.float32).to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What makes tokens of texts."""
+        return self._part("AutoTokenizer")
+
+    @cached_property
+    def pixels(self) -> dict:
+        """How the model was trained to see pictures."""
+        with one_line(f"the evaluator {self.repo}"):
+            return json.loads(file_of(self.repo, self.revision or None, "preprocessor_config.json").read_text())
+
+    def _part(self, name: str, **options) -> Any:
+        from transformers import logging  # seconds, which a command that finds everything seen already need not wait
+
+        logging.disable_progress_bar()
+        with one_line(f"the evaluator {self.repo}"):
+            kind = getattr(import_module("transformers"), name)
+            return kind.from_pretrained(place(self.repo), revision=available(self.repo, self.revision or None), **options)
+
+    @property
+    def resize_px(self) -> int:
+        """Side of a picture before it is cropped."""
+        return _side(self.pixels["size"])
+
+    @property
+    def size_px(self) -> int:
+        """Side of a picture as the model sees it."""
+        return _side(self.pixels["crop_size"]) if self.pixels.get("crop_size") and self.pixels.get("do_center_crop") else self.resize_px
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Of the pixels, per colour."""
+        return torch.tensor(self.pixels["image_mean"], device=self.device).view(1, 3, 1, 1)
+
+    @cached_property
+    def std(self) -> Tensor:
+        """Of the pixels, per colour."""
+        return torch.tensor(self.pixels["image_std"], device=self.device).view(1, 3, 1, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
@@ -66,11 +109,11 @@ class Picture:
 
     def prepare(self, images: Tensor) -> Tensor:
         """Square images in [-1, 1] as the model was trained to see them."""
-        pixels = images.to(self.mean.device) / 2 + 0.5
-        if pixels.shape[-1] != self.resize_px:
-            pixels = F.interpolate(pixels, (self.resize_px, self.resize_px), mode="bicubic", antialias=True).clamp(0, 1)
-        edge = (self.resize_px - self.size_px) // 2
-        return (pixels[..., edge : edge + self.size_px, edge : edge + self.size_px] - self.mean) / self.std
+        pixels, outer, inner = images.to(self.device) / 2 + 0.5, self.resize_px, self.size_px
+        if pixels.shape[-1] != outer:
+            pixels = F.interpolate(pixels, (outer, outer), mode="bicubic", antialias=True).clamp(0, 1)
+        edge = (outer - inner) // 2
+        return (pixels[..., edge : edge + inner, edge : edge + inner] - self.mean) / self.std
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         raise UserError(f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's own direction")
@@ -80,6 +123,11 @@ class Picture:
         return features
 
 
+def _side(size: int | dict) -> int:
+    """The side of a picture in a preprocessor's config, which older ones write as a plain number."""
+    return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+
+
 class Dino(Picture):
     """DINOv2 (Oquab et al. 2023): the class token."""
 
@@ -87,7 +135,7 @@ class Dino(Picture):
 class Clip(Picture):
     """A transformers CLIPModel: the embedded one, or any from the Hub."""
 
-    kind = CLIPModel
+    kind = "CLIPModel"
 
     def see(self, pixels: Tensor) -> Tensor:
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
@@ -104,7 +152,7 @@ class Clip(Picture):
         """The unit-length embedding of a text (d,)."""
         length = self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        return F.normalize(self.read(ids.to(self.mean.device)), dim=-1).double().cpu().numpy()[0]
+        return F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0]
 
     def read(self, ids: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
@@ -128,7 +176,7 @@ class Clip(Picture):
 class Siglip(Clip):
     """A transformers SiglipModel (Zhai et al. 2023), whose towers end in the shared space by themselves."""
 
-    kind = SiglipModel
+    kind = "SiglipModel"
 
     def see(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).pooler_output
@@ -143,10 +191,10 @@ class DreamSim(Picture):
     def __init__(self, kind: str, device: str | torch.device = "cpu"):
         """kind: which of the published models, e.g. ensemble; the package itself fetches the weights."""
         self.model, _ = extra("dreamsim").dreamsim(pretrained=True, device=str(device), dreamsim_type=kind)
-        self.device, self.resize_px = device, 224
+        self.device, self.identity = device, kind
 
     def embed(self, images: Tensor) -> Tensor:
-        pixels = F.interpolate(images.to(self.device) / 2 + 0.5, (self.resize_px,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(images.to(self.device) / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
         return F.normalize(self.model.embed(pixels), dim=-1)
 
 
@@ -156,7 +204,7 @@ class Inception(Picture):
     def __init__(self, kind: str, device: str | torch.device = "cpu"):
         """kind: torch-fidelity's name of the network, inception-v3-compat."""
         net = extra("torch_fidelity.feature_extractor_inceptionv3", "inception").FeatureExtractorInceptionV3(kind, ["2048"])
-        self.model, self.device = net.to(device).eval(), device
+        self.model, self.device, self.identity = net.to(device).eval(), device, kind
 
     def embed(self, images: Tensor) -> Tensor:
         """Not of unit length; the network resizes bytes to 299 pixels itself."""
@@ -178,7 +226,7 @@ class Attributes:
     def __init__(self, folder: str, device: str | torch.device = "cpu"):
         if not (Path(place(folder)) / "model.safetensors").is_file():
             raise UserError(f"no attribute probe in {folder}; train it with python train/tiny.py probe")
-        self.device, self.probe = device, Probe.load(Path(place(folder))).to(device)
+        self.device, self.probe, self.identity = device, Probe.load(Path(place(folder))).to(device), content(folder, None, "", "")
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
@@ -187,34 +235,40 @@ class Attributes:
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """Where the picture stands between what the two descriptions claim: 0 at the negative, 1 at the positive one."""
-        direction, origin = self._claimed(positive, negative)
+        direction, less = self.direction(positive, negative), claims(negative)
+        origin = np.array([less.get(a, 0.0) for a in ATTRIBUTES])
         return (features - origin) @ direction / (direction @ direction)
 
     def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """The attributes that the two descriptions do not tell apart."""
-        direction, _ = self._claimed(positive, negative)
-        return features[..., direction == 0]
+        return features[..., self.direction(positive, negative) == 0]
 
-    def _claimed(self, positive: str, negative: str) -> tuple[np.ndarray, np.ndarray]:
+    def direction(self, positive: str, negative: str) -> np.ndarray:
+        """From what the negative description claims to what the positive one does, (d,)."""
         more, less = claims(positive), claims(negative)
         direction = np.array([more.get(a, 0.0) - less.get(a, 0.0) for a in ATTRIBUTES])
         if not direction.any():
             raise UserError(f"the attribute probe sees no difference between {positive!r} and {negative!r}")
-        return direction, np.array([less.get(a, 0.0) for a in ATTRIBUTES])
+        return direction
 
 
 EVALUATORS = {"clip": Clip, "siglip": Siglip, "probe": Attributes, "dino": Dino, "dreamsim": DreamSim, "inception": Inception}
 READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
 
 
-def evaluators(card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] | None = None) -> dict[str, Evaluator]:
+def evaluators(
+    card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] | None = None, ready: bool = True
+) -> dict[str, Evaluator]:
     """A card's evaluators by name, or all of them that read words; the first is the primary one.
 
-    Raises UserError for a name that the card has nothing for.
+    ready: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and for what cannot be loaded.
     """
     there = [name for name in EVALUATORS if getattr(card, name)]
     for name in names or ():
         if name not in there:
             raise UserError(f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}")
     chosen = [name for name in there if name in READERS] if names is None else names
-    return {name: EVALUATORS[name](getattr(card, name), device) for name in chosen}
+    found = {name: EVALUATORS[name](getattr(card, name), device) for name in chosen}
+    for eye in found.values() if ready else ():
+        eye.features(torch.zeros(1, 3, 64, 64))
+    return found

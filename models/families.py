@@ -1,10 +1,8 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
+from typing import TYPE_CHECKING
+
 import torch
-import transformers.utils.logging
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from configs import UserError
@@ -19,10 +17,11 @@ from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
 
+if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
+    from diffusers import DiffusionPipeline
+
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # auto = fast_dtype
-logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -44,23 +43,23 @@ class Family:
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
 
-    def use(self, pipe: DiffusionPipeline, nets: dict[str, nn.Module]) -> None:
+    def use(self, pipe: "DiffusionPipeline", nets: dict[str, nn.Module]) -> None:
         """Takes a pipeline and networks by member that are in memory already, instead of loading them."""
         self._pipe, self._nets = pipe, nets
 
     @property
-    def pipe(self) -> DiffusionPipeline:
+    def pipe(self) -> "DiffusionPipeline":
         """diffusers' own pipeline without a network: VAE in fp32, tokenizers, text encoders."""
         if self._pipe is None:
             self._pipe = self._parts()
             self._pipe.set_progress_bar_config(disable=True)
             if self.memory.tiling:
                 self._pipe.vae.enable_slicing()
-            if self.memory.tiling and isinstance(self._pipe.vae, AutoencoderKL):  # the tiny one tiles for a factor of 8 only
+            if self.memory.tiling and type(self._pipe.vae).__name__ == "AutoencoderKL":  # the tiny one tiles for a factor of 8 only
                 self._pipe.vae.enable_tiling()
         return self._pipe
 
-    def _parts(self, **without) -> DiffusionPipeline:
+    def _parts(self, **without) -> "DiffusionPipeline":
         """The pipeline from its repository, at home: without its network, and without what is given as None."""
         its, fixed = self.architecture, self.card.encoders == "fp32"
         text = torch.float32 if fixed else self.dtype
@@ -180,6 +179,9 @@ class Family:
         """A member's schedule; a flow's is what its own scheduler, shifted for the size of the image, makes of the number of steps."""
         if member.law != "flow" or member.timesteps:
             return levels_of(member.law, member.spacing, member.steps, member.timesteps)
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
         repo, revision = (self.card.repo, self.card.revision) if member.file or member.lora else source(self.card, member)[:2]
         scheduler = fetch(FlowMatchEulerDiscreteScheduler, repo, revision, subfolder="scheduler")
         its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2

@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -29,6 +30,8 @@ def place(repo: str) -> str:
 
 def fetch(kind, repo: str, revision: str | None = None, **options):
     """from_pretrained of a folder of the project or a repo of the Hub; raises UserError."""
+    for library in ("diffusers", "transformers"):
+        import_module(f"{library}.utils.logging").disable_progress_bar()
     with one_line(repo):
         return kind.from_pretrained(place(repo), revision=available(repo, revision), **options)
 

@@ -88,6 +88,12 @@ def test_larger_pictures_are_resized_as_pil_does_it(cache):
     assert (eye.prepare(ours) * eye.std + eye.mean - torch.stack(small)).abs().max() < 2 / 255
 
 
+def test_an_old_config_says_sizes_as_numbers(cache):
+    eye = Dino(card("sdxl").dino)
+    eye.pixels |= {"size": 32, "crop_size": 28}
+    assert (eye.resize_px, eye.size_px) == (32, 28)
+
+
 def test_the_card_and_the_caller_choose(cache):
     family = card("sdxl")
     assert set(READERS) < set(EVALUATORS)
@@ -96,7 +102,7 @@ def test_the_card_and_the_caller_choose(cache):
     with pytest.raises(UserError, match="family tiny has no evaluator 'dino'; it has clip, probe"):
         evaluators(card("tiny"), names=["dino"])
     with pytest.raises(UserError, match="cannot load the evaluator nobody/nothing: it is not in the cache"):
-        Clip("nobody/nothing")
+        Clip("nobody/nothing").features(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize(("name", "package"), [("dreamsim", "dreamsim"), ("inception", "torch_fidelity")])

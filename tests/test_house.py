@@ -96,6 +96,11 @@ def test_importing_the_report_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_transfer_run_with_nothing_new_need_not_wait_for_heavy_libraries():
+    code = "import sys, analysis.transfer; sys.exit(str({'diffusers', 'transformers', 'peft'} & set(sys.modules)))"
+    assert "set()" in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
+
+
 def test_no_file_in_train_shadows_a_library():
     """accelerate launch train/x.py puts train/ first on sys.path, so that train/types.py would be everybody's `types`."""
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())

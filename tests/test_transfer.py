@@ -13,6 +13,7 @@ from analysis import draw, transfer
 from analysis.measure import judge
 from configs import ROOT, entry, load, merge
 from controls import formats
+from models.evaluators import Picture
 
 SMALL = ["controls=[controls/tiny/smile-dmd.safetensors]", "targets=[dmd,lightning]", "seeds=2", "scales=[-1,0,1]", "wandb=disabled",
          "prompts=[portrait of a person,'portrait of a person, hat']"]  # fmt: skip
@@ -99,6 +100,13 @@ def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, mo
         path.unlink()
     monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
     assert measure(out)["cells"] == first["cells"]
+
+
+def test_a_second_run_loads_no_evaluator(run, monkeypatch):
+    out, before = run
+    measure(out)  # knows the words by now
+    monkeypatch.setattr(Picture, "_part", None)
+    assert alike(measure(out)["cells"], before["cells"])
 
 
 def test_the_batch_does_not_matter(run, tmp_path):
