@@ -27,12 +27,13 @@ from analysis.quality import Judge, against
 from analysis.report import number
 from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import stats
-from models.evaluators import Evaluator, evaluators
+from models import promptsets
+from models.evaluators import UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family
+from models.promptsets import PromptSet
 from models.sample import Plan, draw_noise, named, sample
 
 FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(1)", "renoised(1)", "guided(1)", "cads(0.2)", "delta(0.8)"]
-KINDS = {"clip": "cosine"}  # evaluator: how its features are compared; the others by half the squared distance
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
@@ -46,10 +47,12 @@ class Config:
     family: str = "tiny"  # a card in configs/families, or the path of one
     students: list[str] = field(default_factory=list)  # members to compare with the base; empty = all of the family
     plans: list[str] = field(default_factory=lambda: list(FEW))  # as models/sample.py writes them; base and student are always there
-    prompts: list[str] = field(default_factory=list)  # what is drawn; empty = the family card's prompts
+    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 5  # images per prompt, at least 3
     seed: int = 2000  # the first image seed, and that of the bootstrap
     captions: int = 48  # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
+    evaluators: list[str] = field(default_factory=list)  # of the family's card, clip among them; empty = all that read words
+    captions_from: list[str] = field(default_factory=list)  # what those are told, as prompts; empty = the reference's own, else prompts
     reference: str = ""  # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
     labels: list[str] = field(default_factory=list)  # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
     neighbours: int = 5  # k of precision, recall, density and coverage
@@ -79,10 +82,12 @@ def main(cfg: Config) -> Path:
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
-    cfg.prompts, cfg.labels = cfg.prompts or family.card.prompts, cfg.labels or family.card.prompts
+    told = promptsets.read(cfg.prompts or family.card.prompts)
+    cfg.prompts, cfg.labels, seeds = told.texts, cfg.labels or family.card.prompts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)
-    texts, real = against(family.card, cfg.reference, cfg.prompts, cfg.captions, cfg.neighbours)
-    eyes = evaluators(family.card, accelerator.device)
+    captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
+    texts = captions.texts
+    eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
         run_folder(cfg, folder, cfg.overwrite, free=FREE)
@@ -94,8 +99,8 @@ def main(cfg: Config) -> Path:
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     for job in tqdm(mine, "diversity", unit="set", disable=not accelerator.is_main_process):
         kind, _, index = job.part.partition("-")
-        plan, to = plans[job.student, job.plan](), folder / job.file
-        variety(cfg, family, plan, eyes, int(index), to) if kind == "prompt" else captioned(cfg, family, plan, eyes, texts, int(index), to)
+        plan, to, k = plans[job.student, job.plan](), folder / job.file, int(index)
+        variety(cfg, family, plan, eyes, seeds, k, to) if kind == "prompt" else captioned(cfg, family, plan, eyes, captions, k, to)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
@@ -107,7 +112,7 @@ def main(cfg: Config) -> Path:
                "evaluators": list(eyes), "base": family.card.base, "fronts": diversity_page.fronts(cells, family.card.base),
                "cells": cells}  # fmt: skip
     record.write(results, folder)
-    pictures(cfg, cells, folder)
+    pictures(seeds[: min(SHOWN, cfg.seeds)], cells, folder)
     page = diversity_page.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
@@ -122,6 +127,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 3:
         raise UserError(f"seeds must be at least 3, for a distance and its interval; got {cfg.seeds}")
+    if cfg.evaluators and "clip" not in cfg.evaluators:
+        raise UserError(f"evaluators must hold clip, which judges prompt agreement; got {', '.join(cfg.evaluators)}")
     if cfg.captions and cfg.captions < BLOCKS * max(2, cfg.neighbours):
         raise UserError(f"captions must be 0 or at least {BLOCKS * max(2, cfg.neighbours)}; got {cfg.captions}")
     for key in ("neighbours", "batch", "draws"):
@@ -158,11 +165,11 @@ def images_of(family: Family, plan: Plan, texts: list[str], seeds: list[int], ba
 
 
 @torch.no_grad()
-def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], p: int, path: Path) -> None:
+def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], numbers: list[int], p: int, path: Path) -> None:
     """How far apart the seeds of one prompt are at each step, as one safetensors file of numbers and a few pictures."""
-    spreads = {name: [Spread(KINDS.get(name, "squared")) for _ in range(plan.steps)] for name in eyes}
+    spreads = {name: [Spread("cosine" if name in UNIT else "squared") for _ in range(plan.steps)] for name in eyes}
     agrees, pictures, word = np.zeros(plan.steps), torch.empty(0, dtype=torch.uint8), eyes["clip"].texts([cfg.prompts[p]])[0]
-    seeds = [cfg.seed + p * cfg.seeds + i for i in range(cfg.seeds)]
+    seeds = numbers[p * cfg.seeds :][: cfg.seeds]
     for t, images in images_of(family, plan, [cfg.prompts[p]] * cfg.seeds, seeds, cfg.batch, steps=True):
         features = {name: eye.features(images) for name, eye in eyes.items()}
         for name, values in features.items():
@@ -180,10 +187,10 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
 
 
 @torch.no_grad()
-def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], texts: list[str], b: int, path: Path) -> None:
+def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], captions: PromptSet, b: int, path: Path) -> None:
     """One block of the captions, an image each: features, and what it cost, from the words to the pixels, the base's steps included."""
-    rows = range(b, len(texts), blocks_of(texts))
-    told, seeds = [texts[r] for r in rows], [cfg.seed + 500_000 + r for r in rows]
+    rows = slice(b, None, blocks_of(captions.texts))
+    told, seeds = captions.texts[rows], captions.numbers(1, cfg.seed + 500_000)[rows]
     asked = {id(member.denoiser): member.denoiser for member in plan.members}.values()
     before, seconds, found, start = sum(denoiser.evaluations for denoiser in asked), 0.0, {name: [] for name in eyes}, time.perf_counter()
     for _, images in images_of(family, plan, told, seeds, cfg.batch, steps=False):
@@ -193,7 +200,7 @@ def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator
         start = time.perf_counter()
     evaluations = (sum(denoiser.evaluations for denoiser in asked) - before) / len(found["clip"])
     words = torch.from_numpy(eyes["clip"].texts(told)).float()
-    cost = torch.tensor([seconds / len(rows), evaluations], dtype=torch.float64)
+    cost = torch.tensor([seconds / len(told), evaluations], dtype=torch.float64)
     with replacing(path) as new:
         save_file({**{name: torch.cat(parts) for name, parts in found.items()}, "words": words, "cost": cost}, new)
 
@@ -278,12 +285,12 @@ def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> 
     return {"quality": judge.jackknife(tallies), "seconds": seconds, "evaluations": evaluations, "captions": images}
 
 
-def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
+def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
     """One sheet per student: its plans in rows, the seeds of the first prompt in columns."""
     for student in dict.fromkeys(c["student"] for c in cells):
         plans = [c["plan"] for c in cells if c["student"] == student]
         rows = [(plan, list(load_file(folder / Job(student, plan, "prompt-0").file)["pictures"])) for plan in plans]
-        sheets.sheet(rows, [str(cfg.seed + k) for k in range(min(SHOWN, cfg.seeds))], folder / f"images/{student}.png")
+        sheets.sheet(rows, list(map(str, seeds)), folder / f"images/{student}.png")
 
 
 def show(cells: list[dict]) -> None:

@@ -25,6 +25,7 @@ from models.families import Family
 from models.identity import identity
 from models.noise import Noise
 from models.prompts import Prompts
+from models.promptsets import PromptSet
 from models.sample import Plan, alone, draw_noise, during, finish, named
 
 SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
@@ -44,10 +45,10 @@ class Job:
 class Drawings:
     """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
 
-    def __init__(self, family: Family, controls: dict[str, Control], eyes: dict[str, Evaluator], prompts: list[str], seeds: int, seed: int,
+    def __init__(self, family: Family, controls: dict[str, Control], eyes: dict[str, Evaluator], prompts: PromptSet, seeds: int, seed: int,
                  batch: int, below: float | None, folder: Path):  # fmt: skip
-        self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts, seeds, below
-        self.numbers = [seed + i for i in range(len(prompts) * seeds)]  # each image its own
+        self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts.texts, seeds, below
+        self.numbers = prompts.numbers(seeds, seed)  # each image its own
         self.batch, self.folder = batch, Path(folder)
         self.contents = {name: content(control) for name, control in controls.items()}
         self.keys: dict[Job, str] = {}

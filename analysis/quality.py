@@ -13,8 +13,10 @@ from torch import Tensor
 
 from analysis.metrics import Moments, Neighbours, Sharpness, Z
 from configs import UserError
+from models import promptsets
 from models.evaluators import Evaluator
 from models.families import FamilyCard
+from models.promptsets import PromptSet
 from models.tiny import world
 
 REAL = 600  # pictures of a known world to compare with
@@ -22,28 +24,35 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Batches = Callable[[], Iterator[Tensor]]  # real pictures (B, 3, H, W) in [-1, 1], batch by batch
 
 
-def against(card: FamilyCard, reference: str, prompts: list[str], captions: int, k: int) -> tuple[list[str], Batches | None]:
+def against(
+    card: FamilyCard, reference: str, chosen: list[str], prompts: list[str], captions: int, k: int
+) -> tuple[PromptSet, Batches | None]:
     """What the images are told, and the real pictures to compare them with; None where there are none.
 
-    reference: a folder of pictures, with captions in .txt files beside them, or "" for the world's own where it is known. k: neighbours
-    that a picture must have. Raises UserError for a folder with too few pictures.
+    reference: a folder of pictures, or "" for the world's own where it is known. Images are told what is chosen, else the captions in
+    .txt files beside the pictures, or of the world, else the prompts. k: neighbours that a picture must have. Raises UserError for a folder
+    with too few pictures.
     """
+    told, real = promptsets.read(chosen or prompts), None
     if reference:
         files = sorted(path for path in Path(reference).glob("*") if path.suffix.lower() in SUFFIXES)
         if len(files) <= k:
             raise UserError(f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has {len(files)}")
-        words = [path.with_suffix(".txt") for path in files if path.with_suffix(".txt").is_file()]
-        told = [path.read_text(encoding="utf-8").strip() for path in words] or prompts
-        return cycled(told, captions), lambda: (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))
-    if card.probe:  # a world whose truth is known can be asked for its own pictures
-        people = world.faces(captions, 558)
-        return world.captions(people, 558), lambda: (world.to_unit(part) for part in world.pictures(world.faces(REAL, 559)).split(100))
-    return cycled(prompts, captions), None
+        beside = [path.with_suffix(".txt") for path in files if path.with_suffix(".txt").is_file()]
+        if beside and not chosen:
+            told = PromptSet([path.read_text(encoding="utf-8").strip() for path in beside])
+        real = lambda: (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))  # noqa: E731
+    elif card.probe:  # a world whose truth is known can be asked for its own pictures
+        if not chosen:
+            told = PromptSet(world.captions(world.faces(captions, 558), 558))
+        real = lambda: (world.to_unit(part) for part in world.pictures(world.faces(REAL, 559)).split(100))  # noqa: E731
+    return cycled(told, captions), real
 
 
-def cycled(texts: list[str], n: int) -> list[str]:
-    """n of the texts, over and over."""
-    return [texts[i % len(texts)] for i in range(n)]
+def cycled(told: PromptSet, n: int) -> PromptSet:
+    """n of the texts, over and over, each time with other seeds."""
+    turns = [divmod(i, len(told.texts)) for i in range(n)]
+    return PromptSet([told.texts[k] for _, k in turns], told.seeds and [told.seeds[k] + turn for turn, k in turns])
 
 
 def opened(files: list[Path], size_px: int) -> Tensor:

@@ -77,12 +77,13 @@ class Measure:
     seed: int
 
 
-def chunks(prompts: Sequence[str], seeds: int, seed: int, batch: int) -> list[Chunk]:
-    """All images, prompt by prompt, at most `batch` at a time; image i has seed + i."""
+def chunks(prompts: Sequence[str], numbers: Sequence[int], batch: int) -> list[Chunk]:
+    """All images, prompt by prompt, at most `batch` at a time. numbers: their seeds, as many for each prompt."""
+    each = len(numbers) // len(prompts)
     return [
-        Chunk(p, text, start, tuple(seed + p * seeds + s for s in range(start, min(start + batch, seeds))))
+        Chunk(p, text, start, tuple(numbers[p * each : (p + 1) * each][start : start + batch]))
         for p, text in enumerate(prompts)
-        for start in range(0, seeds, batch)
+        for start in range(0, each, batch)
     ]
 
 

@@ -31,6 +31,7 @@ from analysis.stitching import stitch
 from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats
 from controls.lora import Control, applied
+from models import promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family
 
@@ -49,7 +50,7 @@ class Config:
     scale: float = 1.0  # of that control
     controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files whose weights and directions are compared; [] = none
     transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
-    prompts: list[str] = field(default_factory=list)  # empty = the family card's prompts
+    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 16  # images per prompt
     seed: int = 1000  # the first image seed, and that of permutations
     blocks: str = "parts"  # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
@@ -73,7 +74,8 @@ def main(cfg: Config) -> Path:
     shown, control = [read(path) for path in cfg.controls] if not cfg.control else [], read(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
-    cfg.prompts = cfg.prompts or family.card.prompts
+    told = promptsets.read(cfg.prompts or family.card.prompts)
+    cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     pairs = pairs_of(cfg, family, control)
     measure = measure_of(cfg)
     fits(family, pairs, shown, cfg.blocks)
@@ -82,7 +84,7 @@ def main(cfg: Config) -> Path:
         run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "transfer"))
     accelerator.wait_for_everyone()
 
-    todo = chunks(cfg.prompts, cfg.seeds, cfg.seed, cfg.batch)
+    todo = chunks(cfg.prompts, seeds, cfg.batch)
     firsts = list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
     work(walks(family, firsts, todo, folder), "sampling", accelerator)
     quiet = not accelerator.is_main_process
@@ -202,7 +204,8 @@ def measurements(
 
     def stitches(pair: Pair, path: Path) -> None:
         texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]
-        seeds = [cfg.seed + p * cfg.seeds + s for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
+        own = [seed for chunk in todo for seed in chunk.seeds]
+        seeds = [own[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
         eyes = evaluators(family.card, family.device)
         cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes, cfg.batch)
         record.picture(pictures, folder / f"images/stitch/{pair.file}.png")

@@ -28,7 +28,8 @@ from configs import ROOT, UserError, command, entry, load, replacing, run_folder
 from controls import formats, stats
 from controls.effect import cosine
 from controls.lora import Control
-from models.evaluators import Evaluator, evaluators
+from models import promptsets
+from models.evaluators import READERS, UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family
 from models.noise import Noise
 from models.sample import Plan, draw_noise, named, sample
@@ -45,7 +46,7 @@ class Config:
     family: str = "tiny"  # a card in configs/families, or the path of one
     students: list[str] = field(default_factory=list)  # members to trace beside the base; empty = all of the family
     plans: list[str] = field(default_factory=lambda: ["base(4)", "hybrid(1)"])  # besides base and student, as models/sample.py writes them
-    prompts: list[str] = field(default_factory=list)  # what is drawn; empty = the family card's prompts
+    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt, at least 2
     seed: int = 3000  # the first image seed, and that of the bootstrap
     tolerance: float = 0.25  # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
@@ -53,6 +54,7 @@ class Config:
     threshold: float = 0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
     control: str = "controls/tiny/smile.safetensors"  # a control file whose effect is followed; empty = none
     scale: float = 1.0  # of the control
+    evaluators: list[str] = field(default_factory=list)  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what the control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
     bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
@@ -86,9 +88,10 @@ def main(cfg: Config) -> Path:
     control = formats.load(cfg.control if Path(cfg.control).is_file() else ROOT / cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
-    cfg.prompts = cfg.prompts or family.card.prompts
+    told = promptsets.read(cfg.prompts or family.card.prompts)
+    cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)
-    eyes = evaluators(family.card, accelerator.device)
+    eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
     if control:  # a misfit is said now, not after an hour of drawing
         for make in plans.values():
             with acting(make(), control, cfg.scale, family.card.name):
@@ -102,14 +105,14 @@ def main(cfg: Config) -> Path:
     todo = [job for job in jobs if not (folder / job.file).exists()]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     for job in tqdm(mine, "trace", unit="set", disable=not accelerator.is_main_process):
-        draw(cfg, family, plans[job.student, job.plan](), control, eyes, job, folder / job.file)
+        draw(cfg, family, plans[job.student, job.plan](), control, eyes, seeds, job, folder / job.file)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
     pictures(cfg, cells, folder)
-    strips(cfg, family, plans, cells, folder)
+    strips(family, plans, seeds, cells, folder)
     results = {"schema": 1, "recipe": "analysis.trace", "command": command(), "versions": versions(),
                "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
                "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts, "shown": min(cfg.shown, len(cfg.prompts)),
@@ -189,7 +192,9 @@ def band(cfg: Config, level: Noise) -> int:
 
 
 @torch.no_grad()
-def draw(cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], job: Job, path: Path) -> None:
+def draw(
+    cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], seeds: list[int], job: Job, path: Path
+) -> None:
     """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
     whole, levels = job.bands is None or not job.bands, [level for stage in plan.stages for level in stage.levels]
@@ -198,7 +203,7 @@ def draw(cfg: Config, family: Family, plan: Plan, control: Control | None, eyes:
     with acting(plan, control if job.bands != () else None, cfg.scale, family.card.name, holds) as plan:
         for rows in torch.arange(len(texts)).split(cfg.batch):
             kept = [r for r in range(len(rows)) if rows[r] % cfg.seeds == 0 and rows[r] // cfg.seeds < cfg.shown]
-            noise = draw_noise([cfg.seed + int(r) for r in rows], family.latent_shape, plan.steps, family.device)
+            noise = draw_noise([seeds[r] for r in rows], family.latent_shape, plan.steps, family.device)
             steps: dict[str, list] = {name: [] for name in found}
             for step in sample(plan, noise, family.encode([texts[r] for r in rows])):
                 last = step.index + 1 == plan.steps
@@ -232,7 +237,7 @@ def cells_of(cfg: Config, base: str, jobs: list[Job], eyes: dict[str, Evaluator]
                 "images": len(cfg.prompts) * cfg.seeds, "prompts": len(cfg.prompts), "seeds": cfg.seeds}  # fmt: skip
         with_control = {job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)}
         if None in with_control:
-            cell["control"] = {name: followed(cfg, eye, name, with_control, pair) for name, eye in eyes.items()}
+            cell["control"] = {name: followed(cfg, eye, name, with_control, pair) for name, eye in eyes.items() if name in READERS}
         cells.append(cell)
     return cells
 
@@ -245,8 +250,8 @@ def gather(cfg: Config, job: Job, eyes: dict, folder: Path) -> dict[str, np.ndar
 
 
 def between(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance of features over the last axis: 1 - cosine by CLIP, else Euclidean."""
-    return 1 - cosine(a, b) if name == "clip" else np.linalg.norm(a - b, axis=-1)
+    """Distance of features over the last axis: 1 - cosine where they are of unit length, else Euclidean."""
+    return 1 - cosine(a, b) if name in UNIT else np.linalg.norm(a - b, axis=-1)
 
 
 def apart(name: str, features: np.ndarray) -> float:
@@ -276,13 +281,14 @@ def committed(cfg: Config, own: dict, unit: dict[str, float]) -> dict:
 def abandoned(cfg: Config, own: dict, eyes: dict[str, Evaluator], ends: dict[str, np.ndarray]) -> dict:
     """Where a concept's score of x0 falls before the end: the share of images, and the deepest falls with their steps.
 
-    By the attribute probe where there is one, in its own units; by CLIP in units of the middle 90 % of all finished images.
+    By the attribute probe where there is one, in its own units; else by the first evaluator that reads words, in units of the middle 90 %
+    of all finished images.
     """
-    name = "probe" if "probe" in eyes else "clip"
+    name = next((name for name in ("probe", *eyes) if name in eyes and name in READERS), "")
     falls, rises, examples = [], [], []
-    for word, positive, negative in map(concept, cfg.concepts):
+    for word, positive, negative in map(concept, cfg.concepts if name else ()):
         score = eyes[name].score(own[name], positive, negative)                                  # (P, S, T)
-        if name == "clip":
+        if name != "probe":
             low, high = np.quantile(eyes[name].score(ends[name], positive, negative), (0.05, 0.95))
             score = (score - low) / (high - low)
         peak = score.max(-1)
@@ -334,14 +340,14 @@ def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
 
 
 @torch.no_grad()
-def strips(cfg: Config, family: Family, plans: dict, cells: list[dict], folder: Path) -> None:
+def strips(family: Family, plans: dict, seeds: list[int], cells: list[dict], folder: Path) -> None:
     """The images that abandon most, drawn again: x0 at every step, one sheet per plan that has such images."""
     for i, c in enumerate(cells):
         examples = c["abandoned"]["examples"]
         if not examples:
             continue
-        plan, seeds = plans[c["student"], c["plan"]](), [cfg.seed + e["image"] for e in examples]
-        noise = draw_noise(seeds, family.latent_shape, plan.steps, family.device)
+        plan = plans[c["student"], c["plan"]]()
+        noise = draw_noise([seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device)
         steps = [family.decode(step.x0) for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))]
         rows = [(e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)]
         c["abandoned"]["picture"] = f"images/abandoned-{i}.png"
@@ -361,11 +367,11 @@ def show(cells: list[dict]) -> None:
     table = Table(title="When x0 is the final image (share of steps, t); what is abandoned; where half of the control's effect is there")
     names = list(cells[0]["commitment"])
     heads = [head for name in names for head in (f"commits, {name}", "t")]
-    for head in ("student", "plan", *heads, "abandons", *(f"half effect t, {name}" for name in names if "control" in cells[0])):
+    for head in ("student", "plan", *heads, "abandons", *(f"half effect t, {name}" for name in cells[0].get("control", ()))):
         table.add_column(head)
     for c in cells:
         when = [shown(c["commitment"][name][key], digits) for name in names for key, digits in (("share", 2), ("t", 0))]
-        half = [shown(c["control"][name]["half"]["t"], 0) for name in names if "control" in c]
+        half = [shown(c["control"][name]["half"]["t"], 0) for name in c.get("control", ())]
         table.add_row(c["student"], c["plan"], *when, shown(c["abandoned"]["falls"], 2), *half)
     Console(width=max(140, Console().width)).print(table)
 

@@ -22,6 +22,7 @@ from analysis.measure import Measurement, Subject, Words, is_reference
 from configs import ROOT, UserError, command, entry, load, run_folder, tracking, versions
 from controls import formats, stats
 from controls.lora import Card, Control, random_like, ready
+from models import promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard
 from models.sample import PLANS
@@ -29,7 +30,8 @@ from models.sample import PLANS
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales", "sliderspace": "direction_scales"}  # kind of control: the key that holds its scales; of others, scales
-FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "references", "scales", *SCALES.values())
+FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "references", "evaluators", "scales",
+        *SCALES.values())  # fmt: skip
 
 
 @dataclass
@@ -40,13 +42,14 @@ class Config:
     source: str = ""  # the member that controls without a card of ours were trained on; empty = the family's base
     targets: list[str] = field(default_factory=list)  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
     references: bool = True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
-    prompts: list[str] = field(default_factory=list)  # what is drawn; empty = the family card's prompts
+    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt
     seed: int = 1000  # of the first image
     scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # of sliders; must hold 0 and reach 1
     lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5])  # of LoRAs; likewise
     direction_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # of SliderSpace's directions; likewise
     below: float | None = None  # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at all
+    evaluators: list[str] = field(default_factory=list)  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
     batch: int = 48  # images at once; halved where memory does not suffice
@@ -104,10 +107,11 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
     """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
     family = Family(cfg.family, device, DTYPES[cfg.dtype])
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
-    cfg.prompts, targets = cfg.prompts or family.card.prompts, resolve(cfg, family.card)
-    eyes = evaluators(family.card, device, ready=False) if not cfg.plan else {}
+    told, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
+    cfg.prompts = told.texts
+    eyes = evaluators(family.card, device, cfg.evaluators, ready=False) if not cfg.plan else {}
     controls = {s.name: s.control for s in subjects} | {s.random: random_like(s.control, cfg.seed) for s in subjects if cfg.references}
-    drawings = Drawings(family, controls, eyes, cfg.prompts, cfg.seeds, cfg.seed, cfg.batch, cfg.below, Path(cfg.cache))
+    drawings = Drawings(family, controls, eyes, told, cfg.seeds, cfg.seed, cfg.batch, cfg.below, Path(cfg.cache))
     for subject in subjects:
         for eye in eyes.values() if subject.words else ():
             eye.direction(*subject.words)  # words that an evaluator cannot tell apart are an error

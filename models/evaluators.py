@@ -27,6 +27,10 @@ class Evaluator(Protocol):
 
     def features(self, images: Tensor) -> np.ndarray: ...
 
+    def direction(self, positive: str, negative: str) -> np.ndarray:
+        """From the negative to the positive description, (d,). Raises UserError where it cannot tell them apart, or reads no words."""
+        ...
+
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """How much more it is the positive description than the negative one, (…)."""
         ...
@@ -115,8 +119,12 @@ class Picture:
         edge = (outer - inner) // 2
         return (pixels[..., edge : edge + inner, edge : edge + inner] - self.mean) / self.std
 
-    def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
+    def direction(self, positive: str, negative: str) -> np.ndarray:
         raise UserError(f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's own direction")
+
+    def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
+        """Cosine to the positive description minus cosine to the negative one, where there is one."""
+        return features @ self.direction(positive, negative)  # all of unit length
 
     def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """All of it: no direction is known."""
@@ -156,10 +164,6 @@ class Clip(Picture):
 
     def read(self, ids: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
-
-    def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
-        """Cosine to the positive description minus cosine to the negative one, where there is one."""
-        return features @ self.direction(positive, negative)  # all of unit length
 
     def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """The embeddings projected off the direction from negative to positive."""
@@ -253,22 +257,23 @@ class Attributes:
 
 
 EVALUATORS = {"clip": Clip, "siglip": Siglip, "probe": Attributes, "dino": Dino, "dreamsim": DreamSim, "inception": Inception}
+UNIT = ("clip", "siglip", "dino", "dreamsim")  # whose features are of unit length: their distance is 1 - cosine
 READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
 
 
 def evaluators(
-    card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] | None = None, ready: bool = True
+    card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] = (), ready: bool = True
 ) -> dict[str, Evaluator]:
     """A card's evaluators by name, or all of them that read words; the first is the primary one.
 
     ready: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and for what cannot be loaded.
     """
     there = [name for name in EVALUATORS if getattr(card, name)]
-    for name in names or ():
+    for name in names:
         if name not in there:
             raise UserError(f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}")
-    chosen = [name for name in there if name in READERS] if names is None else names
-    found = {name: EVALUATORS[name](getattr(card, name), device) for name in chosen}
+    chosen = names or [name for name in there if name in READERS]
+    found = {name: EVALUATORS[name](getattr(card, name), device) for name in dict.fromkeys(chosen)}
     for eye in found.values() if ready else ():
         eye.features(torch.zeros(1, 3, 64, 64))
     return found

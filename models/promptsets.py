@@ -1,6 +1,7 @@
 """Prompt sets: texts and their seeds from files and from datasets of the Hub."""
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -19,12 +20,18 @@ class PromptSet:
     texts: list[str]
     seeds: list[int] | None = None
 
+    def numbers(self, seeds: int, seed: int) -> list[int]:
+        """The seed of every image, prompt by prompt, `seeds` each: from the prompt's own on, or else counted from `seed`."""
+        own = self.seeds or [seed + p * seeds for p in range(len(self.texts))]
+        return [first + s for first in own for s in range(seeds)]
+
 
 def read(prompts: Sequence[str]) -> PromptSet:
     """What a config's prompts mean: each is a text, or a source of many, which takes its place.
 
     Sources: a .csv with a column prompt and perhaps evaluation_seed (case_number orders it, where it is there); a .txt with a prompt
-    per line; hub:owner/dataset[:split[:column]]. Seeds are kept when every prompt has one. Raises UserError for what cannot be read.
+    per line; hub:owner/dataset[:split[:column]]. FILE.csv[:100] takes the first hundred. Seeds are kept when every
+    prompt has one. Raises UserError for what cannot be read.
     """
     found = [pair for prompt in prompts for pair in _pairs(prompt)]
     seeds = [seed for _, seed in found if seed is not None]
@@ -35,8 +42,14 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     """The texts of one entry, and the seed of each."""
     if prompt.startswith(HUB):
         return [(text, None) for text in _dataset(prompt.removeprefix(HUB))]
-    if not prompt.endswith((".csv", ".txt")):
+    file = re.fullmatch(r"(.+\.(?:csv|txt))(?:\[:(\d+)\])?", prompt)
+    if not file:
         return [(prompt, None)]
+    return _file(file[1])[: int(file[2]) if file[2] else None]
+
+
+def _file(prompt: str) -> list[tuple[str, int | None]]:
+    """All of a .csv or a .txt."""
     path = next((place for place in (Path(prompt), ROOT / prompt) if place.is_file()), None)
     if path is None:
         raise UserError(f"no prompt file at {prompt}")

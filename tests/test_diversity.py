@@ -145,8 +145,8 @@ def test_pictures_of_a_folder(tmp_path):
     for k in range(7):
         Image.new("RGB", (90, 70), (k, 0, 0)).save(tmp_path / f"{k}.png")
     (tmp_path / "0.txt").write_text("a red wall\n")
-    texts, real = quality.against(card("tiny"), str(tmp_path), ["unused"], 3, 5)
-    assert texts == ["a red wall"] * 3
+    told, real = quality.against(card("tiny"), str(tmp_path), [], ["unused"], 3, 5)
+    assert told.texts == ["a red wall"] * 3
     (batch,) = real()
     assert batch.shape == (7, 3, 64, 64) and batch[6, 0, 0, 0] == pytest.approx(6 / 127.5 - 1)
     (tmp_path / "0.png").write_text("no picture")

@@ -120,7 +120,7 @@ def test_forced_inputs_are_one_picture_under_one_noise_in_every_law():
 
 
 def test_chunks_cover_every_image_once_with_its_own_seed():
-    found = chunks(["a", "b"], 5, 100, 2)
+    found = chunks(["a", "b"], range(100, 110), 2)
     assert [seed for chunk in found for seed in chunk.seeds] == list(range(100, 110))
     assert len({chunk.file for chunk in found}) == 6 and all(len(chunk.seeds) <= 2 for chunk in found)
     assert Pair("base", "dmd").file == "dmd"
