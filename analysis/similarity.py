@@ -71,7 +71,7 @@ def main(cfg: Config) -> Path:
     """Compares, prints the tables and returns the path of the page."""
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
-    shown, control = [read(path) for path in cfg.controls] if not cfg.control else [], read(cfg.control) if cfg.control else None
+    shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
     told = promptsets.read(cfg.prompts or family.card.prompts)
@@ -119,11 +119,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"spread_grid must be a multiple of grid; got {cfg.spread_grid} and {cfg.grid}")
     if not 0 <= cfg.stitch_seeds <= cfg.seeds:
         raise UserError(f"stitch_seeds must be 0 … {cfg.seeds}, the seeds of a prompt; got {cfg.stitch_seeds}")
-
-
-def read(path: str) -> Control:
-    """A control file, as given or relative to the project."""
-    return formats.load(path if Path(path).is_file() else ROOT / path)
 
 
 def pairs_of(cfg: Config, family: Family, control: Control | None) -> list[Pair]:

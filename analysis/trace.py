@@ -24,7 +24,7 @@ from analysis import record, sheets, trace_page
 from analysis.draw import acting
 from analysis.drawing import shown
 from analysis.metrics import spanned
-from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats, stats
 from controls.effect import cosine
 from controls.lora import Control
@@ -85,7 +85,7 @@ def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the page."""
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
-    control = formats.load(cfg.control if Path(cfg.control).is_file() else ROOT / cfg.control) if cfg.control else None
+    control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
     told = promptsets.read(cfg.prompts or family.card.prompts)

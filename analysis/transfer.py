@@ -19,7 +19,7 @@ from tqdm import tqdm
 from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job
 from analysis.measure import Measurement, Subject, Words, is_reference
-from configs import ROOT, UserError, command, entry, load, run_folder, tracking, versions
+from configs import UserError, command, entry, load, run_folder, tracking, versions
 from controls import formats, stats
 from controls.lora import Card, Control, random_like, ready
 from models import promptsets
@@ -38,7 +38,7 @@ FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "tar
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files of any layout
+    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files of any layout, or hub:owner/name/file
     source: str = ""  # the member that controls without a card of ours were trained on; empty = the family's base
     targets: list[str] = field(default_factory=list)  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
     references: bool = True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
@@ -92,7 +92,7 @@ def main(cfg: Config) -> Path:
 def publish(cfg: Config, results: dict, folder: Path) -> None:
     """The record to its files, the screen and W&B."""
     record.write(results, folder)
-    page, files = report.build(folder), {formats.name(path): path for path in map(located, cfg.controls)}
+    page, files = report.build(folder), {formats.name(path): path for path in map(formats.located, cfg.controls)}
     cards.write(results, folder)
     show(results["cells"])
     cost = results["cost"]
@@ -148,7 +148,7 @@ def check(cfg: Config) -> None:
 
 def read(cfg: Config, family: Family) -> list[Control]:
     """The controls of the files; those of other tools are adopted for the source's network. Raises UserError for what does not match."""
-    controls = [adopted(located(path), cfg, family) for path in cfg.controls]
+    controls = [adopted(formats.located(path), cfg, family) for path in cfg.controls]
     names = [control.card.name for control in controls]
     if len(set(names)) < len(names) or not controls:
         raise UserError(f"controls must be files of different names; got {', '.join(cfg.controls) or 'none'}")
@@ -156,11 +156,6 @@ def read(cfg: Config, family: Family) -> list[Control]:
     if strange:
         raise UserError(f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}")
     return controls
-
-
-def located(path: str) -> Path:
-    """A control file as given, or relative to the project."""
-    return Path(path) if Path(path).is_file() else ROOT / path
 
 
 def adopted(path: Path, cfg: Config, family: Family) -> Control:

@@ -1,6 +1,7 @@
 """Converts a control between layouts: python -m controls.convert IN OUT [key=value ...]
 
-IN is any known layout: diffusers, kohya with diffusers or SGM names, the original sliders' .pt, ai-toolkit's, Flux's fused.
+IN is a file, or hub:owner/name/file, of any known layout: diffusers, kohya with diffusers or SGM names, the
+original sliders' .pt, ai-toolkit's, Flux's fused.
 """
 
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from configs import UserError, entry, load, plain
 from controls import formats
 from controls.lora import Card, Control
-from models.families import Family, split
+from models import cards
+from models.cards import split
+from models.loading import skeleton
 
 
 @dataclass
 class Config:
     format: str = "diffusers"  # of OUT: diffusers (native, for this toolkit and diffusers), kohya (ComfyUI, A1111)
-    member: str = ""  # family/member that a file of other tools was trained on; its network says where the layers are
+    member: str = ""  # family/member that a file of other tools was trained on; its config says where the layers are
     kind: str = "lora"  # slider or lora, where the file has no card
     name: str = ""  # of the control; empty = IN's file name
     positive: str = ""  # what it makes, in words, by which it is measured
@@ -44,10 +47,12 @@ def opened(source: Path, cfg: Config) -> Control:
     if not cfg.member and card is None:
         raise UserError(f"{source} does not say what it was trained on: give member=family/member, e.g. member=sdxl/base")
     family, member = split(cfg.member) if cfg.member else (card.family, card.member)
-    net = Family(family).member(member).denoiser.net
+    its = cards.card(family)
+    if member not in its.members:
+        raise UserError(f"no member {member!r} in family {family}: there are {', '.join(its.members)}")
     words = {"positive": cfg.positive, "negative": cfg.negative}
     own = Card(cfg.kind, cfg.name or formats.name(source), family, member, 0, 0.0, "full", "c3lier", words)
-    return formats.adopt(source, net, own)
+    return formats.adopt(source, skeleton(its, member), own)
 
 
 def run() -> None:

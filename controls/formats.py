@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from configs import UserError, replacing
+from configs import ROOT, UserError, replacing
 from controls import layouts
 from controls.lora import Card, Control
+from models.loading import file_of, one_line
+from models.promptsets import HUB
 
 HALVES = (".lora_A.weight", ".lora_B.weight")
 DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in a header, its LORA_ADAPTER_METADATA_KEY
@@ -84,6 +86,16 @@ def native(path: str | Path) -> bool:
     return card_of(path, metadata) is not None and named
 
 
+def located(path: str | Path) -> Path:
+    """Where a control's file is: as given, relative to the project, or on the Hub as hub:owner/name/file. Raises UserError."""
+    owner, _, rest = str(path).removeprefix(HUB).partition("/")
+    repo, _, file = rest.partition("/")
+    if str(path).startswith(HUB) and file:
+        with one_line(str(path)):
+            return file_of(f"{owner}/{repo}", None, file)
+    return ROOT / path if (ROOT / path).is_file() and not Path(path).is_file() else Path(path)
+
+
 def name(path: str | Path) -> str:
     """What the control in a file is called: by its card, else by the file."""
     card = card_of(path, read(Path(path))[1])
@@ -122,8 +134,9 @@ def adopt(path: str | Path, net: nn.Module, card: Card) -> Control:
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file, or of a .pt of plain tensors. Raises UserError when it is neither."""
+    path = located(path)
     if not path.is_file():
-        raise UserError(f"no control file at {path}")
+        raise UserError(f"no control file at {path}; one on the Hub is written hub:owner/name/file.safetensors")
     if path.suffix in (".pt", ".pth", ".bin"):
         return _plain(path), {}
     try:

@@ -1,5 +1,6 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,9 +102,12 @@ class Family:
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """Images (B, 3, size_px, size_px) in [-1, 1] from finished latents (B, C, H, W), in fp32 on the CPU."""
+        return torch.cat([self.pixels(part).cpu() for part in latents.split(batch)])
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """The same for one batch, on the device, in a way that gradients pass."""
         vae, (scale, shift) = self._vae(), self._latent_scale()
-        parts = (latents / scale + shift).to(vae.dtype).split(batch)
-        return torch.cat([vae.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
     def to_latents(self, images: Tensor, batch: int = 64) -> Tensor:
@@ -153,6 +157,7 @@ class Family:
             guidance=member.guidance,
             final=CLEAN if member.final == "clean" else LAWS[member.law][0](0),
             start=member.start,
+            shifted=partial(self._flow, member) if member.law == "flow" else None,
         )
 
     def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
@@ -176,9 +181,13 @@ class Family:
         return net, delta
 
     def _levels(self, member: MemberCard) -> tuple[Noise, ...]:
-        """A member's schedule; a flow's is what its own scheduler, shifted for the size of the image, makes of the number of steps."""
+        """A member's schedule."""
         if member.law != "flow" or member.timesteps:
             return levels_of(member.law, member.spacing, member.steps, member.timesteps)
+        return self._flow(member, member.steps)
+
+    def _flow(self, member: MemberCard, steps: int) -> tuple[Noise, ...]:
+        """What a flow's own scheduler, shifted for the size of the image, makes of a number of steps."""
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -186,7 +195,7 @@ class Family:
         scheduler = fetch(FlowMatchEulerDiscreteScheduler, repo, revision, subfolder="scheduler")
         its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2
         mu = calculate_shift(patches, its.base_image_seq_len, its.max_image_seq_len, its.base_shift, its.max_shift)
-        evenly = {"sigmas": [1 - k / member.steps for k in range(member.steps)]}
-        scheduler.set_timesteps(mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": member.steps}))
+        evenly = {"sigmas": [1 - k / steps for k in range(steps)]}
+        scheduler.set_timesteps(mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": steps}))
         pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False)
         return tuple(Noise(t, 1 - sigma, sigma) for t, sigma in pairs)

@@ -53,13 +53,21 @@ def network(family: FamilyCard, name: str, dtype: torch.dtype) -> nn.Module:
     with one_line(f"{member.file} of {repo}"):
         weights = plain_weights(file_of(repo, revision, member.file, member.sha256))
         home, pinned, _ = source(family, base)
-        with init_empty_weights(include_buffers=False):
-            net = kind.from_config(kind.load_config(place(home), subfolder=base.subfolder, revision=available(home, pinned)))
+        net = skeleton(family, family.base)
         if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in weights):  # as trainers and civitai save
             where = {"config": place(home), "subfolder": base.subfolder, "config_revision": available(home, pinned)}
             weights = kind.from_single_file(weights, **where).state_dict()
         net.load_state_dict(weights, assign=True)
     return net
+
+
+def skeleton(family: FamilyCard, name: str) -> nn.Module:
+    """A member's network without weights, for the names and shapes of its layers. Reads a config; raises UserError."""
+    member, kind = family.members[name], ARCHITECTURES[family.architecture].network
+    like = family.members[family.base] if member.file or member.lora else member
+    home, pinned, _ = source(family, like)
+    with one_line(f"the config of {name} in {home}"), init_empty_weights(include_buffers=False):
+        return kind.from_config(kind.load_config(place(home), subfolder=like.subfolder, revision=available(home, pinned)))
 
 
 def file_of(repo: str, revision: str | None, file: str, sha256: str = "") -> Path:

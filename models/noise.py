@@ -115,6 +115,14 @@ def to_eps(x: Tensor, x0: Tensor, noise: Noise) -> Tensor:
     return (x - noise.alpha * x0) / noise.sigma
 
 
+def comparable(x: Tensor, x0: Tensor, noise: Noise, law: str) -> Tensor:
+    """What losses compare, of what x and a clean latent imply: eps, or of a flow v = eps - x0; (B, C, H, W).
+
+    At a flow's first level, pure noise, eps is x whatever x0 may be, and a loss on it would teach nothing.
+    """
+    return (x - x0) / noise.sigma if law == "flow" else to_eps(x, x0, noise)
+
+
 def ancestral(now: Noise, after: Noise) -> float:
     """The eta of Euler-ancestral: the share of fresh noise, eta^2 = 1 - (ratio' / ratio)^2."""
     return math.sqrt(max(0.0, 1 - (after.ratio / now.ratio) ** 2))

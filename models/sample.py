@@ -31,6 +31,11 @@ class Member:
     guidance: float | None = None
     final: Noise = CLEAN  # where the last update goes
     start: str = "unit"  # the first x is eps ("unit": DDIM, LCM) or sigma eps ("sigma": Euler trailing)
+    shifted: Callable[[int], tuple[Noise, ...]] | None = None  # a flow's own schedule of so many steps
+
+    def in_steps(self, steps: int, spacing: str = "trailing") -> tuple[Noise, ...]:
+        """The levels of another number of steps; flows know no spacing but their own."""
+        return self.shifted(steps) if self.shifted else levels_of(self.law, spacing, steps)
 
 
 def levels_of(law: str, spacing: str, steps: int, explicit: Sequence[float] = ()) -> tuple[Noise, ...]:
@@ -152,13 +157,13 @@ def schedule(base: Member, student: Member, n: int) -> Plan:
     """The base on an n-step schedule of its own down to the student's second level, the student from there: hybrid(1) in finer steps."""
     if len(student.levels) < 2:
         raise UserError(f"schedule({n}) needs a student of at least 2 steps; {student.name} has {len(student.levels)}")
-    own = [level for level in levels_of(base.law, "trailing", n) if level.ratio > student.levels[1].ratio]
+    own = [level for level in base.in_steps(n) if level.ratio > student.levels[1].ratio]
     return _two(f"schedule({n})", base, own, student, student.levels[1:])
 
 
 def shorter(base: Member, n: int) -> Plan:
     """The base alone, in n steps."""
-    return Plan(f"base({n})", (Stage(base, levels_of(base.law, "trailing", n)),))
+    return Plan(f"base({n})", (Stage(base, base.in_steps(n)),))
 
 
 def interval(base: Member, low: float, high: float) -> Plan:
@@ -197,7 +202,7 @@ def delta(base: Member, student: Member, s: float, k: int | None = None) -> Plan
 
 def few(member: Member, steps: int) -> Plan:
     """The member in a few trailing steps and without guidance, as a student is sampled: what is left is due to its weights."""
-    levels = levels_of(member.law, "trailing", steps)
+    levels = member.in_steps(steps)
     return Plan(f"few({steps})", (Stage(replace(member, guidance=None, levels=levels), levels),))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs import UserError, entry, load
 from controls.lora import strength
-from models.noise import LAWS, TRAIN_STEPS, to_eps
+from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.tiny import world
 from train.pictures import read
 from train.run import Run, Training
@@ -62,8 +62,9 @@ def main(cfg: Config) -> Path:
                 for scale, x0 in zip(pairs.scales, latents, strict=True):
                     x = noise.alpha * x0[rows] + noise.sigma * eps
                     with strength(run.net, {cfg.name: scale}):
-                        seen = to_eps(x, run.member.denoiser(x, noise, prompts[rows]), noise)
-                        run.backward((seen - eps).square().mean())  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
+                        seen = comparable(x, run.member.denoiser(x, noise, prompts[rows]), noise, run.member.law)
+                        aim = comparable(x, x0[rows], noise, run.member.law)
+                        run.backward((seen - aim).square().mean())  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
             run.descend(step)
         return run.save()
 

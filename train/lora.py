@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import UserError, entry, load
 from controls.lora import strength
-from models.noise import LAWS, TRAIN_STEPS, to_eps
+from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.prompts import Prompts
 from models.sample import Member
 from models.tiny import world
@@ -70,13 +70,14 @@ def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
 
 
 def denoising(member: Member, latents: Tensor, prompts: Prompts, batch: int, generator: torch.Generator) -> Tensor:
-    """The plain denoising loss at one noise level, eps against eps; half of the captions carry the token."""
+    """The plain denoising loss at one noise level; half of the captions carry the token."""
     noise = LAWS[member.law][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
     rows = torch.randint(len(latents), (batch,), generator=generator)
     told = rows + len(latents) * torch.randint(2, (batch,), generator=generator)
     eps = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
     x = noise.alpha * latents[rows] + noise.sigma * eps
-    return (to_eps(x, member.denoiser(x, noise, prompts[told]), noise) - eps).square().mean()
+    seen, aim = (comparable(x, x0, noise, member.law) for x0 in (member.denoiser(x, noise, prompts[told]), latents[rows]))
+    return (seen - aim).square().mean()
 
 
 class Memory:
@@ -93,12 +94,13 @@ class Memory:
         self.x, self.x0 = points(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch, seen)  # (N, T, C, H, W)
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        """The mean squared change of eps at one of the member's own noise levels."""
+        """The mean squared change at one of the member's own noise levels."""
         level = int(torch.randint(self.x.shape[1], (1,), generator=generator))
         rows, noise = torch.randint(len(self.x), (self.batch,), generator=generator), self.member.levels[level]
         x, before = self.x[rows, level], self.x0[rows, level]
         after = self.member.denoiser(x, noise, self.prompt[[0] * self.batch])
-        return (to_eps(x, after, noise) - to_eps(x, before, noise)).square().mean()
+        seen, aim = (comparable(x, x0, noise, self.member.law) for x0 in (after, before))
+        return (seen - aim).square().mean()
 
 
 if __name__ == "__main__":

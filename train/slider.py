@@ -12,9 +12,9 @@ from torch import Tensor
 from configs import UserError, entry, load
 from controls.lora import strength
 from models.families import Family
-from models.noise import Noise, to_eps
+from models.noise import Noise, comparable
 from models.prompts import Prompts
-from models.sample import Member, Plan, Stage, draw_noise, finish, levels_of
+from models.sample import Member, Plan, Stage, draw_noise, finish
 from train.points import points
 from train.run import Run, Training
 
@@ -63,9 +63,9 @@ def main(cfg: Config) -> Path:
             for generator in run.parts(step):
                 x, noise, told, neutral, direction = lesson(generator)
                 with strength(run.net, {cfg.name: float(side)}):
-                    eps = to_eps(x, run.member.denoiser(x, noise, told), noise)
+                    seen = comparable(x, run.member.denoiser(x, noise, told), noise, run.member.law)
                     # Concept Sliders, Gandikota et al. 2023, eq. 8, on both sides of zero
-                    run.backward((eps - neutral - side * cfg.strength * direction).square().mean())
+                    run.backward((seen - neutral - side * cfg.strength * direction).square().mean())
             run.descend(step)
         return run.save()
 
@@ -97,7 +97,7 @@ def recipe(cfg: Config) -> dict:
     return {"positive": ends[0], "negative": ends[1], "prompts": [asdict(p) for p in cfg.prompts], **{k: getattr(cfg, k) for k in kept}}
 
 
-Lesson = tuple[Tensor, Noise, Prompts, Tensor, Tensor]  # x, its noise level, target prompts, neutral eps, direction; tensors (B, C, H, W)
+Lesson = tuple[Tensor, Noise, Prompts, Tensor, Tensor]  # x, its noise level, target prompts, neutral, direction; tensors (B, C, H, W)
 
 
 class Teacher:
@@ -110,10 +110,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, noise, which: Tensor) -> tuple[Tensor, Tensor]:
-        """The neutral eps and the direction, eps of positive minus eps of unconditional, at x (B, C, H, W) for pairs `which` (B,)."""
+        """The neutral eps (v of a flow) and the direction, positive minus unconditional, at x (B, C, H, W) for pairs `which` (B,)."""
         asked = (which * 3 + torch.arange(3)[:, None]).flatten()  # neutral of all rows, then positive, then unconditional
         x = x.repeat(3, 1, 1, 1)
-        neutral, positive, negative = to_eps(x, self.member.denoiser(x, noise, self.texts[asked]), noise).chunk(3)
+        neutral, positive, negative = comparable(x, self.member.denoiser(x, noise, self.texts[asked]), noise, self.member.law).chunk(3)
         return neutral, (positive - negative) * self.sign[which]
 
 
@@ -146,7 +146,7 @@ class Published:
         self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)
         self.prompts = family.encode([pair.target for pair in pairs])
         if member.guidance is not None:
-            member = replace(member, levels=levels_of(member.law, "leading", cfg.denoise_steps), guidance=cfg.denoise_guidance)
+            member = replace(member, levels=member.in_steps(cfg.denoise_steps, "leading"), guidance=cfg.denoise_guidance)
         if len(member.levels) < 2:
             raise UserError("recipe=published stops before the last step, so it needs at least two; give denoise_steps, or recipe=fast")
         self.member = member

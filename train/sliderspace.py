@@ -14,7 +14,6 @@ from torch import Tensor
 from configs import UserError, entry, load
 from controls.lora import strength
 from models.evaluators import Clip
-from models.families import Family
 from train.points import points
 from train.run import Run, Training
 
@@ -63,7 +62,7 @@ def main(cfg: Config) -> Path:
                 rows = torch.randint(len(space.x), (cfg.batch,), generator=generator)
                 with strength(run.net, {names[k]: 1.0}):
                     x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], told)
-                    moved = clip.embed(pixels(run.family, x0)) - space.features[rows, level]
+                    moved = clip.embed(run.family.pixels(x0)) - space.features[rows, level]
                     run.backward(astray(moved, space.directions[k], space.spreads[k]))
             run.descend(step)
         run.settle()
@@ -83,12 +82,6 @@ def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:
     return (1 - F.cosine_similarity(moved, direction[None], eps=1e-4) + (moved @ direction / spread - 1).square()).mean()
 
 
-def pixels(family: Family, x0: Tensor) -> Tensor:
-    """Images of latents in [-1, 1], in a way that gradients pass."""
-    vae = family.pipe.vae
-    return vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
-
-
 @torch.no_grad()
 def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
     """Runs the member, reads its x0 at every step by CLIP, and takes the principal components of what differs between seeds.
@@ -99,7 +92,7 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
 
     def see(step, rows):
         x0 = run.member.denoiser(step.x, step.noise, prompt.conditional()[which[rows]])
-        return step.x, clip.embed(pixels(run.family, x0))
+        return step.x, clip.embed(run.family.pixels(x0))
 
     x, features = points(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch, see)
     apart = (features - features.mean(0)).flatten(0, 1)
