@@ -1,6 +1,8 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report proof bench-train bench-transfer bench-prior bench-memory bench-sdxl
+.PHONY: help check test demo tiny report paper proof bench-train bench-transfer bench-prior bench-memory bench-sdxl
+
+LORA := python -m controls.convert hub:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +36,20 @@ bench-memory: ## memory of a training step on SDXL's U-Net: estimated, and measu
 
 bench-sdxl: ## SDXL at full size with random weights on a GPU: seconds per image and training step, memory, beside diffusers
 	python train/bench_sdxl.py
+
+paper: ## the paper's tables and figures on SDXL, PixArt and SD 2.1: a GPU, the extras dreamsim and inception, data/ (see configs/paper), days
+	for name in age smile muscular; do accelerate launch train/slider.py config=configs/sliders/$$name-sdxl.yaml || exit 1; done
+	accelerate launch train/sliderspace.py config=configs/sliderspaces/car-sdxl.yaml
+	$(LORA)ostris/watercolor_style_lora_sdxl/watercolor_v1_sdxl.safetensors runs/lora/watercolor.safetensors member=sdxl/base \
+		name=watercolor positive="a watercolor painting" negative="a photo"
+	$(LORA)ostris/crayon_style_lora_sdxl/crayons_v1_sdxl.safetensors runs/lora/crayon.safetensors member=sdxl/base \
+		name=crayon positive="a crayon drawing" negative="a photo"
+	$(LORA)lordjia/lelo-lego-lora-for-xl-sd1-5/Lego_XL_v2.1.safetensors runs/lora/lego.safetensors member=sdxl/base \
+		name=lego positive="made of LEGO" negative="a photo"
+	for name in t1 t1-car; do accelerate launch -m analysis.transfer config=configs/paper/$$name.yaml || exit 1; done
+	for name in t2 t3 d1 e1 fig7; do accelerate launch -m analysis.diversity config=configs/paper/$$name.yaml || exit 1; done
+	accelerate launch -m analysis.diversity config=configs/paper/d1.yaml family=sd21 students=[turbo] name=d1-sd21
+	accelerate launch -m analysis.trace config=configs/paper/fig5.yaml
 
 proof: ## the slow tests: minutes each
 	python -m pytest -m slow
