@@ -27,6 +27,7 @@ class Architecture:
     part: str  # the network's name in the pipeline, and its folder in a repository
     call: Call
     encode: Encode
+    told: Callable[..., dict[str, tuple[int, ...]]]  # from a network's config, the shapes of one prompt's parts
     absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
     even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
     lora: dict = field(default_factory=dict)  # what the pipeline's lora_state_dict is asked for besides the file
@@ -82,7 +83,8 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
 
 def call_zimage(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
     """Z-Image: lists of images and of texts without their padding, a clock from 0 to 1, the output negated."""
-    texts = [tokens[mask.bool()] for tokens, mask in zip(prompts.tokens, prompts.mask, strict=True)]
+    masks = [slice(None)] * len(x) if prompts.mask is None else prompts.mask.bool()
+    texts = [tokens[mask] for tokens, mask in zip(prompts.tokens, masks, strict=True)]
     out = net(list(x.unsqueeze(2)), (TRAIN_STEPS - _clock(x, t)) / TRAIN_STEPS, texts).sample
     return -torch.stack(list(out)).squeeze(2)
 
@@ -166,16 +168,45 @@ def _padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.tensor([[k < len(row) for k in range(length)] for row in rows], device=tokens.device)
 
 
+def told_sd(c) -> dict:
+    """What each kind of network is told of a prompt: the shapes of tokens, pooled, size and mask, for plans without an encoder."""
+    return {"tokens": (77, c.cross_attention_dim)}
+
+
+def told_sdxl(c) -> dict:
+    pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+    return {"tokens": (77, c.cross_attention_dim), "pooled": (pooled,), "size": (6,)}
+
+
+def told_pixart(c) -> dict:
+    return {"tokens": (120, c.caption_channels), "size": (2,), "mask": (120,)}
+
+
+def told_sd3(c) -> dict:
+    return {"tokens": (77 + 256, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
+
+
+def told_flux(c) -> dict:
+    return {"tokens": (256, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
+
+
+def told_zimage(c) -> dict:
+    return {"tokens": (512, c.cap_feat_dim)}
+
+
 UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
 KOHYA = {"unet_config": None}  # filled with the network's own, by which SGM's names are counted
 
 UNET, TRANSFORMER = partial(Architecture, part="unet", lora=KOHYA), partial(Architecture, part="transformer")
 ARCHITECTURES = {
-    "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, absent=UNSAFE[1:]),
-    "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, absent=UNSAFE),
-    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart),
-    "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, absent=UNSAFE[1:]),
-    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, absent=UNSAFE[1:], even=True,
-                        lora={"return_alphas": True}),
-    "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, even=True),
+    "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, told=told_sdxl,
+                 absent=UNSAFE[1:]),
+    "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, told=told_sd, absent=UNSAFE),
+    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart, told=told_pixart),
+    "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, told=told_sd3,
+                       absent=UNSAFE[1:]),
+    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, told=told_flux, absent=UNSAFE[1:],
+                        even=True, lora={"return_alphas": True}),
+    "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, told=told_zimage,
+                          even=True),
 }  # fmt: skip

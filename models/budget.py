@@ -1,9 +1,10 @@
 """What members will load, download and occupy, from configs alone: python -m models.budget family=sdxl members=[base,dmd2]"""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,13 +12,17 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs import UserError, entry, load
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, card
-from models.loading import BROKEN, available, one_line, place, source
+from models.loading import BROKEN, available, latent_shape, one_line, place, skeleton, source
+from models.prompts import Prompts
 
 GB = 1e9
+SHARE = 0.5  # of the speed of a plain product, which networks may reach
+GPU = 200e12  # operations per second that a network may reach in bf16 on a large GPU
 HALF = 2  # bytes of a number, as the variants fp16 and the weights of transformers are published
 WEIGHTS = (".safetensors", ".bin", ".ckpt")
 
@@ -78,6 +83,52 @@ def _delta_need(family: FamilyCard, name: str) -> Need:
     member = family.members[name]
     repo, revision, _ = source(family, member)
     return Need(name, repo, member.licence or family.licence, 0, _download(repo, revision, "", None, 0, member.lora), 0)
+
+
+def effort(family: FamilyCard, name: str) -> float:
+    """Floating-point operations of one evaluation of a member for one image. Reads configs; raises UserError without them."""
+    its, net = ARCHITECTURES[family.architecture], torch.nn.Module.to(skeleton(family, name), "meta", torch.bfloat16)
+    empty = partial(torch.zeros, device="meta", dtype=torch.bfloat16)
+    prompt = Prompts(**{part: empty(1, *shape) for part, shape in its.told(net.config).items()})
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        its.call(net, empty(1, *latent_shape(family)), 500.0, prompt, None)
+    return float(counter.get_total_flops())
+
+
+def pace(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second that a network may reach on a device: half of what a large product of matrices does."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, start, done = torch.ones(size, size, device=device, dtype=dtype), time.perf_counter(), 0
+    while time.perf_counter() - start < 0.5:
+        float((a @ a)[0, 0])  # waits for the device
+        done += 1
+    return SHARE * done * 2 * size**3 / (time.perf_counter() - start)
+
+
+def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.device, dtype: torch.dtype) -> str:
+    """How long evaluations, counted per member, may take on a device, in words: a rough guess, of the networks alone."""
+    try:
+        work = sum(count * effort(family, name) for name, count in calls.items() if count)
+    except UserError as error:
+        return f"unknown ({error})"
+    here, there = spelt(work / pace(device, dtype)), spelt(work / GPU)
+    return f"roughly {here} on one such {device.type}, {there} at {GPU / 1e12:.0f} TFLOP/s, for {work / 1e12:.3g} TFLOP in the networks"
+
+
+def spelt(seconds: float) -> str:
+    """A duration in its best unit."""
+    size, unit = next(pair for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds")) if seconds >= pair[0])
+    return f"{seconds / (size or 1):.1f} {unit}"
+
+
+def forecast(family: FamilyCard, calls: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> str:
+    """What a run will load, ask and take, as text: a budget of the members, evaluations per image summed, time."""
+    try:
+        parts = table(needs(family, list(calls), dtype))
+    except UserError as error:
+        parts = f"download and memory: unknown ({error})"
+    asked = ", ".join(f"{count:.0f} of {name}" for name, count in calls.items())
+    return f"{parts}\nnetwork evaluations: {asked}\ntime: {duration(family, calls, device, dtype)}"
 
 
 def free(device: torch.device) -> float:

@@ -12,7 +12,7 @@ from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
-from models.loading import fetch, file_of, network, one_line, place, source
+from models.loading import fetch, file_of, latent_shape, network, one_line, place, skeleton, source
 from models.memory import Memory, Turns
 from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
@@ -85,6 +85,8 @@ class Family:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
+        if self.bare:
+            return latent_shape(self.card)
         side = self.card.size_px // self.pipe.vae_scale_factor
         return (self.pipe.vae.config.latent_channels, side, side)
 

@@ -70,6 +70,15 @@ def skeleton(family: FamilyCard, name: str) -> nn.Module:
         return kind.from_config(kind.load_config(place(home), subfolder=like.subfolder, revision=available(home, pinned)))
 
 
+def latent_shape(family: FamilyCard) -> tuple[int, int, int]:
+    """(C, H, W) of one latent, by the VAE's config. Raises UserError."""
+    kind = import_module("diffusers").AutoencoderKL
+    with one_line(f"the VAE's config in {family.repo}"):
+        its = kind.load_config(place(family.repo), subfolder="vae", revision=available(family.repo, family.revision))
+    side = family.size_px // 2 ** (len(its["block_out_channels"]) - 1)
+    return its["latent_channels"], side, side
+
+
 def file_of(repo: str, revision: str | None, file: str, sha256: str = "") -> Path:
     """Where a file of a folder or of the Hub lies on disk. Raises UserError for another hash than the card's; call it in `one_line`."""
     folder = Path(place(repo))
