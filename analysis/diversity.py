@@ -28,7 +28,7 @@ from analysis.report import number
 from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import stats
 from models.evaluators import Evaluator, evaluators
-from models.families import DTYPES, Family
+from models.families import DTYPES, Family, Memory
 from models.sample import Plan, draw_noise, named, sample
 
 FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(1)", "renoised(1)", "guided(1)", "cads(0.2)", "delta(0.8)"]
@@ -36,7 +36,7 @@ KINDS = {"clip": "cosine"}  # evaluator: how its features are compared; the othe
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
-FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "wandb", "out")  # what a continued run may change
+FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "memory", "wandb", "out")  # what a continued run may change
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
@@ -56,6 +56,7 @@ class Config:
     draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     out: str = "runs/diversity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -78,7 +79,7 @@ def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
     cfg.prompts, cfg.labels = cfg.prompts or family.card.prompts, cfg.labels or family.card.prompts
     plans = plans_of(cfg, family)
     texts, real = against(family.card, cfg.reference, cfg.prompts, cfg.captions, cfg.neighbours)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import UserError, replacing
-from controls.lora import Control, content, fingerprint, ready
+from controls.lora import Control, content, ready
 from models.evaluators import Evaluator
 from models.families import Family
-from models.identity import identity
+from models.identity import fingerprint, identity
 from models.noise import Noise
 from models.prompts import Prompts
 from models.sample import Plan, alone, draw_noise, during, finish, named

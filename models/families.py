@@ -14,9 +14,10 @@ from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
 from models.loading import fetch, file_of, network, one_line, place, source
-from models.memory import Memory, Turns
+from models.memory import Memory, Turns, compiled
 from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
+from models.quantized import quantize as pack
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
 
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
@@ -94,8 +95,7 @@ class Family:
         if not self.encoders():
             again = self._parts(vae=None)
             self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
-        if self.memory.offload:
-            self.turns.bring(list(self.encoders().values()))
+        self.bring(*self.encoders().values())
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
         return self.architecture.encode(self.pipe, list(texts), negative, self.card.size_px, self.device, **length)
 
@@ -114,9 +114,13 @@ class Family:
         latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
         return (torch.cat(latents).float() - shift) * scale
 
-    def _vae(self) -> nn.Module:
+    def bring(self, *parts: nn.Module) -> None:
+        """With offload: puts these parts on the device, and what was there off it. Else all are there."""
         if self.memory.offload:
-            self.turns.bring([self.pipe.vae])
+            self.turns.bring(parts)
+
+    def _vae(self) -> nn.Module:
+        self.bring(self.pipe.vae)
         return self.pipe.vae
 
     def _latent_scale(self) -> tuple[float, float]:
@@ -134,16 +138,19 @@ class Family:
             parts.append(self.decode(finish(alone(member), noise, told)))
         return torch.cat(parts)
 
-    def member(self, name: str) -> Member:
-        """A member with its network on the device. Raises UserError with the names there are."""
+    def member(self, name: str, quantize: str = "") -> Member:
+        """A member with its network on the device. Raises UserError with the names there are.
+
+        quantize: how its network is held where it is not loaded yet, see models/quantized.py; empty = whole.
+        """
         if name not in self._members:
             if name not in self.card.members:
                 raise UserError(f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}")
-            self._members[name] = self._load(name, self.card.members[name])
+            self._members[name] = self._load(name, self.card.members[name], quantize)
         return self._members[name]
 
-    def _load(self, name: str, member: MemberCard) -> Member:
-        net, delta = self._network(name, member)
+    def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
+        net, delta = self._network(name, member, quantize)
         denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call, delta, member.strength)
         return Member(
             name=f"{self.card.name}/{name}",
@@ -156,20 +163,24 @@ class Family:
             start=member.start,
         )
 
-    def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
+    def _network(self, name: str, member: MemberCard, quantize: str) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""
         if name in self._nets:
             return self._nets[name], None
         if not member.lora:
-            need = budget.network_need(self.card, name, self.dtype)
-            budget.check(f"{self.card.name}/{name}", [need], self.home, self.dtype)
-            net = network(self.card, name, self.dtype).to(self.home, self.dtype, memory_format=torch.channels_last)
+            what, home = f"{self.card.name}/{name}", torch.device("cpu") if quantize else self.home
+            budget.check(what, [budget.network_need(self.card, name, self.dtype)], home, self.dtype)
+            if quantize:  # whole on the CPU alone
+                budget.check(what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype)
+            net = network(self.card, name, self.dtype).to(home, self.dtype, memory_format=torch.channels_last)
+            if quantize:
+                pack(net, quantize, self.device).to(self.home)
             if self.memory.offload:
                 self.turns.comes_when_called(net)
             if self.memory.compile:
-                net.compile(backend=self.memory.compile)
+                compiled(net, self.memory.compile)
             return net.eval().requires_grad_(False), None
-        net = self.member(self.card.base).denoiser.net
+        net = self.member(self.card.base, quantize).denoiser.net
         repo, revision, _ = source(self.card, member)
         with one_line(f"{member.lora} of {repo}"):
             delta = delta_of(file_of(repo, revision, member.lora, member.sha256), self.architecture, net)

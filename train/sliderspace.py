@@ -86,6 +86,7 @@ def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:
 def pixels(family: Family, x0: Tensor) -> Tensor:
     """Images of latents in [-1, 1], in a way that gradients pass."""
     vae = family.pipe.vae
+    family.bring(*family.turns.here, vae)  # beside the network, through which gradients still have to pass
     return vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
 
 
