@@ -29,7 +29,7 @@ from configs import UserError, command, entry, load, replacing, run_folder, trac
 from controls import stats
 from models import promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
-from models.families import DTYPES, Family
+from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
 from models.sample import Plan, draw_noise, named, sample
 
@@ -37,7 +37,7 @@ FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
-FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "wandb", "out")  # what a continued run may change
+FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "memory", "wandb", "out")  # what a continued run may change
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
@@ -59,6 +59,7 @@ class Config:
     draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     out: str = "runs/diversity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -81,7 +82,7 @@ def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, cfg.labels, seeds = told.texts, cfg.labels or family.card.prompts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)

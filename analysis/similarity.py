@@ -33,7 +33,7 @@ from controls import formats
 from controls.lora import Control, applied
 from models import promptsets
 from models.evaluators import evaluators
-from models.families import DTYPES, Family
+from models.families import DTYPES, Family, Memory
 
 SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
@@ -62,6 +62,7 @@ class Config:
     stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     out: str = "runs/similarity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -73,7 +74,7 @@ def main(cfg: Config) -> Path:
     check(cfg)
     shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     pairs = pairs_of(cfg, family, control)
@@ -81,7 +82,7 @@ def main(cfg: Config) -> Path:
     fits(family, pairs, shown, cfg.blocks)
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "transfer"))
+        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "memory", "transfer"))
     accelerator.wait_for_everyone()
 
     todo = chunks(cfg.prompts, seeds, cfg.batch)

@@ -30,7 +30,7 @@ from controls.effect import cosine
 from controls.lora import Control
 from models import promptsets
 from models.evaluators import READERS, UNIT, Evaluator, evaluators
-from models.families import DTYPES, Family
+from models.families import DTYPES, Family, Memory
 from models.noise import Noise
 from models.sample import Plan, draw_noise, named, sample
 
@@ -62,6 +62,7 @@ class Config:
     draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     out: str = "runs/trace"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -87,7 +88,7 @@ def main(cfg: Config) -> Path:
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype])
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)
@@ -98,7 +99,7 @@ def main(cfg: Config) -> Path:
                 pass
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch", "draws", "tolerance", "threshold", "concepts"))
+        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch", "memory", "draws", "tolerance", "threshold", "concepts"))
     accelerator.wait_for_everyone()
 
     jobs = jobs_of(cfg, list(plans), control is not None)

@@ -24,13 +24,13 @@ from controls import formats, stats
 from controls.lora import Card, Control, random_like, ready
 from models import promptsets
 from models.evaluators import evaluators
-from models.families import DTYPES, Family, FamilyCard
+from models.families import DTYPES, Family, FamilyCard, Memory
 from models.sample import PLANS
 
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales", "sliderspace": "direction_scales"}  # kind of control: the key that holds its scales; of others, scales
-FREE = ("wandb", "out", "batch", "cache", "plan", "write_card", "controls", "targets", "references", "evaluators", "scales",
+FREE = ("wandb", "out", "batch", "memory", "cache", "plan", "write_card", "controls", "targets", "references", "evaluators", "scales",
         *SCALES.values())  # fmt: skip
 
 
@@ -54,6 +54,7 @@ class Config:
     negative: str = ""  # what it departs from; empty = what its card says
     batch: int = 48  # images at once; halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     plan: bool = False  # --plan: say images, minutes and the smallest difference that can be seen, and stop
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
@@ -105,7 +106,7 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
     """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
-    family = Family(cfg.family, device, DTYPES[cfg.dtype])
+    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory)
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
     told, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
     cfg.prompts = told.texts

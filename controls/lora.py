@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from controls.targets import places, targets
+from models.quantized import quantized
 
 if TYPE_CHECKING:  # peft takes seconds to import, which what only reads controls need not wait
     from peft.tuners.lora import LoraLayer
@@ -121,9 +122,11 @@ def ready(net: nn.Module, control: Control, scale: float, family: str | None = N
 
     Inside, the network is as fast as without, and its gradients do not reach the control. Afterwards the original weights are back, the
     same memory and not a subtraction; the sums are made once and held beside them. In a bf16 network a sum is rounded to bf16, so it
-    agrees with `strength` to that precision only. Raises UserError as `attach` does.
+    agrees with `strength` to that precision only. Raises UserError as `attach` does, and for a quantised network.
     """
     _fits(control, family)
+    if quantized(net):
+        raise UserError(f"{control.card.name} cannot be added to the weights of a quantised network: attach it, or load the network whole")
     _check(net, control)
     spots, factor = places(net), scale * control.card.alpha / control.card.rank
     sums = {}
@@ -184,20 +187,6 @@ def detach(net: nn.Module) -> None:
         setattr(net.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(net, "peft_config"):
         del net.peft_config
-
-
-def fingerprint(net: nn.Module) -> str:
-    """The sha256 of the bare network's parameters as fp32.
-
-    The same with controls attached or not (though not inside `applied`), and for fp16 weights loaded as fp32.
-    """
-    digest = hashlib.sha256()
-    bare = {n.replace(".base_layer.", "."): p for n, p in net.named_parameters() if ".lora_A." not in n and ".lora_B." not in n}
-    for name in sorted(bare):
-        weight = bare[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.numpy())
-    return digest.hexdigest()
 
 
 def _adapted(net: nn.Module) -> dict[str, "LoraLayer"]:

@@ -67,13 +67,13 @@ def subspaces(a: dict[str, Low], b: dict[str, Low]) -> dict | None:
 def delta(base: nn.Module, student: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """W_student - W_base of these layers, (out, in) each, fp32 on the CPU."""
     ours, theirs = places(base), places(student)
-    return {name: (theirs[name].weight.float() - ours[name].weight.float()).detach().cpu().flatten(1) for name in names}
+    return {name: (theirs[name].weight.detach().cpu().float() - ours[name].weight.detach().cpu().float()).flatten(1) for name in names}
 
 
 def change(base: nn.Module, student: nn.Module, block: str) -> float:
     """|W_student - W_base| / |W_base| over all weights of a block that both have."""
     ours, theirs = (dict(net.get_submodule(block).named_parameters()) for net in (base, student))
-    pairs = [(ours[name].float(), theirs[name].float()) for name in ours.keys() & theirs.keys()]
+    pairs = [(ours[name].cpu().float(), theirs[name].cpu().float()) for name in ours.keys() & theirs.keys()]
     apart, size = (sum(float((d**2).sum()) for d in values) for values in ([b - a for a, b in pairs], [a for a, _ in pairs]))
     return (apart / size) ** 0.5
 

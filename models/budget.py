@@ -19,6 +19,7 @@ from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, card
 from models.loading import BROKEN, available, latent_shape, one_line, place, skeleton, source
 from models.prompts import Prompts
+from models.quantized import KINDS, inside
 
 GB = 1e9
 SHARE = 0.5  # of the speed of a plain product, which networks may reach
@@ -60,23 +61,24 @@ def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
         if part in (its.part, *its.absent) or not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
             continue
         with one_line(f"{part} of {family.repo}"):
-            count = _count(kind, _config(kind, family.repo, part, **home))
+            count, _ = _count(kind, _config(kind, family.repo, part, **home))
         size = dtype.itemsize if library == "transformers" and family.encoders == "network" else torch.float32.itemsize
         found.append(Need(part, family.repo, family.licence, count,
                           _download(family.repo, family.revision, part, family.variant, count), size * count))  # fmt: skip
     return found
 
 
-def network_need(family: FamilyCard, name: str, dtype: torch.dtype) -> Need:
-    """A member's own network."""
+def network_need(family: FamilyCard, name: str, dtype: torch.dtype, quantize: str = "") -> Need:
+    """A member's own network, whole or quantised."""
     member, its = family.members[name], ARCHITECTURES[family.architecture]
     like = family.members[family.base] if member.file else member
     repo, revision, _ = source(family, like)
     with one_line(f"the config of {name} in {repo}"):
-        count = _count(its.network, _config(its.network, repo, like.subfolder, revision=available(repo, revision)))
+        count, packed = _count(its.network, _config(its.network, repo, like.subfolder, revision=available(repo, revision)))
+    size = dtype.itemsize * count + (KINDS[quantize].bits / 8 - dtype.itemsize) * packed if quantize else dtype.itemsize * count
     home, pinned, variant = source(family, member)
     download = _download(home, pinned, member.subfolder or "", variant, count, member.file)
-    return Need(name, home, member.licence or family.licence, count, download, dtype.itemsize * count)
+    return Need(name, home, member.licence or family.licence, count, download, size)
 
 
 def _delta_need(family: FamilyCard, name: str) -> Need:
@@ -170,19 +172,19 @@ def _config(kind: type, repo: str, subfolder: str | None, **home) -> dict:
     return import_module("transformers").AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home).to_dict()
 
 
-def _count(kind: type, config: dict) -> int:
+def _count(kind: type, config: dict) -> tuple[int, int]:
     return _counted(kind, json.dumps(config, sort_keys=True, default=str))
 
 
 @cache
-def _counted(kind: type, config: str) -> int:
-    """The number of parameters of a network by its config."""
+def _counted(kind: type, config: str) -> tuple[int, int]:
+    """The number of parameters of a network by its config, and how many of them quantising packs."""
     values = json.loads(config)
     with init_empty_weights():
         net = kind.from_config(values) if hasattr(kind, "load_config") else kind(kind.config_class.from_dict(values))
     if hasattr(net, "tie_weights"):
         net.tie_weights()  # on the meta device shared embeddings are two
-    return sum(weight.numel() for weight in net.parameters())
+    return sum(weight.numel() for weight in net.parameters()), sum(net.get_submodule(name).weight.numel() for name in inside(net))
 
 
 def _download(repo: str, revision: str | None, subfolder: str, variant: str | None, count: int, file: str = "") -> float:

@@ -13,9 +13,10 @@ from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
 from models.loading import fetch, file_of, latent_shape, network, one_line, place, skeleton, source
-from models.memory import Memory, Turns
+from models.memory import Memory, Turns, compiled
 from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
+from models.quantized import quantize as pack
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
@@ -34,9 +35,10 @@ class Family:
     """A loaded family. VAE and text encoders are shared; networks are loaded when first asked for."""
 
     def __init__(
-        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None
+        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None, bare: bool = False
     ):
-        self.card, self.memory = card(name), memory or Memory()
+        """bare: networks have no weights, for a plan of what a run will ask of them. Raises UserError as `card` does."""
+        self.card, self.memory, self.bare = card(name), memory or Memory(), bare
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
@@ -96,8 +98,7 @@ class Family:
         if not self.encoders():
             again = self._parts(vae=None)
             self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
-        if self.memory.offload:
-            self.turns.bring(list(self.encoders().values()))
+        self.bring(*self.encoders().values())
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
         return self.architecture.encode(self.pipe, list(texts), negative, self.card.size_px, self.device, **length)
 
@@ -108,7 +109,8 @@ class Family:
 
     def pixels(self, latents: Tensor) -> Tensor:
         """The same for one batch, on the device, in a way that gradients pass."""
-        vae, (scale, shift) = self._vae(), self._latent_scale()
+        self.bring(*(self.turns.here if latents.requires_grad else ()), self.pipe.vae)  # beside the network that gradients still must pass
+        vae, (scale, shift) = self.pipe.vae, self._latent_scale()
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -119,9 +121,13 @@ class Family:
         latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
         return (torch.cat(latents).float() - shift) * scale
 
-    def _vae(self) -> nn.Module:
+    def bring(self, *parts: nn.Module) -> None:
+        """With offload: puts these parts on the device, and what was there off it. Else all are there."""
         if self.memory.offload:
-            self.turns.bring([self.pipe.vae])
+            self.turns.bring(parts)
+
+    def _vae(self) -> nn.Module:
+        self.bring(self.pipe.vae)
         return self.pipe.vae
 
     def _latent_scale(self) -> tuple[float, float]:
@@ -139,16 +145,19 @@ class Family:
             parts.append(self.decode(finish(alone(member), noise, told)))
         return torch.cat(parts)
 
-    def member(self, name: str) -> Member:
-        """A member with its network on the device. Raises UserError with the names there are."""
+    def member(self, name: str, quantize: str = "") -> Member:
+        """A member with its network on the device. Raises UserError with the names there are.
+
+        quantize: how its network is held where it is not loaded yet, see models/quantized.py; empty = whole.
+        """
         if name not in self._members:
             if name not in self.card.members:
                 raise UserError(f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}")
-            self._members[name] = self._load(name, self.card.members[name])
+            self._members[name] = self._load(name, self.card.members[name], quantize)
         return self._members[name]
 
-    def _load(self, name: str, member: MemberCard) -> Member:
-        net, delta = self._network(name, member)
+    def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
+        net, delta = self._network(name, member, quantize)
         denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call, delta, member.strength)
         return Member(
             name=f"{self.card.name}/{name}",
@@ -162,20 +171,26 @@ class Family:
             shifted=partial(self._flow, member) if member.law == "flow" else None,
         )
 
-    def _network(self, name: str, member: MemberCard) -> tuple[nn.Module, Delta | None]:
+    def _network(self, name: str, member: MemberCard, quantize: str) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""
+        if self.bare:
+            return skeleton(self.card, name), None
         if name in self._nets:
             return self._nets[name], None
         if not member.lora:
-            need = budget.network_need(self.card, name, self.dtype)
-            budget.check(f"{self.card.name}/{name}", [need], self.home, self.dtype)
-            net = network(self.card, name, self.dtype).to(self.home, self.dtype, memory_format=torch.channels_last)
+            what, home = f"{self.card.name}/{name}", torch.device("cpu") if quantize else self.home
+            budget.check(what, [budget.network_need(self.card, name, self.dtype)], home, self.dtype)
+            if quantize:  # whole on the CPU alone
+                budget.check(what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype)
+            net = network(self.card, name, self.dtype).to(home, self.dtype, memory_format=torch.channels_last)
+            if quantize:
+                pack(net, quantize, self.device).to(self.home)
             if self.memory.offload:
                 self.turns.comes_when_called(net)
             if self.memory.compile:
-                net.compile(backend=self.memory.compile)
+                compiled(net, self.memory.compile)
             return net.eval().requires_grad_(False), None
-        net = self.member(self.card.base).denoiser.net
+        net = self.member(self.card.base, quantize).denoiser.net
         repo, revision, _ = source(self.card, member)
         with one_line(f"{member.lora} of {repo}"):
             delta = delta_of(file_of(repo, revision, member.lora, member.sha256), self.architecture, net)

@@ -1,4 +1,4 @@
-"""What a member's images depend on, as one hash, so that they can be kept and found again. Reads files; loads no network."""
+"""What a member's images depend on, as one hash, so that they can be kept and found again: by its files, or by a network's weights."""
 
 import hashlib
 import json
@@ -6,7 +6,9 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from models.cards import FamilyCard, MemberCard
 from models.loading import place
@@ -53,4 +55,20 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def fingerprint(net: nn.Module) -> str:
+    """The sha256 of the bare network's parameters as fp32.
+
+    The same with controls attached or not (though not inside `applied`), for fp16 weights loaded as fp32, and after quantising.
+    """
+    if hasattr(net, "fingerprint"):  # noted when it was quantised
+        return net.fingerprint
+    digest = hashlib.sha256()
+    bare = {n.replace(".base_layer.", "."): p for n, p in net.named_parameters() if ".lora_A." not in n and ".lora_B." not in n}
+    for name in sorted(bare):
+        weight = bare[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.numpy())
     return digest.hexdigest()

@@ -112,5 +112,6 @@ def _bare(net: nn.Module) -> dict[str, nn.Parameter]:
 
 def _between(base: nn.Parameter, weight: nn.Parameter, share: float) -> Tensor:
     """base + share (weight - base), summed in fp32, in the weight's own type and strides, since kernels differ by them."""
-    found = torch.lerp(base.data.float(), weight.data.float(), share)  # exact at both ends, unlike base + 1 (weight - base)
+    own, other = weight.data.float(), base.data.to(weight.device, torch.float32)
+    found = torch.lerp(other, own, share)  # exact at both ends, unlike base + 1 (weight - base)
     return torch.empty_like(weight.data).copy_(found)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from configs import UserError
+
 
 @dataclass
 class Memory:
@@ -15,12 +17,24 @@ class Memory:
     tiling: bool = False  # the VAE works picture by picture and tile by tile
     compile: str = ""  # backend of torch.compile for the networks, e.g. inductor; empty = none
 
+    def __post_init__(self):
+        """Raises UserError for a backend that does not exist."""
+        if self.compile and self.compile not in torch._dynamo.list_backends(exclude_tags=()):  # for debugging, there are more than it lists
+            raise UserError(f"no backend {self.compile!r} of torch.compile; there are {', '.join(torch._dynamo.list_backends())}")
+
+
+def compiled(net: nn.Module, backend: str) -> None:
+    """Compiles a network at its first call."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # or recordings and LoRA students, which are hooks, would go unnoticed later
+    net.compile(backend=backend)
+
 
 @dataclass
 class Turns:
-    """Parts that share a device: the ones that are asked for come, the ones that were there go back to the CPU."""
+    """Parts that share a device: the ones that are asked for come, the ones that were there go away."""
 
     device: torch.device
+    away: torch.device = torch.device("cpu")
     here: list[nn.Module] = field(default_factory=list)
 
     def bring(self, parts: Sequence[nn.Module]) -> None:
@@ -28,7 +42,7 @@ class Turns:
         staying = {id(part) for part in parts}
         for part in self.here:
             if id(part) not in staying:
-                part.to("cpu")
+                part.to(self.away)
         for part in parts:
             part.to(self.device)  # even if it is here: a control that was merged left some weights where they lay
         self.here = list(parts)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -85,9 +86,12 @@ class Stage:
         return [self.member, *([self.mix.beside] if self.mix and self.mix.beside else [])]
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations per image."""
-        return len(self.levels) * sum(1 if member.guidance is None else 2 for member in self.members)
+    def asked(self) -> Counter[str]:
+        """Network evaluations per image, by member."""
+        each = Counter()
+        for member in self.members:
+            each[member.name] += len(self.levels) * (1 if member.guidance is None else 2)
+        return each
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,14 @@ class Plan:
         return sum(len(stage.levels) for stage in self.stages)
 
     @property
+    def asked(self) -> Counter[str]:
+        """Network evaluations per image, guidance's second one included, by member."""
+        return sum((stage.asked for stage in self.stages), Counter())
+
+    @property
     def evaluations(self) -> int:
-        """Network evaluations per image, guidance's second one included."""
-        return sum(stage.evaluations for stage in self.stages)
+        """The same of all members together."""
+        return self.asked.total()
 
     @property
     def members(self) -> list[Member]:

@@ -22,13 +22,13 @@ from controls.lora import (
     create,
     detach,
     extract,
-    fingerprint,
     parameters,
     random_like,
     ready,
     strength,
 )
 from controls.targets import LAYERS, targets
+from models.identity import fingerprint
 
 
 def network(seed: int = 0, **changes) -> UNet2DConditionModel:

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from test_controls import network, output, trained
+from torch.utils._pytree import tree_map
 
-from models import budget
+from configs import UserError, load, merge
+from controls import formats
+from controls.lora import applied
+from models import budget, families
 from models.families import Family, Memory
-from models.memory import Turns
+from models.memory import Turns, compiled
 from models.sample import alone, draw_noise, finish
+from train import slider, sliderspace
 
 TEXTS, SEEDS = ["portrait of a person, hat", "portrait of a person"], [1, 2]
 
@@ -80,3 +86,92 @@ def test_the_budget_is_a_command(capsys):
     budget.main(budget.Config(members=["base", "dmd"]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["part", "text_encoder", "text_encoder_2", "vae", "base", "dmd", "together"]
+
+
+class Types(Turns):
+    """Numbers of 64 bits in place of a device and 32 away from it: what meets without having come fails here as it does on a GPU."""
+
+    def __init__(self, device=None):
+        super().__init__(torch.float64, torch.float32)
+
+    def comes_when_called(self, net: torch.nn.Module) -> None:
+        super().comes_when_called(net)
+        here = lambda value: value.to(self.device) if torch.is_tensor(value) and value.is_floating_point() else value  # noqa: E731
+        net.register_forward_pre_hook(lambda module, args, more: (tree_map(here, args), tree_map(here, more)), with_kwargs=True)
+
+
+def test_a_control_in_the_weights_travels_with_them():
+    """Whether the network is there or away when the control comes, and wherever it is sent meanwhile."""
+    net, whole, smile, turns = network(), network().double(), trained(network(), "smile", 1), Types()
+    bare, weights = output(whole), {name: weight.clone() for name, weight in net.named_parameters()}
+    with applied(whole, smile, 1.0):
+        moved = output(whole)
+    turns.comes_when_called(net)
+    for start in ([], [net]):
+        turns.bring(start)
+        with applied(net, smile, 1.0):
+            assert torch.allclose(output(net), moved, atol=1e-5)
+            turns.bring([])
+            assert torch.allclose(output(net), moved, atol=1e-5)
+        assert torch.allclose(output(net), bare)
+    turns.bring([])
+    assert all(torch.equal(weight, weights[name]) for name, weight in net.named_parameters())
+
+
+SMALL = ["steps=4", "sample_seeds=[1]", "sample_scales=[0,1]", "save_every=2", "wandb=disabled"]
+
+
+def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkeypatch):
+    """Beside its average, its optimizer and watched members, with strips between, killed and continued, with a delta plan's weights."""
+    words = [*SMALL, "batch=2", "trajectories=3", "ema=0.5", "sample_every=1", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=1"]
+    stays = formats.load(slider.main(merge(slider.Config, [*words, f"out={tmp_path}/stays"])))
+    monkeypatch.setattr(families, "Turns", Types)
+    words += [f"out={tmp_path}/waits", "memory.offload=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(slider.Run, "backward", killing(slider.Run.backward, 4))
+        with pytest.raises(KeyboardInterrupt):
+            slider.main(merge(slider.Config, words))
+    waits = formats.load(slider.main(merge(slider.Config, words)))
+    ours, theirs = (torch.cat([control.tensors[key].flatten() for key in sorted(control.tensors)]) for control in (waits, stays))
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
+
+
+def killing(call, after: int):
+    def counted(*args):
+        nonlocal after
+        after -= 1
+        if not after:
+            raise KeyboardInterrupt
+        return call(*args)
+
+    return counted
+
+
+def test_network_and_vae_are_together_where_gradients_pass_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "Turns", Types)
+    words = ["directions=2", "trajectories=4", "batch=1", "memory.offload=true", f"out={tmp_path}"]
+    folder = sliderspace.main(merge(sliderspace.Config, [*SMALL, *words]))
+    assert formats.load(folder / "space-2.safetensors").tensors
+
+
+def test_hooks_that_come_after_compiling_are_seen():
+    """Recordings and LoRA students are hooks, which torch does not look for unless told."""
+    net, x = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2)
+    compiled(net, "eager")
+    before = net(x)
+    handle = net[0].register_forward_hook(lambda module, inputs, out: out + 1)
+    assert torch.equal(net(x), before + 1)
+    handle.remove()
+    assert torch.equal(net(x), before)
+
+
+def test_every_command_takes_memory():
+    from analysis import diversity, similarity, trace, transfer
+    from controls import show
+    from train import image_slider, lora
+
+    for module in (diversity, similarity, trace, transfer, show, slider, sliderspace, image_slider, lora):
+        cfg = load(module.Config, ["memory.offload=true", "memory.tiling=true", "memory.compile=inductor"])
+        assert cfg.memory == Memory(True, True, "inductor")
+    with pytest.raises(UserError, match="no backend 'fast' of torch.compile; there are .*inductor"):
+        load(slider.Config, ["memory.compile=fast"])

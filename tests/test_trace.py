@@ -14,8 +14,8 @@ from analysis.draw import acting
 from analysis.trace import Config, abandoned, band, committed, jobs_of
 from configs import entry, load, merge
 from controls import formats
-from controls.lora import fingerprint
 from models.families import Family
+from models.identity import fingerprint
 from models.noise import vp
 from models.sample import draw_noise, finish, named
 

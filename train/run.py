@@ -13,8 +13,10 @@ from torch import Tensor
 
 from configs import UserError, run_folder, tracking, versions
 from controls import formats
-from controls.lora import Card, Control, create, detach, extract, fingerprint, parameters
-from models.families import DTYPES, Family, split
+from controls.lora import Card, Control, create, detach, extract, parameters
+from models import quantized
+from models.families import DTYPES, Family, Memory, split
+from models.identity import fingerprint
 from train.checkpoint import append, resumable, seeded, store
 from train.samples import overview, strip
 from train.watch import Watch
@@ -48,6 +50,8 @@ class Training:
     watch_every: int = 200  # steps between such measurements
     watch_prompts: int = 4  # of the family card's prompts, two images each
     dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
+    quantize: str = ""  # the network trained on: nf4, 4.5 bits a weight, or int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     out: str = "runs/control"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -65,11 +69,11 @@ class Run:
         check(cfg)
         self.cfg, self.kind, self.accelerator = cfg, kind, Accelerator(cpu=not torch.accelerator.is_available())
         family, self.member_name = split(cfg.member)
-        self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype])
-        self.member = self.family.member(self.member_name)
+        self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype], cfg.memory)
+        self.member = self.family.member(self.member_name, cfg.quantize)
         self.net, self.folder, self.main = self.member.denoiser.net, Path(cfg.out) / cfg.name, self.accelerator.is_main_process
         if self.main:
-            run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out"))
+            run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out", "memory"))
         self.accelerator.wait_for_everyone()
         self.losses, self.fingerprint = [], fingerprint(self.net)
 
@@ -80,12 +84,14 @@ class Run:
         names: of several controls that are trained side by side, instead of the config's one. The text encoders are let go: what a recipe
         wants encoded, it has encoded before.
         """
-        cfg, self.recipe, self.names = self.cfg, recipe, names or [self.cfg.name]
+        cfg, self.names = self.cfg, names or [self.cfg.name]
+        self.recipe = recipe | ({"quantize": cfg.quantize} if cfg.quantize else {})
         self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
         self.prompt = self.family.encode([prompt])
         self.family.forget_encoders()
         for k, name in enumerate(self.names):
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
+        self.family.bring(self.net)  # or average and optimizer would be made where it waits
         if cfg.checkpointing:
             self.net.enable_gradient_checkpointing()
         self.weights = torch.nn.ParameterList(weight for name in self.names for weight in parameters(self.net, name))
@@ -105,7 +111,10 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; a killed run goes on at its last checkpoint."""
-        return resumable(self.folder / "state.pt", self.state, self.cfg.steps, self.cfg.save_every, self.cfg.name, write=self.main)
+        path, every = self.folder / "state.pt", self.cfg.save_every
+        for step in resumable(path, self.state, self.cfg.steps, every, self.cfg.name, write=self.main):
+            self.family.bring(self.net)  # a strip or a watched member may have sent it away
+            yield step
 
     def parts(self, step: int) -> Iterator[torch.Generator]:
         """One generator per batch of this process in this step."""
@@ -217,6 +226,7 @@ def check(cfg: Training) -> None:
     for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")
+    quantized.check(cfg.quantize)
     counts = ("steps", "batch", "accumulate", "rank", "save_every", "watch_every", "watch_prompts")
     for key in (*counts, "trajectories", "directions", "pairs", "images", "prior_images"):  # the latter where a recipe has them
         if getattr(cfg, key, 1) < 1:

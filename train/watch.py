@@ -44,7 +44,8 @@ class Watch:
             here = self.effect(plain, self.score(self.source))
         found = {f"effect/{self.source.name}": float(here[..., -1].mean())}
         for member in self.others:
-            with applied(member.denoiser.net, control, 1.0, self.family.card.name):
+            shared = member.denoiser.net is net  # as of a base with its LoRA students
+            with strength(net, {control.card.name: 1.0}) if shared else applied(member.denoiser.net, control, 1.0, self.family.card.name):
                 there = self.effect(self.plain[member.name], self.score(member))
             kept = stats.retention(here, there, SCALES)
             found[f"effect/{member.name}"] = float(there[..., -1].mean())
