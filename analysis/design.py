@@ -1,7 +1,10 @@
 """What a measurement will cost and what it can see, said before it starts."""
 
 import time
+from collections import Counter
 from pathlib import Path
+
+import torch
 
 from analysis import report
 from analysis.draw import Drawings, Job
@@ -21,18 +24,32 @@ def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: 
     spread, whence = known(folder)
     print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
     print(f"to draw: {len(todo) * each} images, {calls} network evaluations; known already: the rest")
-    print(f"time: {minutes(drawings, todo)}")
-    print(memory(drawings, targets))
+    members, calls = list(dict.fromkeys(target.partition(":")[0] for target in targets)), Counter()
+    for job in todo:
+        calls[job.target.partition(":")[0]] += evaluations(drawings, job.target) * each
+    print(memory(drawings, members))
+    print(f"time: {minutes(drawings, todo) if here(drawings, members) else budget.duration(drawings.family.card, calls, *where(drawings))}")
     for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
         least = stats.detectable(n, k, spread)
         print(f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})")
 
 
-def memory(drawings: Drawings, targets: list[str]) -> str:
-    """What is to be downloaded and held; words where not even the configs can be had."""
-    family = drawings.family
+def where(drawings: Drawings) -> tuple[torch.device, torch.dtype]:
+    return drawings.family.device, drawings.family.dtype
+
+
+def here(drawings: Drawings, members: list[str]) -> bool:
+    """Whether all weights are on disk, so that a batch can be timed."""
     try:
-        return budget.table(budget.needs(family.card, list(dict.fromkeys(target.partition(":")[0] for target in targets)), family.dtype))
+        return not sum(need.download for need in budget.needs(drawings.family.card, members, drawings.family.dtype))
+    except UserError:
+        return False
+
+
+def memory(drawings: Drawings, members: list[str]) -> str:
+    """What is to be downloaded and held; words where not even the configs can be had."""
+    try:
+        return budget.table(budget.needs(drawings.family.card, members, drawings.family.dtype))
     except UserError as error:
         return f"download and memory: unknown ({error})"
 

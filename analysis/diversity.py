@@ -27,7 +27,7 @@ from analysis.quality import Judge, against
 from analysis.report import number
 from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import stats
-from models import promptsets
+from models import budget, promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
@@ -37,7 +37,7 @@ FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
-FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "memory", "wandb", "out")  # what a continued run may change
+FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "memory", "plan", "wandb", "out")  # what a continued run may change
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
@@ -60,6 +60,7 @@ class Config:
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/diversity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -82,10 +83,15 @@ def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
     start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
     check(cfg)
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, cfg.labels, seeds = told.texts, cfg.labels or family.card.prompts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)
+    if cfg.plan:
+        images = len(cfg.prompts) * cfg.seeds + cfg.captions
+        print(f"{len(plans)} ways to draw, {images} images each")
+        print(budget.forecast(family.card, budget.asked((make(), images) for make in plans.values()), family.dtype, family.device))
+        return Path(cfg.out) / cfg.name
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)

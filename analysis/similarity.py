@@ -8,6 +8,7 @@ without against themselves with that control.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -31,9 +32,10 @@ from analysis.stitching import stitch
 from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats
 from controls.lora import Control, applied
-from models import promptsets
+from models import budget, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, Memory
+from models.sample import alone
 
 SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
@@ -63,6 +65,7 @@ class Config:
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/similarity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -74,19 +77,22 @@ def main(cfg: Config) -> Path:
     check(cfg)
     shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     pairs = pairs_of(cfg, family, control)
-    measure = measure_of(cfg)
+    measure, firsts = measure_of(cfg), list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
+    if cfg.plan:
+        print(f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come on top")
+        print(budget.forecast(family.card, evaluations(family, pairs, firsts, len(seeds)), family.dtype, family.device))
+        return Path(cfg.out) / cfg.name
     fits(family, pairs, shown, cfg.blocks)
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "memory", "transfer"))
+        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "memory", "plan", "transfer"))
     accelerator.wait_for_everyone()
 
     todo = chunks(cfg.prompts, seeds, cfg.batch)
-    firsts = list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
     work(walks(family, firsts, todo, folder), "sampling", accelerator)
     quiet = not accelerator.is_main_process
     work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), "measuring", accelerator)
@@ -188,6 +194,15 @@ def walks(family: Family, members: list[str], todo: list[Chunk], folder: Path) -
 
 def walked(folder: Path, member: str, chunk: Chunk) -> Path:
     return folder / "trajectories" / member / chunk.file
+
+
+def evaluations(family: Family, pairs: list[Pair], firsts: list[str], images: int) -> Counter[str]:
+    """Network evaluations by member: runs of the first ones and of all second ones, and each pair at the second one's levels."""
+    calls = budget.asked((alone(family.member(name)), images) for name in [*firsts, *(pair.second for pair in pairs)])
+    for pair in pairs:
+        steps = images * len(family.member(pair.second).levels)
+        calls += Counter({pair.first: 2 * steps}) + Counter({pair.second: steps})  # on its own run, and on the same inputs
+    return calls
 
 
 def measurements(

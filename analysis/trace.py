@@ -28,7 +28,7 @@ from configs import UserError, command, entry, load, replacing, run_folder, trac
 from controls import formats, stats
 from controls.effect import cosine
 from controls.lora import Control
-from models import promptsets
+from models import budget, promptsets
 from models.evaluators import READERS, UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
@@ -36,6 +36,7 @@ from models.sample import Plan, draw_noise, named, sample
 
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
+FREE = ("wandb", "out", "batch", "memory", "plan", "draws", "tolerance", "threshold", "concepts")  # what a continued run may change
 EXAMPLES = 4  # images of a plan that show what it abandoned
 CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
 
@@ -63,6 +64,7 @@ class Config:
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/trace"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -88,10 +90,17 @@ def main(cfg: Config) -> Path:
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)
+    jobs = jobs_of(cfg, list(plans), control is not None)
+    if cfg.plan:
+        images = len(cfg.prompts) * cfg.seeds
+        print(f"{len(jobs)} ways to draw, {images} images each")
+        calls = budget.asked((plans[job.student, job.plan](), images) for job in jobs)
+        print(budget.forecast(family.card, calls, family.dtype, family.device))
+        return Path(cfg.out) / cfg.name
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
     if control:  # a misfit is said now, not after an hour of drawing
         for make in plans.values():
@@ -99,10 +108,9 @@ def main(cfg: Config) -> Path:
                 pass
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "batch", "memory", "draws", "tolerance", "threshold", "concepts"))
+        run_folder(cfg, folder, cfg.overwrite, free=FREE)
     accelerator.wait_for_everyone()
 
-    jobs = jobs_of(cfg, list(plans), control is not None)
     todo = [job for job in jobs if not (folder / job.file).exists()]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     for job in tqdm(mine, "trace", unit="set", disable=not accelerator.is_main_process):

@@ -194,6 +194,11 @@ def told_zimage(c) -> dict:
     return {"tokens": (512, c.cap_feat_dim)}
 
 
+def blank(its: Architecture, net: nn.Module, batch: int = 1) -> Prompts:
+    """Encoded prompts of the right shapes that say nothing, where the network is."""
+    return Prompts(**{part: torch.zeros((batch, *shape), device=net.device) for part, shape in its.told(net.config).items()})
+
+
 UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
 KOHYA = {"unet_config": None}  # filled with the network's own, by which SGM's names are counted
 

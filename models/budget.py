@@ -2,11 +2,13 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -15,11 +17,13 @@ from huggingface_hub import HfApi, constants
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import UserError, entry, load
-from models.architectures import ARCHITECTURES
+from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard, card
-from models.loading import BROKEN, available, latent_shape, one_line, place, skeleton, source
-from models.prompts import Prompts
+from models.loading import BROKEN, available, config, latent_shape, one_line, place, source
 from models.quantized import KINDS, inside
+
+if TYPE_CHECKING:  # families stand on both
+    from models.sample import Plan
 
 GB = 1e9
 SHARE = 0.5  # of the speed of a plain product, which networks may reach
@@ -89,11 +93,17 @@ def _delta_need(family: FamilyCard, name: str) -> Need:
 
 def effort(family: FamilyCard, name: str) -> float:
     """Floating-point operations of one evaluation of a member for one image. Reads configs; raises UserError without them."""
-    its, net = ARCHITECTURES[family.architecture], torch.nn.Module.to(skeleton(family, name), "meta", torch.bfloat16)
-    empty = partial(torch.zeros, device="meta", dtype=torch.bfloat16)
-    prompt = Prompts(**{part: empty(1, *shape) for part, shape in its.told(net.config).items()})
+    return _effort(family.architecture, json.dumps(config(family, name), sort_keys=True, default=str), latent_shape(family))
+
+
+@cache
+def _effort(architecture: str, values: str, shape: tuple[int, int, int]) -> float:
+    its = ARCHITECTURES[architecture]
+    with init_empty_weights():
+        net = torch.nn.Module.to(its.network.from_config(json.loads(values)), "meta", torch.bfloat16)
+    x, told = torch.zeros(1, *shape, device="meta").bfloat16(), blank(its, net).to(torch.bfloat16)
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        its.call(net, empty(1, *latent_shape(family)), 500.0, prompt, None)
+        its.call(net, x, 500.0, told, None)
     return float(counter.get_total_flops())
 
 
@@ -131,6 +141,15 @@ def forecast(family: FamilyCard, calls: Mapping[str, float], dtype: torch.dtype,
         parts = f"download and memory: unknown ({error})"
     asked = ", ".join(f"{count:.0f} of {name}" for name, count in calls.items())
     return f"{parts}\nnetwork evaluations: {asked}\ntime: {duration(family, calls, device, dtype)}"
+
+
+def asked(plans: Iterable[tuple["Plan", int]]) -> Counter[str]:
+    """Network evaluations by member of plans, each for so many images."""
+    calls = Counter()
+    for plan, images in plans:
+        for member, count in plan.asked.items():
+            calls[member.rpartition("/")[2]] += images * count
+    return calls
 
 
 def free(device: torch.device) -> float:

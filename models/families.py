@@ -35,8 +35,9 @@ class Family:
     """A loaded family. VAE and text encoders are shared; networks are loaded when first asked for."""
 
     def __init__(
-        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None, bare: bool = False
-    ):
+        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None,
+        bare: bool = False,
+    ):  # fmt: skip
         """bare: networks have no weights, for a plan of what a run will ask of them. Raises UserError as `card` does."""
         self.card, self.memory, self.bare = card(name), memory or Memory(), bare
         self.architecture = ARCHITECTURES[self.card.architecture]

@@ -61,13 +61,20 @@ def network(family: FamilyCard, name: str, dtype: torch.dtype) -> nn.Module:
     return net
 
 
-def skeleton(family: FamilyCard, name: str) -> nn.Module:
-    """A member's network without weights, for the names and shapes of its layers. Reads a config; raises UserError."""
-    member, kind = family.members[name], ARCHITECTURES[family.architecture].network
+def config(family: FamilyCard, name: str) -> dict:
+    """The config of a member's network: its own, or the base's. Raises UserError."""
+    member = family.members[name]
     like = family.members[family.base] if member.file or member.lora else member
     home, pinned, _ = source(family, like)
-    with one_line(f"the config of {name} in {home}"), init_empty_weights(include_buffers=False):
-        return kind.from_config(kind.load_config(place(home), subfolder=like.subfolder, revision=available(home, pinned)))
+    with one_line(f"the config of {name} in {home}"):
+        where = {"subfolder": like.subfolder, "revision": available(home, pinned)}
+        return dict(ARCHITECTURES[family.architecture].network.load_config(place(home), **where))
+
+
+def skeleton(family: FamilyCard, name: str) -> nn.Module:
+    """A member's network without weights, for the names and shapes of its layers. Reads a config; raises UserError."""
+    with init_empty_weights(include_buffers=False):
+        return ARCHITECTURES[family.architecture].network.from_config(config(family, name))
 
 
 def latent_shape(family: FamilyCard) -> tuple[int, int, int]:

@@ -7,7 +7,8 @@ import pytest
 from test_controls import network
 from torch.profiler import ProfilerActivity, profile
 
-from train import bench_memory, bench_prior
+from models.architectures import ARCHITECTURES
+from train import bench_memory, bench_prior, peak
 
 
 def allocated(call, folder) -> int:
@@ -22,9 +23,9 @@ def allocated(call, folder) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, checkpointing):
-    net, cfg = network(), bench_memory.Config(layers="full")
-    real = allocated(lambda: bench_memory.update(net, cfg, 64, checkpointing), tmp_path)
-    seen = bench_memory.follow(network().to("meta"), cfg, 64, checkpointing)
+    net, its, cfg = network(), ARCHITECTURES["sdxl"], bench_memory.Config(layers="full")
+    real = allocated(lambda: peak.update(net, its, cfg, (4, 8, 8), "vp", checkpointing), tmp_path)
+    seen = peak.follow(network().to("meta"), its, cfg, (4, 8, 8), "vp", checkpointing)
     assert seen["peak"] - seen["network"] == pytest.approx(real, rel=0.05)
 
 

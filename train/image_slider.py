@@ -14,6 +14,7 @@ from configs import UserError, entry, load
 from controls.lora import strength
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.tiny import world
+from train import plan
 from train.pictures import read
 from train.run import Run, Training
 
@@ -45,8 +46,10 @@ class Pairs:
     captions: list[str]  # N, empty where there is none
 
 
-def main(cfg: Config) -> Path:
+def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
+    if cfg.plan:
+        return plan.show(cfg, lambda _: (0, 6))  # both sides of a pair, there and back
     run = Run(cfg, "slider")
     pairs = pictures(cfg, run.family.card.size_px)
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])

@@ -13,9 +13,10 @@ from configs import UserError, entry, load
 from controls.lora import strength
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.prompts import Prompts
-from models.sample import Member
+from models.sample import Member, alone
 from models.tiny import world
 from models.tiny.faces import STYLES, styled
+from train import plan
 from train.pictures import read
 from train.points import points
 from train.run import Run, Training
@@ -39,8 +40,10 @@ class Config(Training):
     out: str = "runs/lora"  # the run is written to out/name
 
 
-def main(cfg: Config) -> Path:
+def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
+    if cfg.plan:
+        return plan.show(cfg, lambda member: (cfg.prior_images * alone(member).evaluations if cfg.prior else 0, 6 if cfg.prior else 3))
     run = Run(cfg, "lora")
     images, captions = pictures(cfg, run.family.card.size_px)
     latents = run.family.to_latents(images)

@@ -52,6 +52,7 @@ class Training:
     dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
     quantize: str = ""  # the network trained on: nf4, 4.5 bits a weight, or int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    plan: bool = False  # --plan: say what will be loaded, asked and held, and stop; needs no weights
     out: str = "runs/control"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -73,7 +74,7 @@ class Run:
         self.member = self.family.member(self.member_name, cfg.quantize)
         self.net, self.folder, self.main = self.member.denoiser.net, Path(cfg.out) / cfg.name, self.accelerator.is_main_process
         if self.main:
-            run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out", "memory"))
+            run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out", "memory", "plan"))
         self.accelerator.wait_for_everyone()
         self.losses, self.fingerprint = [], fingerprint(self.net)
 

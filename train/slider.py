@@ -14,7 +14,8 @@ from controls.lora import strength
 from models.families import Family
 from models.noise import Noise, comparable
 from models.prompts import Prompts
-from models.sample import Member, Plan, Stage, draw_noise, finish
+from models.sample import Member, Plan, Stage, alone, draw_noise, finish
+from train import plan
 from train.points import points
 from train.run import Run, Training
 
@@ -50,11 +51,13 @@ class Config(Training):
     out: str = "runs/slider"  # the run is written to out/name
 
 
-def main(cfg: Config) -> Path:
+def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.recipe not in RECIPES:
         raise UserError(f"no recipe {cfg.recipe!r}; there are {', '.join(RECIPES)}")
     pairs = spread(cfg)
+    if cfg.plan:
+        return plan.show(cfg, lambda member: RECIPES[cfg.recipe].cost(cfg, member))
     run = Run(cfg, "slider")
     lesson = RECIPES[cfg.recipe](cfg, run.family, run.member, pairs)
     with run.training(cfg.prompts[0].target, recipe(cfg)):
@@ -120,6 +123,11 @@ class Teacher:
 class Fast:
     """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T points, taught once."""
 
+    @staticmethod
+    def cost(cfg: Config, member: Member) -> tuple[float, float]:
+        """Evaluations before the first step, and per latent and step."""
+        return cfg.trajectories * (alone(member).evaluations + 3 * len(member.levels)), 3
+
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
         self.which = torch.arange(cfg.trajectories) % len(pairs)
@@ -141,6 +149,12 @@ class Published:
 
     Unlike there, the network is told the timestep at which the run really stopped, not one up to 19 steps away.
     """
+
+    @staticmethod
+    def cost(cfg: Config, member: Member) -> tuple[float, float]:
+        """Evaluations before the first step, and per latent and step: half a run, the teacher's three, the student's pass and back."""
+        run = 2 * cfg.denoise_steps if member.guidance is not None else len(member.levels)
+        return 0, run / 2 + 3 + 3
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)

@@ -14,6 +14,8 @@ from torch import Tensor
 from configs import UserError, entry, load
 from controls.lora import strength
 from models.evaluators import Clip
+from models.sample import alone
+from train import plan
 from train.points import points
 from train.run import Run, Training
 
@@ -43,10 +45,12 @@ class Space:
     shares: list[float]  # of the variance that each explains
 
 
-def main(cfg: Config) -> Path:
+def main(cfg: Config) -> Path | None:
     """Trains and returns the run folder with one file per direction."""
     if cfg.watch:
         raise UserError("watch measures by words, which directions do not have; python -m analysis.transfer measures them without")
+    if cfg.plan:
+        return plan.show(cfg, lambda member: (cfg.trajectories * (alone(member).evaluations + len(member.levels)), 3))
     run = Run(cfg, "sliderspace")
     clip = Clip(run.family.card.clip, run.family.device)
     prompt = run.family.encode([cfg.prompt])
