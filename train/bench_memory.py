@@ -23,6 +23,7 @@ from configs import entry, load, replacing, versions
 from controls.lora import create, detach, parameters, strength
 from models.noise import to_eps, vp
 from models.prompts import Prompts
+from models.quantized import KINDS, inside
 from models.sample import Denoiser
 from train.run import adamw
 
@@ -93,11 +94,17 @@ def update(net: nn.Module, cfg: Config, size_px: int, checkpointing: bool) -> No
 
 
 def follow(net: nn.Module, cfg: Config, size_px: int, checkpointing: bool) -> dict[str, int]:
-    """The bytes of the bare network, and the most that lived during a step."""
+    """The bytes of the bare network, the most that lived during a step, and about what that would be with quantize=nf4."""
     with Peak(net) as peak, flash():
         network = peak.live
         update(net, cfg, size_px, checkpointing)
-    return {"network": network, "peak": peak.most}
+    return {"network": network, "peak": peak.most, "nf4": round(peak.most - saved(net))}
+
+
+def saved(net: nn.Module) -> float:
+    """The bytes by which quantize=nf4 makes a network smaller while one of its layers is unpacked."""
+    weights = [net.get_submodule(name).weight for name in inside(net)]
+    return sum(weight.nbytes - weight.numel() * KINDS["nf4"].bits / 8 for weight in weights) - max(weight.nbytes for weight in weights)
 
 
 def measure(net: nn.Module, cfg: Config, size_px: int, checkpointing: bool) -> int:
@@ -152,10 +159,10 @@ def flash() -> Iterator[None]:
 def show(rows: list[dict]) -> None:
     """Prints the estimate and the measurement of every case."""
     table = Table(title="Memory of one training step of a slider on SDXL's U-Net, GiB")
-    for head in ("pixels", "checkpointing", "network", "control, optimizer, activations", "peak", "measured"):
+    for head in ("pixels", "checkpointing", "network", "control, optimizer, activations", "peak", "peak with nf4", "measured"):
         table.add_column(head, justify="right")
     for row in rows:
-        sizes = [row["network"], row["peak"] - row["network"], row["peak"]]
+        sizes = [row["network"], row["peak"] - row["network"], row["peak"], row["nf4"]]
         measured = f"{row['measured'] / 2**30:.2f}" if "measured" in row else "not measured: no GPU"
         table.add_row(str(row["size_px"]), "yes" if row["checkpointing"] else "no", *(f"{size / 2**30:.2f}" for size in sizes), measured)
     Console(width=140).print(table)
