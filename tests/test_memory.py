@@ -131,7 +131,7 @@ def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkey
         patch.setattr(slider.Run, "backward", killing(slider.Run.backward, 4))
         with pytest.raises(KeyboardInterrupt):
             slider.main(merge(slider.Config, words))
-    waits = formats.load(slider.main(merge(slider.Config, words)))
+    waits = formats.load(slider.main(merge(slider.Config, [*words, "memory.tiling=true"])))  # memory may differ in a continued run
     ours, theirs = (torch.cat([control.tensors[key].flatten() for key in sorted(control.tensors)]) for control in (waits, stays))
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
 
