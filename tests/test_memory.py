@@ -122,7 +122,7 @@ SMALL = ["steps=4", "sample_seeds=[1]", "sample_scales=[0,1]", "save_every=2", "
 
 
 def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkeypatch):
-    """Beside its average, its optimizer and watched members, with strips between, killed and continued, with a delta plan's weights."""
+    """Beside its average, its optimizer and watched members, with strips between, killed and continued."""
     words = [*SMALL, "batch=2", "trajectories=3", "ema=0.5", "sample_every=1", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=1"]
     stays = formats.load(slider.main(merge(slider.Config, [*words, f"out={tmp_path}/stays"])))
     monkeypatch.setattr(families, "Turns", Types)
@@ -131,7 +131,7 @@ def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkey
         patch.setattr(slider.Run, "backward", killing(slider.Run.backward, 4))
         with pytest.raises(KeyboardInterrupt):
             slider.main(merge(slider.Config, words))
-    waits = formats.load(slider.main(merge(slider.Config, words)))
+    waits = formats.load(slider.main(merge(slider.Config, [*words, "memory.tiling=true"])))  # memory may differ in a continued run
     ours, theirs = (torch.cat([control.tensors[key].flatten() for key in sorted(control.tensors)]) for control in (waits, stays))
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
 
@@ -154,13 +154,24 @@ def test_network_and_vae_are_together_where_gradients_pass_both(tmp_path, monkey
     assert formats.load(folder / "space-2.safetensors").tensors
 
 
+class Doubly(torch.nn.Module):
+    """Not a Sequential, whose parts dynamo looks at anew each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
 def test_hooks_that_come_after_compiling_are_seen():
     """Recordings and LoRA students are hooks, which torch does not look for unless told."""
-    net, x = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2)
+    net, x = Doubly(), torch.ones(1, 2)
     compiled(net, "eager")
     before = net(x)
-    handle = net[0].register_forward_hook(lambda module, inputs, out: out + 1)
-    assert torch.equal(net(x), before + 1)
+    handle = net.inner.register_forward_hook(lambda module, inputs, out: out + 1)
+    assert torch.allclose(net(x), before + 2)
     handle.remove()
     assert torch.equal(net(x), before)
 

@@ -256,11 +256,12 @@ def test_a_control_acts_on_a_delta_as_on_weights_with_the_delta_in_them(families
 # a control trained on base and student, saved, reloaded, attached, and one cell of transfer
 
 
-def trained(family: Family, member: str, folder) -> str:
+def trained(family: Family, member: str, folder, **more) -> str:
     """One step of the slider trainer on a member; the path of the control."""
     short = {"steps": 1, "batch": 1, "trajectories": 1, "rank": 2, "alpha": 2.0, "rate": 0.05, "sample_scales": [0.0, 1.0]}
     pair = [slider.Pair("a cat", "a big cat", "a small cat")]
-    cfg = slider.Config(name=f"big-{member}", member=f"{family.path}/{member}", prompts=pair, out=str(folder), sample_seeds=[1], **short)
+    short |= {"member": f"{family.path}/{member}", "out": str(folder), "sample_seeds": [1], **more}
+    cfg = slider.Config(name=f"big-{member}", prompts=pair, **short)
     return slider.main(cfg)
 
 
@@ -287,6 +288,23 @@ def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines,
     assert (cell["source"], cell["target"]) == (f"{name}/{base}", f"{name}/{student}")
     if hasattr(pipelines(name), "load_lora_weights") and not family.card.members[student].lora:
         agrees_with_diffusers(family, pipelines(name), student, files[0], cache)
+
+
+@pytest.mark.parametrize(("name", "member"), slow([*((name, card(name).base) for name in NAMES), ("sdxl", STUDENT)],
+                                                  lambda pair: pair[0] in ("sd15", "sd21", "pixart")))  # fmt: skip
+def test_a_slider_of_a_quantised_network_is_one_of_the_whole(families, tmp_path, name, member):
+    """Also of a student that is a LoRA beside the packed layers."""
+    pytest.importorskip("bitsandbytes")
+    family = families(name)
+    whole, packed = (formats.load(trained(family, member, tmp_path / word, **more)) for word, more in WAYS.items())
+    assert packed.card.base_hash == whole.card.base_hash and packed.tensors.keys() == whole.tensors.keys()
+    ours, theirs = (torch.cat([c.tensors[key].flatten() for key in sorted(c.tensors) if "lora_B" in key]) for c in (packed, whole))
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.5
+    with applied(family.member(member).denoiser.net, packed, 1.0, name):
+        assert latents(family, member).isfinite().all()
+
+
+WAYS = {"whole": {}, "packed": {"quantize": "nf4"}}
 
 
 def agrees_with_diffusers(family: Family, pipe, student: str, file, cache) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from configs import entry, load, replacing, versions
 from models.architectures import ARCHITECTURES
+from models.quantized import KINDS, inside
 from train.peak import follow, update
 
 CONFIG = {  # the U-Net config of stabilityai/stable-diffusion-xl-base-1.0
@@ -42,6 +43,8 @@ def main(cfg: Config) -> None:
     cases = [(size_px, checkpointing) for size_px in cfg.sizes_px for checkpointing in (False, True)]
     net = unet("meta")
     found = [{"size_px": case[0], "checkpointing": case[1], **follow(net, SDXL, cfg, latent(case[0]), "vp", case[1])} for case in cases]
+    for row in found:
+        row["nf4"] = round(row["peak"] - saved(net))
     if torch.cuda.is_available():
         net = unet("cuda")
         found = [{**row, "measured": measure(net, cfg, *case)} for row, case in zip(found, cases, strict=True)]
@@ -64,6 +67,12 @@ def latent(size_px: int) -> tuple[int, int, int]:
     return 4, size_px // 8, size_px // 8
 
 
+def saved(net: nn.Module) -> float:
+    """The bytes by which quantize=nf4 makes a network smaller while one of its layers is unpacked."""
+    weights = [net.get_submodule(name).weight for name in inside(net)]
+    return sum(weight.nbytes - weight.numel() * KINDS["nf4"].bits / 8 for weight in weights) - max(weight.nbytes for weight in weights)
+
+
 def measure(net: nn.Module, cfg: Config, size_px: int, checkpointing: bool) -> int:
     """The most bytes that torch held on the GPU during a step."""
     torch.cuda.empty_cache()
@@ -75,10 +84,10 @@ def measure(net: nn.Module, cfg: Config, size_px: int, checkpointing: bool) -> i
 def show(rows: list[dict]) -> None:
     """Prints the estimate and the measurement of every case."""
     table = Table(title="Memory of one training step of a slider on SDXL's U-Net, GiB")
-    for head in ("pixels", "checkpointing", "network", "control, optimizer, activations", "peak", "measured"):
+    for head in ("pixels", "checkpointing", "network", "control, optimizer, activations", "peak", "peak with nf4", "measured"):
         table.add_column(head, justify="right")
     for row in rows:
-        sizes = [row["network"], row["peak"] - row["network"], row["peak"]]
+        sizes = [row["network"], row["peak"] - row["network"], row["peak"], row["nf4"]]
         measured = f"{row['measured'] / 2**30:.2f}" if "measured" in row else "not measured: no GPU"
         table.add_row(str(row["size_px"]), "yes" if row["checkpointing"] else "no", *(f"{size / 2**30:.2f}" for size in sizes), measured)
     Console(width=140).print(table)

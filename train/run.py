@@ -112,10 +112,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; a killed run goes on at its last checkpoint."""
-        path, every = self.folder / "state.pt", self.cfg.save_every
-        for step in resumable(path, self.state, self.cfg.steps, every, self.cfg.name, write=self.main):
-            self.family.bring(self.net)  # a strip or a watched member may have sent it away
-            yield step
+        return resumable(self.folder / "state.pt", self.state, self.cfg.steps, self.cfg.save_every, self.cfg.name, write=self.main)
 
     def parts(self, step: int) -> Iterator[torch.Generator]:
         """One generator per batch of this process in this step."""
