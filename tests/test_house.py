@@ -223,3 +223,19 @@ def test_the_checks_themselves_see_what_is_wrong():
 def test_make_explains_each_target():
     targets = make_targets()
     assert {"help", "check", "test", "demo", "tiny", "report", "proof"} <= targets.keys() and all(targets.values())
+
+
+def test_the_readme_lists_every_member_as_its_card_has_it():
+    """Files, steps and licence, and no member more or less."""
+    from models.cards import CARDS, card
+    from models.loading import source as whence
+
+    expected = set()
+    for path in CARDS.glob("*.yaml"):
+        family = card(path.stem)
+        for name, its in family.members.items():
+            file = f", `{its.file or its.lora}`" if its.file or its.lora else ""
+            words = f"{family.name}/{name}", f"{whence(family, its)[0]}{file}", len(its.timesteps) or its.steps, its.licence or family.licence
+            expected |= {"| " + " | ".join(map(str, words)) + " |"} if family.name != "tiny" else set()
+    found = {line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| [a-z0-9]+/[\w-]+ \| [\w-]+/", line)}
+    assert found == expected
