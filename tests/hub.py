@@ -59,6 +59,8 @@ def publish(cache: Path, repo: str, revision: str | None = None) -> Path:
     pinned = revision is not None and len(revision) == 40
     commit = revision if pinned else hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
     home = cache / f"models--{repo.replace('/', '--')}"
+    if revision is None and (home / "refs/main").is_file():  # another member's pin is what the branch is at
+        commit = (home / "refs/main").read_text()
     (home / "refs").mkdir(parents=True, exist_ok=True)
     (home / "refs" / ("main" if pinned or not revision else revision)).write_text(commit)
     folder = home / "snapshots" / commit

@@ -235,7 +235,7 @@ def test_the_readme_lists_every_member_as_its_card_has_it():
         family = card(path.stem)
         for name, its in family.members.items():
             file = f", `{its.file or its.lora}`" if its.file or its.lora else ""
-            words = f"{family.name}/{name}", f"{whence(family, its)[0]}{file}", len(its.timesteps) or its.steps, its.licence or family.licence
-            expected |= {"| " + " | ".join(map(str, words)) + " |"} if family.name != "tiny" else set()
+            words = [f"{family.name}/{name}", f"{whence(family, its)[0]}{file}", str(len(its.timesteps) or its.steps)]
+            expected |= {f"| {' | '.join([*words, its.licence or family.licence])} |"} if family.name != "tiny" else set()
     found = {line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| [a-z0-9]+/[\w-]+ \| [\w-]+/", line)}
     assert found == expected
