@@ -118,7 +118,7 @@ def findings(cells: list[dict], student: str, base: str) -> list[str]:
     """What the numbers say of one student, in sentences."""
     own, hybrid, found = pick(cells, student, "student"), pick(cells, student, "hybrid(1)"), []
     for name, share in own["of_base"].items():
-        word = "less" if share["high"] < 1 else "more" if share["low"] > 1 else "no less and no more that can be told"
+        word = "less" if share["high"] < 1 else "more" if share["low"] > 1 else "neither clearly less nor clearly more"
         first = shown(own["of_base_first"][name], 2)
         found.append(f"{student}, by {name}: {word} diversity than {base}, {shown(share, 2)} of it; after the first step {first}.")
     if hybrid:

@@ -30,7 +30,7 @@ def read(prompts: Sequence[str]) -> PromptSet:
     """What a config's prompts mean: each is a text, or a source of many, which takes its place.
 
     Sources: a .csv with a column prompt and perhaps evaluation_seed (case_number orders it, where it is there); a .txt with a prompt
-    per line; hub:owner/dataset[:split[:column]]. FILE.csv[:100] takes the first hundred. Seeds are kept when every
+    per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes the first hundred. Seeds are kept when every
     prompt has one. Raises UserError for what cannot be read.
     """
     found = [pair for prompt in prompts for pair in _pairs(prompt)]
@@ -42,7 +42,7 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     """The texts of one entry, and the seed of each."""
     if prompt.startswith(HUB):
         return [(text, None) for text in _dataset(prompt.removeprefix(HUB))]
-    file = re.fullmatch(r"(.+\.(?:csv|txt))(?:\[:(\d+)\])?", prompt)
+    file = re.fullmatch(r"(.+\.(?:csv|txt))(?::(\d+))?", prompt)
     if not file:
         return [(prompt, None)]
     return _file(file[1])[: int(file[2]) if file[2] else None]

@@ -16,10 +16,10 @@ SMALL = {  # file: what makes it small
     "t1": (transfer, [*CONTROLS, PORTRAITS, "batch=16"]),
     "t1-car": (transfer, ["controls=[controls/tiny/space-1.safetensors]", "targets=[base,dmd]", "seeds=2", PORTRAITS]),
     "t2": (diversity, [*BRIEF, PORTRAITS]),
-    "t3": (diversity, [*BRIEF, "prompts=['DATA/coco.csv[:2]']", "captions_from=[DATA/coco.csv]", "captions=40", "reference=DATA"]),
+    "t3": (diversity, [*BRIEF, "prompts=[DATA/coco.csv:2]", "captions_from=[DATA/coco.csv]", "captions=40", "reference=DATA"]),
     "d1": (diversity, [*BRIEF, PORTRAITS]),
     "e1": (diversity, [*BRIEF, PORTRAITS]),
-    "fig5": (trace, ["students=[dmd]", "evaluators=[clip]", "prompts=['DATA/coco.csv[:3]']"]),
+    "fig5": (trace, ["students=[dmd]", "evaluators=[clip]", "prompts=[DATA/coco.csv:3]"]),
     "fig7": (diversity, [*BRIEF, "captions=0", "prompts=[portrait of a person]"]),
 }
 

@@ -27,7 +27,7 @@ def test_every_image_has_its_seed(tmp_path):
     (tmp_path / "coco.csv").write_text(COCO)
     assert read([f"{tmp_path}/coco.csv"]).numbers(2, 1000) == [4, 5, 99, 100]
     assert read(["a cat", "a dog"]).numbers(2, 1000) == [1000, 1001, 1002, 1003]
-    assert read([f"{tmp_path}/coco.csv[:1]"]) == PromptSet(["A cat on a chair."], [4])
+    assert read([f"{tmp_path}/coco.csv:1"]) == PromptSet(["A cat on a chair."], [4])
     texts = ["A cat on a chair.", "A dog, asleep\non a mat.", "A cat on a chair."]
     assert cycled(read([f"{tmp_path}/coco.csv"]), 3) == PromptSet(texts, [4, 99, 5])
 
