@@ -37,7 +37,7 @@ class Card:
     layers: str  # layer set, see controls.targets
     scope: str
     recipe: dict = field(default_factory=dict)  # prompts, steps, seed: what it takes to train it again
-    base_hash: str = ""  # fingerprint of the network it was trained on
+    base_hash: str = ""  # fingerprint of the network it was trained on, and of the delta that makes it a LoRA student
     versions: dict = field(default_factory=dict)
     transfer: dict = field(default_factory=dict)  # what analysis.transfer measured, where it was asked to write it here
 

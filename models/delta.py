@@ -1,9 +1,11 @@
 """Deltas: students that are published as a LoRA over their base. One network stays in memory, and the strength of the delta is a dial."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
@@ -21,6 +23,15 @@ class Delta:
 
     pairs: dict[str, tuple[Tensor, Tensor]]  # layer: A (r, in, …), B (out, r, …), alpha / r multiplied in
     strength: float = field(default=0.0, init=False)  # as it acts now; set by `dial`
+    hash: str = field(default="", init=False)  # sha256 of the pairs
+
+    def __post_init__(self):
+        digest = hashlib.sha256()
+        for spot in sorted(self.pairs):
+            digest.update(spot.encode())
+            for half in self.pairs[spot]:
+                digest.update(half.detach().to("cpu", torch.float32).contiguous().numpy())
+        self.hash = digest.hexdigest()
 
     def attach(self, net: nn.Module) -> None:
         """Lets the delta act on a network, at strength 0, where the network is bit for bit what it was.

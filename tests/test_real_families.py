@@ -272,6 +272,7 @@ STUDENTS = {"sdxl": "dmd2", "sd15": "hyper", "sd21": "turbo", "pixart": "delta",
 def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines, cache, tmp_path, name):
     family, base, student = families(name), families(name).card.base, STUDENTS[name]
     files = [trained(family, member, tmp_path) for member in (base, student)]
+    assert len({formats.load(file).card.base_hash for file in files}) == 2  # a LoRA student is more than its base's network
     for file, source_member in zip(files, (base, student), strict=True):
         control, net = formats.load(file), family.member(student).denoiser.net
         assert (control.card.family, control.card.member) == (name, source_member)

@@ -76,7 +76,8 @@ class Run:
         if self.main:
             run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out", "memory", "plan"))
         self.accelerator.wait_for_everyone()
-        self.losses, self.fingerprint = [], fingerprint(self.net)
+        self.losses, delta = [], self.member.denoiser.delta
+        self.fingerprint = fingerprint(self.net) + (f"+{delta.hash[:16]}" if delta else "")  # a LoRA student is its base's network and more
 
     @contextmanager
     def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
