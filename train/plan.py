@@ -19,6 +19,8 @@ def show(cfg: Training, cost: Cost) -> None:
     """Prints what is loaded, network evaluations, time, the control's size and the memory of a step. Raises UserError as a run would."""
     check(cfg)
     accelerator, (name, member) = Accelerator(cpu=not torch.accelerator.is_available()), split(cfg.member)
+    if not accelerator.is_main_process:
+        return
     family = Family(name, accelerator.device, DTYPES[cfg.dtype], bare=True)
     bare = family.member(member)
     before, each = cost(bare)
