@@ -308,6 +308,21 @@ def test_a_slider_of_a_quantised_network_is_one_of_the_whole(families, tmp_path,
 WAYS = {"whole": {}, "packed": {"quantize": "nf4"}}
 
 
+OTHERS = [(name, member) for name, member in MEMBERS if member not in (card(name).base, STUDENTS[name])]
+
+
+@pytest.mark.parametrize(("name", "member"), slow(OTHERS, lambda pair: pair[1].endswith(TWINS)))
+def test_a_slider_is_trained_on_every_other_student_too(families, tmp_path, name, member):
+    """LoRA students, guidance told to the network, x0 predicted, one step."""
+    family = families(name)
+    control = formats.load(trained(family, member, tmp_path))
+    assert (control.card.member, any(tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key)) == (member, True)
+    plain = latents(family, member)
+    with applied(family.member(member).denoiser.net, control, 1.0, name):
+        assert not torch.equal(latents(family, member), plain)
+    assert torch.equal(latents(family, member), plain)
+
+
 def agrees_with_diffusers(family: Family, pipe, student: str, file, cache) -> None:
     """The file, loaded by diffusers alone, does what we say it does."""
     with applied(family.member(student).denoiser.net, formats.load(file), 1.0):
