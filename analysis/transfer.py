@@ -106,7 +106,7 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
     """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
-    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory)
+    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
     told, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
     cfg.prompts = told.texts
@@ -166,8 +166,6 @@ def adopted(path: Path, cfg: Config, family: Family) -> Control:
         cards.carded(path)
     source = cfg.source or family.card.base
     own = Card("lora", formats.name(path), family.card.name, source, 0, 0.0, "full", "c3lier", {})
-    if cfg.plan:  # which needs no network, and so cannot say where its layers go
-        return Control(own, {})
     return formats.adopt(path, family.member(source).denoiser.net, own)
 
 

@@ -74,11 +74,8 @@ def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
 
 def network_need(family: FamilyCard, name: str, dtype: torch.dtype, quantize: str = "") -> Need:
     """A member's own network, whole or quantised."""
-    member, its = family.members[name], ARCHITECTURES[family.architecture]
-    like = family.members[family.base] if member.file else member
-    repo, revision, _ = source(family, like)
-    with one_line(f"the config of {name} in {repo}"):
-        count, packed = _count(its.network, _config(its.network, repo, like.subfolder, revision=available(repo, revision)))
+    member = family.members[name]
+    count, packed = _count(ARCHITECTURES[family.architecture].network, config(family, name))
     size = dtype.itemsize * count + (KINDS[quantize].bits / 8 - dtype.itemsize) * packed if quantize else dtype.itemsize * count
     home, pinned, variant = source(family, member)
     download = _download(home, pinned, member.subfolder or "", variant, count, member.file)
@@ -129,8 +126,8 @@ def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.devic
 
 def spelt(seconds: float) -> str:
     """A duration in its best unit."""
-    size, unit = next(pair for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds")) if seconds >= pair[0])
-    return f"{seconds / (size or 1):.1f} {unit}"
+    size, unit = next(pair for pair in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds >= pair[0] or pair[0] == 60)
+    return f"{seconds / size:.1f} {unit}"
 
 
 def forecast(family: FamilyCard, calls: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> str:

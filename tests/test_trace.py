@@ -10,8 +10,9 @@ from PIL import Image
 from synthetic import Keys, undocumented
 
 from analysis import sheets, trace, trace_page
+from analysis.commitment import abandoned, committed
 from analysis.draw import acting
-from analysis.trace import Config, abandoned, band, committed, jobs_of
+from analysis.trace import Config, band, jobs_of
 from configs import entry, load, merge
 from controls import formats
 from models.families import Family
