@@ -1,0 +1,165 @@
+"""Options: a dataclass holds the defaults, a YAML file what differs, the command line the last word.
+
+`cfg = load(Config)` in an entry point reads `[config=FILE] [key=value ...]`, answers `--help` from the dataclass itself,
+and turns every mistake into one line and exit code 2.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import sys
+import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from textwrap import dedent
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from configs.errors import ROOT, UserError
+from configs.ranges import check
+
+T = TypeVar("T")
+
+
+def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
+    """An instance of the dataclass `schema`: its defaults, then each layer (a dict, a dotlist, or a YAML file) over the last.
+
+    Raises UserError, in one line that names the file or the word, for an unknown key, a wrong type, a missing file or broken YAML.
+    """
+    config = OmegaConf.structured(schema)
+    for layer in layers:
+        # one word of a dotlist at a time, so that the message can name it
+        for part in layer if isinstance(layer, list) else [layer]:
+            with _one_line("" if isinstance(part, dict) else f"{part}: "):
+                config = OmegaConf.merge(config, _read(part, isinstance(layer, list)))
+    with _one_line():
+        found = OmegaConf.to_object(config)
+    check(found)
+    return found
+
+
+def load(schema: type[T], argv: list[str] | None = None) -> T:
+    """The config of a command: `[config=FILE] [key=value ...]`, or `--help`; `--key` is key=true. Raises UserError as `merge` does."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h", "help"} & set(argv):
+        print(usage(schema))
+        raise SystemExit(0)
+    argv = [f"{word[2:]}=true" if word.startswith("--") and "=" not in word else word for word in argv]
+    for word in argv:
+        if "=" not in word:
+            raise UserError(f"{word!r} is not of the form key=value; --help lists the keys")
+    files = [w.split("=", 1)[1] for w in argv if w.startswith("config=")]
+    return merge(schema, *files, [w for w in argv if not w.startswith("config=")])
+
+
+def plain(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line's plain words (files, parts), and the rest, which is for `load`."""
+    words = [word for word in argv if "=" not in word and not word.startswith("-")]
+    return words, [word for word in argv if word not in words]
+
+
+def usage(schema: type) -> str:
+    """Every key with its default and the comment that stands beside it in the source; what the dataclass inherits comes last."""
+    own = inspect.get_annotations(schema)
+    rows = sorted(_rows(schema, OmegaConf.structured(schema)), key=lambda row: row[0].partition(".")[0] not in own)
+    width = max(len(key) for key, _, _ in rows)
+    lines = [f"  {key:<{width}}  {comment}{default}".rstrip().replace("\n", "\n" + " " * (width + 4)) for key, comment, default in rows]
+    return "\n".join([inspect.getdoc(sys.modules[schema.__module__]) or "", "", "keys: [config=FILE] [key=value ...]", *lines])
+
+
+def _find(path: str | Path) -> Path:
+    """A file as given, or under the project's root."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.is_file():
+            return candidate
+    shipped = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "configs").rglob("*.yaml"))]
+    near = get_close_matches(str(path), shipped, 1)
+    raise UserError(f"no config file at {path}; " + (f"did you mean {near[0]}?" if near else "the shipped ones are under configs/"))
+
+
+def _read(layer: dict | str | Path, word: bool) -> Any:
+    """What OmegaConf can merge: a dict as it is, one key=value word, or a YAML file's mapping."""
+    if isinstance(layer, dict):
+        return layer
+    if word:
+        return OmegaConf.from_dotlist([layer])
+    found = OmegaConf.create(_find(layer).read_text(encoding="utf-8"))
+    if not isinstance(found, DictConfig):
+        raise TypeError("holds no key: value pairs")
+    return found
+
+
+@contextmanager
+def _one_line(where: str = ""):
+    """Turns the errors of OmegaConf, YAML, files and a dataclass's own __post_init__ into a UserError of one line."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise UserError(where + _explain(error).removeprefix(where.partition("=")[0] + ": ")) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}not valid YAML{at}: {getattr(error, 'problem', None) or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}not a text file") from None
+    except (ValueError, TypeError, AssertionError, OSError) as error:
+        shape = isinstance(error, AssertionError) or "incompatible container types" in str(error)  # OmegaConf's words for a wrong shape
+        raise UserError(where + ("a list is given whole, as key=[a,b], a file as key: value pairs" if shape else str(error))) from None
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """The first line of OmegaConf's message; for an unknown key the nearest one, for a missing value its name."""
+    first = str(error).strip().splitlines()[0]
+    key = str(getattr(error, "full_key", None) or "")
+    if isinstance(error, MissingMandatoryValue):
+        return f"{first}; give it as key=value"
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(error.object_type):
+        prefix, _, last = key.rpartition(".")
+        names = [f"{prefix}.{field.name}".lstrip(".") for field in dataclasses.fields(error.object_type)]
+        near = get_close_matches(key, names, 1) or [n for n in names if n.rpartition(".")[2] == last.strip("-")]
+        return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(names)}")
+    return f"{key}: {first}" if key else first
+
+
+def _rows(schema: type, config: DictConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, comment, default) of every field; a nested dataclass gives its own line and then its fields as outer.inner."""
+    comments = _comments(schema)
+    for key, value in OmegaConf.to_container(config).items():
+        inner = None if OmegaConf.is_missing(config, key) else config._get_node(key)
+        kind = OmegaConf.get_type(inner) if isinstance(inner, DictConfig) else None
+        if dataclasses.is_dataclass(kind):
+            yield prefix + key, comments.get(key, ""), ""
+            yield from _rows(kind, inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, comments.get(key, ""), f"  [{_shown(value)}]"
+
+
+def _shown(value: Any) -> str:
+    """A default as one would type it after key=; of a list of mappings, each on a line of its own, without what is empty."""
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        full = [json.dumps({key: word for key, word in row.items() if word != ""}, ensure_ascii=False) for row in value]
+        return "[" + ",".join("\n" + row for row in full) + "]"
+    if isinstance(value, str) and value:
+        return "required" if value == "???" else value
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """Field name to the comment beside it, of the dataclass and of those it inherits from."""
+    found: dict[str, str] = {}
+    for part in reversed([c for c in schema.__mro__ if dataclasses.is_dataclass(c)]):
+        source = dedent(inspect.getsource(part))
+        tokens = tokenize.generate_tokens(StringIO(source).readline)
+        beside = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        for field in ast.parse(source).body[0].body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                lines = range(field.lineno, field.end_lineno + 1)
+                found[field.target.id] = " ".join(beside[line] for line in lines if line in beside)
+    return found

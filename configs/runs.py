@@ -1,0 +1,103 @@
+"""Runs: the folder of a run, files that are whole or not there, and what ran."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from configs.errors import ROOT, UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "omegaconf", "safetensors", "wandb")
+
+
+def save(config: Any, path: Path) -> None:
+    """The config as YAML, whole, with the versions of the packages and the git commit that ran it."""
+    stamp = "\n".join([command(), *(f"{name} {value}" for name, value in versions().items())])
+    with replacing(path) as new:
+        new.write_text(indent(stamp, "# ", lambda line: True) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def command() -> str:
+    """The command line as one would type it from the project's root, quoted for a shell."""
+    program = Path(sys.argv[0])
+    if program.is_absolute():
+        program = program.relative_to(ROOT) if program.is_relative_to(ROOT) else Path(program.name)
+    name = program.as_posix()
+    if name.startswith("analysis/"):
+        name = "-m " + name.removesuffix(".py").replace("/", ".")
+    return " ".join(["python", name, shlex.join(sys.argv[1:])]).rstrip()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on, and the project's git commit."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return found
+    if git.returncode == 0:
+        found["commit"] = git.stdout.strip()
+    return found
+
+
+@contextmanager
+def replacing(path: Path):
+    """A temporary path beside `path` that takes its place when the block ends well: readers see a whole file or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    os.chmod(name, 0o644)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def run_folder(cfg: Any, folder: Path, overwrite: bool = False, free: tuple[str, ...] = ()) -> Path:
+    """The folder of a run, made or continued; `overwrite` empties it first.
+
+    Saves config.yaml. Raises UserError when the folder holds a run of another config; keys in `free` may differ.
+    """
+    path, free = Path(folder) / "config.yaml", (*free, "overwrite")
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    if path.is_file():
+        before, now = OmegaConf.to_container(OmegaConf.load(path)), OmegaConf.to_container(OmegaConf.structured(cfg))
+        other = [key for key in now if key not in free and before.get(key) != now[key]]
+        if other:
+            changes = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in other[:3])
+            raise UserError(f"{folder} holds a run of another config ({changes}); give a new name=, or overwrite=true")
+    save(cfg, path)
+    return Path(folder)
+
+
+def plain_name(text: str, what: str = "name") -> str:
+    """The text, where it can name a control, a folder or a file anywhere. Raises UserError where it cannot, or would lead elsewhere."""
+    wrong = next((why for why, holds in {
+        "it is empty": not text.strip(),
+        "it leads to another folder": text in (".", "..") or "/" in text or "\\" in text,
+        "it has characters that cannot be shown": not text.isprintable(),
+        "it begins with a character that shells and programs take for something else": text[:1] in ("-", "~", "."),
+        "it is longer than 120 bytes": len(text.encode(errors="replace")) > 120,
+    }.items() if holds), "")  # fmt: skip
+    if wrong:
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise UserError(f"{what}={shown!r} cannot name a control or a folder: {wrong}")
+    return text
