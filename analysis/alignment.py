@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from analysis.metrics import Z
+from controls import intervals
 
 
 class Moments:
@@ -133,17 +133,9 @@ def by_prompt(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     return np.array([values[prompts == kind].mean() for kind in np.unique(prompts)])
 
 
-def mean(values: np.ndarray, prompts: np.ndarray, draws: int = 2000, seed: int = 0) -> dict:
-    """The mean of some values (n,), every prompt counting the same, with a 95 % interval from the bootstrap over prompts."""
-    means = by_prompt(values, prompts)
-    return ratio(np.ones_like(means), means, draws, seed)
-
-
-def ratio(below: np.ndarray, above: np.ndarray, draws: int = 2000, seed: int = 0) -> dict:
-    """Mean of `above` over mean of `below`, both (P,) and paired, with a 95 % interval from the bootstrap over prompts."""
-    rows = np.random.default_rng(seed).integers(len(below), size=(draws, len(below)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return _interval(above.mean() / below.mean(), above[rows].mean(1) / below[rows].mean(1))
+def mean(values: np.ndarray, prompts: np.ndarray) -> dict:
+    """The mean of some values (n,), every prompt counting the same, with its interval over prompts."""
+    return intervals.mean(by_prompt(values, prompts))
 
 
 def gram(x: np.ndarray) -> np.ndarray:
@@ -207,8 +199,7 @@ def jackknife(measure: Callable[[np.ndarray], float | None], prompts: np.ndarray
     without = [measure(rows[prompts != kind]) for kind in kinds] if len(kinds) > 2 else [None]
     if value is None or None in without:
         return {"value": value, "low": None, "high": None}
-    error = np.sqrt((len(kinds) - 1) / len(kinds) * ((np.array(without) - np.mean(without)) ** 2).sum())
-    return {"value": value, "low": float(value - Z * error), "high": float(value + Z * error)}
+    return intervals.jackknife(value, without)
 
 
 def neighbours(x: np.ndarray, y: np.ndarray, k: int) -> float:
@@ -262,8 +253,3 @@ def _far(k: np.ndarray) -> np.ndarray:
 def _inverse_root(variance: np.ndarray) -> np.ndarray:
     still = variance <= 1e-12 * max(variance.max(), 1e-300)
     return np.where(still, 0.0, 1 / np.sqrt(np.where(still, 1.0, variance)))
-
-
-def _interval(value: float, draws: np.ndarray) -> dict:
-    numbers = zip(("value", "low", "high"), (value, *np.quantile(draws, [0.025, 0.975])), strict=True)
-    return {name: float(v) if np.isfinite(v) else None for name, v in numbers}

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.metrics import spanned
 from configs import UserError
-from controls import stats
+from controls import intervals
 from controls.effect import cosine
 from models.evaluators import READERS, UNIT, Evaluator
 
@@ -36,10 +35,9 @@ def apart(name: str, features: np.ndarray) -> float:
     return float(between(name, features[:, rows, -1], features[:, columns, -1]).mean())
 
 
-def estimate(cfg: "Config", values: np.ndarray) -> list[dict]:
-    """Means over prompts and seeds of values (P, S, K), with intervals from the bootstrap over prompts and seeds."""
-    draws = stats.curves(values, cfg.draws, cfg.seed)
-    return [spanned(value, column) for value, column in zip(values.mean((0, 1)), draws.T, strict=True)]
+def estimate(values: np.ndarray) -> list[dict]:
+    """Means over prompts and seeds of values (P, S, K), with their intervals over prompts."""
+    return [intervals.mean(column) for column in intervals.units(values).T]
 
 
 def committed(cfg: "Config", own: dict, unit: dict[str, float]) -> dict:
@@ -48,8 +46,8 @@ def committed(cfg: "Config", own: dict, unit: dict[str, float]) -> dict:
     for name, one in unit.items():
         far = between(name, own[name], own[name][:, :, -1:]) / one                               # (P, S, T)
         first = (far <= cfg.tolerance).argmax(-1)                                                # (P, S)
-        found["distance"][name] = estimate(cfg, far)
-        share, t = estimate(cfg, np.stack([(first + 1) / far.shape[-1], own["t"][first]], -1))
+        found["distance"][name] = estimate(far)
+        share, t = estimate(np.stack([(first + 1) / far.shape[-1], own["t"][first]], -1))
         found["commitment"][name] = {"share": share, "t": t}
     return found
 
@@ -75,24 +73,26 @@ def abandoned(cfg: "Config", own: dict, eyes: dict[str, Evaluator], ends: dict[s
                              "fall": float(peak[p, s] - score[p, s, -1]), "rises_first": bool(rises[-1][p, s])})  # fmt: skip
     if not falls:
         return {"evaluator": name, "falls": None, "rises_and_falls": None, "examples": []}
-    share = estimate(cfg, np.stack([np.any(falls, 0), np.any(rises, 0)], -1).astype(float))
+    share = estimate(np.stack([np.any(falls, 0), np.any(rises, 0)], -1).astype(float))
     examples.sort(key=lambda e: (-e["rises_first"], -e["fall"]))
     return {"evaluator": name, "falls": share[0], "rises_and_falls": share[1], "count": len(examples), "examples": examples[:EXAMPLES]}
 
 
-def followed(cfg: "Config", eye: Evaluator, name: str, states: dict, pair: tuple[str, str]) -> dict:
-    """The effect of a control on x0 at each step, when half of it is there, and what is left of it when it is on in some bands alone."""
+def followed(eye: Evaluator, name: str, states: dict, pair: tuple[str, str]) -> dict:
+    """The effect of a control on x0 at each step, when half of it is there, and what is left of it when it is on in some bands alone.
+
+    half: of each prompt's own mean curve, then averaged over prompts.
+    """
     score = {bands: eye.score(found[name], *pair) for bands, found in states.items()}
     effect = score[None] - score[()]                                                             # (P, S, T)
-    enters = lambda curve: (curve >= 0.5 * curve[..., -1:]).argmax(-1)  # noqa: E731
-    steps, draws = states[()]["t"], stats.curves(effect, cfg.draws, cfg.seed)
-    first, firsts = int(enters(effect.mean((0, 1)))), enters(draws)
-    found = {"effect": estimate(cfg, effect), "half": {"share": spanned((first + 1) / len(steps), (firsts + 1) / len(steps)),
-                                                       "t": spanned(steps[first], steps[firsts])}, "parts": []}  # fmt: skip
-    low, high = stats.interval(draws[:, -1])
+    by_prompt, steps = effect.mean(1), states[()]["t"]                                           # (P, T), (T,)
+    half = (by_prompt >= 0.5 * by_prompt[:, -1:]).argmax(-1)                                     # (P,)
+    parts = []
     for bands in (b for b in score if b):
-        final = np.stack([score[bands][..., -1] - score[()][..., -1], effect[..., -1]], -1)
-        sums, means = stats.curves(final, cfg.draws, cfg.seed), final.mean((0, 1))
-        kept = dict(stats.UNDEFINED) if low <= 0 <= high else spanned(means[0] / means[1], sums[:, 0] / sums[:, 1])
-        found["parts"].append({"bands": list(bands), "share": kept})
-    return found
+        left = score[bands][..., -1] - score[()][..., -1]
+        parts.append({"bands": list(bands), "share": intervals.ratio(left.mean(1), by_prompt[:, -1])})
+    return {
+        "effect": estimate(effect),
+        "half": {"share": intervals.mean((half + 1) / len(steps)), "t": intervals.mean(steps[half])},
+        "parts": parts,
+    }

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.alignment import by_prompt, mean, ratio
+from analysis.alignment import by_prompt, mean
 from analysis.representations import forced
-from controls import overlap
+from controls import intervals, overlap
 from controls.effect import cosine
 from controls.lora import Card, Control, applied
 from models.families import Family
@@ -96,7 +96,7 @@ def _cell(family: Family, control: Control, source: Member, target: Member, leve
 
 def gain(a: np.ndarray, b: np.ndarray, prompts: np.ndarray) -> dict:
     """How much of the move a is in the move b, <a, b> / <a, a> over all images, with an interval over prompts: 1 as much, 0 nothing."""
-    return ratio(by_prompt((a * a).sum(1), prompts), by_prompt((a * b).sum(1), prompts))
+    return intervals.ratio(by_prompt((a * b).sum(1), prompts), by_prompt((a * a).sum(1), prompts), positive=True)
 
 
 def overlaps(controls: list[Control]) -> list[dict]:

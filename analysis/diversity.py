@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from analysis import diversity_page, record, sheets
 from analysis.drawing import shown
-from analysis.metrics import Spread, spanned
+from analysis.metrics import Spread
 from analysis.quality import Judge, against
 from analysis.report import number
 from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
-from controls import stats
+from controls import intervals
 from models import budget, promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
@@ -37,7 +37,7 @@ FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
-FREE = ("plans", "students", "labels", "neighbours", "draws", "batch", "memory", "plan", "wandb", "out")  # what a continued run may change
+FREE = ("plans", "students", "labels", "neighbours", "batch", "memory", "plan", "wandb", "out")  # what a continued run may change
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
@@ -49,14 +49,13 @@ class Config:
     plans: list[str] = field(default_factory=lambda: list(FEW))  # as models/sample.py writes them; base and student are always there
     prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 5  # images per prompt, at least 3
-    seed: int = 2000  # the first image seed, and that of the bootstrap
+    seed: int = 2000  # the first image seed
     captions: int = 48  # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
     evaluators: list[str] = field(default_factory=list)  # of the family's card, clip among them; empty = all that read words
     captions_from: list[str] = field(default_factory=list)  # what those are told, as prompts; empty = the reference's own, else prompts
     reference: str = ""  # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
     labels: list[str] = field(default_factory=list)  # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
     neighbours: int = 5  # k of precision, recall, density and coverage
-    draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
@@ -138,7 +137,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"evaluators must hold clip, which judges prompt agreement; got {', '.join(cfg.evaluators)}")
     if cfg.captions and cfg.captions < BLOCKS * max(2, cfg.neighbours):
         raise UserError(f"captions must be 0 or at least {BLOCKS * max(2, cfg.neighbours)}; got {cfg.captions}")
-    for key in ("neighbours", "batch", "draws"):
+    for key in ("neighbours", "batch"):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
@@ -239,45 +238,27 @@ def summary(cfg: Config, own: dict, base: dict, student: dict | None, evaluators
     steps = len(own["t"])
     return {
         "steps": [{"t": float(t), "share": (i + 1) / steps} for i, t in enumerate(own["t"])],
-        "diversity": {name: [mean(cfg, own[name][:, t, 0]) for t in range(steps)] for name in evaluators},
-        "vendi": [mean(cfg, own["vendi"][:, t]) for t in range(steps)],
-        "agreement": mean(cfg, own["agreement"][:, -1]),
+        "diversity": {name: [intervals.mean(own[name][:, t, 0]) for t in range(steps)] for name in evaluators},
+        "vendi": [intervals.mean(own["vendi"][:, t]) for t in range(steps)],
+        "agreement": intervals.mean(own["agreement"][:, -1]),
         "per_prompt": [{"prompt": prompt, "vendi": float(own["vendi"][p, -1]),
                         **{name: dict(zip(("value", "low", "high"), own[name][p, -1].tolist(), strict=True)) for name in evaluators}}
                        for p, prompt in enumerate(cfg.prompts)],
-        "of_base": {name: ratio(cfg, value(own, name), value(base, name)) for name in evaluators},
-        "of_base_first": {name: ratio(cfg, value(own, name, 0), value(base, name, 0)) for name in evaluators},
-        "gain": {name: mean(cfg, value(own, name) - value(student, name)) if student else None for name in evaluators},
-        "recovery": {name: recovery(cfg, *(value(f, name) for f in (own, base, student))) if student else None for name in evaluators},
-        "agreement_gain": mean(cfg, own["agreement"][:, -1] - student["agreement"][:, -1]) if student else None,
+        "of_base": {name: intervals.ratio(value(own, name), value(base, name), positive=True) for name in evaluators},
+        "of_base_first": {name: intervals.ratio(value(own, name, 0), value(base, name, 0), positive=True) for name in evaluators},
+        "gain": {name: intervals.mean(value(own, name) - value(student, name)) if student else None for name in evaluators},
+        "recovery": {name: recovery(*(value(f, name) for f in (own, base, student))) if student else None for name in evaluators},
+        "agreement_gain": intervals.mean(own["agreement"][:, -1] - student["agreement"][:, -1]) if student else None,
         "images": len(cfg.prompts) * cfg.seeds, "prompts": len(cfg.prompts), "seeds": cfg.seeds,
     }  # fmt: skip
 
 
-def resampled(cfg: Config, *values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over prompts of per-prompt values, as they are (K,) and in each bootstrap draw of prompts (n, K), the same draws for all."""
-    table = np.stack(values, -1)[:, None]                                                        # (P, 1, K)
-    return table.mean((0, 1)), stats.curves(table, cfg.draws, cfg.seed)
-
-
-def mean(cfg: Config, values: np.ndarray) -> dict:
-    """The mean over prompts (P,) with its interval."""
-    value, draws = resampled(cfg, values)
-    return spanned(value[0], draws[:, 0])
-
-
-def ratio(cfg: Config, above: np.ndarray, below: np.ndarray) -> dict:
-    """The ratio of two means over the same prompts."""
-    (a, b), draws = resampled(cfg, above, below)
-    return spanned(a / b, draws[:, 0] / draws[:, 1])
-
-
-def recovery(cfg: Config, own: np.ndarray, base: np.ndarray, student: np.ndarray) -> dict:
-    """(plan - student) / (base - student): 0 at the student, 1 at the base; undefined where no loss of the student can be told."""
-    (gained, lost), draws = resampled(cfg, own - student, base - student)
-    if stats.interval(draws[:, 1])[0] <= 0:
-        return dict(stats.UNDEFINED)
-    return spanned(gained / lost, draws[:, 0] / draws[:, 1])
+def recovery(own: np.ndarray, base: np.ndarray, student: np.ndarray) -> dict:
+    """(plan - student) / (base - student) over the same prompts (P,): 0 at the student, 1 at the base; undefined without a loss."""
+    lost = intervals.mean(base - student)
+    if lost["low"] is None or lost["low"] <= 0:
+        return dict(intervals.UNDEFINED)
+    return intervals.ratio(own - student, base - student)
 
 
 def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> dict:

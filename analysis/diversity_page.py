@@ -10,7 +10,7 @@ from pathlib import Path
 import configs
 from analysis import drawing
 from analysis.drawing import figure, figures, forest, lines, scatter, section, shown, table
-from analysis.page import number
+from analysis.page import number, side
 
 COMMAND = "analysis.diversity"
 SWEEPS = {  # plan: what its argument is, and the argument at which the plan is the student; Fig 7 of the paper is the first three
@@ -29,9 +29,10 @@ SWEEPS = {  # plan: what its argument is, and the argument at which the plan is 
     "cads": ("noise on the prompt", 0),
     "delta": ("strength of the distillation delta", 1),
 }
+WORDS = {-1: "less", 0: "neither clearly less nor clearly more", 1: "more"}
 NOTES = {
     "steps": "Mean distance between the x0 of different seeds at each step, over the noise level: high noise at the left.",
-    "prompts": "In brackets the 95 % interval of a jackknife over seeds; for the average, of a bootstrap over prompts.",
+    "prompts": "In brackets the 95 % interval of a jackknife over seeds; for the average, Student's over prompts.",
     "located": "The base in some steps, the student in the others; the lines are the student's and the base's own diversity.",
     "recovered": "(plan − student) / (base − student): 0 is the student, 1 the base. Where no loss of the student can be told "
     "there is no such share, and the gain over the student is shown.",
@@ -118,7 +119,7 @@ def findings(cells: list[dict], student: str, base: str) -> list[str]:
     """What the numbers say of one student, in sentences."""
     own, hybrid, found = pick(cells, student, "student"), pick(cells, student, "hybrid(1)"), []
     for name, share in own["of_base"].items():
-        word = "less" if share["high"] < 1 else "more" if share["low"] > 1 else "neither clearly less nor clearly more"
+        word = WORDS[side(share, 1.0)]
         first = shown(own["of_base_first"][name], 2)
         found.append(f"{student}, by {name}: {word} diversity than {base}, {shown(share, 2)} of it; after the first step {first}.")
     if hybrid:

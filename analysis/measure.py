@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.draw import Drawings, Job
-from controls import stats
+from controls import intervals, stats
 from controls.effect import change, own_directions, percent_change, preservation
 from controls.lora import Control
 
@@ -87,10 +87,9 @@ class Measurement:
         return {
             "window": inside.tolist(),
             **stats.estimate(there, scales, inside),
-            "retention": stats.ratio(above, below),
-            "retention_bootstrap": stats.bootstrap(source, there, scales),
-            "equivalence": {"p": stats.equivalence(above, below)},
-            "difference": {"p": stats.difference(above, below)},
+            "retention": intervals.ratio(above, below),
+            "equivalence": {"p": intervals.equivalence(above, below)},
+            "difference": {"p": intervals.difference(above, below)},
             "matched_scale": matched,
             "shape": shape,
             "monotonicity": shape["monotonicity"],
@@ -106,7 +105,7 @@ class Measurement:
         found = dict.fromkeys(("floor", "ceiling", "wrong", "rerun", "normalised"))
         if not self.references:
             return found
-        at = lambda slopes: {"slope": stats.mean(slopes), "share": stats.ratio(slopes, below)}  # noqa: E731
+        at = lambda slopes: {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}  # noqa: E731
         floor = self.slopes(who, subject, target, [Job(target), Job(target, subject.random, 1.0)], [0.0, 1.0])
         found["floor"] = at(floor)
         ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
@@ -114,13 +113,13 @@ class Measurement:
             there, scales = self.effect(who, ceiling, target), np.array(ceiling.scales)
             slopes = stats.slopes(there, there, scales)[0]
             found["ceiling"] = {"control": ceiling.name, **at(slopes)}
-            found["normalised"] = stats.ratio(above - floor, slopes - floor)
+            found["normalised"] = intervals.ratio(above - floor, slopes - floor)
         wrong = next((s for s in after(self.subjects, subject) if s.words and not twins(s, subject)), None)
         if wrong and subject.words:
             found["wrong"] = {"control": wrong.name, **at(self.small_slopes(who, wrong, target, subject.words))}
         if not is_reference(target):
             score = self.score(who, subject, target, [Job(target), Job(target, again=True)])
-            found["rerun"] = {"effect": stats.mean(stats.units(change(score, 0)[..., 1]))}
+            found["rerun"] = {"effect": intervals.mean(intervals.units(change(score, 0)[..., 1]))}
         return found
 
     def leakage(self, targets: list[str]) -> list[dict]:
@@ -131,7 +130,7 @@ class Measurement:
         owners = [subject for words, subject in different.items() if words]
         return [
             {"evaluator": who, "target": f"{subject.control.card.family}/{target}", "control": subject.name, "attribute": owner.name,
-             "slope": stats.mean(slopes), "share": stats.ratio(slopes, own)}
+             "slope": intervals.mean(slopes), "share": intervals.ratio(slopes, own)}
             for who in self.drawings.eyes for target in targets if not is_reference(target)
             for owner in owners for own in [self.small_slopes(who, owner, target, owner.words)]
             for subject in self.subjects for slopes in [self.small_slopes(who, subject, target, owner.words)]
@@ -146,7 +145,7 @@ class Measurement:
     def slopes(self, who: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]) -> np.ndarray:
         """Slopes of the effect of jobs at scales, (n,), one per independent unit."""
         effect = change(self.score(who, subject, target, jobs), scales.index(0))
-        return stats.units(stats.slope(np.array(scales), effect))
+        return intervals.units(stats.slope(np.array(scales), effect))
 
     def effect(self, who: str, subject: Subject, target: str) -> np.ndarray:
         """The effect of a subject on a target, (P, S, K)."""
@@ -192,7 +191,7 @@ def judge(cells: list[dict]) -> None:
         elsewhere = [reading for cell, reading in readings if cell["source"] != cell["target"] and not cell["reference"]]
         asked = [reading for reading in elsewhere if reading["retention"]["value"] is not None]
         for test in ("equivalence", "difference"):
-            for reading, p in zip(asked, stats.holm([r[test]["p"] for r in asked]), strict=True):
+            for reading, p in zip(asked, intervals.holm([r[test]["p"] for r in asked]), strict=True):
                 reading[test]["p_holm"] = p
         for _, reading in readings:
             p = [reading[test].setdefault("p_holm", reading[test]["p"]) for test in ("equivalence", "difference")]
@@ -203,8 +202,8 @@ def at_match(source: np.ndarray, target: np.ndarray, scales: np.ndarray, matched
     """What is preserved at equal effect: the source at scale 1, the target at the matched scale, (P, S, K) each; None without one."""
     if matched is None:
         return None
-    here, there = stats.units(stats.at(source, scales, 1.0)), stats.units(stats.at(target, scales, matched))
-    return {"source": float(here.mean()), "target": float(there.mean()), "difference": stats.mean(there - here)}
+    here, there = intervals.units(stats.at(source, scales, 1.0)), intervals.units(stats.at(target, scales, matched))
+    return {"source": float(here.mean()), "target": float(there.mean()), "difference": intervals.mean(there - here)}
 
 
 def twins(a: Subject, b: Subject) -> bool:

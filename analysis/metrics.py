@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from controls.stats import interval
-
-Z = 1.959964  # 97.5 % point of the normal
-
-
-def spanned(value: float, draws: np.ndarray) -> dict:
-    """A value with the 95 % interval of its bootstrap draws, for JSON: what is not finite becomes None."""
-    numbers = dict(zip(("value", "low", "high"), (float(value), *interval(draws)), strict=True))
-    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
+from controls.intervals import LEVEL, jackknife, quantile
 
 
 def distances(features: np.ndarray, kind: str = "cosine") -> np.ndarray:
@@ -50,8 +42,7 @@ def diversity(features: np.ndarray, kind: str = "cosine") -> dict:
     table = distances(features, kind)
     value = table.sum() / (n * (n - 1))
     without = (table.sum() - 2 * table.sum(1)) / ((n - 1) * (n - 2))                             # (N,)
-    error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
-    return {"value": float(value), "low": float(value - Z * error), "high": float(value + Z * error)}
+    return jackknife(value, without)
 
 
 def frechet(mu_a: np.ndarray, cov_a: np.ndarray, mu_b: np.ndarray, cov_b: np.ndarray) -> float:
@@ -135,8 +126,8 @@ class Spread:
         value = (n * q - s @ s) / (n * (n - 1))
         own = n**2 * self.fourths + n * q**2 + 4 * s @ self.moments.second @ s + 2 * n * q * q - 4 * n * self.weighted @ s - 4 * q * s @ s
         variance = max(own / 4 - (n * q - s @ s) ** 2 / n, 0)                                    # Σ (a_i - mean a)²
-        error = np.sqrt((n - 1) / n * variance) * 2 / ((n - 1) * (n - 2))
-        return {"value": float(value), "low": float(value - Z * error), "high": float(value + Z * error)}
+        span = quantile(LEVEL, n - 1) * np.sqrt((n - 1) / n * variance) * 2 / ((n - 1) * (n - 2))
+        return {"value": float(value), "low": float(value - span), "high": float(value + span)}
 
     def vendi(self) -> float:
         """The Vendi score of the cosine kernel, exp of the entropy of K / n: 1 for one image over and over, n for orthogonal ones.

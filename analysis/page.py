@@ -53,6 +53,14 @@ def ranged(interval: dict, digits: int = 2) -> str:
     return f"{number(interval['value'], digits)} {brackets(interval, digits)}".removesuffix(f" [{DASH}, {DASH}]")
 
 
+def side(interval: dict, place: float) -> int:
+    """On which side of a place an interval lies with both ends: -1 below, 1 above, 0 on neither, or where it has no ends."""
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None:
+        return 0
+    return (low > place) - (high < place)
+
+
 def brackets(interval: dict, digits: int = 2) -> str:
     """The ends of an interval as "[0.88, 0.98]"."""
     return f"[{number(interval['low'], digits)}, {number(interval['high'], digits)}]"

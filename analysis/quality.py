@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from analysis.metrics import Moments, Neighbours, Sharpness, Z
+from analysis.metrics import Moments, Neighbours, Sharpness
 from configs import UserError
+from controls import intervals
 from models import promptsets
 from models.evaluators import Evaluator
 from models.families import FamilyCard
@@ -118,10 +119,9 @@ class Judge:
 
     def jackknife(self, tallies: list[Tally]) -> dict[str, dict]:
         """The numbers of all tallies together, with 95 % intervals from leaving out one after the other."""
-        n, value = len(tallies), self.numbers(reduce(add, tallies))
-        without = [self.numbers(reduce(add, tallies[:i] + tallies[i + 1 :])) for i in range(n)]
-        errors = {name: float(((n - 1) ** 2 / n * np.var([w[name] for w in without], ddof=1)) ** 0.5) for name in value}
-        return {name: {"value": v, "low": v - Z * errors[name], "high": v + Z * errors[name]} for name, v in value.items()}
+        whole = self.numbers(reduce(add, tallies))
+        without = [self.numbers(reduce(add, tallies[:i] + tallies[i + 1 :])) for i in range(len(tallies))]
+        return {name: intervals.jackknife(value, [left[name] for left in without]) for name, value in whole.items()}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from analysis import alignment
 from configs import UserError, replacing
+from controls import intervals
 from controls.lora import Control, applied
 from controls.overlap import change
 from models.blocks import blocks, recording
@@ -142,7 +143,7 @@ class Site:
             "procrustes_permuted": None if None in chance else float(np.mean(chance)),
             "neighbours": alignment.neighbours(x, y, m.neighbours),
             "neighbours_chance": m.neighbours / (len(x) - 1),
-            "seed_variance": alignment.ratio(first[0], second[0], seed=m.seed),
+            "seed_variance": intervals.ratio(second[0], first[0], positive=True),
             "seed_share": [_share(first), _share(second)],
             "samples": self.n,
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 import configs
-from analysis.page import DASH, number, ranged, whole
+from analysis.page import DASH, number, ranged, side, whole
 from analysis.similarity_charts import around_one, cell, cells, curves, figure, heat, less, plain, scatter, signed, squares
 
 BODY = Path(__file__).with_name("similarity.html")
@@ -116,8 +116,7 @@ def agreement_sentence(steps: list[dict]) -> str:
 
 def variance_sentence(found: Cells) -> str:
     """Where on own trajectories the variance over seeds is clearly below the first one's."""
-    low = [c for c in found if c["seed_variance"]["high"] is not None and c["seed_variance"]["high"] < 1]
-    high = [c for c in found if c["seed_variance"]["low"] is not None and c["seed_variance"]["low"] > 1]
+    low, high = ([c for c in found if side(c["seed_variance"], 1.0) == where] for where in (-1, 1))
     counts = f"of {len(found)} blocks and steps {len(low)} have clearly less variance over seeds, {len(high)} clearly more"
     if not low:
         return f"on own trajectories, {counts}."
@@ -136,7 +135,7 @@ def stitch_sentence(c: dict) -> str:
     """Whose image a stitched network draws."""
     who = next(iter(c["to_up"]))
     up, down = c["to_up"][who], c["to_down"][who]
-    apart = "nearer to" if up["high"] < down["low"] else "farther from" if up["low"] > down["high"] else "about as near to"
+    apart = {-1: "nearer to", 0: "about as near to", 1: "farther from"}[side(c["nearer"][who], 0.0)]
     than = "as" if apart.endswith("near to") else "than"
     return (f"Stitched, {c['down']} below and {c['up']} above: by {who} {apart} what {c['up']} draws alone ({ranged(up)}) {than} to what "
             f"{c['down']} draws in the same plan ({ranged(down)}); the two lie {number(c['between'][who]['value'])} apart. Agreement with "

@@ -32,7 +32,8 @@ def stitch(
     """Cells of both members alone and of both ways to stitch them, and pictures uint8 (4, n, 3, H, W) of the first seed of some prompts.
 
     agreement: CLIP cosine of image and prompt. to_up, to_down: Euclidean distance, per evaluator, to the image that the whole network of
-    that half draws from the same seed in the same plan, so that the sampler decides nothing. texts: one per image.
+    that half draws from the same seed in the same plan, so that the sampler decides nothing. nearer: to_up - to_down, paired by image.
+    texts: one per image.
     """
     a, b = family.member(first), family.member(second)
     ways = [(first, first, a), (second, second, b), (first, second, joined(a, b)), (second, first, joined(b, a))]
@@ -41,13 +42,17 @@ def stitch(
     above = [seen[0], seen[1], seen[1], seen[0]]
     below = [seen[0], seen[1], *(features(family.draw(m, texts, seeds, batch), eyes) for m in (led(a, b), led(b, a)))]
     prompts, said = np.unique(texts, return_inverse=True)[1], eyes["clip"].texts(texts)
-    apart = lambda one, two: {who: mean(np.linalg.norm(one[who] - two[who], axis=1), prompts) for who in eyes}  # noqa: E731
-    cells = [
-        {"what": "stitch", "comparison": second, "down": down, "up": up, "images": len(texts),
-         "agreement": mean(cosine(seen[i]["clip"], said), prompts), "to_up": apart(seen[i], above[i]), "to_down": apart(seen[i], below[i]),
-         "between": apart(above[i], below[i])}
-        for i, (down, up, _) in enumerate(ways)
-    ]  # fmt: skip
+    cells = []
+    for (down, up, _), images_seen, up_seen, down_seen in zip(ways, seen, above, below, strict=True):
+        to_up, to_down = distances(images_seen, up_seen), distances(images_seen, down_seen)
+        cells.append({
+            "what": "stitch", "comparison": second, "down": down, "up": up, "images": len(texts),
+            "agreement": mean(cosine(images_seen["clip"], said), prompts),
+            "to_up": {name: mean(far, prompts) for name, far in to_up.items()},
+            "to_down": {name: mean(far, prompts) for name, far in to_down.items()},
+            "nearer": {name: mean(to_up[name] - to_down[name], prompts) for name in eyes},
+            "between": {name: mean(far, prompts) for name, far in distances(up_seen, down_seen).items()},
+        })  # fmt: skip
     firsts = [texts.index(text) for text in dict.fromkeys(texts)][:SHOWN]
     return cells, torch.stack([_bytes(image[firsts]) for image in images])
 
@@ -55,6 +60,11 @@ def stitch(
 def features(images: Tensor, eyes: dict[str, Evaluator]) -> dict[str, np.ndarray]:
     """What every evaluator sees in images, (B, d) each."""
     return {who: eye.features(images) for who, eye in eyes.items()}
+
+
+def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Euclidean distance of paired features, (B,) per evaluator."""
+    return {name: np.linalg.norm(a[name] - b[name], axis=1) for name in a}
 
 
 def _bytes(images: Tensor) -> Tensor:

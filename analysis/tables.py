@@ -11,7 +11,6 @@ EMPTY = {"value": None, "low": None, "high": None}
 COLUMNS = {  # of a control's numbers: how each is read from a cell and an evaluator's reading of it; a column of dashes is left out
     "slope": lambda cell, reading: ranged(reading["slope"], 3),
     "retention": lambda cell, reading: ranged(reading["retention"]),
-    "by bootstrap": lambda cell, reading: ranged(_deep(reading, "retention_bootstrap") or EMPTY),
     "verdict": lambda cell, reading: reading["verdict"] if is_verdict(cell) else "source" if is_own(cell) else "for comparison",
     "p equivalent": lambda cell, reading: small(_deep(reading, "equivalence", "p_holm")),
     "p different": lambda cell, reading: small(_deep(reading, "difference", "p_holm")),

@@ -35,7 +35,7 @@ from models.sample import Plan, draw_noise, named, sample
 
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
-FREE = ("wandb", "out", "batch", "memory", "plan", "draws", "tolerance", "threshold", "concepts")  # what a continued run may change
+FREE = ("wandb", "out", "batch", "memory", "plan", "tolerance", "threshold", "concepts")  # what a continued run may change
 CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
 
 
@@ -47,7 +47,7 @@ class Config:
     plans: list[str] = field(default_factory=lambda: ["base(4)", "hybrid(1)"])  # besides base and student, as models/sample.py writes them
     prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt, at least 2
-    seed: int = 3000  # the first image seed, and that of the bootstrap
+    seed: int = 3000  # the first image seed
     tolerance: float = 0.25  # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
     concepts: list[str] = field(default_factory=lambda: list(CONCEPTS))  # what may be abandoned, name: positive | negative
     threshold: float = 0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
@@ -58,7 +58,6 @@ class Config:
     negative: str = ""  # what it departs from; empty = what its card says
     bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
-    draws: int = 2000  # bootstrap draws of every interval
     batch: int = 48  # images sampled at once
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
@@ -139,7 +138,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, to tell how far two images are apart; got {cfg.seeds}")
-    for key in ("shown", "batch", "draws"):
+    for key in ("shown", "batch"):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     if sorted(cfg.bands, reverse=True) != cfg.bands or not cfg.bands:
@@ -235,7 +234,7 @@ def cells_of(cfg: Config, base: str, jobs: list[Job], eyes: dict[str, Evaluator]
                 "images": len(cfg.prompts) * cfg.seeds, "prompts": len(cfg.prompts), "seeds": cfg.seeds}  # fmt: skip
         with_control = {job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)}
         if None in with_control:
-            cell["control"] = {name: followed(cfg, eye, name, with_control, pair) for name, eye in eyes.items() if name in READERS}
+            cell["control"] = {name: followed(eye, name, with_control, pair) for name, eye in eyes.items() if name in READERS}
         cells.append(cell)
     return cells
 

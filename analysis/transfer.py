@@ -20,7 +20,7 @@ from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job
 from analysis.measure import Measurement, Subject, Words, is_reference
 from configs import UserError, command, entry, load, run_folder, tracking, versions
-from controls import formats, stats
+from controls import formats, intervals
 from controls.lora import Card, Control, random_like, ready
 from models import promptsets
 from models.evaluators import evaluators
@@ -86,7 +86,7 @@ def main(cfg: Config) -> Path:
         pictures(drawings, subjects, targets, cells, folder)
         about = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
                  "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes)}  # fmt: skip
-        publish(cfg, {**about, "margin": list(stats.MARGIN), "cost": cost, "cells": cells, "leakage": leakage}, folder)
+        publish(cfg, {**about, "margin": list(intervals.MARGIN), "cost": cost, "cells": cells, "leakage": leakage}, folder)
     return folder / "report.html"
 
 

@@ -1,80 +1,17 @@
-"""Effects to numbers with intervals: slope, retention, equivalence, matched scale, the shape of a dose-response curve, verdict.
+"""Effects to numbers with intervals: slope, retention, matched scale, the shape of a dose-response curve, verdict.
 
-An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the effect is 0. Images of one
-prompt are alike, so prompts are the clusters: every interval is Student's over the prompts' means (over seeds where there is one prompt),
-and a ratio's is Fieller's. In simulation it covers a true retention in 94 to 96 % of cases, where the percentile interval of a bootstrap
-over prompts and then seeds, reported beside it, covers 91 to 98 % (LOG.md). An interval is a dict {"value", "low", "high"} of floats or
-None, ready for JSON.
+An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the effect is 0. An interval is one
+of `controls.intervals`, over prompts.
 """
-
-from functools import cache
 
 import numpy as np
 from scipy.interpolate import make_interp_spline
-from scipy.special import stdtr, stdtrit  # Student's distribution and its inverse; scipy.stats takes half a second to import
+from scipy.special import stdtrit
 
-LEVEL = 0.95
-MARGIN = (0.8, 1.25)  # a retention inside counts as the same; symmetric in the logarithm, as in bioequivalence testing
+from controls.intervals import LEVEL, MARGIN, UNDEFINED, centre, mean, ratio, units
+
 SATURATED = 0.5  # of its first slope: where a curve has less left, it is saturated
 GRID = 401  # points at which a curve is read between its scales
-UNDEFINED = {"value": None, "low": None, "high": None}
-
-
-# ---- intervals over prompts
-
-
-def units(values: np.ndarray) -> np.ndarray:
-    """What is independent: the means over seeds (P, ...) of values (P, S, ...), or the seeds where there is one prompt."""
-    return values.mean(1) if len(values) > 1 else values[0]
-
-
-def mean(values: np.ndarray, level: float = LEVEL) -> dict:
-    """The mean of independent values (n,) with Student's interval; no interval for a single one."""
-    centre, error, quantile = _centre(np.asarray(values, dtype=np.float64), level)
-    return _interval(centre, centre - quantile * error, centre + quantile * error)
-
-
-def ratio(above: np.ndarray, below: np.ndarray, level: float = LEVEL) -> dict:
-    """mean(above) / mean(below) of paired independent values (n,), with Fieller's interval (Fieller 1954).
-
-    All None where the interval of the denominator contains 0, for then the ratio has no bounds.
-    """
-    n, (a, _, quantile), (b, error, _) = len(below), _centre(above, level), _centre(below, level)
-    if not abs(b) > quantile * error:
-        return dict(UNDEFINED)
-    aa, bb, ab = (quantile**2 * np.cov(above, below)[i] / n if n > 1 else 0.0 for i in ((0, 0), (1, 1), (0, 1)))
-    middle, span = a * b - ab, b**2 - bb
-    root = np.sqrt(max(middle**2 - span * (a**2 - aa), 0.0))
-    return _interval(a / b, (middle - root) / span, (middle + root) / span)
-
-
-def equivalence(target: np.ndarray, source: np.ndarray, margin: tuple[float, float] = MARGIN) -> float:
-    """p of two one-sided tests (TOST) that mean(target) / mean(source) lies within the margin; paired values (n,).
-
-    As tests of the linear contrasts target - margin · source, which need no ratio (Sasabuchi 1980; Hauschke et al. 1999). Doubled, so that
-    p <= .05 exactly where the 95 % interval of the ratio lies within the margin: at .05 each, skewed slopes claimed it in 5.5 % of cases.
-    """
-    sign = 1.0 if np.mean(source) >= 0 else -1.0
-    low, high = (_t(sign * (target - edge * source)) for edge in margin)
-    p = max(stdtr(len(source) - 1, -low), stdtr(len(source) - 1, high)) if len(source) > 1 else 1.0
-    return float(min(2 * p, 1.0))
-
-
-def difference(target: np.ndarray, source: np.ndarray) -> float:
-    """p of the two-sided test that the means of paired values (n,) are equal."""
-    return float(2 * stdtr(len(source) - 1, -abs(_t(target - source)))) if len(source) > 1 else 1.0
-
-
-def holm(p: list[float]) -> list[float]:
-    """p values adjusted for that many tests (Holm 1979): each at most its level, all of them hold together."""
-    order, adjusted, worst = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted
-
-
-# ---- effects
 
 
 def slope(scales: np.ndarray, curve: np.ndarray) -> np.ndarray:
@@ -145,13 +82,13 @@ def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) ->
         raise ValueError(f"a matched scale needs the source's effect at scale 1, but the scales end at {scales[-1]:g}")
     grid = np.linspace(0, scales[-1], GRID)
     wanted, there = units(source) @ _spline(scales, np.array([1.0]))[0], units(target) @ _spline(scales, grid).T  # (n,), (n, G)
-    centre = mean(wanted)
-    if centre["low"] is None or centre["low"] <= 0 <= centre["high"]:
+    start = mean(wanted)
+    if start["low"] is None or start["low"] <= 0 <= start["high"]:
         return {**UNDEFINED, "reach": None}
     shares = there.mean(0) / wanted.mean()
     best = int(shares.argmax())
     reach = {"share": float(shares[best]), "scale": float(grid[best])}
-    gap, error, quantile = _centre(there - wanted[:, None], LEVEL)                                    # (G,)
+    gap, error, quantile = centre(there - wanted[:, None], LEVEL)                                    # (G,)
     where, alike = crossing(grid, gap), np.abs(gap) <= quantile * error + 1e-12
     near = int(np.abs(grid - where).argmin()) if where is not None else best
     if where is None and not alike[near]:
@@ -233,7 +170,7 @@ def spread(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict |
 
 def detectable(prompts: int, seeds: int, spread: dict, power: float = 0.8) -> float:
     """The smallest difference of a retention from 1 that a design tells from 0 in `power` of cases, two-sided at LEVEL."""
-    freedom = (prompts if prompts > 1 else seeds) - 1
+    freedom = prompts - 1
     if freedom < 1:
         return float("inf")
     error = np.sqrt(spread["prompts"] ** 2 / prompts + spread["seeds"] ** 2 / (prompts * seeds))
@@ -267,39 +204,6 @@ def verdict(retention: dict, equivalent: float, different: float, margin: tuple[
     return next((word for word, holds in rows.items() if holds), "unclear")
 
 
-# ---- a second opinion
-
-
-@cache
-def resamples(prompts: int, seeds: int, n: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each image counts in n hierarchical bootstrap draws, prompts and then seeds within each: (n, P·S), rows sum to P·S."""
-    random = np.random.default_rng(seed)
-    rows, columns = random.integers(prompts, size=(n, prompts, 1)), random.integers(seeds, size=(n, prompts, seeds))
-    flat = (rows * seeds + columns).reshape(n, -1) + prompts * seeds * np.arange(n)[:, None]
-    return np.bincount(flat.ravel(), minlength=n * prompts * seeds).reshape(n, -1).astype(np.float64)
-
-
-def curves(values: np.ndarray, n: int = 2000, seed: int = 0) -> np.ndarray:
-    """The mean of values (P, S, ...) over images in n bootstrap draws, (n, ...)."""
-    prompts, seeds, *rest = values.shape
-    return (resamples(prompts, seeds, n, seed) @ values.reshape(prompts * seeds, -1) / (prompts * seeds)).reshape(n, *rest)
-
-
-def interval(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The central percentile interval of draws (n,), whose ends are draws: infinite ones are allowed."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-    return float(low), float(high)
-
-
-def bootstrap(source: np.ndarray, target: np.ndarray, scales: np.ndarray, n: int = 2000, seed: int = 0) -> dict:
-    """The retention with the central percentile interval of the paired hierarchical bootstrap over prompts, then seeds."""
-    scales, inside = _checked(scales, source, target), window(source, scales)
-    below, above = (slope(scales[inside], effect[..., inside]) for effect in (source, target))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = curves(above, n, seed) / curves(below, n, seed)
-        return _interval(above.mean() / below.mean(), *interval(draws))
-
-
 def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:
     """The scales as float64, once they and the effects are known to fit each other."""
     scales = np.asarray(scales, dtype=np.float64)
@@ -314,32 +218,6 @@ def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:
     return scales
 
 
-def _centre(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean, its standard error and Student's quantile of independent values (n, ...); infinite for a single one."""
-    n = len(values)
-    if n < 2:
-        return values.mean(0), np.full(values.shape[1:], np.inf), 1.0
-    return values.mean(0), values.std(0, ddof=1) / np.sqrt(n), _quantile(level, n - 1)
-
-
-@cache
-def _quantile(level: float, freedom: int) -> float:
-    return float(stdtrit(freedom, (1 + level) / 2))
-
-
-def _t(values: np.ndarray) -> float:
-    """Student's t of independent values (n,) against 0; the limit where they are all the same."""
-    centre, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
-    scale = 1e-12 * (1 + abs(values).max())
-    return float(centre / error) if error > scale else float(np.inf * np.sign(centre) if abs(centre) > scale else 0.0)
-
-
 def _spline(scales: np.ndarray, places: np.ndarray) -> np.ndarray:
     """The cubic spline through values at the scales, read at places (G,), as a matrix (G, K): it is linear in the values."""
     return make_interp_spline(scales, np.eye(len(scales)), k=min(3, len(scales) - 1))(places)
-
-
-def _interval(value: float, low: float, high: float) -> dict:
-    """An interval dict; what is not finite becomes None."""
-    numbers = zip(("value", "low", "high"), (float(value), float(low), float(high)), strict=True)
-    return {name: number if np.isfinite(number) else None for name, number in numbers}

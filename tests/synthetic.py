@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import ROOT
-from controls import effect, stats
+from controls import effect, intervals, stats
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
 ZERO = 2
@@ -45,12 +45,11 @@ def simulated(strength: float, seed: int) -> np.ndarray:
 def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
     inside = stats.window(source, SCALES)
     below, above = stats.slopes(source, target, SCALES)
-    kept, same, other = stats.ratio(above, below), stats.equivalence(above, below), stats.difference(above, below)
-    share = lambda factor: stats.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)  # noqa: E731
-    part = lambda factor: {"slope": stats.mean(factor * below), "share": share(factor)}  # noqa: E731
+    kept, same, other = intervals.ratio(above, below), intervals.equivalence(above, below), intervals.difference(above, below)
+    share = lambda factor: intervals.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)  # noqa: E731
+    part = lambda factor: {"slope": intervals.mean(factor * below), "share": share(factor)}  # noqa: E731
     return {
         "window": inside.tolist(), **stats.estimate(target, SCALES, inside), "retention": kept,
-        "retention_bootstrap": stats.bootstrap(source, target, SCALES, 200),
         "equivalence": {"p": same, "p_holm": min(1.0, 3 * same)}, "difference": {"p": other, "p_holm": min(1.0, 3 * other)},
         "matched_scale": stats.matched_scale(source, target, SCALES), "shape": stats.shape(target, SCALES),
         "monotonicity": stats.monotonicity(target, SCALES), "preservation": 0.97, "preservation_curve": [0.9, 0.95, 1.0, 0.98, 0.95, 0.9],

@@ -180,16 +180,6 @@ def test_the_null_tells_a_shared_prompt_from_chance():
     assert none["p"] > 0.05
 
 
-def test_the_jackknife_covers():
-    """Of a mean of prompts' means, for which the truth is known."""
-    hits, rng, prompts = 0, np.random.default_rng(5), np.repeat(np.arange(12), 4)
-    for _ in range(200):
-        values = rng.normal(size=12)[prompts] + rng.normal(size=48)
-        found = alignment.jackknife(lambda rows, values=values: float(values[rows].mean()), prompts)
-        hits += found["low"] < 0 < found["high"]
-    assert 0.88 <= hits / 200 <= 0.99
-
-
 def test_correlations_are_those_of_scipy():
     rng = np.random.default_rng(6)
     x, y = rng.integers(0, 6, 40).astype(float), rng.normal(size=40)

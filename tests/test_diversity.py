@@ -22,7 +22,7 @@ from models.sample import named
 
 PROMPTS = ["portrait of a person", "portrait of a person, hat"]
 SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3", "captions=16", "neighbours=2", "students=[dmd]",
-         "draws=50", "plans=[hybrid(1),base(4)]", "wandb=disabled"]  # fmt: skip
+         "plans=[hybrid(1),base(4)]", "wandb=disabled"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_what_an_image_costs_is_counted(results):
 
 def test_the_ends_of_recovery_and_of_the_share_of_the_base(results):
     base, student = cell(results, "base", "base"), cell(results, "dmd", "student")
-    assert base["of_base"]["clip"] == {"value": 1, "low": 1, "high": 1}
+    assert base["of_base"]["clip"] == {"value": 1, "low": None, "high": None}  # two prompts do not bound a ratio
     assert student["gain"]["clip"] == {"value": 0, "low": 0, "high": 0} and student["recovery"]["clip"]["value"] in (0, None)
     assert cell(results, "base", "base(4)")["recovery"]["clip"] is None  # no student takes part in it
 
@@ -115,17 +115,10 @@ def test_the_front_holds_what_nothing_dominates():
     assert diversity_page.fronts(cells, "base") == {"s": ["dear", "cheap", "varied"]}
 
 
-def test_recovery_covers_the_truth():
-    """Prompts differ in what the student loses; a plan gives back 60 % of it."""
-    random, cfg, hits, tries = np.random.default_rng(0), Config(draws=300), 0, 200
-    for _ in range(tries):
-        student, lost = 1 + 0.1 * random.normal(size=12), 0.3 + 0.1 * random.normal(size=12)
-        own = student + (0.6 + 0.2 * random.normal(size=12)) * lost
-        found = recovery(cfg, own, student + lost, student)
-        hits += found["low"] <= 0.6 <= found["high"]
-    assert 0.88 <= hits / tries <= 0.99
+def test_without_a_loss_there_is_no_recovery():
+    student = 1 + 0.1 * np.random.default_rng(0).normal(size=12)
     for base in (student, student - 0.3):  # nothing was lost; the student is the more diverse
-        assert recovery(cfg, student, base, student)["value"] is None
+        assert recovery(student, base, student)["value"] is None
 
 
 def test_what_is_kept_of_the_captions_does_not_grow_with_them():
@@ -158,7 +151,7 @@ def test_pictures_of_a_folder(tmp_path):
     ("words", "says"),
     [
         (["sedes=3"], "seeds"),
-        (["seeds=0"], "at least 3"),
+        (["seeds=2"], "at least 3"),
         (["students=[turbo]"], "lightning"),
         (["students=[sdxl/turbo]"], "sdxl/turbo"),
         (["students=[base]"], "base itself"),

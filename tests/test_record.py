@@ -14,7 +14,7 @@ from wandb.proto import wandb_internal_pb2
 from analysis import cells as of
 from analysis import dashboard, record
 from configs import ROOT, merge, tracking
-from controls import effect, stats
+from controls import effect, intervals, stats
 from train import slider
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
@@ -34,7 +34,7 @@ def reading(source: np.ndarray, target: np.ndarray) -> dict:
     """What one evaluator says of a cell, with the keys that analysis.transfer writes."""
     inside = stats.window(source, SCALES)
     kept, (below, above) = stats.retention(source, target, SCALES), stats.slopes(source, target, SCALES)
-    same, other = stats.equivalence(above, below), stats.difference(above, below)
+    same, other = intervals.equivalence(above, below), intervals.difference(above, below)
     share = {"value": 0.01, "low": -0.02, "high": 0.04}
     return {
         "window": inside.tolist(), **stats.estimate(target, SCALES, inside), "retention": kept,

@@ -14,9 +14,9 @@ from synthetic import CONTROLS, SCALES, TARGETS, png, results, sheet, write
 
 import configs
 from analysis import cells, figures, page, report, tables
-from controls import stats
+from controls import intervals
 
-OLD = {"window", "retention_bootstrap", "equivalence", "difference", "shape", "preservation_curve", "preservation_matched", "references",
+OLD = {"window", "equivalence", "difference", "shape", "preservation_curve", "preservation_matched", "references",
        "spread", "reference", "below"}  # fmt: skip
 
 
@@ -101,8 +101,8 @@ def test_a_control_without_effect_is_one_line(made, folder):
     found = copy.deepcopy(made)
     for c in found["cells"][: len(TARGETS)]:
         for reading in (c, c["second"]["probe"]):
-            nothing = [dict.fromkeys(stats.UNDEFINED, 0.0)] * len(SCALES)
-            reading |= {"verdict": "undefined", "retention": stats.UNDEFINED, "effect": nothing}
+            nothing = [dict.fromkeys(intervals.UNDEFINED, 0.0)] * len(SCALES)
+            reading |= {"verdict": "undefined", "retention": intervals.UNDEFINED, "effect": nothing}
     assert built(found, folder).count("smile: undefined") == 1
 
 

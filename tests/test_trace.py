@@ -20,7 +20,7 @@ from models.identity import fingerprint
 from models.noise import vp
 from models.sample import draw_noise, finish, named
 
-SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=2", "students=[dmd]", "draws=50", "shown=1", "wandb=disabled",
+SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=2", "students=[dmd]", "shown=1", "wandb=disabled",
          "plans=[hybrid(1)]", "bands=[500]"]  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_bands_cut_every_member_s_run_alike():
 
 def test_commitment_is_the_first_step_within_the_tolerance():
     """Features that come nearer to the last one in known steps; the unit is 10."""
-    cfg, steps = Config(draws=20, tolerance=0.25), np.array([8.0, 4.0, 2.0, 0.0])
+    cfg, steps = Config(tolerance=0.25), np.array([8.0, 4.0, 2.0, 0.0])
     found = committed(cfg, {"probe": steps.reshape(1, 1, 4, 1).repeat(2, 0), "t": np.array([999.0, 749, 499, 249])}, {"probe": 10.0})
     assert [p["value"] for p in found["distance"]["probe"]] == pytest.approx([0.8, 0.4, 0.2, 0])
     assert found["commitment"]["probe"] == {key: dict.fromkeys(("value", "low", "high"), at) for key, at in (("share", 0.75), ("t", 499))}
@@ -126,7 +126,7 @@ class Reader:
 
 def test_abandoned_content_rises_and_falls():
     scores = np.array([[[0, 1, 0.2], [1, 0.6, 0]], [[0, 0.4, 0], [0, 0.5, 1]]])                  # (P, S, T)
-    cfg = Config(draws=20, prompts=["a", "b"], seeds=2, concepts=["hat: a hat | no hat"])
+    cfg = Config(prompts=["a", "b"], seeds=2, concepts=["hat: a hat | no hat"])
     found = abandoned(cfg, {"probe": scores[..., None]}, {"probe": Reader()}, {})
     assert found["falls"]["value"] == 0.5 and found["rises_and_falls"]["value"] == 0.25 and found["count"] == 2
     first, second = found["examples"]
@@ -141,7 +141,7 @@ def test_a_member_shows_what_it_has_reached():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["seeds=0"], "at least 2"),
+        (["seeds=1"], "at least 2"),
         (["students=[turbo]"], "lightning"),
         (["plans=[only(9)]"], "1 … 4"),
         (["control=missing.safetensors"], "missing.safetensors"),
