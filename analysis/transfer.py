@@ -21,7 +21,7 @@ from analysis.draw import Drawings, Job
 from analysis.measure import Measurement, Subject, Words, is_reference
 from configs import UserError, command, entry, load, run_folder, tracking, versions
 from controls import formats, intervals
-from controls.lora import Card, Control, random_like, ready
+from controls.lora import Card, Control, fits, random_like
 from models import promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
@@ -216,7 +216,7 @@ def fit(drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
     for eye in drawings.eyes.values() if todo else ():
         eye.features(torch.zeros(1, 3, 64, 64))
     for subject in subjects if todo else ():
-        ready(drawings.family.member(subject.source).denoiser.net, subject.control, 1.0, drawings.family.card.name)
+        fits(drawings.family.member(subject.source).denoiser.net, subject.control, drawings.family.card.name)
     for target in dict.fromkeys(job.target for job in todo):
         drawings.plan(target)
 

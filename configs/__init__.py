@@ -1,5 +1,6 @@
 """Configs: the options of a command, the folder of its run, and its run in W&B."""
 
+import logging
 import os
 
 from configs.errors import ROOT, UserError, entry
@@ -11,3 +12,4 @@ __all__ = ["ROOT", "UserError", "command", "entry", "load", "merge", "plain", "p
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when those libraries are imported, which is after this
     os.environ.setdefault(_name, "error")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a kernel that it can do without, at every import

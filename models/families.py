@@ -13,7 +13,7 @@ from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
 from models.loading import fetch, file_of, latent_shape, network, one_line, place, skeleton, source
-from models.memory import Memory, Turns, compiled
+from models.memory import Memory, Turns, compiled, release
 from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
 from models.quantized import quantize as pack
@@ -84,6 +84,7 @@ class Family:
         """Frees the text encoders, which are most of some families' memory; the next `encode` loads them anew."""
         self.turns.bring([part for part in self.turns.here if part not in self.encoders().values()])
         self.pipe.register_modules(**dict.fromkeys(self.encoders()))
+        release()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -183,9 +184,10 @@ class Family:
             budget.check(what, [budget.network_need(self.card, name, self.dtype)], home, self.dtype)
             if quantize:  # whole on the CPU alone
                 budget.check(what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype)
-            net = network(self.card, name, self.dtype).to(home, self.dtype, memory_format=torch.channels_last)
+            net = network(self.card, name, self.dtype, home).to(home, self.dtype, memory_format=torch.channels_last)
             if quantize:
                 pack(net, quantize, self.device).to(self.home)
+                release()
             if self.memory.offload:
                 self.turns.comes_when_called(net)
             if self.memory.compile:

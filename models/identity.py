@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from models.cards import FamilyCard, MemberCard
-from models.loading import place
+from models.loading import file_hash, place
 
 PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence")  # of a card: where, not how
 PARTS = ("model_index.json", "config.json")  # a file that every repo of its kind has
@@ -53,8 +53,7 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 

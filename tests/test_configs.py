@@ -244,3 +244,11 @@ def test_a_command_as_the_shell_sees_it(tmp_path):
     shown = run("--help").stdout
     assert shown.startswith("Draws.") and "strokes" in shown
     assert run("steps=2").stdout == "2\n"
+
+
+def test_what_libraries_say_that_nobody_can_mend_is_not_said():
+    """bitsandbytes warns at its import, which diffusers makes, of a kernel that it does without."""
+    name = "bitsandbytes.backends.cpu.ops"
+    code = f"import configs, logging; log = logging.getLogger('{name}'); log.warning('no kernel'); log.error('broken')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=configs.ROOT)
+    assert done.stderr == "broken\n"
