@@ -103,12 +103,12 @@ class Drawings:
         """Draws what is not yet drawn, and looks at it by what has not yet looked."""
         if not self.path(job).exists():
             latents = self.latents(job)
-            shown = self.family.decode(latents[:: self.seeds][:SHOWN], self.batch)
+            shown = self.family.decode(latents[:: self.seeds][:SHOWN])
             _store(self.path(job), latents=latents.cpu(), pictures=((shown + 1) * 127.5).round().to(torch.uint8))
         blind = [who for who in self.eyes if not self.path(job, who).exists()]
         if blind:
             latents = load_file(self.path(job))["latents"].to(self.family.device)
-            images = self.in_batches(lambda rows: self.family.decode(latents[rows], self.batch))
+            images = self.in_batches(lambda rows: self.family.decode(latents[rows]))
             for who in blind:
                 features = self.in_batches(lambda rows, who=who: torch.from_numpy(self.eyes[who].features(images[rows])))
                 _store(self.path(job, who), features=features)

@@ -6,6 +6,7 @@ abandons, and at which steps a control acts.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from analysis import record, sheets, trace_page
@@ -58,7 +60,7 @@ class Config:
     negative: str = ""  # what it departs from; empty = what its card says
     bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
-    batch: int = 48  # images sampled at once
+    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
@@ -87,7 +89,7 @@ def main(cfg: Config) -> Path:
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     plans = plans_of(cfg, family)
@@ -138,9 +140,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, to tell how far two images are apart; got {cfg.seeds}")
-    for key in ("shown", "batch"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
+    if cfg.shown < 1:
+        raise UserError(f"shown must be at least 1; got {cfg.shown}")
     if sorted(cfg.bands, reverse=True) != cfg.bands or not cfg.bands:
         raise UserError(f"bands must be falling noise levels t, such as 875, 625, 375; got {cfg.bands}")
     for text in cfg.concepts:
@@ -195,26 +196,28 @@ def draw(
     """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
     whole, levels = job.bands is None or not job.bands, [level for stage in plan.stages for level in stage.levels]
-    found: dict[str, list] = {name: [] for name in (*eyes, "x", "x0")}
     holds = None if job.bands is None else lambda level: band(cfg, level) in job.bands
+
+    def seen(rows: Tensor) -> dict[str, Tensor]:
+        kept = [r for r, row in enumerate(rows) if row % cfg.seeds == 0 and row // cfg.seeds < cfg.shown]
+        noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
+        steps = defaultdict(list)
+        for step in sample(plan, noise, family.encode([texts[row] for row in rows])):
+            last = step.index + 1 == plan.steps
+            if not (whole or last):
+                continue
+            images = family.decode(step.after if last else step.x0)
+            for name, eye in eyes.items():
+                steps[name].append(torch.from_numpy(eye.features(images)).float())
+            if whole and kept:
+                steps["x0"].append(sheets.thumbs(images[kept]))
+                steps["x"].append(sheets.thumbs(family.decode(step.x[kept])))
+        return {name: torch.stack(parts, 1) for name, parts in steps.items()}
+
     with acting(plan, control if job.bands != () else None, cfg.scale, family.card.name, holds) as plan:
-        for rows in torch.arange(len(texts)).split(cfg.batch):
-            kept = [r for r in range(len(rows)) if rows[r] % cfg.seeds == 0 and rows[r] // cfg.seeds < cfg.shown]
-            noise = draw_noise([seeds[r] for r in rows], family.latent_shape, plan.steps, family.device)
-            steps: dict[str, list] = {name: [] for name in found}
-            for step in sample(plan, noise, family.encode([texts[r] for r in rows])):
-                last = step.index + 1 == plan.steps
-                if not (whole or last):
-                    continue
-                images = family.decode(step.after if last else step.x0)
-                for name, eye in eyes.items():
-                    steps[name].append(torch.from_numpy(eye.features(images)).float())
-                if whole:
-                    steps["x0"].append(sheets.thumbs(images[kept]))
-                    steps["x"].append(sheets.thumbs(family.decode(step.x[kept])) if kept else steps["x0"][-1])
-            for name, parts in steps.items():
-                found[name] += [torch.stack(parts, 1)] if parts else []
-    tensors = {name: torch.cat(parts).contiguous() for name, parts in found.items() if parts}
+        batches = family.drawing.of(seen, len(texts))
+    names = dict.fromkeys(name for batch in batches for name in batch)
+    tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]).contiguous() for name in names}
     tensors["t"] = torch.tensor([level.t for level in levels], dtype=torch.float64)
     with replacing(path) as new:
         save_file(tensors, new)
@@ -278,9 +281,9 @@ def strips(family: Family, plans: dict, seeds: list[int], cells: list[dict], fol
         sheets.sheet(rows, [f"t {step['t']:.0f}" for step in c["steps"]], folder / c["abandoned"]["picture"])
 
 
-def placed(pictures: torch.Tensor, columns: int) -> list[torch.Tensor | None]:
+def placed(pictures: Tensor, columns: int) -> list[Tensor | None]:
     """The pictures of a short run where they belong among more columns: at their share of the steps."""
-    row: list[torch.Tensor | None] = [None] * columns
+    row: list[Tensor | None] = [None] * columns
     for i, one in enumerate(pictures):
         row[-(-(i + 1) * columns // len(pictures)) - 1] = one
     return row

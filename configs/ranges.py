@@ -8,7 +8,7 @@ from configs.errors import UserError
 
 # key: (least, most). A key of a config or card that holds numbers and stands in neither table fails a test.
 COUNTS = {
-    "accumulate": (1, 10**4), "batch": (1, 10**5), "captions": (0, 10**6), "denoise_steps": (1, 1000), "directions": (1, 10**4),
+    "accumulate": (1, 10**4), "batch": (0, 10**5), "captions": (0, 10**6), "denoise_steps": (1, 1000), "directions": (1, 10**4),
     "draws": (1, 10**6), "every": (1, 10**9), "faces": (1, 10**7), "grid": (1, 256), "groups": (1, 10**4), "images": (1, 10**6),
     "kept": (2, 10**6), "neighbours": (1, 10**4), "pairs": (1, 10**6), "prior_images": (1, 10**6), "prompts": (1, 10**6),
     "rank": (0, 4096), "repeats": (1, 10**4), "rounds": (1, 10**4), "sample_every": (0, 10**9), "sample_seeds": (0, 2**63 - 1),

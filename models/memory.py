@@ -1,9 +1,12 @@
 """Memory: what a family can do without, at the price of time."""
 
+import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from configs import UserError
@@ -21,6 +24,13 @@ class Memory:
         """Raises UserError for a backend that does not exist."""
         if self.compile and self.compile not in torch._dynamo.list_backends(exclude_tags=()):  # for debugging, there are more than it lists
             raise UserError(f"no backend {self.compile!r} of torch.compile; there are {', '.join(torch._dynamo.list_backends())}")
+
+
+def release() -> None:
+    """Gives what was freed back: to the device's other programs, and on a CPU to the machine, which glibc would keep it from."""
+    clear_device_cache(garbage_collection=True)
+    with suppress(OSError, AttributeError):  # no glibc here
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def compiled(net: nn.Module, backend: str) -> None:
