@@ -5,10 +5,8 @@ the whole table.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import diversity_page, record, sheets
+from analysis.draw import in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
@@ -31,14 +30,13 @@ from models import budget, promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
-from models.sample import Plan, draw_noise, finish, named, sample
+from models.sample import Plan, draw_noise, finish, sample
 
 FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(1)", "renoised(1)", "guided(1)", "cads(0.2)", "delta(0.8)"]
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
 FREE = ("plans", "students", "labels", "neighbours", "batch", "memory", "plan", "wandb", "out")  # what a continued run may change
-OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
 @dataclass
@@ -74,6 +72,11 @@ class Job:
     part: str  # prompt-0, prompt-1, … or block-0, block-1, …
 
     @property
+    def target(self) -> str:
+        """As analysis.draw names it."""
+        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
+
+    @property
     def file(self) -> str:
         return f"features/{self.student}/{self.plan}/{self.part}.safetensors"
 
@@ -85,11 +88,12 @@ def main(cfg: Config) -> Path:
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, cfg.labels, seeds = told.texts, cfg.labels or family.card.prompts, told.numbers(cfg.seeds, cfg.seed)
-    plans = plans_of(cfg, family)
+    plans = ways(cfg.plans, cfg.students, family if cfg.plan else Family(cfg.family, bare=True))
     if cfg.plan:
         images = len(cfg.prompts) * cfg.seeds + cfg.captions
         print(f"{len(plans)} ways to draw, {images} images each")
-        print(budget.forecast(family.card, budget.asked((make(), images) for make in plans.values()), family.dtype, family.device))
+        calls = budget.asked((plan_of(family, Job(*way, "").target), images) for way in plans)
+        print(budget.forecast(family.card, calls, family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts
@@ -101,18 +105,18 @@ def main(cfg: Config) -> Path:
 
     parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
     jobs = [Job(student, plan, part) for student, plan in plans for part in parts]
-    todo = [job for job in jobs if not (folder / job.file).exists()]
+    todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for job in tqdm(mine, "diversity", unit="set", disable=not accelerator.is_main_process):
+    for job in one_by_one(mine, family, "diversity", not accelerator.is_main_process):
         kind, _, index = job.part.partition("-")
-        plan, to, k = plans[job.student, job.plan](), folder / job.file, int(index)
+        plan, to, k = plan_of(family, job.target), folder / job.file, int(index)
         variety(cfg, family, plan, eyes, seeds, k, to) if kind == "prompt" else captioned(cfg, family, plan, eyes, captions, k, to)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
-    cells = cells_of(cfg, family.card.base, list(plans), list(eyes), judge, blocks_of(texts), folder)
+    cells = cells_of(cfg, family.card.base, plans, list(eyes), judge, blocks_of(texts), folder)
     results = {"schema": 1, "recipe": "analysis.diversity", "command": command(), "versions": versions(),
                "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
                "evaluators": list(eyes), "base": family.card.base, "fronts": diversity_page.fronts(cells, family.card.base),
@@ -138,23 +142,6 @@ def check(cfg: Config) -> None:
     if cfg.captions and cfg.captions < BLOCKS * max(2, cfg.neighbours):
         raise UserError(f"captions must be 0 or at least {BLOCKS * max(2, cfg.neighbours)}; got {cfg.captions}")
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
-
-
-def plans_of(cfg: Config, family: Family) -> dict[tuple[str, str], Callable[[], Plan]]:
-    """(student, plan) to a function that makes the plan; plans of the base alone stand once, under the base's name.
-
-    Made anew for each job, for a plan may hold weights. Raises UserError for a member of another family and for a plan that is none.
-    """
-    base, others = family.member(family.card.base), [name for name in family.card.members if name != family.card.base]
-    found: dict[tuple[str, str], Callable[[], Plan]] = {}
-    if family.card.base in cfg.students:
-        raise UserError(f"{family.card.base} is the base itself; students are {', '.join(others)}")
-    for text in cfg.plans:
-        for name in cfg.students or others:
-            make = partial(named, text, base, family.member(name))
-            make()  # a mistake is said now, not after an hour of drawing
-            found[family.card.base if text.split("(")[0] in OF_THE_BASE else name, text] = make
-    return found
 
 
 @torch.no_grad()

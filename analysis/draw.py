@@ -6,30 +6,32 @@ batch, on the process that drew it and on the run that asked for it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from configs import UserError, replacing
 from controls.lora import Control, content, ready
 from models.evaluators import Evaluator
-from models.families import Family
+from models.families import Family, FamilyCard
 from models.identity import identity
 from models.noise import Noise
-from models.prompts import Prompts
 from models.promptsets import PromptSet
 from models.sample import Plan, alone, draw_noise, during, finish, named
 
 SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
+OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 VERSION = 1  # raised when the same description comes to mean other images
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class Drawings:
     """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
 
     def __init__(self, family: Family, controls: dict[str, Control], eyes: dict[str, Evaluator], prompts: PromptSet, seeds: int, seed: int,
-                 batch: int, below: float | None, folder: Path):  # fmt: skip
+                 below: float | None, folder: Path):  # fmt: skip
         self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts.texts, seeds, below
         self.numbers = prompts.numbers(seeds, seed)  # each image its own
-        self.batch, self.folder = batch, Path(folder)
+        self.folder = Path(folder)
         self.contents = {name: content(control) for name, control in controls.items()}
         self.keys: dict[Job, str] = {}
         self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
@@ -100,18 +102,23 @@ class Drawings:
 
     @torch.no_grad()
     def make(self, job: Job) -> None:
-        """Draws what is not yet drawn, and looks at it by what has not yet looked."""
-        if not self.path(job).exists():
-            latents = self.latents(job)
-            shown = self.family.decode(latents[:: self.seeds][:SHOWN])
-            _store(self.path(job), latents=latents.cpu(), pictures=((shown + 1) * 127.5).round().to(torch.uint8))
+        """Draws what is not yet drawn, and looks at it by what has not yet looked; an image is decoded once."""
+        new = not self.path(job).exists()
+        latents = self.latents(job) if new else load_file(self.path(job))["latents"].to(self.family.device)
         blind = [who for who in self.eyes if not self.path(job, who).exists()]
-        if blind:
-            latents = load_file(self.path(job))["latents"].to(self.family.device)
-            images = self.in_batches(lambda rows: self.family.decode(latents[rows]))
-            for who in blind:
-                features = self.in_batches(lambda rows, who=who: torch.from_numpy(self.eyes[who].features(images[rows])))
-                _store(self.path(job, who), features=features)
+        shown = set(range(0, len(latents), self.seeds)[:SHOWN]) if new else set()
+
+        def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            """The pictures to show among these, and what every evaluator sees."""
+            images = self.family.decode(latents[rows])
+            pictures = [((images[k] + 1) * 127.5).round().to(torch.uint8) for k, row in enumerate(rows.tolist()) if row in shown]
+            return pictures, [torch.from_numpy(self.eyes[who].features(images)) for who in blind]
+
+        pictures, features = zip(*self.family.drawing.of(seen, len(latents)), strict=True)
+        if new:
+            _store(self.path(job), latents=latents.cpu(), pictures=torch.stack([one for part in pictures for one in part]))
+        for who, parts in zip(blind, zip(*features, strict=True), strict=True):
+            _store(self.path(job, who), features=torch.cat(parts))
 
     def latents(self, job: Job) -> Tensor:
         """The finished latents of a job, (P · S, C, H, W)."""
@@ -123,34 +130,13 @@ class Drawings:
 
             def drawn(rows: Tensor) -> Tensor:
                 noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
-                return finish(plan, noise, self.prompts[rows // self.seeds])
+                return finish(plan, noise, family.encode([self.texts[row // self.seeds] for row in rows]))
 
-            return self.in_batches(drawn)
-
-    def in_batches(self, work: Callable[[Tensor], Tensor]) -> Tensor:
-        """What work gives for all images, a batch at a time; where memory does not suffice, with half the batch from then on."""
-        while True:
-            try:
-                return torch.cat([work(rows) for rows in torch.arange(len(self.numbers)).split(self.batch)])
-            except Exception as error:  # torch says it in several ways, which accelerate knows
-                if not should_reduce_batch_size(error):
-                    raise
-                if self.batch == 1:
-                    raise UserError("not enough memory for a single image; try dtype=bf16, or a device with more memory") from None
-                self.batch //= 2
-                clear_device_cache(garbage_collection=True)
-                print(f"out of memory: on with batch={self.batch}", flush=True)
+            return torch.cat(family.drawing.of(drawn, len(self.numbers)))
 
     def plan(self, target: str) -> Plan:
-        """What a target means: a member alone, or a plan of it and the base. Raises UserError."""
-        member, _, plan = target.partition(":")
-        if not plan:
-            return alone(self.family.member(member))
-        return named(plan, self.family.member(self.family.card.base), self.family.member(member))
-
-    @cached_property
-    def prompts(self) -> Prompts:
-        return self.family.encode(self.texts)
+        """What a target means. Raises UserError as `plan_of`."""
+        return plan_of(self.family, target)
 
     def features(self, job: Job, who: str) -> np.ndarray:
         """What an evaluator sees, (P, S, d)."""
@@ -160,6 +146,50 @@ class Drawings:
     def pictures(self, job: Job) -> Tensor:
         """The images to show, uint8 (n, 3, H, W)."""
         return load_file(self.path(job))["pictures"]
+
+
+def plan_of(family: Family, target: str) -> Plan:
+    """What a target means: a member alone, or a plan of it and the base. Raises UserError."""
+    member, _, plan = target.partition(":")
+    if not plan:
+        return alone(family.member(member))
+    return named(plan, family.member(family.card.base), family.member(member))
+
+
+def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[tuple[str, str]]:
+    """Every (student, plan) that a run draws; plans of the base alone stand once, under the base's name. students: empty = all.
+
+    family: a bare one does. Raises UserError for a member of another family and for a plan that is none.
+    """
+    base, others = family.card.base, [name for name in family.card.members if name != family.card.base]
+    if base in students:
+        raise UserError(f"{base} is the base itself; students are {', '.join(others)}")
+    found = {}
+    for plan in plans:
+        for name in students or others:
+            named(plan, family.member(base), family.member(name))  # a mistake is said now, not after an hour of drawing
+            found[base if plan.split("(")[0] in OF_THE_BASE else name, plan] = None
+    return list(found)
+
+
+def networks(target: str, family: FamilyCard) -> set[str]:
+    """The members whose networks a target needs; a LoRA student's is its base's."""
+    member, _, plan = target.partition(":")
+    return {family.base if family.members[name].lora else name for name in ((member, family.base) if plan else (member,))}
+
+
+def in_turn(jobs: Sequence[T], family: FamilyCard) -> list[T]:
+    """Jobs, each with a target, by the networks that they need, so that few are in memory at once: the base's first."""
+    return sorted(jobs, key=lambda job: sorted(networks(job.target, family) - {family.base}))
+
+
+def one_by_one(jobs: Sequence[T], family: Family, label: str, quiet: bool) -> Iterator[T]:
+    """The jobs, each when it is its turn, with a bar; a network that no later one needs is let go, and after the last all are."""
+    needed = [networks(job.target, family.card) for job in jobs]
+    for k, job in enumerate(tqdm(jobs, label, unit="set", disable=quiet)):
+        family.keep(set().union(*needed[k:]))
+        yield job
+    family.keep(())
 
 
 @contextmanager

@@ -7,10 +7,8 @@ abandons, and at which steps a control acts.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +18,20 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from analysis import record, sheets, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
-from analysis.draw import acting
+from analysis.draw import acting, in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
 from controls import formats
-from controls.lora import Control
+from controls.lora import Control, fits
 from models import budget, promptsets
 from models.evaluators import READERS, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
-from models.sample import Plan, draw_noise, named, sample
+from models.sample import Plan, draw_noise, sample
 
-OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
 FREE = ("wandb", "out", "batch", "memory", "plan", "tolerance", "threshold", "concepts")  # what a continued run may change
 CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
@@ -78,6 +74,11 @@ class Job:
     bands: tuple[int, ...] | None  # where the control is on; () = nowhere, None = everywhere
 
     @property
+    def target(self) -> str:
+        """As analysis.draw names it."""
+        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
+
+    @property
     def file(self) -> str:
         state = "on" if self.bands is None else "-".join(map(str, self.bands)) or "off"
         return f"features/{self.student}/{self.plan}/{state}.safetensors"
@@ -92,35 +93,34 @@ def main(cfg: Config) -> Path:
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
-    plans = plans_of(cfg, family)
-    jobs = jobs_of(cfg, list(plans), control is not None)
+    outline = family if cfg.plan else Family(cfg.family, bare=True)
+    plans = ways(cfg.plans, cfg.students, outline)
+    jobs = jobs_of(cfg, plans, control is not None)
     if cfg.plan:
         images = len(cfg.prompts) * cfg.seeds
         print(f"{len(jobs)} ways to draw, {images} images each")
-        calls = budget.asked((plans[job.student, job.plan](), images) for job in jobs)
+        calls = budget.asked((plan_of(family, job.target), images) for job in jobs)
         print(budget.forecast(family.card, calls, family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
-    if control:  # a misfit is said now, not after an hour of drawing
-        for make in plans.values():
-            with acting(make(), control, cfg.scale, family.card.name):
-                pass
+    for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing
+        fits(outline.member(name).denoiser.net, control, family.card.name)
     folder = Path(cfg.out) / cfg.name
     if accelerator.is_main_process:
         run_folder(cfg, folder, cfg.overwrite, free=FREE)
     accelerator.wait_for_everyone()
 
-    todo = [job for job in jobs if not (folder / job.file).exists()]
+    todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for job in tqdm(mine, "trace", unit="set", disable=not accelerator.is_main_process):
-        draw(cfg, family, plans[job.student, job.plan](), control, eyes, seeds, job, folder / job.file)
+    for job in one_by_one(mine, family, "trace", not accelerator.is_main_process):
+        draw(cfg, family, plan_of(family, job.target), control, eyes, seeds, job, folder / job.file)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
     pictures(cfg, cells, folder)
-    strips(family, plans, seeds, cells, folder)
+    strips(family, seeds, cells, folder)
     results = {"schema": 1, "recipe": "analysis.trace", "command": command(), "versions": versions(),
                "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
                "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts, "shown": min(cfg.shown, len(cfg.prompts)),
@@ -155,23 +155,6 @@ def words(cfg: Config, control: Control) -> tuple[str, str]:
     if not all(pair):
         raise UserError(f"{control.card.name} does not say what it makes: give positive=… and negative=…")
     return pair
-
-
-def plans_of(cfg: Config, family: Family) -> dict[tuple[str, str], Callable[[], Plan]]:
-    """(student, plan) to a function that makes the plan; plans of the base alone stand once, under the base's name.
-
-    Raises UserError for a member of another family and for a plan that is none.
-    """
-    base, others = family.member(family.card.base), [name for name in family.card.members if name != family.card.base]
-    found: dict[tuple[str, str], Callable[[], Plan]] = {}
-    for name in cfg.students or others:
-        if name == family.card.base:
-            raise UserError(f"{name} is the base itself; students are {', '.join(others)}")
-        for text in cfg.plans:
-            make = partial(named, text, base, family.member(name))
-            make()  # a mistake is said now, not after an hour of drawing
-            found[family.card.base if text.split("(")[0] in OF_THE_BASE else name, text] = make
-    return found
 
 
 def jobs_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list[Job]:
@@ -267,13 +250,13 @@ def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
 
 
 @torch.no_grad()
-def strips(family: Family, plans: dict, seeds: list[int], cells: list[dict], folder: Path) -> None:
+def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) -> None:
     """The images that abandon most, drawn again: x0 at every step, one sheet per plan that has such images."""
     for i, c in enumerate(cells):
         examples = c["abandoned"]["examples"]
         if not examples:
             continue
-        plan = plans[c["student"], c["plan"]]()
+        plan = plan_of(family, Job(c["student"], c["plan"], ()).target)
         noise = draw_noise([seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device)
         steps = [family.decode(step.x0) for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))]
         rows = [(e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)]

@@ -79,6 +79,12 @@ def attach(net: nn.Module, control: Control, name: str | None = None, family: st
     return name
 
 
+def fits(net: nn.Module, control: Control, family: str | None = None) -> None:
+    """Raises UserError as `attach` does for a control that has no place in a network, and does nothing else."""
+    _fits(control, family)
+    _check(net, control)
+
+
 def parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
     """The weights of one control, layer by layer, A before B. Raises UserError for a control that is not attached."""
     return [half[name].weight for layer in _layers(net, name).values() for half in (layer.lora_A, layer.lora_B)]

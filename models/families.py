@@ -200,13 +200,19 @@ class Family:
             self._members[name] = self._load(name, self.card.members[name], quantize)
         return self._members[name]
 
+    @property
+    def members(self) -> list[str]:
+        """The names of the members that are in memory."""
+        return list(self._members)
+
     def keep(self, names: Iterable[str]) -> None:
         """Frees the networks of all members but these, and of the bases whose LoRA students these are; `member` loads them anew."""
         kept = {base for name in names for base in (name, self.card.base if self.card.members[name].lora else name)}
-        for name in self._members.keys() - kept:
-            net = self._members.pop(name).denoiser.net
-            self.turns.here = [part for part in self.turns.here if part is not net]
-        release()
+        gone = [self._members.pop(name).denoiser.net for name in self._members.keys() - kept]
+        if gone:
+            self.turns.here = [part for part in self.turns.here if all(part is not net for net in gone)]
+            del gone
+            release()
 
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
         net, delta = self._network(name, member, quantize)
