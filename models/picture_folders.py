@@ -9,8 +9,9 @@ from typing import Any
 from unicodedata import normalize
 
 from configs import UserError, quoted
+from configs.ranges import checked
 from models.pictures import SUFFIXES
-from models.tables import checked, rows_of, text_of, words
+from models.tables import rows_of, text_of, words
 
 CAPTIONS = ("text", "caption", "prompt")  # columns of a metadata file that say what a picture shows, the first that is there
 METADATA = ("metadata.jsonl", "metadata.csv")  # as `datasets` names them

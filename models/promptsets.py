@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import ROOT, UserError, note, quoted
-from models.tables import checked, lines_of, rows_of, words
+from configs.ranges import checked
+from models.tables import lines_of, rows_of, words
 
 HUB = "hub:"
 COLUMNS = ("prompt", "text", "caption")  # where a table may keep its texts, the first that is there

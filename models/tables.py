@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from configs import UserError, quoted
+from configs.ranges import checked
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 MARKS = {BOM_UTF8: "utf-8", BOM_UTF32_LE: "utf-32", BOM_UTF32_BE: "utf-32", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also splits at characters that stand inside texts
-LONGEST = 10_000  # characters of a prompt or a caption
 Row = tuple[int, dict[str, Any]]  # its line or number in the file, counted as an editor does, and its cells
 
 
@@ -111,12 +111,3 @@ def words(cell: Any, where: str) -> str:
     if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
         raise UserError(f"{where}: a text is needed; got {quoted(cell, 40)}")
     return checked(str(cell).strip(), where)
-
-
-def checked(text: str, where: str) -> str:
-    """The text, where it can be encoded. Raises UserError for one with NUL or half characters in it, or longer than a book's page."""
-    if len(text) > LONGEST:
-        raise UserError(f"{where}: a text of {len(text):,} characters, {quoted(text, 30)}; at most {LONGEST:,} are read")
-    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{where}: {quoted(text, 40)} holds a character that is none (NUL, or half of one)")
-    return text

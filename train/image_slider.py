@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs import UserError, entry, load, note, quoted
 from controls.lora import strength
-from models.cards import card, split
+from models.families import Family, split
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.tiny import world
 from train import plan
@@ -53,7 +53,10 @@ def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
         return plan.show(cfg, lambda _: (0, 6))  # both sides of a pair, there and back
-    pairs = pictures(cfg, card(split(cfg.member)[0]).size_px)
+    family = Family(split(cfg.member)[0])  # its tokenizers and its card; nothing is loaded or written for what is refused here
+    if cfg.positive or cfg.negative:
+        family.tell_apart(cfg.positive, cfg.negative)
+    pairs = pictures(cfg, family.card.size_px)
     run = Run(cfg, "slider")
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
     prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
