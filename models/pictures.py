@@ -1,6 +1,7 @@
 """Picture files: the one reader of those that people have, to train on and to compare with."""
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from configs import UserError
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # by content; others may start programs, as EPS does
 WHITE = (255, 255, 255, 255)
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a broken file is said in the one line
 
 
 def load(source: Path | bytes, name: str = "") -> Image.Image:

@@ -5,6 +5,7 @@ import struct
 import zlib
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -194,6 +195,20 @@ def test_data_that_is_no_folder_of_pictures(tmp_path, monkeypatch, data):
     assert data != "there" or "1 .heic" in str(error.value)
 
 
+def test_a_dataset_of_the_hub_is_read_by_the_same_rules(tmp_path, monkeypatch, capsys):
+    paint(tmp_path / "a.png", "red")
+    Image.new("LA", (20, 20), (0, 0)).save(tmp_path / "b.png")
+    cells = [{"path": name, "bytes": (tmp_path / name).read_bytes()} for name in ("a.png", "b.png")]
+    rows = {"picture": cells, "caption": ["7", None], "style": ["x", "y"]}
+    made = datasets.Dataset.from_dict(rows, datasets.Features({name: datasets.Value("string") for name in ("caption", "style")}
+                                                              | {"picture": datasets.Image()}))  # fmt: skip
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: made)
+    images, columns = read("somebody/pictures", 16)
+    assert columns == {"text": ["7", ""], "caption": ["7", None], "style": ["x", "y"], "file_name": ["a.png", "b.png"]}
+    assert images[1].min() == 1 and images[0, 1].max() == -1
+    assert "2 pictures, 1 with a caption by caption; other columns: style" in capsys.readouterr().out
+
+
 def test_reference_pictures_have_captions_and_are_looked_at_before_anything_is_drawn(three, capsys):
     (three / "metadata.csv").write_text("file_name,caption\na.png,a red thing\n")
     told, real = against(card("tiny"), str(three), [], ["a cat"], 2, 1)
@@ -255,6 +270,8 @@ def test_captions_and_what_is_left_out_of_folders_of_scales(tmp_path, capsys):
     (("0", "1"), {}, "missing a second scale"),
     (("a", "b"), {"folders": ["a", "b"]}, "need as many scales"),
     (("a", "b"), {"folders": ["a", "b"], "scales": [2.0, 2.0]}, "need scales of their own"),
+    (("a", "b"), {"scales": [-1.0, 1.0]}, r"folders \(none\) need as many scales"),
+    (("-1e9", "1"), {}, "missing a second scale"),
     (("a", "b"), {"folders": ["a", "c"], "scales": [-1.0, 1.0]}, "not a folder of pictures|neither a folder"),
 ])  # fmt: skip
 def test_folders_whose_scales_are_none(tmp_path, names, more, says):

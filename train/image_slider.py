@@ -1,18 +1,18 @@
 """Trains a Concept Slider from pairs of pictures: accelerate launch train/image_slider.py [config=FILE] [key=value ...]
 
 Without arguments: eye size from six pairs of the embedded world, on tiny/base. Pictures are a folder with one folder per scale
-(data/-1/a.png and data/1/a.png are a pair), or one in imagefolder layout whose metadata.jsonl has the columns scale and pair.
+(data/-1/a.png and data/1/a.png are a pair), or one whose metadata.jsonl has the columns file_name, scale and pair.
 """
 
 import os
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs import UserError, entry, load, note, quoted
+from configs.ranges import RANGES
 from controls.lora import strength
 from models.families import Family, split
 from models.noise import LAWS, TRAIN_STEPS, comparable
@@ -88,11 +88,11 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
         raise UserError(f"no folder {quoted(cfg.data)}; data is a folder of pictures, or tiny:ATTRIBUTE")
     there = sorted(inner.name for inner in folder.iterdir() if not inner.name.startswith("."))
     named = cfg.folders or sorted((name for name in there if number(name) is not None and (folder / name).is_dir()), key=float)
-    if not named:
+    if not named and not cfg.scales:
         return listed(cfg.data, size_px)
     scales = cfg.scales or [number(name) for name in named]
     if len(scales) != len(named) or None in scales:
-        raise UserError(f"folders {', '.join(named)} need as many scales: scales=[-1,1]")
+        raise UserError(f"folders {', '.join(named) or '(none)'} need as many scales, like scales=[-1,1]; there are {len(cfg.scales)}")
     if len(set(scales)) < len(scales) or len(set(named)) < len(named):
         raise UserError(f"folders {', '.join(named)} need scales of their own; got {', '.join(f'{scale:g}' for scale in scales)}")
     if left := [name for name in there if name not in named]:
@@ -107,8 +107,9 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
 
 def number(name: object) -> float | None:
     """A scale, where the name of a folder or a cell is one."""
+    least, most = RANGES["scales"]
     try:
-        return float(name) if isfinite(float(name)) else None
+        return float(name) if least <= float(name) <= most else None
     except (ValueError, TypeError, OverflowError):
         return None
 
