@@ -15,6 +15,7 @@ COLUMNS = ("prompt", "text", "caption")  # where a table may keep its texts, the
 SEED = "evaluation_seed"  # as COCO-30k's published table calls it
 LARGEST = 2**62  # seed: the images of a prompt count on from it
 FILE = re.compile(r"(.+\.(?:csv|tsv|jsonl|txt))(?::(\S*))?", re.IGNORECASE | re.DOTALL)
+OTHER = re.compile(r"\S+\.(?:json|ya?ml|parquet|xlsx?)", re.IGNORECASE)  # files too, of kinds that are not read
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     """The texts of one entry, and the seed of each."""
     if prompt.startswith(HUB):
         return [(text, None) for text in _dataset(prompt.removeprefix(HUB))]
-    file = None if os.path.isfile(prompt) else FILE.fullmatch(prompt)  # a file may have a colon in its name
-    if file and file[2] is not None:
+    file = FILE.fullmatch(prompt)
+    if file and file[2] is not None and not os.path.isfile(prompt):  # a file may have a colon in its name
         if not file[2].isdecimal() or len(file[2]) > 18 or not int(file[2]):
             raise UserError(f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the first hundred")
         return _file(file[1])[: int(file[2])]
-    if file or os.path.isfile(prompt):
+    if file:
         return _file(prompt)
+    if OTHER.fullmatch(prompt) or "." in prompt and os.path.isfile(prompt) or os.sep in prompt and os.path.isdir(prompt):
+        raise UserError(f"{quoted(prompt)} is no prompt file: .csv, .tsv, .jsonl and .txt are read")
     if not prompt.strip():
         raise UserError("a prompt is empty; leave it out, or write what it should draw")
     return [(checked(prompt, "prompts"), None)]
@@ -69,8 +72,6 @@ def _file(prompt: str) -> list[tuple[str, int | None]]:
     path = next((Path(place) for place in (prompt, ROOT / prompt) if os.path.isfile(place)), None)
     if path is None:
         raise UserError(f"no prompt file at {quoted(prompt)}")
-    if not FILE.fullmatch(path.name):
-        raise UserError(f"{path} is no prompt file: .csv, .tsv, .jsonl and .txt are read")
     texts = path.suffix.lower() == ".txt"
     found = [(checked(line, str(path)), None) for line in lines_of(path)] if texts else _table(path)
     if not found:

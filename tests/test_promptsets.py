@@ -1,5 +1,7 @@
 """Prompt sets from every kind of source, and what is wrong with them in one line."""
 
+from pathlib import Path
+
 import pytest
 
 from analysis.quality import cycled
@@ -15,6 +17,14 @@ on a mat.",99,7
 
 def test_texts_stay_texts():
     assert read(["a cat", "a dog. really"]) == PromptSet(["a cat", "a dog. really"])
+
+
+def test_a_text_is_a_text_whatever_lies_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a cat").write_text("")
+    (tmp_path / "a dog").mkdir()
+    (tmp_path / "a:1.csv").write_text("prompt\na bird\n")
+    assert read(["a cat", "a dog", "a:1.csv", "a:1.csv:1"]).texts == ["a cat", "a dog", "a bird", "a bird"]
 
 
 def test_coco_as_published(tmp_path):
@@ -93,6 +103,9 @@ def test_what_is_wrong(tmp_path, name, text, says):
 @pytest.mark.parametrize(("prompts", "says"), [
     ([], "there are no prompts"),
     (["a cat", " "], "a prompt is empty"),
+    (["a/prompts.json"], "is no prompt file"),
+    ([__file__], "is no prompt file"),
+    ([str(Path(__file__).parent)], "is no prompt file"),
     (["a.csv:0"], "how many"),
     (["a.csv:-1"], "how many"),
     (["a.csv:ten"], "how many"),
