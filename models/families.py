@@ -1,12 +1,13 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import UserError, note
 from models import budget
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, MemberCard, card, split
@@ -18,6 +19,7 @@ from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts
 from models.quantized import quantize as pack
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
+from models.tokens import Reader, cuts, tell_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
     from diffusers import DiffusionPipeline
@@ -45,7 +47,7 @@ class Family:
         self.dtype = dtype or fast_dtype(self.device)
         self.turns, self.home = Turns(self.device), torch.device("cpu") if self.memory.offload else self.device
         self._members: dict[str, Member] = {}
-        self._pipe, self._nets = None, {}
+        self._pipe, self._nets, self._encoded = None, {}, {}
 
     def use(self, pipe: "DiffusionPipeline", nets: dict[str, nn.Module]) -> None:
         """Takes a pipeline and networks by member that are in memory already, instead of loading them."""
@@ -85,6 +87,23 @@ class Family:
         self.turns.bring([part for part in self.turns.here if part not in self.encoders().values()])
         self.pipe.register_modules(**dict.fromkeys(self.encoders()))
 
+    def readers(self) -> list[Reader]:
+        """The tokenizers, each with the tokens that its text encoder takes. Loads nothing else; raises UserError where it cannot."""
+        parts = self._pipe.components if self._pipe else self._tokenizers().components
+        own = self.card.text_length or self.architecture.text_length
+        return [(part, part.model_max_length if "CLIP" in type(part).__name__ else own)
+                for name, part in parts.items() if name.startswith("tokenizer") and part is not None]  # fmt: skip
+
+    def _tokenizers(self) -> "DiffusionPipeline":
+        its = self.architecture
+        others = [name for name in signature(its.pipeline.__init__).parameters if name.startswith(("text_encoder", "vae"))]
+        return fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant,
+                     **dict.fromkeys((its.part, *its.absent, *others)))  # fmt: skip
+
+    def tell_apart(self, a: str, b: str) -> None:
+        """Raises UserError for two texts that are the same to all of the family's text encoders."""
+        tell_apart(self.readers(), a, b, f"the text encoders of family {self.card.name}")
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
@@ -100,6 +119,10 @@ class Family:
             again = self._parts(vae=None)
             self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
         self.bring(*self.encoders().values())
+        new = dict.fromkeys(text for text in [*texts, *(negative or [])] if text not in self._encoded)
+        self._encoded |= new
+        for line in cuts(self.readers(), new):
+            note(line)
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
         return self.architecture.encode(self.pipe, list(texts), negative, self.card.size_px, self.device, **length)
 
