@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from configs.errors import ROOT, UserError
+from configs.errors import ROOT, UserError, note, quoted
 from configs.ranges import check
 
 T = TypeVar("T")
@@ -55,8 +56,24 @@ def load(schema: type[T], argv: list[str] | None = None) -> T:
     for word in argv:
         if "=" not in word:
             raise UserError(f"{word!r} is not of the form key=value; --help lists the keys")
+        if texts := _parted(word.partition("=")[2]):
+            key = word.partition("=")[0]
+            note(f"{key} holds {len(texts)} texts, {' | '.join(map(quoted, texts[:3]))}{' …' if len(texts) > 3 else ''}; "
+                 f"a comma inside a text needs quotes: {key}=[\"{', '.join(texts[:2])[:80]}\"]")  # fmt: skip
     files = [w.split("=", 1)[1] for w in argv if w.startswith("config=")]
     return merge(schema, *files, [w for w in argv if not w.startswith("config=")])
+
+
+def _parted(value: str) -> list[str]:
+    """The items of a list of words, at least two, where a comma with a space after it stands outside of quotes: meant as one perhaps."""
+    try:
+        nodes = yaml.compose(value, yaml.SafeLoader).value if value.startswith("[") and ", " in value else []
+    except yaml.YAMLError:
+        return []  # what is wrong is said where it is read
+    if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
+        return []
+    bare = [a.style is None and b.style is None and b.start_mark.index - a.end_mark.index > 1 for a, b in pairwise(nodes)]
+    return [node.value for node in nodes] if any(bare) and any(" " in node.value for node in nodes) else []
 
 
 def plain(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -144,7 +161,7 @@ def _rows(schema: type, config: DictConfig, prefix: str = "") -> Iterator[tuple[
 def _shown(value: Any) -> str:
     """A default as one would type it after key=; of a list of mappings, each on a line of its own, without what is empty."""
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        full = [json.dumps({key: word for key, word in row.items() if word != ""}, ensure_ascii=False) for row in value]
+        full = [json.dumps({key: word for key, word in row.items() if word not in ("", None)}, ensure_ascii=False) for row in value]
         return "[" + ",".join("\n" + row for row in full) + "]"
     if isinstance(value, str) and value:
         return "required" if value == "???" else value

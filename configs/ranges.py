@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, quoted
 
 # key: (least, most). A key of a config or card that holds numbers and stands in neither table fails a test.
 COUNTS = {
@@ -23,10 +23,11 @@ AMOUNTS = {
     "strength": (-1e4, 1e4), "threshold": (-1e3, 1e3), "timesteps": (0, 1000), "tolerance": (0, 1e3), "weights": (-1e4, 1e4),
 }  # fmt: skip
 RANGES = COUNTS | AMOUNTS
+LONGEST = 10_000  # characters of a text
 
 
 def check(config: Any, where: str = "") -> None:
-    """Raises UserError for the first number of a dataclass, lists and dataclasses inside it included, that its key may not hold."""
+    """Raises UserError for the first number of a dataclass that its key may not hold, and for texts that are none; also inside lists."""
     for field in dataclasses.fields(config):
         _check(getattr(config, field.name), field.name, f"{where}{field.name}")
 
@@ -40,8 +41,19 @@ def _check(value: Any, key: str, where: str) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             _check(inner, key, where)
+    elif isinstance(value, str):
+        checked(value, where)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         least, most = RANGES.get(key, (-math.inf, math.inf))
         if not (math.isfinite(value) and least <= value <= most):
             within = f"from {least:g} to {most:g}" if math.isfinite(most) else "finite"
             raise UserError(f"{where} must be {within}; got {value:g}")
+
+
+def checked(text: str, where: str) -> str:
+    """The text, where it can be encoded. Raises UserError for one with NUL or half characters in it, or longer than a book's page."""
+    if len(text) > LONGEST:
+        raise UserError(f"{where}: a text of {len(text):,} characters, {quoted(text, 30)}; at most {LONGEST:,} are read")
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: {quoted(text, 40)} holds a character that is none (NUL, or half of one)")
+    return text

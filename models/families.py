@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs import UserError
+from configs import UserError, note
 from models import budget
 from models.architectures import ARCHITECTURES
 from models.batches import Batches
@@ -21,6 +22,7 @@ from models.noise import CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts, stacked
 from models.quantized import quantize as pack
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
+from models.tokens import Reader, cuts, tell_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
     from diffusers import DiffusionPipeline
@@ -54,6 +56,7 @@ class Family:
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
         self._encoded: dict[tuple[str, str | None], Prompts] = {}
+        self._noted: set[str] = set()  # texts of which it was said whether they are cut
 
     def use(self, pipe: "DiffusionPipeline", nets: dict[str, nn.Module]) -> None:
         """Takes a pipeline and networks by member that are in memory already, instead of loading them."""
@@ -94,6 +97,23 @@ class Family:
         self.pipe.register_modules(**dict.fromkeys(self.encoders()))
         release()
 
+    def readers(self) -> list[Reader]:
+        """The tokenizers, each with the tokens that its text encoder takes. Loads nothing else; raises UserError where it cannot."""
+        parts = self._pipe.components if self._pipe else self._tokenizers().components
+        own = self.card.text_length or self.architecture.text_length
+        return [(part, part.model_max_length if "CLIP" in type(part).__name__ else own)
+                for name, part in parts.items() if name.startswith("tokenizer") and part is not None]  # fmt: skip
+
+    def _tokenizers(self) -> "DiffusionPipeline":
+        its = self.architecture
+        others = [name for name in signature(its.pipeline.__init__).parameters if name.startswith(("text_encoder", "vae"))]
+        return fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant,
+                     **dict.fromkeys((its.part, *its.absent, *others)))  # fmt: skip
+
+    def tell_apart(self, a: str, b: str) -> None:
+        """Raises UserError for two texts that are the same to all of the family's text encoders."""
+        tell_apart(self.readers(), a, b, f"the text encoders of family {self.card.name}")
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
@@ -122,6 +142,10 @@ class Family:
             again = self._parts(vae=None)
             self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
         self.bring(*self.encoders().values())
+        new = dict.fromkeys(text for text in [*texts, *(negative or [])] if text not in self._noted)
+        self._noted |= new.keys()
+        for line in cuts(self.readers(), new):
+            note(line)
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
         return self.architecture.encode(self.pipe, texts, negative, self.card.size_px, self.device, **length)
 

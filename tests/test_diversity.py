@@ -157,7 +157,7 @@ def test_pictures_of_a_folder(tmp_path):
         (["students=[base]"], "base itself"),
         (["plans=[hybrid(5)]"], "0 … 4"),
         (["plans=[magic(1)]"], "hybrid(k)"),
-        (["reference={}"], "it has 0"),
+        (["reference={}"], "holds no pictures"),
         (["captions=9"], "captions"),
         (["neighbours=0"], "neighbours"),
         (["dtype=fp8"], "bf16"),
