@@ -39,7 +39,9 @@ def main(cfg: Config) -> None:
             drawings.make(job)  # what is prepared once is prepared now
             whole, parts = [], []
             for _ in range(cfg.rounds):
-                drawings.forget([job])
+                for path in drawings.files(job):
+                    path.unlink(missing_ok=True)
+                drawings.whole.clear()
                 whole.append(seconds(lambda job=job: drawings.make(job)))
                 parts.append(bare(drawings, plan))
             total, (unet, rest) = min(whole), (min(part) for part in zip(*parts, strict=True))

@@ -14,18 +14,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import UserError, replacing
+from analysis import store
+from configs import UserError, note
 from controls.lora import Control, content, ready
 from models.evaluators import Evaluator
 from models.families import Family, FamilyCard
 from models.identity import identity
 from models.noise import Noise
 from models.promptsets import PromptSet
-from models.sample import Plan, alone, draw_noise, during, finish, named
+from models.sample import Member, Plan, alone, draw_noise, during, finish, named
 
 SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
@@ -39,24 +39,28 @@ class Job:
     """One drawing: every prompt and seed on one target, under one control at one scale."""
 
     target: str  # a member, or member:plan
-    control: str = ""  # by name; empty = none
+    control: str | None = None  # by name; None = none
     scale: float = 0.0
+    random: bool = False  # not the control itself but its floor, a random one of the same norms
     again: bool = False  # a second drawing of the same, to see whether it comes out the same
 
 
 class Drawings:
     """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
 
-    def __init__(self, family: Family, controls: dict[str, Control], eyes: dict[str, Evaluator], prompts: PromptSet, seeds: int, seed: int,
-                 below: float | None, folder: Path):  # fmt: skip
+    def __init__(self, family: Family, controls: dict[tuple[str, bool], Control], eyes: dict[str, Evaluator], prompts: PromptSet,
+                 seeds: int, seed: int, below: float | None, folder: Path):  # fmt: skip
+        """controls: by (name, whether it is the random one of that control's norms)."""
         self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts.texts, seeds, below
         self.numbers = prompts.numbers(seeds, seed)  # each image its own
         self.folder = Path(folder)
-        self.contents = {name: content(control) for name, control in controls.items()}
+        self.contents = {key: content(control) for key, control in controls.items()}
         self.keys: dict[Job, str] = {}
+        self.whole: set[Path] = set()  # files that were seen to be
         self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
+        store.sweep(self.folder)
         for name, path in self.words():
-            eyes[name].known |= {text: vector.numpy() for text, vector in load_file(path).items()} if path.is_file() else {}
+            eyes[name].known |= {text: vector.numpy() for text, vector in (store.read(path, path.stem) or {}).items()}
 
     def key(self, job: Job) -> str:
         """The hash of what the images of a job depend on."""
@@ -67,11 +71,11 @@ class Drawings:
     def said(self, job: Job) -> dict:
         """What the images of a job depend on."""
         member, _, plan = job.target.partition(":")
-        card, acts = self.family.card, bool(job.control and job.scale)
+        card, acts = self.family.card, bool(job.control is not None and job.scale)
         return {
             "version": VERSION, "target": job.target, "again": job.again, "prompts": self.texts, "seeds": self.numbers,
             "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
-            "control": [self.contents[job.control], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
+            "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
         }  # fmt: skip
 
     def path(self, job: Job, who: str = "") -> Path:
@@ -89,23 +93,40 @@ class Drawings:
     def remember_words(self) -> None:
         """Keeps what evaluators made of texts, so that a run with nothing new need not load them."""
         for name, path in self.words():
-            _store(path, **{text: torch.from_numpy(vector) for text, vector in self.eyes[name].known.items()})
+            store.write(path, {text: torch.from_numpy(vector) for text, vector in self.eyes[name].known.items()}, path.stem)
 
     def missing(self, jobs: list[Job]) -> list[Job]:
-        """The jobs of which something is still to be made, each kind of images once."""
+        """The jobs of which something is still to be made, each kind of images once; what is damaged is missing, and said."""
         different = {self.key(job): job for job in jobs}
-        return [job for job in different.values() if not all(path.exists() for path in self.files(job))]
+        found = [job for job in different.values() if not all([self.there(path) for path in self.files(job)])]
+        spoilt = [path for job in found for path in self.files(job) if path.exists() and path not in self.whole]
+        if spoilt:
+            note(f"{len(spoilt)} of the drawings in {self.folder} are damaged, or of an earlier version: they are made again")
+        return found
 
-    def forget(self, jobs: list[Job]) -> None:
-        for path in {path for job in jobs for path in self.files(job)}:
-            path.unlink(missing_ok=True)
+    def there(self, path: Path) -> bool:
+        """Whether a file is there, whole and what its name says; a file is read once to know."""
+        if path not in self.whole and store.read(path, path.stem) is not None:
+            self.whole.add(path)
+        return path in self.whole
+
+    def keep(self, path: Path, **tensors: Tensor) -> None:
+        store.write(path, tensors, path.stem)
+        self.whole.add(path)
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """What is kept in a file. Raises UserError where it was damaged after it was seen to be whole."""
+        found = store.read(path, path.stem)
+        if found is None:
+            raise UserError(f"{path} was damaged or removed while this run read it: run the same command again")
+        return found
 
     @torch.no_grad()
     def make(self, job: Job) -> None:
         """Draws what is not yet drawn, and looks at it by what has not yet looked; an image is decoded once."""
-        new = not self.path(job).exists()
-        latents = self.latents(job) if new else load_file(self.path(job))["latents"].to(self.family.device)
-        blind = [who for who in self.eyes if not self.path(job, who).exists()]
+        new = not self.there(self.path(job))
+        latents = self.latents(job) if new else self.read(self.path(job))["latents"].to(self.family.device)
+        blind = [who for who in self.eyes if not self.there(self.path(job, who))]
         shown = set(range(0, len(latents), self.seeds)[:SHOWN]) if new else set()
 
         def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -115,15 +136,19 @@ class Drawings:
             return pictures, [torch.from_numpy(self.eyes[who].features(images)) for who in blind]
 
         pictures, features = zip(*self.family.drawing.of(seen, len(latents)), strict=True)
+        features = {who: torch.cat(parts) for who, parts in zip(blind, zip(*features, strict=True), strict=True)}
+        for who, found in features.items():
+            if not torch.isfinite(found).all():
+                raise UserError(f"{who} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged")
         if new:
-            _store(self.path(job), latents=latents.cpu(), pictures=torch.stack([one for part in pictures for one in part]))
-        for who, parts in zip(blind, zip(*features, strict=True), strict=True):
-            _store(self.path(job, who), features=torch.cat(parts))
+            self.keep(self.path(job), latents=latents, pictures=torch.stack([one for part in pictures for one in part]))
+        for who, found in features.items():
+            self.keep(self.path(job, who), features=found)
 
     def latents(self, job: Job) -> Tensor:
         """The finished latents of a job, (P · S, C, H, W)."""
         family, shape = self.family, self.family.latent_shape
-        control = self.controls[job.control] if job.control and job.scale else None
+        control = self.controls[job.control, job.random] if job.control is not None and job.scale else None
         # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
         holds = None if self.below is None else lambda level: level.ratio < self.below
         with acting(self.plan(job.target), control, job.scale, family.card.name, holds) as plan:
@@ -132,7 +157,18 @@ class Drawings:
                 noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
                 return finish(plan, noise, family.encode([self.texts[row // self.seeds] for row in rows]))
 
-            return torch.cat(family.drawing.of(drawn, len(self.numbers)))
+            found = torch.cat(family.drawing.of(drawn, len(self.numbers)))
+        if not torch.isfinite(found).all():
+            culprit = next(filter(None, map(broken, plan.members)), "a smaller scale, or dtype=fp32, may do")
+            raise UserError(f"the images of {self.words_of(job)} are not finite: {culprit}")
+        return found
+
+    def words_of(self, job: Job) -> str:
+        """What a job draws, for people."""
+        if job.control is None or not job.scale:
+            return f"{self.family.card.name}/{job.target}"
+        floor = "the random control beside " if job.random else ""
+        return f"{self.family.card.name}/{job.target} with {floor}{job.control} at scale {job.scale:g}"
 
     def plan(self, target: str) -> Plan:
         """What a target means. Raises UserError as `plan_of`."""
@@ -140,12 +176,12 @@ class Drawings:
 
     def features(self, job: Job, who: str) -> np.ndarray:
         """What an evaluator sees, (P, S, d)."""
-        found = load_file(self.path(job, who))["features"].double().numpy()
+        found = self.read(self.path(job, who))["features"].double().numpy()
         return found.reshape(len(self.texts), self.seeds, -1)
 
     def pictures(self, job: Job) -> Tensor:
         """The images to show, uint8 (n, 3, H, W)."""
-        return load_file(self.path(job))["pictures"]
+        return self.read(self.path(job))["pictures"]
 
 
 def plan_of(family: Family, target: str) -> Plan:
@@ -218,11 +254,12 @@ def acting(
         yield plan
 
 
+def broken(member: Member) -> str:
+    """Which of a network's own weights is not finite; empty where all are."""
+    name = next((name for name, weight in member.denoiser.net.named_parameters() if not torch.isfinite(weight).all()), "")
+    return name and f"{name} of {member.name} is not"
+
+
 def sign(name: str, eye: Evaluator) -> str:
     """A short hash of an evaluator: its name and what its features depend on."""
     return f"{name}-{hashlib.sha256(json.dumps([type(eye).__name__, eye.identity]).encode()).hexdigest()[:12]}"
-
-
-def _store(path: Path, **tensors: Tensor) -> None:
-    with replacing(path) as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new)

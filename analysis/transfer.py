@@ -17,7 +17,7 @@ from rich.table import Table
 
 from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job, in_turn, one_by_one, plan_of
-from analysis.measure import Measurement, Subject, Words, is_reference
+from analysis.measure import Measurement, Subject, Words, floor_of, is_reference
 from configs import UserError, command, entry, load, run_folder, tracking, versions
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
@@ -75,8 +75,6 @@ def main(cfg: Config) -> Path:
     fit(cfg, drawings, subjects, jobs)
     if accelerator.is_main_process:
         run_folder(cfg, folder, cfg.overwrite, FREE)
-        if cfg.overwrite:
-            drawings.forget(jobs)
     accelerator.wait_for_everyone()
     cost = draw(drawings, jobs, accelerator)
     if accelerator.is_main_process:
@@ -111,7 +109,9 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
     told, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
     cfg.prompts = told.texts
     eyes = evaluators(family.card, device, cfg.evaluators, ready=False) if not cfg.plan else {}
-    controls = {s.name: s.control for s in subjects} | {s.random: random_like(s.control, cfg.seed) for s in subjects if cfg.references}
+    controls = {(subject.name, False): subject.control for subject in subjects}
+    if cfg.references:
+        controls |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
     drawings = Drawings(family, controls, eyes, told, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
     for subject in subjects:
         for eye in eyes.values() if subject.words else ():
@@ -204,7 +204,7 @@ def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Jo
     """All that is to be drawn: subjects at their scales on their sources and on the targets, and the references."""
     found = [job for s in subjects for target in dict.fromkeys([s.source, *targets]) for job in s.jobs(target)]
     if cfg.references:
-        found += [Job(target, subject.random, 1.0) for subject in subjects for target in targets]
+        found += [floor_of(target, subject) for subject in subjects for target in targets]
         found += [Job(target, again=True) for target in targets if not is_reference(target)]
     return found
 
