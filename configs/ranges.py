@@ -23,6 +23,7 @@ AMOUNTS = {
     "strength": (-1e4, 1e4), "threshold": (-1e3, 1e3), "timesteps": (0, 1000), "tolerance": (0, 1e3), "weights": (-1e4, 1e4),
 }  # fmt: skip
 RANGES = COUNTS | AMOUNTS
+FULL = ("bands", "direction_scales", "lora_scales", "sample_scales", "sample_seeds")  # lists that may not be empty
 
 
 def check(config: Any, where: str = "") -> None:
@@ -38,6 +39,8 @@ def _check(value: Any, key: str, where: str) -> None:
         for name, inner in value.items():
             _check(inner, key, f"{where}.{name}")
     elif isinstance(value, (list, tuple)):
+        if not value and key in FULL:
+            raise UserError(f"{where} must hold at least one value")
         for inner in value:
             _check(inner, key, where)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
