@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -24,10 +23,10 @@ from analysis import record, sheets, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
 from analysis.draw import acting
 from analysis.drawing import shown
-from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import formats
 from controls.lora import Control
-from models import budget, promptsets
+from models import budget, devices, promptsets
 from models.evaluators import READERS, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
@@ -81,9 +80,10 @@ class Job:
         return f"features/{self.student}/{self.plan}/{state}.safetensors"
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the page."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
@@ -103,10 +103,7 @@ def main(cfg: Config) -> Path:
         for make in plans.values():
             with acting(make(), control, cfg.scale, family.card.name):
                 pass
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=FREE)
-    accelerator.wait_for_everyone()
+    folder = devices.claim(accelerator, cfg, FREE)
 
     todo = [job for job in jobs if not (folder / job.file).exists()]
     mine = todo[accelerator.process_index :: accelerator.num_processes]

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job
 from analysis.measure import Measurement, Subject, Words, is_reference
-from configs import UserError, command, entry, load, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, tracking, versions
 from controls import formats, intervals
 from controls.lora import Card, Control, random_like, ready
-from models import promptsets
+from models import devices, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
 from models.sample import PLANS
@@ -63,9 +63,10 @@ class Config:
     wandb: str = "auto"  # auto, online, offline, disabled
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator, folder = time.time(), Accelerator(cpu=not torch.accelerator.is_available()), Path(cfg.out) / cfg.name
+    start, accelerator, folder = time.time(), devices.start(cfg), Path(cfg.out) / cfg.name
     check(cfg)
     drawings, subjects, targets = prepare(cfg, accelerator.device)
     jobs = jobs_of(cfg, subjects, targets)
@@ -73,11 +74,7 @@ def main(cfg: Config) -> Path:
         design.show(drawings, subjects, targets, jobs, folder)
         return folder
     fit(drawings, subjects, jobs)
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, FREE)
-        if cfg.overwrite:
-            drawings.forget(jobs)
-    accelerator.wait_for_everyone()
+    devices.claim(accelerator, cfg, FREE)
     cost = draw(drawings, jobs, accelerator)
     if accelerator.is_main_process:
         measurement = Measurement(drawings, subjects, cfg.references)
