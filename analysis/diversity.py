@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -24,9 +23,9 @@ from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
 from analysis.report import number
-from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import intervals
-from models import budget, promptsets
+from models import budget, devices, promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
@@ -81,9 +80,10 @@ class Job:
         return f"features/{self.student}/{self.plan}/{self.part}.safetensors"
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
@@ -98,10 +98,7 @@ def main(cfg: Config) -> Path:
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=FREE)
-    accelerator.wait_for_everyone()
+    folder = devices.claim(accelerator, cfg, FREE)
 
     parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
     jobs = [Job(student, plan, part) for student, plan in plans for part in parts]

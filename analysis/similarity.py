@@ -29,10 +29,10 @@ from analysis.prediction import points, predictors
 from analysis.report import number, ranged
 from analysis.representations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
 from analysis.stitching import stitch
-from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import ROOT, UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import formats
 from controls.lora import Control, applied
-from models import budget, promptsets
+from models import budget, devices, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, Memory
 from models.sample import alone
@@ -71,9 +71,10 @@ class Config:
     wandb: str = "auto"  # auto, online, offline, disabled
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Compares, prints the tables and returns the path of the page."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
@@ -87,10 +88,7 @@ def main(cfg: Config) -> Path:
         print(budget.forecast(family.card, evaluations(family, pairs, firsts, len(seeds)), family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     fits(family, pairs, shown, cfg.blocks)
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "memory", "plan", "transfer"))
-    accelerator.wait_for_everyone()
+    folder = devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
 
     todo = chunks(cfg.prompts, seeds, family.drawing.size)
     work(walks(family, firsts, todo, folder), "sampling", accelerator)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -23,10 +22,10 @@ from analysis import record, sheets, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
 from analysis.draw import acting, in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
-from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import formats
 from controls.lora import Control, fits
-from models import budget, promptsets
+from models import budget, devices, promptsets
 from models.evaluators import READERS, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
@@ -84,9 +83,10 @@ class Job:
         return f"features/{self.student}/{self.plan}/{state}.safetensors"
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the page."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
@@ -105,10 +105,7 @@ def main(cfg: Config) -> Path:
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
     for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing
         fits(outline.member(name).denoiser.net, control, family.card.name)
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=FREE)
-    accelerator.wait_for_everyone()
+    folder = devices.claim(accelerator, cfg, FREE)
 
     todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]

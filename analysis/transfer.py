@@ -18,10 +18,10 @@ from rich.table import Table
 from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.measure import Measurement, Subject, Words, floor_of, is_reference
-from configs import UserError, command, entry, load, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, tracking, versions
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
-from models import promptsets
+from models import devices, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
 from models.loading import skeleton
@@ -63,9 +63,10 @@ class Config:
     wandb: str = "auto"  # auto, online, offline, disabled
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator, folder = time.time(), Accelerator(cpu=not torch.accelerator.is_available()), Path(cfg.out) / cfg.name
+    start, accelerator, folder = time.time(), devices.start(cfg), Path(cfg.out) / cfg.name
     check(cfg)
     drawings, subjects, targets = prepare(cfg, accelerator.device)
     jobs = jobs_of(cfg, subjects, targets)
@@ -73,9 +74,7 @@ def main(cfg: Config) -> Path:
         design.show(drawings, subjects, targets, jobs, folder)
         return folder
     fit(cfg, drawings, subjects, jobs)
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, FREE)
-    accelerator.wait_for_everyone()
+    devices.claim(accelerator, cfg, FREE)
     cost = draw(drawings, jobs, accelerator)
     if accelerator.is_main_process:
         measurement = Measurement(drawings, subjects, cfg.references)

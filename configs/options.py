@@ -23,10 +23,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from configs.errors import ROOT, UserError, note, quoted
+from configs import typed_yaml
+from configs.errors import ROOT, UserError, cut, explained, note, quoted
 from configs.ranges import check
 
 T = TypeVar("T")
+MOST_BYTES = 16 * 2**20  # of a config file
 
 
 def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
@@ -38,8 +40,8 @@ def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
     for layer in layers:
         # one word of a dotlist at a time, so that the message can name it
         for part in layer if isinstance(layer, list) else [layer]:
-            with _one_line("" if isinstance(part, dict) else f"{part}: "):
-                config = OmegaConf.merge(config, _read(part, isinstance(layer, list)))
+            with _one_line("" if isinstance(part, dict) else f"{cut(str(part), 100)}: "):
+                config = OmegaConf.merge(config, _read(part, schema, isinstance(layer, list)))
     with _one_line():
         found = OmegaConf.to_object(config)
     check(found)
@@ -96,21 +98,49 @@ def _find(path: str | Path) -> Path:
     for candidate in (Path(path), ROOT / path):
         if candidate.is_file():
             return candidate
+    if Path(path).is_dir():
+        raise UserError(f"{path or 'an empty name'} is a folder, not a config file")
     shipped = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "configs").rglob("*.yaml"))]
     near = get_close_matches(str(path), shipped, 1)
     raise UserError(f"no config file at {path}; " + (f"did you mean {near[0]}?" if near else "the shipped ones are under configs/"))
 
 
-def _read(layer: dict | str | Path, word: bool) -> Any:
+def _read(layer: dict | str | Path, schema: type, word: bool) -> Any:
     """What OmegaConf can merge: a dict as it is, one key=value word, or a YAML file's mapping."""
     if isinstance(layer, dict):
         return layer
-    if word:
-        return OmegaConf.from_dotlist([layer])
-    found = OmegaConf.create(_find(layer).read_text(encoding="utf-8"))
-    if not isinstance(found, DictConfig):
-        raise TypeError("holds no key: value pairs")
+    if not word:
+        return _mapping(layer, schema)
+    key, _, text = layer.partition("=")
+    kind = typed_yaml.field_kind(schema, key.split("."))
+    value, item = typed_yaml.word(text, kind), typed_yaml.item_kind(kind)
+    if item and isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        value = typed_yaml.read(_text(value), kind)
+    found = OmegaConf.create()
+    OmegaConf.update(found, key, value)
     return found
+
+
+def _mapping(path: str | Path, schema: type) -> dict:
+    """What a YAML file holds. Raises TypeError for one that holds something else than keys with values."""
+    found = typed_yaml.read(_text(path), schema)
+    if isinstance(found, list):
+        whole = bool(found) and isinstance(found[0], dict)
+        fits = [f.name for f in dataclasses.fields(schema) if (item := typed_yaml.item_kind(typed_yaml.field_kind(schema, [f.name])))
+                and dataclasses.is_dataclass(item) == whole]  # fmt: skip
+        hint = f"; a list goes to its own key: {' or '.join(f'{name}={path}' for name in fits[:2])}" if fits else ""
+        raise TypeError(f"holds a list, no key: value pairs{hint}")
+    if not isinstance(found, dict | None):
+        raise TypeError("holds no key: value pairs")
+    return found or {}
+
+
+def _text(path: str | Path) -> str:
+    """The text of a config file."""
+    file = _find(path)
+    if file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{cut(str(path), 200)} is no config file: it is larger than {MOST_BYTES // 2**20} MB")
+    return file.read_text(encoding="utf-8-sig")
 
 
 @contextmanager
@@ -126,7 +156,11 @@ def _one_line(where: str = ""):
         raise UserError(f"{where}not valid YAML{at}: {getattr(error, 'problem', None) or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}not a text file") from None
-    except (ValueError, TypeError, AssertionError, OSError) as error:
+    except OSError as error:
+        raise UserError(where + explained(error)) from None
+    except RecursionError:
+        raise UserError(f"{where}it nests too deep") from None
+    except (ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError) as error:
         shape = isinstance(error, AssertionError) or "incompatible container types" in str(error)  # OmegaConf's words for a wrong shape
         raise UserError(where + ("a list is given whole, as key=[a,b], a file as key: value pairs" if shape else str(error))) from None
 

@@ -24,6 +24,7 @@ AMOUNTS = {
 }  # fmt: skip
 RANGES = COUNTS | AMOUNTS
 LONGEST = 10_000  # characters of a text
+FULL = ("bands", "direction_scales", "lora_scales", "sample_scales", "sample_seeds")  # lists that may not be empty
 
 
 def check(config: Any, where: str = "") -> None:
@@ -39,6 +40,8 @@ def _check(value: Any, key: str, where: str) -> None:
         for name, inner in value.items():
             _check(inner, key, f"{where}.{name}")
     elif isinstance(value, (list, tuple)):
+        if not value and key in FULL:
+            raise UserError(f"{where} must hold at least one value")
         for inner in value:
             _check(inner, key, where)
     elif isinstance(value, str):
