@@ -39,7 +39,9 @@ def main(cfg: Config) -> None:
             drawings.make(job)  # what is prepared once is prepared now
             whole, parts = [], []
             for _ in range(cfg.rounds):
-                drawings.forget([job])
+                for path in drawings.files(job):
+                    path.unlink(missing_ok=True)
+                drawings.whole.clear()
                 whole.append(seconds(lambda job=job: drawings.make(job)))
                 parts.append(bare(drawings, plan))
             total, (unet, rest) = min(whole), (min(part) for part in zip(*parts, strict=True))
@@ -55,12 +57,12 @@ def bare(drawings: Drawings, plan) -> tuple[float, float]:
     family, count = drawings.family, len(drawings.numbers)
     latents = draw_noise(range(count), family.latent_shape, 1, family.device)[:, 0]
     images = torch.zeros(count, 3, family.card.size_px, family.card.size_px)
+    conditioning = family.encode([drawings.texts[k // drawings.seeds] for k in range(count)])
 
     def steps(rows: torch.Tensor) -> torch.Tensor:
-        told = drawings.prompts[rows // drawings.seeds]
         for stage in plan.stages:
             for level in stage.levels:
-                stage.member.denoiser(latents[rows], level, told, stage.member.guidance)
+                stage.member.denoiser(latents[rows], level, conditioning[rows], stage.member.guidance)
         return rows
 
     def look(rows: torch.Tensor) -> torch.Tensor:
@@ -71,7 +73,7 @@ def bare(drawings: Drawings, plan) -> tuple[float, float]:
     def decode(rows: torch.Tensor) -> torch.Tensor:
         return family.decode(latents[rows])
 
-    unet, vae, eyes = (seconds(lambda work=work: drawings.in_batches(work)) for work in (steps, decode, look))
+    unet, vae, eyes = (seconds(lambda work=work: family.drawing.of(work, count)) for work in (steps, decode, look))
     return unet, vae + eyes
 
 

@@ -12,6 +12,7 @@ from analysis.representations import forced
 from controls import intervals, overlap
 from controls.effect import cosine
 from controls.lora import Card, Control, applied
+from models.batches import Batches
 from models.families import Family
 from models.noise import Noise
 from models.prompts import Prompts
@@ -28,7 +29,7 @@ class Start:
     x0: Tensor  # (B, C, H, W)
     eps: Tensor  # (B, C, H, W)
     prompts: np.ndarray  # (B,) which prompt each is of
-    batch: int
+    batches: Batches
     bare: dict[Key, np.ndarray] = field(default_factory=dict)  # what members say without a control, kept over the controls
 
 
@@ -40,13 +41,13 @@ def levels_between(a: Member, b: Member) -> tuple[Noise, ...]:
 @torch.no_grad()
 def says(member: Member, level: Noise, guided: bool, start: Start) -> np.ndarray:
     """x0 of the member at the start noised to a level, (B, C·H·W); guided: as it is sampled, else the conditional branch alone."""
-    found = []
-    for rows in torch.arange(len(start.told)).split(start.batch):
-        (at, x), = forced(member, start.x0[rows], start.eps[rows], [level])
-        told = start.told[rows]
-        out = member.denoiser(x, at, told, member.guidance) if guided else member.denoiser(x, at, told.conditional())
-        found.append(out.flatten(1).double().cpu().numpy())
-    return np.concatenate(found)
+
+    def moved(rows: Tensor) -> Tensor:
+        ((at, x),) = forced(member, start.x0[rows], start.eps[rows], [level])
+        conditioning = start.told[rows] if guided else start.told[rows].conditional()
+        return member.denoiser(x, at, conditioning, member.guidance if guided else None).flatten(1).double().cpu()
+
+    return torch.cat(start.batches.of(moved, len(start.told))).numpy()
 
 
 def moves(family: Family, control: Control, member: Member, levels: Sequence[Noise], start: Start) -> dict[Key, np.ndarray]:

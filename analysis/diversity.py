@@ -5,15 +5,12 @@ the whole table.
 """
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -21,24 +18,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import diversity_page, record, sheets
+from analysis.draw import in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
 from analysis.report import number
-from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import intervals
-from models import budget, promptsets
+from models import budget, devices, promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
-from models.sample import Plan, draw_noise, named, sample
+from models.sample import Plan, draw_noise, finish, sample
 
 FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(1)", "renoised(1)", "guided(1)", "cads(0.2)", "delta(0.8)"]
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
 FREE = ("plans", "students", "labels", "neighbours", "batch", "memory", "plan", "wandb", "out")  # what a continued run may change
-OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 
 
 @dataclass
@@ -56,7 +53,7 @@ class Config:
     reference: str = ""  # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
     labels: list[str] = field(default_factory=list)  # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
     neighbours: int = 5  # k of precision, recall, density and coverage
-    batch: int = 48  # images sampled at once
+    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
@@ -74,45 +71,49 @@ class Job:
     part: str  # prompt-0, prompt-1, … or block-0, block-1, …
 
     @property
+    def target(self) -> str:
+        """As analysis.draw names it."""
+        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
+
+    @property
     def file(self) -> str:
         return f"features/{self.student}/{self.plan}/{self.part}.safetensors"
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, cfg.labels, seeds = told.texts, cfg.labels or family.card.prompts, told.numbers(cfg.seeds, cfg.seed)
-    plans = plans_of(cfg, family)
+    plans = ways(cfg.plans, cfg.students, family if cfg.plan else Family(cfg.family, bare=True))
     if cfg.plan:
         images = len(cfg.prompts) * cfg.seeds + cfg.captions
         print(f"{len(plans)} ways to draw, {images} images each")
-        print(budget.forecast(family.card, budget.asked((make(), images) for make in plans.values()), family.dtype, family.device))
+        calls = budget.asked((plan_of(family, Job(*way, "").target), images) for way in plans)
+        print(budget.forecast(family.card, calls, family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=FREE)
-    accelerator.wait_for_everyone()
+    folder = devices.claim(accelerator, cfg, FREE)
 
     parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
     jobs = [Job(student, plan, part) for student, plan in plans for part in parts]
-    todo = [job for job in jobs if not (folder / job.file).exists()]
+    todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for job in tqdm(mine, "diversity", unit="set", disable=not accelerator.is_main_process):
+    for job in one_by_one(mine, family, "diversity", not accelerator.is_main_process):
         kind, _, index = job.part.partition("-")
-        plan, to, k = plans[job.student, job.plan](), folder / job.file, int(index)
+        plan, to, k = plan_of(family, job.target), folder / job.file, int(index)
         variety(cfg, family, plan, eyes, seeds, k, to) if kind == "prompt" else captioned(cfg, family, plan, eyes, captions, k, to)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
-    cells = cells_of(cfg, family.card.base, list(plans), list(eyes), judge, blocks_of(texts), folder)
+    cells = cells_of(cfg, family.card.base, plans, list(eyes), judge, blocks_of(texts), folder)
     results = {"schema": 1, "recipe": "analysis.diversity", "command": command(), "versions": versions(),
                "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
                "evaluators": list(eyes), "base": family.card.base, "fronts": diversity_page.fronts(cells, family.card.base),
@@ -137,57 +138,36 @@ def check(cfg: Config) -> None:
         raise UserError(f"evaluators must hold clip, which judges prompt agreement; got {', '.join(cfg.evaluators)}")
     if cfg.captions and cfg.captions < BLOCKS * max(2, cfg.neighbours):
         raise UserError(f"captions must be 0 or at least {BLOCKS * max(2, cfg.neighbours)}; got {cfg.captions}")
-    for key in ("neighbours", "batch"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
-
-
-def plans_of(cfg: Config, family: Family) -> dict[tuple[str, str], Callable[[], Plan]]:
-    """(student, plan) to a function that makes the plan; plans of the base alone stand once, under the base's name.
-
-    Made anew for each job, for a plan may hold weights. Raises UserError for a member of another family and for a plan that is none.
-    """
-    base, others = family.member(family.card.base), [name for name in family.card.members if name != family.card.base]
-    found: dict[tuple[str, str], Callable[[], Plan]] = {}
-    if family.card.base in cfg.students:
-        raise UserError(f"{family.card.base} is the base itself; students are {', '.join(others)}")
-    for text in cfg.plans:
-        for name in cfg.students or others:
-            make = partial(named, text, base, family.member(name))
-            make()  # a mistake is said now, not after an hour of drawing
-            found[family.card.base if text.split("(")[0] in OF_THE_BASE else name, text] = make
-    return found
-
-
-def images_of(family: Family, plan: Plan, texts: list[str], seeds: list[int], batch: int, steps: bool) -> Iterator[tuple[int, Tensor]]:
-    """(step, pictures (B, 3, H, W)) batch by batch: x0 at each step and the finished image at the last, or without `steps` this alone."""
-    for rows in torch.arange(len(texts)).split(batch):
-        noise = draw_noise([seeds[r] for r in rows], family.latent_shape, plan.steps, family.device)
-        for step in sample(plan, noise, family.encode([texts[r] for r in rows])):
-            last = step.index + 1 == plan.steps
-            if steps or last:
-                yield step.index, family.decode(step.after if last else step.x0)
 
 
 @torch.no_grad()
 def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], numbers: list[int], p: int, path: Path) -> None:
     """How far apart the seeds of one prompt are at each step, as one safetensors file of numbers and a few pictures."""
+    word, seeds = eyes["clip"].texts([cfg.prompts[p]])[0], numbers[p * cfg.seeds :][: cfg.seeds]
+
+    def seen(rows: Tensor) -> tuple[list[dict[str, np.ndarray]], Tensor]:
+        """Features of x0 at each step, of the finished image at the last, and the small finished pictures."""
+        noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
+        features = []
+        for step in sample(plan, noise, family.encode([cfg.prompts[p]] * len(rows))):
+            images = family.decode(step.after if step.index + 1 == plan.steps else step.x0)
+            features.append({name: eye.features(images) for name, eye in eyes.items()})
+        return features, sheets.thumbs(images)
+
     spreads = {name: [Spread("cosine" if name in UNIT else "squared") for _ in range(plan.steps)] for name in eyes}
-    agrees, pictures, word = np.zeros(plan.steps), torch.empty(0, dtype=torch.uint8), eyes["clip"].texts([cfg.prompts[p]])[0]
-    seeds = numbers[p * cfg.seeds :][: cfg.seeds]
-    for t, images in images_of(family, plan, [cfg.prompts[p]] * cfg.seeds, seeds, cfg.batch, steps=True):
-        features = {name: eye.features(images) for name, eye in eyes.items()}
-        for name, values in features.items():
-            spreads[name][t].add(values)
-        agrees[t] += (features["clip"] @ word).sum() / cfg.seeds
-        if t + 1 == plan.steps:
-            pictures = torch.cat([pictures, sheets.thumbs(images)])[:SHOWN]
+    agrees, pictures = np.zeros(plan.steps), []
+    for batch, thumbs in family.drawing.of(seen, cfg.seeds):
+        pictures.append(thumbs)
+        for t, features in enumerate(batch):
+            agrees[t] += (features["clip"] @ word).sum() / cfg.seeds
+            for name, values in features.items():
+                spreads[name][t].add(values)
     tensors = {name: torch.tensor([list(s.distance().values()) for s in spread], dtype=torch.float64) for name, spread in spreads.items()}
     tensors["vendi"] = torch.tensor([s.vendi() for s in spreads["clip"]], dtype=torch.float64)
     tensors["agreement"] = torch.from_numpy(100 * agrees)
     tensors["t"] = torch.tensor([level.t for stage in plan.stages for level in stage.levels], dtype=torch.float64)
-    tensors["pictures"] = pictures.contiguous()
+    tensors["pictures"] = torch.cat(pictures)[:SHOWN].contiguous()
     with replacing(path) as new:
         save_file(tensors, new)
 
@@ -196,19 +176,23 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
 def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], captions: PromptSet, b: int, path: Path) -> None:
     """One block of the captions, an image each: features, and what it cost, from the words to the pixels, the base's steps included."""
     rows = slice(b, None, blocks_of(captions.texts))
-    told, seeds = captions.texts[rows], captions.numbers(1, cfg.seed + 500_000)[rows]
+    texts, seeds = captions.texts[rows], captions.numbers(1, cfg.seed + 500_000)[rows]
     asked = {id(member.denoiser): member.denoiser for member in plan.members}.values()
-    before, seconds, found, start = sum(denoiser.evaluations for denoiser in asked), 0.0, {name: [] for name in eyes}, time.perf_counter()
-    for _, images in images_of(family, plan, told, seeds, cfg.batch, steps=False):
-        seconds += time.perf_counter() - start
-        for name, eye in eyes.items():
-            found[name].append(torch.from_numpy(eye.features(images)).float())
-        start = time.perf_counter()
-    evaluations = (sum(denoiser.evaluations for denoiser in asked) - before) / len(found["clip"])
-    words = torch.from_numpy(eyes["clip"].texts(told)).float()
-    cost = torch.tensor([seconds / len(told), evaluations], dtype=torch.float64)
+
+    def drawn(rows: Tensor) -> tuple[dict[str, Tensor], float, int]:
+        """Features of a batch, its seconds and its evaluations per image."""
+        start, before = time.perf_counter(), sum(denoiser.evaluations for denoiser in asked)
+        noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
+        images = family.decode(finish(plan, noise, family.encode([texts[row] for row in rows])))
+        seconds = time.perf_counter() - start
+        features = {name: torch.from_numpy(eye.features(images)).float() for name, eye in eyes.items()}
+        return features, seconds, sum(denoiser.evaluations for denoiser in asked) - before
+
+    features, seconds, evaluations = zip(*family.drawing.of(drawn, len(texts)), strict=True)
+    words = torch.from_numpy(eyes["clip"].texts(texts)).float()
+    cost = torch.tensor([sum(seconds) / len(texts), np.mean(evaluations)], dtype=torch.float64)
     with replacing(path) as new:
-        save_file({**{name: torch.cat(parts) for name, parts in found.items()}, "words": words, "cost": cost}, new)
+        save_file({**{name: torch.cat([part[name] for part in features]) for name in eyes}, "words": words, "cost": cost}, new)
 
 
 def blocks_of(texts: list[str]) -> int:

@@ -29,13 +29,13 @@ class Subject:
     def source(self) -> str:
         return self.control.card.member
 
-    @property
-    def random(self) -> str:
-        """The name of its floor, the random control of the same norms."""
-        return f"random-{self.name}"
-
     def jobs(self, target: str) -> list[Job]:
         return [Job(target, self.name, scale) for scale in self.scales]
+
+
+def floor_of(target: str, subject: Subject) -> Job:
+    """The drawing of a subject's floor, the random control of the same norms."""
+    return Job(target, subject.name, 1.0, random=True)
 
 
 class Measurement:
@@ -58,7 +58,7 @@ class Measurement:
         readings = {who: self.reading(who, subject, target) for who in self.drawings.eyes}
         prompts, seeds = len(self.drawings.texts), self.drawings.seeds
         return {
-            "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name][:16],
+            "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name, False][:16],
             "source": f"{card.family}/{card.member}", "target": f"{card.family}/{target}", "reference": is_reference(target),
             "evaluator": first, "scales": subject.scales, "below": self.drawings.below,
             **readings[first], "clip_change_percent": self.clip_change(subject, target),
@@ -106,7 +106,7 @@ class Measurement:
         if not self.references:
             return found
         at = lambda slopes: {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}  # noqa: E731
-        floor = self.slopes(who, subject, target, [Job(target), Job(target, subject.random, 1.0)], [0.0, 1.0])
+        floor = self.slopes(who, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0])
         found["floor"] = at(floor)
         ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
         if ceiling and target != subject.source:

@@ -8,20 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from analysis.metrics import Moments, Neighbours, Sharpness
-from configs import UserError
+from configs import UserError, note
 from controls import intervals
-from models import promptsets
+from models import picture_folders, promptsets
 from models.evaluators import Evaluator
 from models.families import FamilyCard
+from models.pictures import SUFFIXES, check, load, square
 from models.promptsets import PromptSet
 from models.tiny import world
 
 REAL = 600  # pictures of a known world to compare with
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Batches = Callable[[], Iterator[Tensor]]  # real pictures (B, 3, H, W) in [-1, 1], batch by batch
 
 
@@ -30,18 +29,21 @@ def against(
 ) -> tuple[PromptSet, Batches | None]:
     """What the images are told, and the real pictures to compare them with; None where there are none.
 
-    reference: a folder of pictures, or "" for the world's own where it is known. Images are told what is chosen, else the captions in
-    .txt files beside the pictures, or of the world, else the prompts. k: neighbours that a picture must have. Raises UserError for a folder
+    reference: a folder of pictures, or "" for the world's own where it is known. Images are told what is chosen, else the captions of
+    the folder's pictures, or of the world, else the prompts. k: neighbours that a picture must have. Raises UserError for a folder
     with too few pictures.
     """
     told, real = promptsets.read(chosen or prompts), None
     if reference:
-        files = sorted(path for path in Path(reference).glob("*") if path.suffix.lower() in SUFFIXES)
+        folder = picture_folders.read(reference)
+        files, captions_beside = folder.files, [caption for caption in folder.captions if caption]
         if len(files) <= k:
             raise UserError(f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has {len(files)}")
-        beside = [path.with_suffix(".txt") for path in files if path.with_suffix(".txt").is_file()]
-        if beside and not chosen:
-            told = PromptSet([path.read_text(encoding="utf-8").strip() for path in beside])
+        for file in files:
+            check(file)  # before hours of drawing
+        note(folder.report)
+        if captions_beside and not chosen:
+            told = PromptSet(captions_beside)
         real = lambda: (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))  # noqa: E731
     elif card.probe:  # a world whose truth is known can be asked for its own pictures
         if not chosen:
@@ -58,15 +60,7 @@ def cycled(told: PromptSet, n: int) -> PromptSet:
 
 def opened(files: list[Path], size_px: int) -> Tensor:
     """The middles of picture files, (B, 3, size_px, size_px) in [-1, 1]. Raises UserError for one that cannot be read."""
-    rows = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size_px, size_px), Image.Resampling.LANCZOS)
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{file} is not a picture that can be read: {str(error)[:100]}") from None
-        rows.append(torch.from_numpy(np.array(fitted)))
-    return world.to_unit(torch.stack(rows).permute(0, 3, 1, 2))
+    return torch.stack([square(load(file), size_px) for file in files])
 
 
 @dataclass

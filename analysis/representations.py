@@ -98,11 +98,16 @@ def nearest(levels: Sequence[Noise], wanted: Sequence[Noise]) -> list[int]:
 def walk(family: Family, name: str, chunk: Chunk, path: Path) -> None:
     """Stores a member's own run of a chunk: x (B, steps, C, H, W) that it held at each step, and the finished x0 (B, C, H, W)."""
     member = family.member(name)
-    noise = draw_noise(chunk.seeds, family.latent_shape, len(member.levels), family.device)
-    steps = list(sample(alone(member), noise, family.encode([chunk.text] * len(chunk.seeds))))
-    held = torch.stack([step.x for step in steps], 1).to("cpu", torch.float16 if family.device.type != "cpu" else torch.float32)
+
+    def run(rows: Tensor) -> tuple[Tensor, Tensor]:
+        noise = draw_noise([chunk.seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device)
+        steps = list(sample(alone(member), noise, family.encode([chunk.text] * len(rows))))
+        held = torch.stack([step.x for step in steps], 1)
+        return held.to("cpu", torch.float16 if family.device.type != "cpu" else torch.float32), steps[-1].after.cpu()
+
+    held, finished = (torch.cat(part) for part in zip(*family.drawing.of(run, len(chunk.seeds)), strict=True))
     with replacing(path) as new:
-        save_file({"x": held.contiguous(), "x0": steps[-1].after.cpu().contiguous()}, new)
+        save_file({"x": held.contiguous(), "x0": finished.contiguous()}, new)
 
 
 class Site:
@@ -189,19 +194,33 @@ def looks(
     family: Family, pair: Pair, first: Member, second: Member, names: list[str], chunk: Chunk, walked: dict[str, Tensor], grid: int
 ) -> Iterator[tuple[tuple[str, int, str], tuple[Tensor, Tensor]]]:
     """((inputs, step, block), (map of the first, map of the second)) of one chunk; maps (B, C, grid, grid)."""
-    told = family.encode([chunk.text] * len(chunk.seeds))
-    x0, eps = walked["x0"].to(family.device), spare_noise(family, first, chunk.seeds)
     levels = second.levels
-    own = [(first.levels[i], walked["x"][:, i].to(x0)) for i in nearest(first.levels, levels)]
-    here = look(first, own + forced(first, x0, eps, levels), told, names, grid)
-    with applied(second.denoiser.net, pair.control, pair.scale, family.card.name) if pair.control else nullcontext():
-        noise = draw_noise(chunk.seeds, family.latent_shape, len(levels), family.device)
-        theirs = [(step.noise, step.x) for step in sample(alone(second), noise, told)]
-        there = look(second, theirs + forced(second, x0, eps, levels), told, names, grid)
+    at = [first.levels[i] for i in nearest(first.levels, levels)]
+    held = walked["x"][:, nearest(first.levels, levels)]
+
+    def both(rows: Tensor) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        """What the blocks of both hold at every state, own ones first."""
+        seeds = [chunk.seeds[row] for row in rows]
+        conditioning = family.encode([chunk.text] * len(rows))
+        x0, eps = walked["x0"][rows].to(family.device), spare_noise(family, first, seeds)
+        own = [(level, held[rows, place].to(x0)) for place, level in enumerate(at)]
+        here = look(first, own + forced(first, x0, eps, levels), conditioning, names, grid)
+        with applied(second.denoiser.net, pair.control, pair.scale, family.card.name) if pair.control else nullcontext():
+            noise = draw_noise(seeds, family.latent_shape, len(levels), family.device)
+            theirs = [(step.noise, step.x) for step in sample(alone(second), noise, conditioning)]
+            there = look(second, theirs + forced(second, x0, eps, levels), conditioning, names, grid)
+        return here, there
+
+    here, there = (joined(side) for side in zip(*family.drawing.of(both, len(chunk.seeds)), strict=True))
     for place, (a, b) in enumerate(zip(here, there, strict=True)):
         inputs, step = ("own", place) if place < len(levels) else ("forced", place - len(levels))
         for name in names:
             yield (inputs, step, name), (a[name], b[name])
+
+
+def joined(batches: Sequence[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """Maps of several batches, state by state and block by block, as those of one."""
+    return [{name: torch.cat([batch[k][name] for batch in batches]) for name in state} for k, state in enumerate(batches[0])]
 
 
 def spare_noise(family: Family, member: Member, seeds: Sequence[int]) -> Tensor:

@@ -29,10 +29,10 @@ from analysis.prediction import points, predictors
 from analysis.report import number, ranged
 from analysis.representations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
 from analysis.stitching import stitch
-from configs import ROOT, UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import ROOT, UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import formats
 from controls.lora import Control, applied
-from models import budget, promptsets
+from models import budget, devices, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, Memory
 from models.sample import alone
@@ -62,7 +62,7 @@ class Config:
     kept: int = 512  # samples kept for intervals, permutations, neighbours, maps between blocks; CKA itself keeps none
     draws: int = 100  # permutations of the prompts for the null
     stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
-    batch: int = 48  # images sampled at once
+    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
@@ -71,13 +71,14 @@ class Config:
     wandb: str = "auto"  # auto, online, offline, disabled
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Compares, prints the tables and returns the path of the page."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
     pairs = pairs_of(cfg, family, control)
@@ -87,12 +88,9 @@ def main(cfg: Config) -> Path:
         print(budget.forecast(family.card, evaluations(family, pairs, firsts, len(seeds)), family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     fits(family, pairs, shown, cfg.blocks)
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=("wandb", "out", "memory", "plan", "transfer"))
-    accelerator.wait_for_everyone()
+    folder = devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
 
-    todo = chunks(cfg.prompts, seeds, cfg.batch)
+    todo = chunks(cfg.prompts, seeds, family.drawing.size)
     work(walks(family, firsts, todo, folder), "sampling", accelerator)
     quiet = not accelerator.is_main_process
     work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), "measuring", accelerator)
@@ -119,7 +117,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, for the variance over seeds; got {cfg.seeds}")
-    for key in ("grid", "neighbours", "draws", "batch"):
+    for key in ("grid", "neighbours", "draws"):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     if cfg.spread_grid < cfg.grid or cfg.spread_grid % cfg.grid:
@@ -218,7 +216,7 @@ def measurements(
         own = [seed for chunk in todo for seed in chunk.seeds]
         seeds = [own[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
         eyes = evaluators(family.card, family.device)
-        cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes, cfg.batch)
+        cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes)
         record.picture(pictures, folder / f"images/stitch/{pair.file}.png")
         keep(cells, path)
 
@@ -252,7 +250,7 @@ def ground(cfg: Config, family: Family, todo: list[Chunk], folder: Path) -> Star
     eps = torch.cat([spare_noise(family, base, chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts])
     counts = [len(chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts]
     told = family.encode([chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)])
-    return Start(told, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), cfg.batch)
+    return Start(told, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), family.drawing)
 
 
 def keep(cells: list[dict], path: Path) -> None:

@@ -27,7 +27,7 @@ def led(network: Member, plan: Member) -> Member:
 
 
 def stitch(
-    family: Family, first: str, second: str, texts: list[str], seeds: list[int], eyes: dict[str, Evaluator], batch: int
+    family: Family, first: str, second: str, texts: list[str], seeds: list[int], eyes: dict[str, Evaluator]
 ) -> tuple[list[dict], Tensor]:
     """Cells of both members alone and of both ways to stitch them, and pictures uint8 (4, n, 3, H, W) of the first seed of some prompts.
 
@@ -37,10 +37,10 @@ def stitch(
     """
     a, b = family.member(first), family.member(second)
     ways = [(first, first, a), (second, second, b), (first, second, joined(a, b)), (second, first, joined(b, a))]
-    images = [family.draw(member, texts, seeds, batch) for _, _, member in ways]
+    images = [family.draw(member, texts, seeds) for _, _, member in ways]
     seen = [features(image, eyes) for image in images]
     above = [seen[0], seen[1], seen[1], seen[0]]
-    below = [seen[0], seen[1], *(features(family.draw(m, texts, seeds, batch), eyes) for m in (led(a, b), led(b, a)))]
+    below = [seen[0], seen[1], *(features(family.draw(m, texts, seeds), eyes) for m in (led(a, b), led(b, a)))]
     prompts, said = np.unique(texts, return_inverse=True)[1], eyes["clip"].texts(texts)
     cells = []
     for (down, up, _), images_seen, up_seen, down_seen in zip(ways, seen, above, below, strict=True):

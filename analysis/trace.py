@@ -6,34 +6,31 @@ abandons, and at which steps a control acts.
 """
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from torch import Tensor
 
 from analysis import record, sheets, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
-from analysis.draw import acting
+from analysis.draw import acting, in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
-from configs import UserError, command, entry, load, replacing, run_folder, tracking, versions
+from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import formats
-from controls.lora import Control
-from models import budget, promptsets
+from controls.lora import Control, fits
+from models import budget, devices, promptsets
 from models.evaluators import READERS, Evaluator, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
-from models.sample import Plan, draw_noise, named, sample
+from models.sample import Plan, draw_noise, sample
 
-OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
 FREE = ("wandb", "out", "batch", "memory", "plan", "tolerance", "threshold", "concepts")  # what a continued run may change
 CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
@@ -58,7 +55,7 @@ class Config:
     negative: str = ""  # what it departs from; empty = what its card says
     bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
-    batch: int = 48  # images sampled at once
+    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
@@ -76,49 +73,51 @@ class Job:
     bands: tuple[int, ...] | None  # where the control is on; () = nowhere, None = everywhere
 
     @property
+    def target(self) -> str:
+        """As analysis.draw names it."""
+        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
+
+    @property
     def file(self) -> str:
         state = "on" if self.bands is None else "-".join(map(str, self.bands)) or "off"
         return f"features/{self.student}/{self.plan}/{state}.safetensors"
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the page."""
-    start, accelerator = time.time(), Accelerator(cpu=not torch.accelerator.is_available())
+    start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     told = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
-    plans = plans_of(cfg, family)
-    jobs = jobs_of(cfg, list(plans), control is not None)
+    outline = family if cfg.plan else Family(cfg.family, bare=True)
+    plans = ways(cfg.plans, cfg.students, outline)
+    jobs = jobs_of(cfg, plans, control is not None)
     if cfg.plan:
         images = len(cfg.prompts) * cfg.seeds
         print(f"{len(jobs)} ways to draw, {images} images each")
-        calls = budget.asked((plans[job.student, job.plan](), images) for job in jobs)
+        calls = budget.asked((plan_of(family, job.target), images) for job in jobs)
         print(budget.forecast(family.card, calls, family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
-    if control:  # a misfit is said now, not after an hour of drawing
-        for make in plans.values():
-            with acting(make(), control, cfg.scale, family.card.name):
-                pass
-    folder = Path(cfg.out) / cfg.name
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, free=FREE)
-    accelerator.wait_for_everyone()
+    for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing
+        fits(outline.member(name).denoiser.net, control, family.card.name)
+    folder = devices.claim(accelerator, cfg, FREE)
 
-    todo = [job for job in jobs if not (folder / job.file).exists()]
+    todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for job in tqdm(mine, "trace", unit="set", disable=not accelerator.is_main_process):
-        draw(cfg, family, plans[job.student, job.plan](), control, eyes, seeds, job, folder / job.file)
+    for job in one_by_one(mine, family, "trace", not accelerator.is_main_process):
+        draw(cfg, family, plan_of(family, job.target), control, eyes, seeds, job, folder / job.file)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
     pictures(cfg, cells, folder)
-    strips(family, plans, seeds, cells, folder)
+    strips(family, seeds, cells, folder)
     results = {"schema": 1, "recipe": "analysis.trace", "command": command(), "versions": versions(),
                "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
                "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts, "shown": min(cfg.shown, len(cfg.prompts)),
@@ -138,9 +137,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, to tell how far two images are apart; got {cfg.seeds}")
-    for key in ("shown", "batch"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
+    if cfg.shown < 1:
+        raise UserError(f"shown must be at least 1; got {cfg.shown}")
     if sorted(cfg.bands, reverse=True) != cfg.bands or not cfg.bands:
         raise UserError(f"bands must be falling noise levels t, such as 875, 625, 375; got {cfg.bands}")
     for text in cfg.concepts:
@@ -154,23 +152,6 @@ def words(cfg: Config, control: Control) -> tuple[str, str]:
     if not all(pair):
         raise UserError(f"{control.card.name} does not say what it makes: give positive=… and negative=…")
     return pair
-
-
-def plans_of(cfg: Config, family: Family) -> dict[tuple[str, str], Callable[[], Plan]]:
-    """(student, plan) to a function that makes the plan; plans of the base alone stand once, under the base's name.
-
-    Raises UserError for a member of another family and for a plan that is none.
-    """
-    base, others = family.member(family.card.base), [name for name in family.card.members if name != family.card.base]
-    found: dict[tuple[str, str], Callable[[], Plan]] = {}
-    for name in cfg.students or others:
-        if name == family.card.base:
-            raise UserError(f"{name} is the base itself; students are {', '.join(others)}")
-        for text in cfg.plans:
-            make = partial(named, text, base, family.member(name))
-            make()  # a mistake is said now, not after an hour of drawing
-            found[family.card.base if text.split("(")[0] in OF_THE_BASE else name, text] = make
-    return found
 
 
 def jobs_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list[Job]:
@@ -195,26 +176,28 @@ def draw(
     """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
     whole, levels = job.bands is None or not job.bands, [level for stage in plan.stages for level in stage.levels]
-    found: dict[str, list] = {name: [] for name in (*eyes, "x", "x0")}
     holds = None if job.bands is None else lambda level: band(cfg, level) in job.bands
+
+    def seen(rows: Tensor) -> dict[str, Tensor]:
+        kept = [r for r, row in enumerate(rows) if row % cfg.seeds == 0 and row // cfg.seeds < cfg.shown]
+        noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
+        steps = defaultdict(list)
+        for step in sample(plan, noise, family.encode([texts[row] for row in rows])):
+            last = step.index + 1 == plan.steps
+            if not (whole or last):
+                continue
+            images = family.decode(step.after if last else step.x0)
+            for name, eye in eyes.items():
+                steps[name].append(torch.from_numpy(eye.features(images)).float())
+            if whole and kept:
+                steps["x0"].append(sheets.thumbs(images[kept]))
+                steps["x"].append(sheets.thumbs(family.decode(step.x[kept])))
+        return {name: torch.stack(parts, 1) for name, parts in steps.items()}
+
     with acting(plan, control if job.bands != () else None, cfg.scale, family.card.name, holds) as plan:
-        for rows in torch.arange(len(texts)).split(cfg.batch):
-            kept = [r for r in range(len(rows)) if rows[r] % cfg.seeds == 0 and rows[r] // cfg.seeds < cfg.shown]
-            noise = draw_noise([seeds[r] for r in rows], family.latent_shape, plan.steps, family.device)
-            steps: dict[str, list] = {name: [] for name in found}
-            for step in sample(plan, noise, family.encode([texts[r] for r in rows])):
-                last = step.index + 1 == plan.steps
-                if not (whole or last):
-                    continue
-                images = family.decode(step.after if last else step.x0)
-                for name, eye in eyes.items():
-                    steps[name].append(torch.from_numpy(eye.features(images)).float())
-                if whole:
-                    steps["x0"].append(sheets.thumbs(images[kept]))
-                    steps["x"].append(sheets.thumbs(family.decode(step.x[kept])) if kept else steps["x0"][-1])
-            for name, parts in steps.items():
-                found[name] += [torch.stack(parts, 1)] if parts else []
-    tensors = {name: torch.cat(parts).contiguous() for name, parts in found.items() if parts}
+        batches = family.drawing.of(seen, len(texts))
+    names = dict.fromkeys(name for batch in batches for name in batch)
+    tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]).contiguous() for name in names}
     tensors["t"] = torch.tensor([level.t for level in levels], dtype=torch.float64)
     with replacing(path) as new:
         save_file(tensors, new)
@@ -264,13 +247,13 @@ def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
 
 
 @torch.no_grad()
-def strips(family: Family, plans: dict, seeds: list[int], cells: list[dict], folder: Path) -> None:
+def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) -> None:
     """The images that abandon most, drawn again: x0 at every step, one sheet per plan that has such images."""
     for i, c in enumerate(cells):
         examples = c["abandoned"]["examples"]
         if not examples:
             continue
-        plan = plans[c["student"], c["plan"]]()
+        plan = plan_of(family, Job(c["student"], c["plan"], ()).target)
         noise = draw_noise([seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device)
         steps = [family.decode(step.x0) for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))]
         rows = [(e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)]
@@ -278,9 +261,9 @@ def strips(family: Family, plans: dict, seeds: list[int], cells: list[dict], fol
         sheets.sheet(rows, [f"t {step['t']:.0f}" for step in c["steps"]], folder / c["abandoned"]["picture"])
 
 
-def placed(pictures: torch.Tensor, columns: int) -> list[torch.Tensor | None]:
+def placed(pictures: Tensor, columns: int) -> list[Tensor | None]:
     """The pictures of a short run where they belong among more columns: at their share of the steps."""
-    row: list[torch.Tensor | None] = [None] * columns
+    row: list[Tensor | None] = [None] * columns
     for i, one in enumerate(pictures):
         row[-(-(i + 1) * columns // len(pictures)) - 1] = one
     return row

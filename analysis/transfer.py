@@ -14,17 +14,17 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from analysis import cards, design, record, report
-from analysis.draw import Drawings, Job
-from analysis.measure import Measurement, Subject, Words, is_reference
-from configs import UserError, command, entry, load, run_folder, tracking, versions
+from analysis.draw import Drawings, Job, in_turn, one_by_one, plan_of
+from analysis.measure import Measurement, Subject, Words, floor_of, is_reference
+from configs import UserError, command, entry, load, releases, tracking, versions
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
-from models import promptsets
+from models import devices, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
+from models.loading import skeleton
 from models.sample import PLANS
 
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
@@ -52,7 +52,7 @@ class Config:
     evaluators: list[str] = field(default_factory=list)  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    batch: int = 48  # images at once; halved where memory does not suffice
+    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
     plan: bool = False  # --plan: say images, minutes and the smallest difference that can be seen, and stop
@@ -63,21 +63,18 @@ class Config:
     wandb: str = "auto"  # auto, online, offline, disabled
 
 
+@releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator, folder = time.time(), Accelerator(cpu=not torch.accelerator.is_available()), Path(cfg.out) / cfg.name
+    start, accelerator, folder = time.time(), devices.start(cfg), Path(cfg.out) / cfg.name
     check(cfg)
     drawings, subjects, targets = prepare(cfg, accelerator.device)
     jobs = jobs_of(cfg, subjects, targets)
     if cfg.plan:
         design.show(drawings, subjects, targets, jobs, folder)
         return folder
-    fit(drawings, subjects, jobs)
-    if accelerator.is_main_process:
-        run_folder(cfg, folder, cfg.overwrite, FREE)
-        if cfg.overwrite:
-            drawings.forget(jobs)
-    accelerator.wait_for_everyone()
+    fit(cfg, drawings, subjects, jobs)
+    devices.claim(accelerator, cfg, FREE)
     cost = draw(drawings, jobs, accelerator)
     if accelerator.is_main_process:
         measurement = Measurement(drawings, subjects, cfg.references)
@@ -106,13 +103,15 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
     """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
-    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, bare=cfg.plan)
+    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
     told, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
     cfg.prompts = told.texts
     eyes = evaluators(family.card, device, cfg.evaluators, ready=False) if not cfg.plan else {}
-    controls = {s.name: s.control for s in subjects} | {s.random: random_like(s.control, cfg.seed) for s in subjects if cfg.references}
-    drawings = Drawings(family, controls, eyes, told, cfg.seeds, cfg.seed, cfg.batch, cfg.below, Path(cfg.cache))
+    controls = {(subject.name, False): subject.control for subject in subjects}
+    if cfg.references:
+        controls |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
+    drawings = Drawings(family, controls, eyes, told, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
     for subject in subjects:
         for eye in eyes.values() if subject.words else ():
             eye.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
@@ -121,10 +120,12 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
 
 def draw(drawings: Drawings, jobs: list[Job], accelerator: Accelerator) -> dict:
     """Makes what is missing, this process its share; returns images drawn by all, images known before, and the seconds it took."""
-    start, todo = time.time(), drawings.missing(jobs)
+    start, todo, family = time.time(), drawings.missing(jobs), drawings.family
     accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for job in tqdm(mine, "transfer", unit="set", disable=not accelerator.is_main_process):
+    mine = in_turn(todo, family.card)[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        family.encode_all(drawings.texts)
+    for job in one_by_one(mine, family, "transfer", not accelerator.is_main_process):
         drawings.make(job)
     accelerator.wait_for_everyone()
     each, different = len(drawings.numbers), len({drawings.key(job) for job in jobs})
@@ -140,9 +141,6 @@ def check(cfg: Config) -> None:
         if 0 not in values or max(values) < 1:
             raise UserError(f"{key} must hold 0 and reach 1; got {getattr(cfg, key)}")
         setattr(cfg, key, values)
-    for key in ("seeds", "batch"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     if cfg.below is not None and cfg.below <= 0:
         raise UserError(f"below is a noise level, sigma / alpha above 0, e.g. 2.0; got {cfg.below}")
 
@@ -166,7 +164,7 @@ def adopted(path: Path, cfg: Config, family: Family) -> Control:
         cards.carded(path)
     source = cfg.source or family.card.base
     own = Card("lora", formats.name(path), family.card.name, source, 0, 0.0, "full", "c3lier", {})
-    return formats.adopt(path, family.member(source).denoiser.net, own)
+    return formats.adopt(path, skeleton(family.card, source), own)
 
 
 def words(cfg: Config, control: Control) -> Words:
@@ -205,20 +203,23 @@ def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Jo
     """All that is to be drawn: subjects at their scales on their sources and on the targets, and the references."""
     found = [job for s in subjects for target in dict.fromkeys([s.source, *targets]) for job in s.jobs(target)]
     if cfg.references:
-        found += [Job(target, subject.random, 1.0) for subject in subjects for target in targets]
+        found += [floor_of(target, subject) for subject in subjects for target in targets]
         found += [Job(target, again=True) for target in targets if not is_reference(target)]
     return found
 
 
-def fit(drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
-    """A control or a plan that does not fit is said now, not after an hour of drawing; with nothing to draw no network is loaded."""
+def fit(cfg: Config, drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
+    """A control or a plan that does not fit is said now, by configs alone, not after an hour of drawing; nothing where all is drawn."""
     todo = drawings.missing(jobs)
-    for eye in drawings.eyes.values() if todo else ():
+    if not todo:
+        return
+    for eye in drawings.eyes.values():
         eye.features(torch.zeros(1, 3, 64, 64))
-    for subject in subjects if todo else ():
-        fits(drawings.family.member(subject.source).denoiser.net, subject.control, drawings.family.card.name)
+    outline = Family(cfg.family, drawings.family.device, drawings.family.dtype, bare=True)
+    for subject in subjects:
+        fits(outline.member(subject.source).denoiser.net, subject.control, outline.card.name)
     for target in dict.fromkeys(job.target for job in todo):
-        drawings.plan(target)
+        plan_of(outline, target)
 
 
 def pictures(drawings: Drawings, subjects: list[Subject], targets: list[str], cells: list[dict], folder: Path) -> None:

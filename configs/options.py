@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
 from typing import Any, TypeVar
@@ -22,10 +23,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from configs.errors import ROOT, UserError
+from configs import typed_yaml
+from configs.errors import ROOT, UserError, cut, explained, note, quoted
 from configs.ranges import check
 
 T = TypeVar("T")
+MOST_BYTES = 16 * 2**20  # of a config file
 
 
 def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
@@ -37,8 +40,8 @@ def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
     for layer in layers:
         # one word of a dotlist at a time, so that the message can name it
         for part in layer if isinstance(layer, list) else [layer]:
-            with _one_line("" if isinstance(part, dict) else f"{part}: "):
-                config = OmegaConf.merge(config, _read(part, isinstance(layer, list)))
+            with _one_line("" if isinstance(part, dict) else f"{cut(str(part), 100)}: "):
+                config = OmegaConf.merge(config, _read(part, schema, isinstance(layer, list)))
     with _one_line():
         found = OmegaConf.to_object(config)
     check(found)
@@ -55,8 +58,24 @@ def load(schema: type[T], argv: list[str] | None = None) -> T:
     for word in argv:
         if "=" not in word:
             raise UserError(f"{word!r} is not of the form key=value; --help lists the keys")
+        if texts := _parted(word.partition("=")[2]):
+            key = word.partition("=")[0]
+            note(f"{key} holds {len(texts)} texts, {' | '.join(map(quoted, texts[:3]))}{' …' if len(texts) > 3 else ''}; "
+                 f"a comma inside a text needs quotes: {key}=[\"{', '.join(texts[:2])[:80]}\"]")  # fmt: skip
     files = [w.split("=", 1)[1] for w in argv if w.startswith("config=")]
     return merge(schema, *files, [w for w in argv if not w.startswith("config=")])
+
+
+def _parted(value: str) -> list[str]:
+    """The items of a list of words, at least two, where a comma with a space after it stands outside of quotes: meant as one perhaps."""
+    try:
+        nodes = yaml.compose(value, yaml.SafeLoader).value if value.startswith("[") and ", " in value else []
+    except yaml.YAMLError:
+        return []  # what is wrong is said where it is read
+    if not all(isinstance(node, yaml.ScalarNode) for node in nodes):
+        return []
+    bare = [a.style is None and b.style is None and b.start_mark.index - a.end_mark.index > 1 for a, b in pairwise(nodes)]
+    return [node.value for node in nodes] if any(bare) and any(" " in node.value for node in nodes) else []
 
 
 def plain(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -79,21 +98,49 @@ def _find(path: str | Path) -> Path:
     for candidate in (Path(path), ROOT / path):
         if candidate.is_file():
             return candidate
+    if Path(path).is_dir():
+        raise UserError(f"{path or 'an empty name'} is a folder, not a config file")
     shipped = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "configs").rglob("*.yaml"))]
     near = get_close_matches(str(path), shipped, 1)
     raise UserError(f"no config file at {path}; " + (f"did you mean {near[0]}?" if near else "the shipped ones are under configs/"))
 
 
-def _read(layer: dict | str | Path, word: bool) -> Any:
+def _read(layer: dict | str | Path, schema: type, word: bool) -> Any:
     """What OmegaConf can merge: a dict as it is, one key=value word, or a YAML file's mapping."""
     if isinstance(layer, dict):
         return layer
-    if word:
-        return OmegaConf.from_dotlist([layer])
-    found = OmegaConf.create(_find(layer).read_text(encoding="utf-8"))
-    if not isinstance(found, DictConfig):
-        raise TypeError("holds no key: value pairs")
+    if not word:
+        return _mapping(layer, schema)
+    key, _, text = layer.partition("=")
+    kind = typed_yaml.field_kind(schema, key.split("."))
+    value, item = typed_yaml.word(text, kind), typed_yaml.item_kind(kind)
+    if item and isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        value = typed_yaml.read(_text(value), kind)
+    found = OmegaConf.create()
+    OmegaConf.update(found, key, value)
     return found
+
+
+def _mapping(path: str | Path, schema: type) -> dict:
+    """What a YAML file holds. Raises TypeError for one that holds something else than keys with values."""
+    found = typed_yaml.read(_text(path), schema)
+    if isinstance(found, list):
+        whole = bool(found) and isinstance(found[0], dict)
+        fits = [f.name for f in dataclasses.fields(schema) if (item := typed_yaml.item_kind(typed_yaml.field_kind(schema, [f.name])))
+                and dataclasses.is_dataclass(item) == whole]  # fmt: skip
+        hint = f"; a list goes to its own key: {' or '.join(f'{name}={path}' for name in fits[:2])}" if fits else ""
+        raise TypeError(f"holds a list, no key: value pairs{hint}")
+    if not isinstance(found, dict | None):
+        raise TypeError("holds no key: value pairs")
+    return found or {}
+
+
+def _text(path: str | Path) -> str:
+    """The text of a config file."""
+    file = _find(path)
+    if file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{cut(str(path), 200)} is no config file: it is larger than {MOST_BYTES // 2**20} MB")
+    return file.read_text(encoding="utf-8-sig")
 
 
 @contextmanager
@@ -109,7 +156,11 @@ def _one_line(where: str = ""):
         raise UserError(f"{where}not valid YAML{at}: {getattr(error, 'problem', None) or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}not a text file") from None
-    except (ValueError, TypeError, AssertionError, OSError) as error:
+    except OSError as error:
+        raise UserError(where + explained(error)) from None
+    except RecursionError:
+        raise UserError(f"{where}it nests too deep") from None
+    except (ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError) as error:
         shape = isinstance(error, AssertionError) or "incompatible container types" in str(error)  # OmegaConf's words for a wrong shape
         raise UserError(where + ("a list is given whole, as key=[a,b], a file as key: value pairs" if shape else str(error))) from None
 
@@ -144,7 +195,7 @@ def _rows(schema: type, config: DictConfig, prefix: str = "") -> Iterator[tuple[
 def _shown(value: Any) -> str:
     """A default as one would type it after key=; of a list of mappings, each on a line of its own, without what is empty."""
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        full = [json.dumps({key: word for key, word in row.items() if word != ""}, ensure_ascii=False) for row in value]
+        full = [json.dumps({key: word for key, word in row.items() if word not in ("", None)}, ensure_ascii=False) for row in value]
         return "[" + ",".join("\n" + row for row in full) + "]"
     if isinstance(value, str) and value:
         return "required" if value == "???" else value

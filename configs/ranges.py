@@ -4,11 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, quoted
 
 # key: (least, most). A key of a config or card that holds numbers and stands in neither table fails a test.
 COUNTS = {
-    "accumulate": (1, 10**4), "batch": (1, 10**5), "captions": (0, 10**6), "denoise_steps": (1, 1000), "directions": (1, 10**4),
+    "accumulate": (1, 10**4), "batch": (0, 10**5), "captions": (0, 10**6), "denoise_steps": (1, 1000), "directions": (1, 10**4),
     "draws": (1, 10**6), "every": (1, 10**9), "faces": (1, 10**7), "grid": (1, 256), "groups": (1, 10**4), "images": (1, 10**6),
     "kept": (2, 10**6), "neighbours": (1, 10**4), "pairs": (1, 10**6), "prior_images": (1, 10**6), "prompts": (1, 10**6),
     "rank": (0, 4096), "repeats": (1, 10**4), "rounds": (1, 10**4), "sample_every": (0, 10**9), "sample_seeds": (0, 2**63 - 1),
@@ -23,10 +23,12 @@ AMOUNTS = {
     "strength": (-1e4, 1e4), "threshold": (-1e3, 1e3), "timesteps": (0, 1000), "tolerance": (0, 1e3), "weights": (-1e4, 1e4),
 }  # fmt: skip
 RANGES = COUNTS | AMOUNTS
+LONGEST = 10_000  # characters of a text
+FULL = ("bands", "direction_scales", "lora_scales", "sample_scales", "sample_seeds")  # lists that may not be empty
 
 
 def check(config: Any, where: str = "") -> None:
-    """Raises UserError for the first number of a dataclass, lists and dataclasses inside it included, that its key may not hold."""
+    """Raises UserError for the first number of a dataclass that its key may not hold, and for texts that are none; also inside lists."""
     for field in dataclasses.fields(config):
         _check(getattr(config, field.name), field.name, f"{where}{field.name}")
 
@@ -38,10 +40,23 @@ def _check(value: Any, key: str, where: str) -> None:
         for name, inner in value.items():
             _check(inner, key, f"{where}.{name}")
     elif isinstance(value, (list, tuple)):
+        if not value and key in FULL:
+            raise UserError(f"{where} must hold at least one value")
         for inner in value:
             _check(inner, key, where)
+    elif isinstance(value, str):
+        checked(value, where)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         least, most = RANGES.get(key, (-math.inf, math.inf))
         if not (math.isfinite(value) and least <= value <= most):
             within = f"from {least:g} to {most:g}" if math.isfinite(most) else "finite"
             raise UserError(f"{where} must be {within}; got {value:g}")
+
+
+def checked(text: str, where: str) -> str:
+    """The text, where it can be encoded. Raises UserError for one with NUL or half characters in it, or longer than a book's page."""
+    if len(text) > LONGEST:
+        raise UserError(f"{where}: a text of {len(text):,} characters, {quoted(text, 30)}; at most {LONGEST:,} are read")
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: {quoted(text, 40)} holds a character that is none (NUL, or half of one)")
+    return text

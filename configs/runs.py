@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs.errors import ROOT, UserError
+from configs.errors import ROOT, UserError, cut
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "omegaconf", "safetensors", "wandb")
 
@@ -56,36 +55,35 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def replacing(path: Path):
-    """A temporary path beside `path` that takes its place when the block ends well: readers see a whole file or none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    os.chmod(name, 0o644)
-    try:
-        yield Path(name)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """A temporary path beside `path` that takes its place when the block ends well: readers see a whole file or none.
 
-
-def run_folder(cfg: Any, folder: Path, overwrite: bool = False, free: tuple[str, ...] = ()) -> Path:
-    """The folder of a run, made or continued; `overwrite` empties it first.
-
-    Saves config.yaml. Raises UserError when the folder holds a run of another config; keys in `free` may differ.
+    Raises UserError where the disk, or what writes on it, refuses.
     """
-    path, free = Path(folder) / "config.yaml", (*free, "overwrite")
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    if path.is_file():
-        before, now = OmegaConf.to_container(OmegaConf.load(path)), OmegaConf.to_container(OmegaConf.structured(cfg))
-        other = [key for key in now if key not in free and before.get(key) != now[key]]
-        if other:
-            changes = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in other[:3])
-            raise UserError(f"{folder} holds a run of another config ({changes}); give a new name=, or overwrite=true")
-    save(cfg, path)
-    return Path(folder)
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        try:
+            os.chmod(name, 0o644)
+            yield Path(name)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _writing(path: Path):
+    """Makes one line of a full disk, whatever library meets it: torch says RuntimeError, safetensors an error of its own."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {cut(str(path), 200)}: {error.strerror or error}") from error
+    except Exception as error:
+        if not any(words in str(error) for words in ("PytorchStreamWriter", "file write failed", "os error", "I/O error")):
+            raise
+        raise UserError(f"cannot write {cut(str(path), 200)}: {cut(str(error), 200)}") from error
 
 
 def plain_name(text: str, what: str = "name") -> str:

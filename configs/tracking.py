@@ -5,42 +5,61 @@ W&B stops the command: the first failure is printed as one line, the rest of W&B
 """
 
 import functools
+import hashlib
 import netrc
 import os
 import re
+import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from configs import UserError
+import psutil
+
+from configs.errors import UserError
 
 MODES = ("auto", "online", "offline", "disabled")
+ANSWER, FINISH = 120.0, 600.0  # seconds that W&B has for a call, and for its uploads at the end
+LONGEST = 128  # characters of an artifact's name and of a group
 
 
 def start(folder: Path, config: dict, job_type: str, group: str, mode: str = "auto", name: str | None = None) -> "Tracker":
-    """A tracker that writes under folder/wandb.
+    """A tracker that writes under folder/wandb. A training that goes on is the run that it was; an analysis, which logs its whole
+    record at its end, is a new one.
 
     config: plain values, shown as the run's config. group: the control's name, so that all that concerns a control stands together;
     cut to the 128 characters that W&B allows.
-    mode: online, offline, disabled, or auto = $WANDB_MODE if set, else online when logged in, else offline.
+    mode: online, offline, disabled, or auto = $WANDB_MODE if set, disabled with $WANDB_DISABLED, else online when logged in, else offline.
     Processes of a distributed run other than the first get a disabled tracker. Raises UserError for another mode.
     """
-    if mode not in MODES:
-        raise UserError(f"no W&B mode {mode!r}; the modes are {', '.join(MODES)}")
+    check(mode)
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("disabled" if _disabled() else "online" if logged_in() else "offline")
     tracker = Tracker(Path(folder).resolve())
     if mode == "disabled" or int(os.environ.get("RANK", 0)) > 0:
         return tracker
-    about = {"config": config, "job_type": job_type, "group": group[:128], "name": name}
+    about = {"config": config, "job_type": job_type, "group": group[:LONGEST], "name": name}
+    if job_type.startswith("train."):
+        about |= {"id": tracker.remembered(), "resume": "allow"}
     tracker.open(mode, **about)
     if tracker.run is None and mode == "online":
         tracker.open("offline", **about)
     tracker.announce()
     return tracker
+
+
+def check(mode: str) -> None:
+    """Raises UserError for a mode that there is not."""
+    if mode not in MODES:
+        raise UserError(f"no W&B mode {mode!r}; the modes are {', '.join(MODES)}")
+
+
+def _disabled() -> bool:
+    return os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
 
 
 def logged_in() -> bool:
@@ -68,7 +87,7 @@ def guarded(call: Callable) -> Callable:
     def method(self: "Tracker", *args: Any, **kwargs: Any) -> None:
         if self.run is not None:
             with self.attempt():
-                call(self, *args, **kwargs)
+                within(ANSWER, lambda: call(self, *args, **kwargs))
 
     return method
 
@@ -139,9 +158,19 @@ class Tracker:
     def finish(self, exit_code: int = 0) -> None:
         """Ends the run; a second call does nothing."""
         if self.run is not None:
+            done = False
             with self.attempt():
-                self.run.finish(exit_code=exit_code)
+                within(FINISH, lambda: self.run.finish(exit_code=exit_code))
+                done = True
+            if not done:
+                self.abandon()
         self.run = None
+
+    def abandon(self) -> None:
+        """Ends the run, and W&B's service, for which Python would wait at its exit, or which it would miss there."""
+        self.run = None
+        with self.attempt():
+            within(ANSWER, sys.modules["wandb"].teardown)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -158,6 +187,15 @@ class Tracker:
             quiet = wandb.Settings(silent=True, console="off", init_timeout=30)
             self.run = wandb.init(project=project(), dir=str(self.folder), mode=mode, settings=quiet, **about)
 
+    def remembered(self) -> str:
+        """The id of the folder's run, made where there is none."""
+        path = self.folder / "wandb/run-id"
+        if path.is_file() and re.fullmatch(r"[a-z0-9]{8}", found := path.read_text(errors="replace").strip()):
+            return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found := secrets.token_hex(4))
+        return found
+
     def announce(self) -> None:
         """One line: where the run is seen, or how to upload it."""
         if self.run is None:
@@ -165,6 +203,8 @@ class Tracker:
         with self.attempt():
             if self.run.offline:
                 place = Path(self.run.dir).parent
+                if len(list(place.parent.glob(parts := f"offline-run-*-{self.run.id}"))) > 1:  # it went on, in a folder each time
+                    place = place.parent / parts
                 place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
                 print(f"W&B is offline; to upload this run: wandb sync {place}", flush=True)
             else:
@@ -181,6 +221,30 @@ class Tracker:
                 text = " ".join(f"{type(error).__name__}: {error}".split())
                 print(f"warning: W&B failed ({text[:200]}); the files are not affected", file=sys.stderr, flush=True)
             self.warned = True
+            if isinstance(error, TimeoutError) and self.run is not None:
+                for process in psutil.Process().children():
+                    if process.name() == "wandb-core":
+                        process.kill()  # it will not answer
+                self.abandon()
+
+
+def within(seconds: float, call: Callable[[], None]) -> None:
+    """Makes a call to W&B, whose service may have been stopped. Raises TimeoutError when there is no answer in time."""
+    failed: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
+    if failed:
+        raise failed[0]
 
 
 def _artifact(content: Path | list[Path], name: str, type: str) -> Any:
@@ -197,8 +261,11 @@ def _artifact(content: Path | list[Path], name: str, type: str) -> Any:
 
 
 def _artifact_name(name: str) -> str:
-    """The name with what W&B does not allow in it replaced, e.g. tiny/base by tiny-base."""
-    return re.sub(r"[^\w.-]+", "-", name)
+    """The name with what W&B does not allow in it replaced, e.g. tiny/base by tiny-base; with a hash where names could become equal."""
+    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    if name.isascii() and len(plain) <= LONGEST:
+        return plain
+    return f"{plain[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @contextmanager

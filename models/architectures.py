@@ -28,6 +28,7 @@ class Architecture:
     call: Call
     encode: Encode
     told: Callable[..., dict[str, tuple[int, ...]]]  # from a network's config, the shapes of one prompt's parts
+    text_length: int = 0  # tokens of a T5 or Qwen prompt where the card says none, the pipeline's default
     absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
     even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
     lora: dict = field(default_factory=dict)  # what the pipeline's lora_state_dict is asked for besides the file
@@ -207,11 +208,12 @@ ARCHITECTURES = {
     "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, told=told_sdxl,
                  absent=UNSAFE[1:]),
     "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, told=told_sd, absent=UNSAFE),
-    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart, told=told_pixart),
+    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart, told=told_pixart,
+                          text_length=120),
     "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, told=told_sd3,
-                       absent=UNSAFE[1:]),
-    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, told=told_flux, absent=UNSAFE[1:],
-                        even=True, lora={"return_alphas": True}),
+                       text_length=256, absent=UNSAFE[1:]),
+    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, told=told_flux,
+                        text_length=512, absent=UNSAFE[1:], even=True, lora={"return_alphas": True}),
     "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, told=told_zimage,
-                          even=True),
+                          text_length=512, even=True),
 }  # fmt: skip

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs import UserError
+from configs import UserError, note
 from models.cards import FamilyCard
 from models.identity import content
 from models.loading import available, file_of, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
+from models.tokens import alike, cuts
+
+SAME = 1e-6  # between embeddings of unit length: rounding
 
 
 class Evaluator(Protocol):
@@ -159,6 +162,8 @@ class Clip(Picture):
     def embed_text(self, text: str) -> np.ndarray:
         """The unit-length embedding of a text (d,)."""
         length = self.model.config.text_config.max_position_embeddings
+        for line in cuts([(self.tokenizer, length)], [text]):
+            note(f"the evaluator {self.repo}: {line}")
         ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
         return F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0]
 
@@ -172,9 +177,17 @@ class Clip(Picture):
         return features - (features @ direction)[..., None] * direction
 
     def direction(self, positive: str, negative: str) -> np.ndarray:
-        """From the negative to the positive description, (d,); the positive one itself where there is no other."""
+        """From the negative to the positive description, (d,); the positive one itself where there is no other.
+
+        Raises UserError for two that it cannot tell apart.
+        """
         a = self.texts([positive])[0]
-        return a - self.texts([negative])[0] if negative else a
+        if not negative:
+            return a
+        direction = a - self.texts([negative])[0]
+        if np.abs(direction).max() < SAME:
+            raise alike(positive, negative, f"the evaluator {self.repo}")
+        return direction
 
 
 class Siglip(Clip):

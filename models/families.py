@@ -1,28 +1,35 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
+from collections.abc import Iterable, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from configs import UserError
+from configs import UserError, note
 from models import budget
 from models.architectures import ARCHITECTURES
+from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
 from models.loading import fetch, file_of, latent_shape, network, one_line, place, skeleton, source
 from models.memory import Memory, Turns, compiled, release
 from models.noise import CLEAN, LAWS, Noise, ancestral
-from models.prompts import Prompts
+from models.prompts import Prompts, stacked
 from models.quantized import quantize as pack
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
+from models.tokens import Reader, cuts, tell_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
     from diffusers import DiffusionPipeline
 
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
+REMEMBERED = 2e9  # bytes of encoded prompts that are kept
+ENCODED = 64  # texts that are encoded at once
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # auto = fast_dtype
 
 
@@ -36,16 +43,20 @@ class Family:
 
     def __init__(
         self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None,
-        bare: bool = False,
+        bare: bool = False, batch: int = 0,
     ):  # fmt: skip
-        """bare: networks have no weights, for a plan of what a run will ask of them. Raises UserError as `card` does."""
+        """bare: networks have no weights, for a plan of what a run will ask of them. batch: images drawn at once; 0 = as many as usual
+        at their size, see models/batches.py. Raises UserError as `card` does."""
         self.card, self.memory, self.bare = card(name), memory or Memory(), bare
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
         self.turns, self.home = Turns(self.device), torch.device("cpu") if self.memory.offload else self.device
+        self.drawing, self.decoding = Batches.drawn(batch, self.card.size_px), Batches.decoded(self.card.size_px)
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
+        self._encoded: dict[tuple[str, str | None], Prompts] = {}
+        self._noted: set[str] = set()  # texts of which it was said whether they are cut
 
     def use(self, pipe: "DiffusionPipeline", nets: dict[str, nn.Module]) -> None:
         """Takes a pipeline and networks by member that are in memory already, instead of loading them."""
@@ -86,6 +97,23 @@ class Family:
         self.pipe.register_modules(**dict.fromkeys(self.encoders()))
         release()
 
+    def readers(self) -> list[Reader]:
+        """The tokenizers, each with the tokens that its text encoder takes. Loads nothing else; raises UserError where it cannot."""
+        parts = self._pipe.components if self._pipe else self._tokenizers().components
+        own = self.card.text_length or self.architecture.text_length
+        return [(part, part.model_max_length if "CLIP" in type(part).__name__ else own)
+                for name, part in parts.items() if name.startswith("tokenizer") and part is not None]  # fmt: skip
+
+    def _tokenizers(self) -> "DiffusionPipeline":
+        its = self.architecture
+        others = [name for name in signature(its.pipeline.__init__).parameters if name.startswith(("text_encoder", "vae"))]
+        return fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant,
+                     **dict.fromkeys((its.part, *its.absent, *others)))  # fmt: skip
+
+    def tell_apart(self, a: str, b: str) -> None:
+        """Raises UserError for two texts that are the same to all of the family's text encoders."""
+        tell_apart(self.readers(), a, b, f"the text encoders of family {self.card.name}")
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
@@ -96,32 +124,69 @@ class Family:
 
     @torch.no_grad()
     def encode(self, texts: list[str], negative: list[str] | None = None) -> Prompts:
-        """Prompts as the pipeline itself encodes them; without negative texts the negative side is the pipeline's own (SDXL: zeros)."""
+        """Prompts as the pipeline itself encodes them; without negative texts the negative side is the pipeline's own (SDXL: zeros).
+
+        What was encoded is kept, up to REMEMBERED bytes, so that a text costs its encoders once.
+        """
+        wanted = list(zip(texts, negative or [None] * len(texts), strict=True))
+        new = [pair for pair in dict.fromkeys(wanted) if pair not in self._encoded]
+        if new:
+            found = self._encode([text for text, _ in new], negative and [away for _, away in new]).to("cpu")
+            if found.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
+                self._encoded = {pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded}
+            self._encoded |= {pair: found[[row]] for row, pair in enumerate(new)}
+        return stacked([self._encoded[pair] for pair in wanted]).to(self.device)
+
+    def _encode(self, texts: list[str], negative: list[str] | None) -> Prompts:
         if not self.encoders():
             again = self._parts(vae=None)
             self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
         self.bring(*self.encoders().values())
+        new = dict.fromkeys(text for text in [*texts, *(negative or [])] if text not in self._noted)
+        self._noted |= new.keys()
+        for line in cuts(self.readers(), new):
+            note(line)
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
-        return self.architecture.encode(self.pipe, list(texts), negative, self.card.size_px, self.device, **length)
+        return self.architecture.encode(self.pipe, texts, negative, self.card.size_px, self.device, **length)
+
+    def encode_all(self, texts: Sequence[str]) -> None:
+        """Encodes all that a run will say, and lets the text encoders go where all of it can be kept."""
+        texts = list(dict.fromkeys(texts))
+        for start in range(0, len(texts), ENCODED):
+            self.encode(texts[start : start + ENCODED])
+        if all((text, None) in self._encoded for text in texts):
+            self.forget_encoders()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, size_px, size_px) in [-1, 1] from finished latents (B, C, H, W), in fp32 on the CPU."""
-        return torch.cat([self.pixels(part).cpu() for part in latents.split(batch)])
+        return torch.cat(self.decoding.of(lambda rows: self._pixels(latents[rows]).cpu(), len(latents)))
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """The same for one batch, on the device, in a way that gradients pass."""
+        """The same on the device, in a way that gradients pass; what does not fit at once is computed again for them, part by part."""
+
+        def part(rows: Tensor) -> Tensor:
+            if len(rows) == len(latents):
+                return self._pixels(latents)
+            return checkpoint(self._pixels, latents[rows], use_reentrant=False)
+
+        return torch.cat(self.decoding.of(part, len(latents)))
+
+    def _pixels(self, latents: Tensor) -> Tensor:
         self.bring(*(self.turns.here if latents.requires_grad else ()), self.pipe.vae)  # beside the network that gradients still must pass
         vae, (scale, shift) = self.pipe.vae, self._latent_scale()
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
-    def to_latents(self, images: Tensor, batch: int = 64) -> Tensor:
+    def to_latents(self, images: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a distribution."""
         vae, (scale, shift) = self._vae(), self._latent_scale()
-        found = [vae.encode(part.to(self.device, vae.dtype)) for part in images.split(batch)]
-        latents = [out.latents if hasattr(out, "latents") else out.latent_dist.mode() for out in found]
-        return (torch.cat(latents).float() - shift) * scale
+
+        def encoded(rows: Tensor) -> Tensor:
+            out = vae.encode(images[rows].to(self.device, vae.dtype))
+            return out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+
+        return (torch.cat(self.decoding.of(encoded, len(images))).float() - shift) * scale
 
     def bring(self, *parts: nn.Module) -> None:
         """With offload: puts these parts on the device, and what was there off it. Else all are there."""
@@ -138,14 +203,15 @@ class Family:
         return config.scaling_factor, config.get("shift_factor") or 0.0
 
     @torch.no_grad()
-    def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int], batch: int = 48) -> Tensor:
+    def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int]) -> Tensor:
         """One image per prompt (text or encoded) and seed by the member alone, (B, 3, size_px, size_px) in [-1, 1], whatever the batch."""
-        parts = []
-        for rows in torch.arange(len(prompts)).split(batch):
-            noise = draw_noise([seeds[r] for r in rows], self.latent_shape, len(member.levels), self.device)
-            told = prompts[rows] if isinstance(prompts, Prompts) else self.encode([prompts[r] for r in rows])
-            parts.append(self.decode(finish(alone(member), noise, told)))
-        return torch.cat(parts)
+
+        def drawn(rows: Tensor) -> Tensor:
+            noise = draw_noise([seeds[row] for row in rows], self.latent_shape, len(member.levels), self.device)
+            conditioning = prompts[rows] if isinstance(prompts, Prompts) else self.encode([prompts[row] for row in rows])
+            return self.decode(finish(alone(member), noise, conditioning))
+
+        return torch.cat(self.drawing.of(drawn, len(prompts)))
 
     def member(self, name: str, quantize: str = "") -> Member:
         """A member with its network on the device. Raises UserError with the names there are.
@@ -157,6 +223,20 @@ class Family:
                 raise UserError(f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}")
             self._members[name] = self._load(name, self.card.members[name], quantize)
         return self._members[name]
+
+    @property
+    def members(self) -> list[str]:
+        """The names of the members that are in memory."""
+        return list(self._members)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Frees the networks of all members but these, and of the bases whose LoRA students these are; `member` loads them anew."""
+        kept = {base for name in names for base in (name, self.card.base if self.card.members[name].lora else name)}
+        gone = [self._members.pop(name).denoiser.net for name in self._members.keys() - kept]
+        if gone:
+            self.turns.here = [part for part in self.turns.here if all(part is not net for net in gone)]
+            del gone
+            release()
 
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
         net, delta = self._network(name, member, quantize)

@@ -1,5 +1,6 @@
 """Encoded prompts: what a network is told besides x and t."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -23,6 +24,12 @@ class Prompts:
         """Some of them, in order; repeats allowed."""
         return _each(lambda tensor: tensor[rows], self)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all its tensors."""
+        own = sum(tensor.nbytes for tensor in (self.tokens, self.pooled, self.size, self.mask) if tensor is not None)
+        return own + (self.negative.size_bytes if self.negative else 0)
+
     def to(self, *args, **kwargs) -> "Prompts":
         """On another device or in another dtype."""
         return _each(lambda tensor: tensor.to(*args, **kwargs), self)
@@ -35,6 +42,11 @@ class Prompts:
 def concatenate(*parts: Prompts) -> Prompts:
     """One batch of several, negatives dropped."""
     return _each(lambda *tensors: torch.cat(tensors), *(part.conditional() for part in parts))
+
+
+def stacked(parts: Sequence[Prompts]) -> Prompts:
+    """One batch of several, each with its negative side."""
+    return _each(lambda *tensors: torch.cat(tensors), *parts)
 
 
 def _each(change, *parts: Prompts) -> Prompts:

@@ -1,16 +1,21 @@
 """Prompt sets: texts and their seeds from files and from datasets of the Hub."""
 
-import csv
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-from configs import ROOT, UserError
+from configs import ROOT, UserError, note, quoted
+from configs.ranges import checked
+from models.tables import lines_of, rows_of, words
 
 HUB = "hub:"
 COLUMNS = ("prompt", "text", "caption")  # where a table may keep its texts, the first that is there
+SEED = "evaluation_seed"  # as COCO-30k's published table calls it
+LARGEST = 2**62  # seed: the images of a prompt count on from it
+FILE = re.compile(r"(.+\.(?:csv|tsv|jsonl|txt))(?::(\S*))?", re.IGNORECASE | re.DOTALL)
+OTHER = re.compile(r"\S+\.(?:json|ya?ml|parquet|xlsx?)", re.IGNORECASE)  # files too, of kinds that are not read
 
 
 @dataclass(frozen=True)
@@ -29,63 +34,91 @@ class PromptSet:
 def read(prompts: Sequence[str]) -> PromptSet:
     """What a config's prompts mean: each is a text, or a source of many, which takes its place.
 
-    Sources: a .csv with a column prompt and perhaps evaluation_seed (case_number orders it, where it is there); a .txt with a prompt
-    per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes the first hundred. Seeds are kept when every
-    prompt has one. Raises UserError for what cannot be read.
+    Sources: a .csv, .tsv or .jsonl with a column prompt and perhaps evaluation_seed (case_number orders it, where it is there); a .txt with
+    a prompt per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes the first hundred. Seeds are kept when every prompt has one.
+    Raises UserError for what cannot be read, and for no prompt at all.
     """
     found = [pair for prompt in prompts for pair in _pairs(prompt)]
+    if not found:
+        raise UserError("there are no prompts, neither given nor on the family's card; prompts=[...] gives them")
     seeds = [seed for _, seed in found if seed is not None]
-    return PromptSet([text for text, _ in found], seeds if found and len(seeds) == len(found) else None)
+    if seeds and len(seeds) < len(found):
+        first = next(text for text, seed in found if seed is None)
+        note(f"{len(found) - len(seeds)} of {len(found)} prompts have no {SEED}, such as {quoted(first, 40)}; "
+             "the others' seeds are not used either")  # fmt: skip
+    return PromptSet([text for text, _ in found], seeds if len(seeds) == len(found) else None)
 
 
 def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     """The texts of one entry, and the seed of each."""
     if prompt.startswith(HUB):
         return [(text, None) for text in _dataset(prompt.removeprefix(HUB))]
-    file = re.fullmatch(r"(.+\.(?:csv|txt))(?::(\d+))?", prompt)
-    if not file:
-        return [(prompt, None)]
-    return _file(file[1])[: int(file[2]) if file[2] else None]
+    file = FILE.fullmatch(prompt)
+    if file and file[2] is not None and not os.path.isfile(prompt):  # a file may have a colon in its name
+        if not file[2].isdecimal() or len(file[2]) > 18 or not int(file[2]):
+            raise UserError(f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the first hundred")
+        return _file(file[1])[: int(file[2])]
+    if file:
+        return _file(prompt)
+    if OTHER.fullmatch(prompt) or "." in prompt and os.path.isfile(prompt) or os.sep in prompt and os.path.isdir(prompt):
+        raise UserError(f"{quoted(prompt)} is no prompt file: .csv, .tsv, .jsonl and .txt are read")
+    if not prompt.strip():
+        raise UserError("a prompt is empty; leave it out, or write what it should draw")
+    return [(checked(prompt, "prompts"), None)]
 
 
 def _file(prompt: str) -> list[tuple[str, int | None]]:
-    """All of a .csv or a .txt."""
-    path = next((place for place in (Path(prompt), ROOT / prompt) if place.is_file()), None)
+    """All of a table or a .txt."""
+    path = next((Path(place) for place in (prompt, ROOT / prompt) if os.path.isfile(place)), None)
     if path is None:
-        raise UserError(f"no prompt file at {prompt}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{prompt} is no text file") from None
-    found = _table(text, prompt) if prompt.endswith(".csv") else [(line.strip(), None) for line in text.splitlines() if line.strip()]
+        raise UserError(f"no prompt file at {quoted(prompt)}")
+    texts = path.suffix.lower() == ".txt"
+    found = [(checked(line, str(path)), None) for line in lines_of(path)] if texts else _table(path)
     if not found:
         raise UserError(f"{prompt} holds no prompts")
     return found
 
 
-def _table(text: str, where: str) -> list[tuple[str, int | None]]:
-    rows = list(csv.DictReader(StringIO(text, newline="")))
-    column = next((name for name in COLUMNS if rows and name in rows[0]), None)
-    if rows and column is None:
-        raise UserError(f"{where} has no column {', '.join(COLUMNS)}; it has {', '.join(map(str, rows[0]))}")
-    try:
-        if rows and "case_number" in rows[0]:
-            rows.sort(key=lambda row: int(row["case_number"]))
-        return [(row[column].strip(), int(row["evaluation_seed"]) if row.get("evaluation_seed") else None) for row in rows]
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{where}: case_number and evaluation_seed must be whole numbers, and every row must have a prompt") from None
+def _table(path: Path) -> list[tuple[str, int | None]]:
+    rows = rows_of(path, COLUMNS)
+    names, found = {name for _, row in rows for name in row}, []
+    column = next((name for name in COLUMNS if name in names), "")
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        text, order = words(row.get(column), where), row.get("case_number")
+        if not text:
+            raise UserError(f"{where}: no {column}")
+        if (order is None or order == "") and "case_number" in names:
+            raise UserError(f"{where}: no case_number, by which the other rows are ordered")
+        found.append((_whole(order, "case_number", where), text, _whole(row.get(SEED), SEED, where)))
+    found.sort(key=lambda one: one[0] or 0)
+    return [(text, seed) for _, text, seed in found]
+
+
+def _whole(cell: str | float | None, column: str, where: str) -> int | None:
+    """A cell that holds a whole number, 41337.0 as tables with gaps write it included; None for an empty one."""
+    if cell is None or cell == "" or cell != cell:
+        return None
+    found = re.fullmatch(r"\s*(\d{1,19})(\.0*)?\s*", str(cell))
+    if isinstance(cell, bool) or not found or int(found[1]) > LARGEST:
+        raise UserError(f"{where}: {column} must be a whole number from 0 to 2^62; got {quoted(cell, 40)}")
+    return int(found[1])
 
 
 def _dataset(source: str) -> list[str]:
     """The texts of a dataset of the Hub, or of a folder."""
     from datasets import load_dataset  # some seconds, which commands without a dataset need not wait
+    from datasets.exceptions import DatasetsError
 
     name, split, column = (source.split(":") + ["", ""])[:3]
     try:
         table = load_dataset(name, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
     column = column or next((known for known in COLUMNS if known in table.column_names), "")
     if column not in table.column_names:
         raise UserError(f"{name} has no column {column or ', '.join(COLUMNS)}; it has {', '.join(table.column_names)}")
-    return [str(text) for text in table[column]]
+    found = [words(text, f"{name}, row {row}") for row, text in enumerate(table[column])]
+    if not all(found):
+        raise UserError(f"{name}, row {found.index('')}: no {column}" if found else f"{name} holds no prompts")
+    return found

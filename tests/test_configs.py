@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -252,3 +253,19 @@ def test_what_libraries_say_that_nobody_can_mend_is_not_said():
     code = f"import configs, logging; log = logging.getLogger('{name}'); log.warning('no kernel'); log.error('broken')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=configs.ROOT)
     assert done.stderr == "broken\n"
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ("[a man, smiling]", "'a man' | 'smiling'; a comma inside a text needs quotes: words=[\"a man, smiling\"]"),
+    ("[a man, 35, a cat, a dog]", "holds 4 texts, 'a man' | '35' | 'a cat' …"),
+    ("[a man,smiling]", ""), ("[base, dmd]", ""), ('["a man, smiling"]', ""), ('["a man", "a cat"]', ""), ("[]", ""), ("[a, b c", None),
+])  # fmt: skip
+def test_a_comma_outside_of_quotes_is_said(capsys, value, said):
+    @dataclass
+    class Texts:
+        words: list[str] = field(default_factory=list)
+
+    with nullcontext() if said is not None else pytest.raises(UserError):
+        load(Texts, [f"words={value}"])
+    out = capsys.readouterr().out
+    assert said in out if said else not out

@@ -3,7 +3,6 @@
 What leaves the device arrives as noise, and a number read from it is one half or true: the claim is that every part is where it has to be.
 """
 
-import accelerate
 import pytest
 import torch
 
@@ -11,10 +10,11 @@ from analysis import diversity, similarity, trace, transfer
 from configs import merge
 from controls import formats
 from controls.lora import applied
+from models import devices
 from models.evaluators import evaluators
 from models.families import Family
 from models.sample import PLANS, alone, draw_noise, finish, named
-from train import image_slider, lora, run, slider, sliderspace
+from train import image_slider, lora, slider, sliderspace
 
 DEVICE = torch.device("meta")
 ARGUMENTS = {"k": "1", "[n]": "4", "n": "8", "guidance": "2", "low,high": "0,800", "s,[k]": "0.6,1"}  # of plans; of others one half
@@ -36,13 +36,10 @@ ANALYSES = [
 ]
 
 
-class Elsewhere(accelerate.Accelerator):
+class Elsewhere(devices.Processes):
     """What a process on a GPU is told."""
 
     device = DEVICE
-
-    def reduce(self, tensor, reduction="sum"):
-        return tensor
 
 
 @pytest.fixture
@@ -65,8 +62,7 @@ def elsewhere(monkeypatch):
         "tolist": lambda x: originals["tolist"](to(x, "cpu")), "numpy": lambda x, **how: originals["numpy"](to(x.detach(), "cpu"), **how),
     }.items():  # fmt: skip
         monkeypatch.setattr(tensor, name, change)
-    for module in (transfer, trace, diversity, similarity, run):
-        monkeypatch.setattr(module, "Accelerator", lambda **_: Elsewhere())
+    monkeypatch.setattr(devices, "start", lambda *_: Elsewhere())
 
 
 @torch.no_grad()

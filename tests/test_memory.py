@@ -80,7 +80,9 @@ def test_text_encoders_can_be_forgotten_and_come_back(plain):
     before = family.encode(TEXTS)
     family.forget_encoders()
     assert not family.encoders() and family.pipe.text_encoder is None and family.pipe.vae is not None
-    assert torch.equal(family.encode(TEXTS).tokens, before.tokens) and family.encoders()
+    assert torch.equal(family.encode(TEXTS).tokens, before.tokens) and not family.encoders()  # a text is encoded once
+    family.encode(["another"])
+    assert family.encoders()
     assert torch.equal(drawn(family)[0], plain[0])
 
 

@@ -138,6 +138,49 @@ def test_pairs_are_spread_over_attributes_and_anchors():
         slider.spread(slider.Config(prompts=[slider.Pair("a", "b", "c", action="more")]))
 
 
+@pytest.mark.parametrize(("given", "neutral"), [({}, "a"), ({"neutral": None}, "a"), ({"neutral": ""}, ""), ({"neutral": "d"}, "d")])
+def test_an_empty_text_is_the_empty_prompt(given, neutral):
+    cfg = merge(slider.Config, {"prompts": [{"target": "a", "positive": "b", "unconditional": "", **given}]})
+    assert slider.spread(cfg) == [slider.Pair("a", "b", "", neutral)]
+    assert slider.recipe(cfg)["prompts"] == [{"target": "a", "positive": "b", "unconditional": "", "neutral": given.get("neutral") or "",
+                                              "action": "enhance"}]  # fmt: skip
+
+
+def test_a_published_prompt_file_is_read_and_what_is_ignored_is_said(tmp_path, capsys):
+    (tmp_path / "prompts.yaml").write_text("""prompts:
+- target: ""
+  positive: "high detail"
+  unconditional: "blurry"
+  neutral: ""
+  action: "enhance"
+  guidance_scale: 4
+  resolution: 512
+  dynamic_resolution: false
+  batch_size: 1
+""")
+    (pair,) = slider.spread(merge(slider.Config, tmp_path / "prompts.yaml"))
+    said = capsys.readouterr().out
+    assert pair == slider.Pair("", "high detail", "blurry", "") and said.count("\n") == 1
+    for words in ("'guidance_scale=4' (here: strength)", "'batch_size=1' (here: batch)", "'resolution=512'", "'dynamic_resolution=False'"):
+        assert words in said
+
+
+@pytest.mark.parametrize(("pair", "says"), [
+    ({"target": "a"}, "pair 1 needs a positive text"),
+    ({"target": "a", "positive": " ", "unconditional": "b"}, "needs a positive text"),
+    ({"target": "a", "positive": "b", "unconditional": "b"}, "differs from it; got 'b' and 'b'"),
+    ({"positive": "b", "action": "remove"}, "enhance or erase, got 'remove'"),
+    ({"positive": "x" * 100_000}, "a text of 100,000 characters"),
+    ({"positive": "a\0b"}, "is none"),
+    ({"positive": "a\ud800b"}, "is none"),
+    ({"positive": "b", "negative": "c"}, "negative"),
+])  # fmt: skip
+def test_pairs_that_are_none(pair, says):
+    with pytest.raises(UserError, match=says) as error:
+        slider.spread(merge(slider.Config, {"prompts": [pair]}))
+    assert len(str(error.value).encode()) < 600
+
+
 def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
     one = trained(tmp_path / "one", "accumulate=2")
     words = [*SMALL, f"out={tmp_path}/two"]
@@ -210,9 +253,9 @@ def test_the_average_lags_behind(tmp_path, whole):
         (slider, "schedule=cosign", "constant"),
         (slider, "recipe=slow", "published"),
         (slider, "watch=[sdxl/turbo]", "tiny"),
-        (slider, "accumulate=0", "at least 1"),
+        (slider, "accumulate=0", "from 1"),
         (slider, "name=smile.2", "dot"),
-        (lora, "images=0", "at least 1"),
+        (lora, "images=0", "from 1"),
         (lora, "data=tiny:oil", "watercolour"),
     ],
 )

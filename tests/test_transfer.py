@@ -1,9 +1,11 @@
 """The main job, small, on the embedded family: its record, its continuation, its mistakes."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from analysis import draw, transfer
 from analysis.measure import judge
 from configs import ROOT, entry, load, merge
 from controls import formats
+from models import families
 from models.evaluators import Picture
 
 SMALL = ["controls=[controls/tiny/smile-dmd.safetensors]", "targets=[dmd,lightning]", "seeds=2", "scales=[-1,0,1]", "wandb=disabled",
@@ -123,7 +126,38 @@ def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(draw, "finish", greedy)
     assert alike(measure(tmp_path, "references=false", "targets=[dmd]")["cells"][0]["effect"], run[1]["cells"][0]["effect"])
-    assert "out of memory: on with batch=24" in capsys.readouterr().out
+    assert "out of memory: on with 2 at once" in capsys.readouterr().out
+
+
+def test_one_network_at_a_time(tmp_path, monkeypatch):
+    """Each is loaded once and let go after its last drawing; the encoders are gone before the first, and nothing stays."""
+    alive, most, loaded = weakref.WeakSet(), [], []
+    network, make = families.network, draw.Drawings.make
+
+    def counted(card, name, *args):
+        found = network(card, name, *args)
+        alive.add(found)
+        loaded.append(name)
+        return found
+
+    def made(drawings, job):
+        make(drawings, job)
+        most.append(len(alive))
+        assert not drawings.family.encoders()
+
+    monkeypatch.setattr(families, "network", counted)
+    monkeypatch.setattr(draw.Drawings, "make", made)
+    words = ["targets=[dmd,dmd:hybrid(1),lcm,lightning]", "seeds=1", "scales=[0,1]", "references=false"]
+    measure(tmp_path, *words)
+    assert sorted(loaded) == ["base", "dmd", "lcm", "lightning"] and max(most) == 2 and most[-1] == 1  # hybrid asks two
+    gc.collect()
+    assert not alive
+
+
+def test_jobs_come_network_by_network():
+    targets = ["turbo", "dmd2:hybrid(1)", "base", "dmd2", "lightning-lora"]
+    jobs = draw.in_turn([draw.Job(target) for target in targets], families.card("sdxl"))
+    assert [job.target for job in jobs] == ["base", "lightning-lora", "dmd2:hybrid(1)", "dmd2", "turbo"]
 
 
 def test_two_processes_measure_what_one_does(run, tmp_path):

@@ -1,17 +1,20 @@
 """Trains a Concept Slider from pairs of pictures: accelerate launch train/image_slider.py [config=FILE] [key=value ...]
 
 Without arguments: eye size from six pairs of the embedded world, on tiny/base. Pictures are a folder with one folder per scale
-(data/-1/a.png and data/1/a.png are a pair), or one in imagefolder layout whose metadata.jsonl has the columns scale and pair.
+(data/-1/a.png and data/1/a.png are a pair), or one whose metadata.jsonl has the columns file_name, scale and pair.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load
+from configs import UserError, entry, load, note, quoted
+from configs.ranges import RANGES
 from controls.lora import strength
+from models.families import Family, split
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.tiny import world
 from train import plan
@@ -50,8 +53,11 @@ def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
         return plan.show(cfg, lambda _: (0, 6))  # both sides of a pair, there and back
+    family = Family(split(cfg.member)[0])  # its tokenizers and its card; nothing is loaded or written for what is refused here
+    if cfg.positive or cfg.negative:
+        family.tell_apart(cfg.positive, cfg.negative)
+    pairs = pictures(cfg, family.card.size_px)
     run = Run(cfg, "slider")
-    pairs = pictures(cfg, run.family.card.size_px)
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
     prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
     kept = ("positive", "negative", "data", "steps", "batch", "accumulate", "rate", "seed")
@@ -77,45 +83,75 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
     source, _, attribute = cfg.data.partition(":")
     if source == "tiny" and attribute:
         return drawn(attribute, cfg.pairs, cfg.seed)
-    if not Path(cfg.data).is_dir():
-        raise UserError(f"no folder {cfg.data}; data is a folder of pictures, or tiny:ATTRIBUTE")
-    named = cfg.folders or sorted((f.name for f in Path(cfg.data).iterdir() if f.is_dir() and number(f.name) is not None), key=float)
-    if not named:
+    folder = Path(os.path.expanduser(cfg.data))
+    if not cfg.data or not os.path.isdir(folder):
+        raise UserError(f"no folder {quoted(cfg.data)}; data is a folder of pictures, or tiny:ATTRIBUTE")
+    there = sorted(inner.name for inner in folder.iterdir() if not inner.name.startswith("."))
+    named = cfg.folders or sorted((name for name in there if number(name) is not None and (folder / name).is_dir()), key=float)
+    if not named and not cfg.scales:
         return listed(cfg.data, size_px)
     scales = cfg.scales or [number(name) for name in named]
     if len(scales) != len(named) or None in scales:
-        raise UserError(f"folders {', '.join(named)} need as many scales: scales=[-1,1]")
-    found = {scale: read(str(Path(cfg.data) / name), size_px) for name, scale in zip(named, scales, strict=True)}
-    return matched({s: dict(zip(columns["file_name"], images, strict=True)) for s, (images, columns) in found.items()}, {})
+        raise UserError(f"folders {', '.join(named) or '(none)'} need as many scales, like scales=[-1,1]; there are {len(cfg.scales)}")
+    if len(set(scales)) < len(scales) or len(set(named)) < len(named):
+        raise UserError(f"folders {', '.join(named)} need scales of their own; got {', '.join(f'{scale:g}' for scale in scales)}")
+    if left := [name for name in there if name not in named]:
+        note(f"{cfg.data}: left out, for they are no folders of a scale: {', '.join(left)[:200]}")
+    found, captions = {}, {}
+    for name, scale in sorted(zip(named, scales, strict=True), key=lambda one: one[1]):
+        images, columns = read(str(folder / name), size_px)
+        found[scale] = dict(zip(columns["file_name"], images, strict=True))
+        captions[scale] = dict(zip(columns["file_name"], columns["text"], strict=True))
+    return matched(found, captions)
 
 
-def number(name: str) -> float | None:
+def number(name: object) -> float | None:
+    """A scale, where the name of a folder or a cell is one."""
+    least, most = RANGES["scales"]
     try:
-        return float(name)
-    except ValueError:
+        return float(name) if least <= float(name) <= most else None
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
 def listed(folder: str, size_px: int) -> Pairs:
-    """Pairs of an imagefolder whose metadata has the columns scale and pair, and perhaps text."""
+    """Pairs of a folder whose metadata has the columns scale and pair, and perhaps text."""
     images, columns = read(folder, size_px)
     if not {"scale", "pair"} <= columns.keys():
         raise UserError(f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair")
-    found: dict[float, dict[str, Tensor]] = {}
-    for image, scale, pair in zip(images, columns["scale"], columns["pair"], strict=True):
-        found.setdefault(float(scale), {})[str(pair)] = image
-    return matched(found, dict(zip(map(str, columns["pair"]), columns.get("text", []), strict=False)))
+    found, captions = {}, {}
+    rows = zip(columns["file_name"], images, columns["scale"], columns["pair"], columns["text"], strict=True)
+    for name, image, cell, pair, caption in rows:
+        scale = number(cell)
+        if scale is None or pair is None or pair == "":
+            raise UserError(f"{folder}: {name} needs a scale, which is a number, and a pair; got {quoted(cell, 40)} and {quoted(pair, 40)}")
+        if str(pair) in found.setdefault(scale, {}):
+            raise UserError(f"{folder}: {name} is a second picture of pair {quoted(pair, 40)} at scale {scale:g}")
+        found[scale][str(pair)] = image
+        captions.setdefault(scale, {})[str(pair)] = caption
+    return matched(found, captions)
 
 
-def matched(found: dict[float, dict[str, Tensor]], captions: dict[str, str]) -> Pairs:
-    """Every pair at every scale but 0, which trains nothing. Raises UserError for a picture without its partners."""
+def matched(found: dict[float, dict[str, Tensor]], captions: dict[float, dict[str, str]]) -> Pairs:
+    """Every pair at every scale but 0, which trains nothing. Raises UserError for a picture without its partners.
+
+    Both are by scale and the pair's name. A pair has one caption: the first, by scale; others are said to be left out.
+    """
     scales = sorted(scale for scale in found if scale)
     names = sorted(set().union(*(found[scale] for scale in scales)))
     lonely = [f"{name} at {scale:g}" for scale in scales for name in names if name not in found[scale]]
     if len(scales) < 2 or lonely:
-        raise UserError(f"pairs do not match: missing {', '.join(lonely[:3]) or 'a second scale'}; every picture is needed at every scale")
+        more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
+        missing = ", ".join(lonely[:3]) or "a second scale"
+        raise UserError(f"pairs do not match: missing {missing}{more}; every picture is needed at every scale")
+    told = [[captions[scale][name] for scale in scales if captions[scale][name]] for name in names]
+    unlike = sum(len(set(words)) > 1 for words in told)
+    if 0 in found:
+        note(f"{len(found[0])} pictures at scale 0 are left out: they train nothing")
+    if unlike:
+        note(f"{unlike} pairs have other captions at other scales; the one at the lowest scale is used")
     return Pairs(scales, torch.stack([torch.stack([found[scale][name] for name in names]) for scale in scales]),
-                 [captions.get(name) or "" for name in names])  # fmt: skip
+                 [words[0] if words else "" for words in told])  # fmt: skip
 
 
 def drawn(attribute: str, count: int, seed: int) -> Pairs:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load
+from configs import UserError, entry, load, note, quoted
 from controls.lora import strength
+from models.cards import card, split
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.prompts import Prompts
 from models.sample import Member, alone
@@ -44,8 +45,8 @@ def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
         return plan.show(cfg, lambda member: (cfg.prior_images * alone(member).evaluations if cfg.prior else 0, 6 if cfg.prior else 3))
+    images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     run = Run(cfg, "lora")
-    images, captions = pictures(cfg, run.family.card.size_px)
     latents = run.family.to_latents(images)
     prompts = run.family.encode([*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
@@ -69,7 +70,9 @@ def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
         people = world.faces(cfg.images, cfg.seed + 1)
         return world.to_unit(world.pictures([styled(face, style) for face in people])), world.captions(people, cfg.seed)
     images, columns = read(cfg.data, size_px)
-    return images, [text or cfg.prompt for text in columns.get("text", [""] * len(images))]
+    if not all(columns["text"]):
+        note(f"pictures without a caption are told prompt={quoted(cfg.prompt)}")
+    return images, [text or cfg.prompt for text in columns["text"]]
 
 
 def denoising(member: Member, latents: Tensor, prompts: Prompts, batch: int, generator: torch.Generator) -> Tensor:

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 
 from controls.lora import create, detach, parameters
-from models import budget
+from models import budget, devices
 from models.families import DTYPES, Family, split
 from models.sample import Member
 from train.peak import follow
@@ -18,7 +17,7 @@ Cost = Callable[[Member], tuple[float, float]]  # evaluations before the first s
 def show(cfg: Training, cost: Cost) -> None:
     """Prints what is loaded, network evaluations, time, the control's size and the memory of a step. Raises UserError as a run would."""
     check(cfg)
-    accelerator, (name, member) = Accelerator(cpu=not torch.accelerator.is_available()), split(cfg.member)
+    accelerator, (name, member) = devices.start(cfg), split(cfg.member)
     if not accelerator.is_main_process:
         return
     family = Family(name, accelerator.device, DTYPES[cfg.dtype], bare=True)

@@ -4,17 +4,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor
 
-from configs import UserError, run_folder, tracking, versions
+from configs import UserError, folders, plain_name, tracking, versions
 from controls import formats
 from controls.lora import Card, Control, create, detach, extract, parameters
-from models import quantized
+from controls.targets import targets
+from models import devices, quantized
 from models.families import DTYPES, Family, Memory, split
 from models.identity import fingerprint
 from train.checkpoint import append, resumable, seeded, store
@@ -66,22 +67,20 @@ class Run:
     """
 
     def __init__(self, cfg: Training, kind: str):
-        """Loads the member and claims the folder. Raises UserError for what cannot be."""
+        """Loads the member, and looks at the folder, which `training` claims. Raises UserError for what cannot be."""
         check(cfg)
-        self.cfg, self.kind, self.accelerator = cfg, kind, Accelerator(cpu=not torch.accelerator.is_available())
+        self.cfg, self.kind, self.accelerator = cfg, kind, devices.start(cfg, FREE)
         family, self.member_name = split(cfg.member)
         self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype], cfg.memory)
         self.member = self.family.member(self.member_name, cfg.quantize)
         self.net, self.folder, self.main = self.member.denoiser.net, Path(cfg.out) / cfg.name, self.accelerator.is_main_process
-        if self.main:
-            run_folder(cfg, self.folder, cfg.overwrite, free=("wandb", "out", "memory", "plan"))
-        self.accelerator.wait_for_everyone()
+        targets(self.net, cfg.layers, cfg.scope)  # a mistake is said now, not after the runs that are trained on
         self.losses, delta = [], self.member.denoiser.delta
         self.fingerprint = fingerprint(self.net) + (f"+{delta.hash[:16]}" if delta else "")  # a LoRA student is its base's network and more
 
     @contextmanager
     def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
-        """Attaches the fresh control and takes it out again. prompt: what strips draw; recipe: what the card remembers.
+        """Attaches the fresh control, claims the folder, and gives both back. prompt: what strips draw; recipe: what the card remembers.
 
         names: of several controls that are trained side by side, instead of the config's one. The text encoders are let go: what a recipe
         wants encoded, it has encoded before.
@@ -93,17 +92,19 @@ class Run:
         self.family.forget_encoders()
         for k, name in enumerate(self.names):
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
-        self.family.bring(self.net)  # or average and optimizer would be made where it waits
-        if cfg.checkpointing:
-            self.net.enable_gradient_checkpointing()
-        self.weights = torch.nn.ParameterList(weight for name in self.names for weight in parameters(self.net, name))
-        self.average = deepcopy(self.weights).requires_grad_(False)
-        self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
-        self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
         try:
+            self.family.bring(self.net)  # or average and optimizer would be made where it waits
+            if cfg.checkpointing:
+                self.net.enable_gradient_checkpointing()
+            self.weights = torch.nn.ParameterList(weight for name in self.names for weight in parameters(self.net, name))
+            self.average = deepcopy(self.weights).requires_grad_(False)
+            self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
+            self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
+            devices.claim(self.accelerator, cfg, FREE)  # last: what is refused has removed and written nothing
             with tracking.start(self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb) as self.tracker:
                 yield
         finally:
+            folders.release()
             self.net.disable_gradient_checkpointing()
             detach(self.net)
 
@@ -113,7 +114,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; a killed run goes on at its last checkpoint."""
-        return resumable(self.folder / "state.pt", self.state, self.cfg.steps, self.cfg.save_every, self.cfg.name, write=self.main)
+        cfg = self.cfg
+        bound = folders.digest(cfg, FREE)
+        return resumable(self.folder / "state.pt", self.state, cfg.steps, cfg.save_every, cfg.name, write=self.main, bound=bound)
 
     def parts(self, step: int) -> Iterator[torch.Generator]:
         """One generator per batch of this process in this step."""
@@ -127,12 +130,13 @@ class Run:
 
     def descend(self, step: int) -> None:
         """One optimizer step on the mean gradient of all processes. When it is not finite: saves the state before it, raises UserError."""
-        for weight in (weight for weight in self.weights if weight.grad is not None):
-            weight.grad = self.accelerator.reduce(weight.grad, "mean")
+        trained = [weight for weight in self.weights if weight.grad is not None]
+        for weight, mean in zip(trained, self.accelerator.mean([weight.grad for weight in trained]), strict=True):
+            weight.grad = mean
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if not torch.isfinite(norm):
             if self.main:
-                store(self.folder / "state.pt", self.state, step)
+                store(self.folder / "state.pt", self.state, step, folders.digest(self.cfg, FREE))
             raise UserError(f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.rate}")
         self.optimizer.step()
         self.schedule.step()
@@ -198,35 +202,35 @@ def adamw(weights, rate: float):
 
 
 def adamw8bit(weights, rate: float):
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UserError("optimizer=adamw8bit needs bitsandbytes: pip install -e '.[8bit]'") from None
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(weights, rate, weight_decay=0.0)
 
 
 def prodigy(weights, rate: float):
     """Mishchenko & Defazio 2023; finds the step size itself."""
-    try:
-        from prodigyopt import Prodigy
-    except ImportError:
-        raise UserError("optimizer=prodigy needs prodigyopt: pip install -e '.[prodigy]'") from None
+    from prodigyopt import Prodigy
+
     return Prodigy(weights, rate, safeguard_warmup=True, use_bias_correction=True)
 
 
 SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # that one needs rules
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "prodigy": prodigy}
+EXTRAS = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}  # optimizer: its package, and what installs it
+FREE = ("wandb", "out", "memory")  # what a continued run may change
 
 
 def check(cfg: Training) -> None:
     """What can be wrong before anything is loaded."""
-    if not cfg.name or "." in cfg.name:
-        raise UserError(f"name={cfg.name} cannot name a control: it is empty or has a dot")
+    if "." in plain_name(cfg.name):
+        raise UserError(f"name={cfg.name} cannot name a control: it has a dot")
     for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")
+    package, extra = EXTRAS.get(cfg.optimizer, ("torch", ""))
+    if find_spec(package) is None:
+        raise UserError(f"optimizer={cfg.optimizer} needs {package}: pip install -e '.[{extra}]'")
     quantized.check(cfg.quantize)
-    counts = ("steps", "batch", "accumulate", "rank", "save_every", "watch_every", "watch_prompts")
-    for key in (*counts, "trajectories", "directions", "pairs", "images", "prior_images"):  # the latter where a recipe has them
-        if getattr(cfg, key, 1) < 1:
+    for key in ("steps", "rank"):
+        if getattr(cfg, key) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")

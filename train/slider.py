@@ -5,13 +5,14 @@ Without arguments: the smile slider on tiny/base, in some minutes on a CPU. Ends
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load
+from configs import UserError, entry, load, note, quoted
 from controls.lora import strength
-from models.families import Family
+from models.families import Family, split
 from models.noise import Noise, comparable
 from models.prompts import Prompts
 from models.sample import Member, Plan, Stage, alone, draw_noise, finish
@@ -22,13 +23,30 @@ from train.run import Run, Training
 
 @dataclass
 class Pair:
-    """One prompt pair of the published format: what to move, and between which two ends."""
+    """One prompt pair of the published format: what to move, and between which two ends. An empty text is the empty prompt."""
 
     target: str = ""  # the prompt the slider acts on
     positive: str = ""  # what more of it is
     unconditional: str = ""  # what less of it is
-    neutral: str = ""  # where the movement starts; empty = the target
+    neutral: str | None = None  # where the movement starts; null, or not given, = the target
     action: str = "enhance"  # enhance: + is towards positive; erase: the other way round
+    # what other trainers read from such a file, see OTHERS
+    guidance_scale: Any = None
+    resolution: Any = None
+    batch_size: Any = None
+    dynamic_resolution: Any = None
+    dynamic_crops: Any = None
+
+    @property
+    def texts(self) -> tuple[str, str, str, str]:
+        """Target, positive, unconditional and neutral."""
+        return self.target, self.positive, self.unconditional, self.target if self.neutral is None else self.neutral
+
+
+OTHERS = {  # keys of a published prompt file, and what they are here
+    "guidance_scale": "strength", "batch_size": "batch", "resolution": "the family's size_px", "dynamic_resolution": "nothing",
+    "dynamic_crops": "nothing",
+}  # fmt: skip
 
 
 def smile() -> list[Pair]:
@@ -58,6 +76,7 @@ def main(cfg: Config) -> Path | None:
     pairs = spread(cfg)
     if cfg.plan:
         return plan.show(cfg, lambda member: RECIPES[cfg.recipe].cost(cfg, member))
+    differing(cfg, pairs)
     run = Run(cfg, "slider")
     lesson = RECIPES[cfg.recipe](cfg, run.family, run.member, pairs)
     with run.training(cfg.prompts[0].target, recipe(cfg)):
@@ -76,20 +95,30 @@ def main(cfg: Config) -> Path | None:
 def spread(cfg: Config) -> list[Pair]:
     """Every pair with every attribute in front, the neutral prompt filled in; an anchor is a pair without a direction.
 
-    Raises UserError for an incomplete pair, or when there is none.
+    Says which keys of other trainers are not used. Raises UserError for a pair without two ends, or when there is none.
     """
     found = []
-    for pair in cfg.prompts:
-        if not (pair.target and pair.positive and pair.unconditional):
-            raise UserError(f"a prompt pair needs target, positive and unconditional; got {pair}")
+    for number, pair in enumerate(cfg.prompts, 1):
+        if not pair.positive.strip() or pair.positive == pair.unconditional:
+            ends = f"got {quoted(pair.positive, 40)} and {quoted(pair.unconditional, 40)}"
+            raise UserError(f"prompt pair {number} needs a positive text, and an unconditional one that differs from it; {ends}")
         if pair.action not in ("enhance", "erase"):
-            raise UserError(f"action is enhance or erase, got {pair.action!r}")
+            raise UserError(f"prompt pair {number}: action is enhance or erase, got {quoted(pair.action)}")
         for attribute in cfg.attributes or [""]:
-            words = (pair.target, pair.positive, pair.unconditional, pair.neutral or pair.target)
-            found.append(Pair(*(f"{attribute} {word}".strip() for word in words), pair.action))
+            found.append(Pair(*(f"{attribute} {text}".strip() for text in pair.texts), pair.action))
     if not found:
         raise UserError("a slider needs at least one prompt pair: prompts=[{target: …, positive: …, unconditional: …}]")
+    given = {f"{key}={getattr(pair, key)}": here for pair in cfg.prompts for key, here in OTHERS.items() if getattr(pair, key) is not None}
+    if given:
+        note("the prompts say " + ", ".join(f"{quoted(key)} (here: {here})" for key, here in given.items()) + ", which is not read there")
     return found + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
+
+
+def differing(cfg: Config, pairs: list[Pair]) -> None:
+    """Raises UserError for a pair whose ends are the same to the text encoders: cut off, or words that they do not know."""
+    family = Family(split(cfg.member)[0])
+    for pair in pairs[: len(pairs) - len(cfg.anchors)]:
+        family.tell_apart(pair.positive, pair.unconditional)
 
 
 def recipe(cfg: Config) -> dict:
@@ -97,7 +126,8 @@ def recipe(cfg: Config) -> dict:
     first = cfg.prompts[0]
     ends = (first.positive, first.unconditional) if first.action == "enhance" else (first.unconditional, first.positive)
     kept = ("recipe", "strength", "steps", "batch", "accumulate", "rate", "trajectories", "seed", "attributes", "anchors")
-    return {"positive": ends[0], "negative": ends[1], "prompts": [asdict(p) for p in cfg.prompts], **{k: getattr(cfg, k) for k in kept}}
+    texts = [{key: text or "" for key, text in asdict(pair).items() if key not in OTHERS} for pair in cfg.prompts]
+    return {"positive": ends[0], "negative": ends[1], "prompts": texts, **{k: getattr(cfg, k) for k in kept}}
 
 
 Lesson = tuple[Tensor, Noise, Prompts, Tensor, Tensor]  # x, its noise level, target prompts, neutral, direction; tensors (B, C, H, W)
