@@ -1,6 +1,7 @@
 """A training loop that can be killed at any moment and continues to the same result."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def restore(path: Path, state: dict[str, Any], steps: int, bound: str = "") -> i
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise UserError(f"cannot go on from {path} ({reason}); overwrite=true starts afresh") from None
     return done
+
+
+def progress(path: Path) -> int:
+    """How many steps the state in a file has done; 0 where there is none. Raises UserError as `restore` does."""
+    return restore(path, {}, sys.maxsize) if path.exists() else 0
 
 
 def seeded(*numbers: int) -> torch.Generator:
