@@ -101,19 +101,18 @@ def _core(stem: str, down: Tensor, mid: Tensor) -> Tensor:
 
 def _lokr(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size) -> tuple[Tensor, Tensor, float]:
     """Of factors (L1 R1) ⊗ (L2 R2) = (L1 ⊗ L2) (R1 ⊗ R2); strength is 1 where both factors are whole matrices."""
-    halves = [_factor(parts.get(f"lokr_{w}"), parts.get(f"lokr_{w}_a"), parts.get(f"lokr_{w}_b")) for w in ("w1", "w2")]
+    (left, right), (left2, right2) = (_factor(parts, f"lokr_{w}") for w in ("w1", "w2"))
     dims = [parts[key].shape[0] for key in ("lokr_w2_b", "lokr_w1_b") if key in parts]
-    (left, right), (left2, right2) = halves
     _fits(stem, "LoKr", left.shape[1] * left2.shape[1], left.shape[0] * left2.shape[0], right.shape[1] * right2.shape[1], shape)
     a, b = torch.kron(right, right2), torch.kron(left, left2)
     return a.float().view(-1, *shape[1:]), b.float(), alpha / dims[0] if dims and alpha is not None else 1.0
 
 
-def _factor(whole: Tensor | None, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor]:
+def _factor(parts: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     """A factor as a product, of as low a rank as its shape allows."""
-    if whole is None:
-        return left.double(), right.flatten(1).double()
-    whole = whole.double().flatten(1)
+    if name not in parts:
+        return parts[f"{name}_a"].double(), parts[f"{name}_b"].flatten(1).double()
+    whole = parts[name].double().flatten(1)
     rows, columns = whole.shape
     return (torch.eye(rows).double(), whole) if rows <= columns else (whole, torch.eye(columns).double())
 

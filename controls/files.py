@@ -144,7 +144,7 @@ def _plain(path: Path) -> dict[str, Tensor]:
         tensors = {name: torch.as_tensor(value).detach() for name, value in found.items()}
         strange = [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta
                    or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()]  # fmt: skip
-    except (RuntimeError, OverflowError, NotImplementedError):
+    except (RuntimeError, ValueError, OverflowError, NotImplementedError):
         raise UserError(f"{cut(path)} holds numbers that no tensor holds") from None
     if strange:
         raise UserError(f"{cut(path)}: {cut(strange[0])} is no plain tensor")

@@ -237,7 +237,7 @@ def _paired(a: Tensor | None, b: Tensor | None, rank: int) -> bool:
 
 def _is(value: object, kind: type) -> bool:
     """Whether a JSON value is of a card's type; a whole number is a number, true and false are none."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**63):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 

@@ -75,7 +75,7 @@ def way(kinds: dict[str, str], theirs: int, strange: list[str]) -> str:
     if odd or strange or not kinds:
         reason = f"holds {odd}" if odd else "has keys that are not understood" if strange else "has nothing for the network"
         return f"python -m controls.convert cannot read it, as it {reason}"
-    return "python -m controls.convert makes it one of ours" + (", with encoders=ignore" if theirs else "")
+    return "python -m controls.convert makes it one of ours, where member= has its layers" + (", with encoders=ignore" if theirs else "")
 
 
 def measured(transfer: dict) -> dict[str, str]:

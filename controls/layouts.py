@@ -131,7 +131,7 @@ def gather(
     if strange:
         raise UserError(f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}")
     if lost := [stem for stem in stems if stem not in table]:
-        raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}. Was it trained on another family?")
+        raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another family?")
     pairs, swapped = {}, _swapped(spots)
     for stem, parts in stems.items():
         rows = [spots[layer].weight.shape[0] for layer in table[stem]]

@@ -38,7 +38,7 @@ def merge(controls: list[Control], weights: list[float], rank: int, name: str) -
         having = zip(controls, weights, strict=True)
         mine = [(control, weight) for control, weight in having if layer + formats.HALVES[0] in control.tensors]
         pairs = [tuple(control.tensors[layer + half].double() for half in formats.HALVES) for control, _ in mine]
-        if len({tuple(half.shape[:1] + half.shape[2:] if k else half.shape[1:]) for pair in pairs for k, half in enumerate(pair)}) > 2:
+        if len({(a.shape[1:], b.shape[:1], b.shape[2:]) for a, b in pairs}) > 1:
             raise UserError(f"the controls have {layer} in different shapes: are they of one network?")
         scales = [weight * control.card.alpha / control.card.rank for control, weight in mine]
         a = torch.cat([a.flatten(1) for a, _ in pairs])                                              # (R, in)
