@@ -289,9 +289,10 @@ class Family:
             budget.check(what, [budget.network_need(self.card, name, self.dtype)], home, self.dtype)
             if quantize:  # whole on the CPU alone
                 budget.check(what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype)
-            net = network(self.card, name, self.dtype).to(home, self.dtype, memory_format=torch.channels_last)
+            net = network(self.card, name, self.dtype, home).to(home, self.dtype, memory_format=torch.channels_last)
             if quantize:
                 pack(net, quantize, self.device).to(self.home)
+                release()
             if self.memory.offload:
                 self.turns.comes_when_called(net)
             if self.memory.compile:

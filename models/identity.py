@@ -12,7 +12,7 @@ from torch import nn
 
 from configs import UserError
 from models.cards import FamilyCard, MemberCard
-from models.loading import one_line, place
+from models.loading import file_hash, one_line, place
 
 PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence", "trained_px")  # of a card: where, not how
 PARTS = ("model_index.json", "config.json")  # a file that every repo of its kind has
@@ -57,8 +57,7 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 

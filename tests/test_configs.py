@@ -347,6 +347,14 @@ def test_a_command_as_the_shell_sees_it(tmp_path):
     assert run("steps=2").stdout == "2\n"
 
 
+def test_what_libraries_say_that_nobody_can_mend_is_not_said():
+    """bitsandbytes warns at its import, which diffusers makes, of a kernel that it does without."""
+    name = "bitsandbytes.backends.cpu.ops"
+    code = f"import configs, logging; log = logging.getLogger('{name}'); log.warning('no kernel'); log.error('broken')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=configs.ROOT)
+    assert done.stderr == "broken\n"
+
+
 @pytest.mark.parametrize(("value", "said"), [
     ("[a man, smiling]", "'a man' | 'smiling'; a comma inside a text needs quotes: words=[\"a man, smiling\"]"),
     ("[a man, 35, a cat, a dog]", "holds 4 texts, 'a man' | '35' | 'a cat' …"),

@@ -39,7 +39,8 @@ SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
     "diversity": ("analysis.diversity", "Config"),
 }
 PAPER = {"t1": "transfer", "t1-car": "transfer", "fig5": "trace"}  # the others are of analysis.diversity
-YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+EVERY = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+YAMLS = [path for path in EVERY if not path.startswith("configs/accelerate/")]  # those are accelerate's own
 RECIPES = [path for path in YAMLS if not path.startswith("configs/families/")]
 
 
@@ -118,6 +119,16 @@ def test_no_file_in_train_shadows_a_library():
 def test_every_folder_of_configs_has_a_schema():
     assert YAMLS
     assert {path.split("/")[1] for path in YAMLS} <= SCHEMAS.keys() | {"paper"}, "add a row to SCHEMAS"
+
+
+@pytest.mark.parametrize("path", [path for path in EVERY if path not in YAMLS])
+def test_accelerate_launches_by_a_shipped_config_without_a_word(path, caplog):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    words = ["--config_file", str(ROOT / path), "train/slider.py"]
+    settings, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert not caplog.records and settings.mixed_precision == "no"
+    assert settings.num_processes == (8 if settings.multi_gpu else 1)
 
 
 @pytest.mark.parametrize("path", YAMLS)
