@@ -104,8 +104,9 @@ def test_a_transfer_run_with_nothing_new_need_not_wait_for_heavy_libraries():
 def test_no_file_in_train_shadows_a_library():
     """accelerate launch train/x.py puts train/ first on sys.path, so that train/types.py would be everybody's `types`."""
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    names = {path.stem for path in (ROOT / "train").iterdir()} - {"__init__", "__pycache__"}
-    assert names and not names & taken
+    for folder in ("train", "train/bench"):
+        names = {path.stem for path in (ROOT / folder).iterdir()} - {"__init__", "__pycache__"}
+        assert names and not names & taken
 
 
 def test_every_folder_of_configs_has_a_schema():
