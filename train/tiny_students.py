@@ -23,7 +23,7 @@ class Teacher:
     """The frozen base: x0 under guidance, and encoded captions."""
 
     def __init__(self, cfg: Config, guidance: float = 3.0):
-        pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", torch_dtype=torch.float32)
+        pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", dtype=torch.float32)
         self.pipe = pipe.to(cfg.device)
         self.unet = self.pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.net = fast(self.unet, cfg)

@@ -10,8 +10,8 @@ RECORD = ROOT / "bench/gpu.json"  # of a GPU alone
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- gpu -->\n).*?(\n<!-- /gpu -->)", re.S)  # the README's place for it
 STAND_IN = "no GPU: the embedded family on the CPU stands in"
-WHAT = """`make gpu` measures in at most 9 minutes all that only a GPU can show: SDXL at full size beside diffusers'
-own pipelines, training steps, peaks of memory, `torch.compile`, every command's values beside the CPU's"""
+WHAT = """`make gpu` measures in at most 9 minutes all that only a GPU can show: SDXL at full size beside
+diffusers' pipelines, training steps, peaks of memory, `torch.compile`, commands' values beside the CPU's"""
 
 
 def read(path: Path) -> dict:

@@ -72,7 +72,7 @@ def saved(net: nn.Module) -> float:
 
 
 def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> Rows:
-    """A step (forward, backward, optimizer) of each size and batch: measured, foretold, measured when packed.
+    """A step (forward, backward, optimizer) of each size and batch: measured, measured when packed, foretold.
 
     sizes_px: empty = the size of the network's images, and half of it. kind: of packing; empty = none.
     """
@@ -81,12 +81,12 @@ def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> R
              for batch in batches for checkpointing in (False, True)]  # fmt: skip
     for case in cases:
         yield label(*case), lambda case=case: measured(net, factor, repeats, *case)
-    for case in cases:
-        yield f"{label(*case)}, forecast", lambda case=case: foretold(net, factor, *case)
     if kind:
         yield f"packing in {kind}", lambda: packing(net, kind)
         for case in cases:
             yield f"{label(*case)}, {kind}", lambda case=case: measured(net, factor, repeats, *case, True)
+    for case in cases:
+        yield f"{label(*case)}, forecast", lambda case=case: foretold(net, factor, *case)
 
 
 def subject() -> tuple[nn.Module, int, int]:
