@@ -135,9 +135,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"evaluators must hold clip, which judges prompt agreement; got {', '.join(cfg.evaluators)}")
     if cfg.captions and cfg.captions < BLOCKS * max(2, cfg.neighbours):
         raise UserError(f"captions must be 0 or at least {BLOCKS * max(2, cfg.neighbours)}; got {cfg.captions}")
-    for key in ("neighbours", "batch", "draws"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
 
 

@@ -137,9 +137,6 @@ def check(cfg: Config) -> None:
         if 0 not in values or max(values) < 1:
             raise UserError(f"{key} must hold 0 and reach 1; got {getattr(cfg, key)}")
         setattr(cfg, key, values)
-    for key in ("seeds", "batch"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     if cfg.below is not None and cfg.below <= 0:
         raise UserError(f"below is a noise level, sigma / alpha above 0, e.g. 2.0; got {cfg.below}")
 

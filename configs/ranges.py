@@ -46,5 +46,5 @@ def _check(value: Any, key: str, where: str) -> None:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         least, most = RANGES.get(key, (-math.inf, math.inf))
         if not (math.isfinite(value) and least <= value <= most):
-            within = f"from {least:g} to {most:g}" if math.isfinite(most) else "finite"
+            within = f"at least {least:g} and at most {most:g}" if math.isfinite(most) else "finite"
             raise UserError(f"{where} must be {within}; got {value:g}")

@@ -158,7 +158,7 @@ def test_pictures_of_a_folder(tmp_path):
     ("words", "says"),
     [
         (["sedes=3"], "seeds"),
-        (["seeds=0"], "at least 3"),
+        (["seeds=2"], "at least 3"),
         (["students=[turbo]"], "lightning"),
         (["students=[sdxl/turbo]"], "sdxl/turbo"),
         (["students=[base]"], "base itself"),

@@ -138,7 +138,7 @@ def test_points_join_two_records_and_leave_out_what_is_undefined(run):
     ("words", "says"),
     [
         (["sedes=3"], "seeds"),
-        (["seeds=0"], "seeds must be at least 2"),
+        (["seeds=1"], "seeds must be at least 2"),
         (["family=nowhere"], "tiny"),
         (["targets=[sdxl/turbo]"], "lightning"),
         (["source=turbo"], "lightning"),
