@@ -117,9 +117,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, for the variance over seeds; got {cfg.seeds}")
-    for key in ("grid", "neighbours", "draws"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     if cfg.spread_grid < cfg.grid or cfg.spread_grid % cfg.grid:
         raise UserError(f"spread_grid must be a multiple of grid; got {cfg.spread_grid} and {cfg.grid}")
     if not 0 <= cfg.stitch_seeds <= cfg.seeds:

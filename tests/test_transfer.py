@@ -105,6 +105,14 @@ def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, mo
     assert measure(out)["cells"] == first["cells"]
 
 
+def test_starting_afresh_leaves_the_drawings_that_runs_share(run, monkeypatch):
+    out, first = run
+    (out / "default/mine.txt").write_text("of the run before")
+    monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    assert measure(out, "overwrite=true")["cost"]["drawn"] == 0
+    assert not (out / "default/mine.txt").exists()
+
+
 def test_a_second_run_loads_no_evaluator(run, monkeypatch):
     out, before = run
     measure(out)  # knows the words by now
