@@ -87,14 +87,14 @@ def pair(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.
     a, b = tensors.get("A"), tensors.get("B")
     if "mid" in tensors and a is not None:
         a = _core(stem, a, tensors["mid"])
-    if a is None or b is None or min(a.ndim, b.ndim) < 2 or not 0 < a.shape[0] == b.shape[1] or b[0, 0].numel() != 1:
+    if a is None or b is None or min(a.ndim, b.ndim) < 2 or not 0 < a.shape[0] == b.shape[1] or b.shape[2:].numel() != 1:
         raise UserError(f"{cut(stem)} has only one half here, or halves of different ranks")
     return a, b.flatten(1), 1.0 if alpha is None else alpha / a.shape[0]
 
 
 def _core(stem: str, down: Tensor, mid: Tensor) -> Tensor:
     """A of a Tucker form: mid (r, r', k, k) on down (r', in, 1, 1)."""
-    if down.ndim < 2 or mid.ndim < 2 or mid.shape[1] != down.shape[0] or down[0, 0].numel() != 1:
+    if down.ndim < 2 or mid.ndim < 2 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1:
         raise UserError(f"{cut(stem)} has a lora_mid that does not fit its lora_down")
     return torch.einsum("pq...,qi->pi...", mid.double(), down.flatten(1).double()).float()
 

@@ -94,7 +94,10 @@ def load(path: str | Path) -> Control:
         raise UserError(f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank {card.rank}: {first}")
     if card.alpha == 0:
         note(f"{cut(path)} has alpha 0: it does nothing at any scale")
-    return _unfolded(Control(card, found), metadata)
+    try:
+        return _unfolded(Control(card, found), metadata)
+    except UserError as error:
+        raise UserError(f"{cut(path)}: {error}") from None
 
 
 def native(path: str | Path) -> bool:
@@ -188,7 +191,7 @@ def _fitted(tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module
             raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
         wide_a[: len(a)] = a.reshape(len(a), *size_in)
         wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (strength / usual if strength != usual else 1.0)
-        found |= {layer + HALVES[0]: wide_a, layer + HALVES[1]: wide_b}
+        found |= {name: real(name, wide) for name, wide in ((layer + HALVES[0], wide_a), (layer + HALVES[1], wide_b))}
     card = replace(card, rank=rank, alpha=usual * rank)
     check(card)
     return Control(card, found)
@@ -218,11 +221,14 @@ def _folded(control: Control) -> tuple[Control, dict[str, Tensor]]:
 
 def _unfolded(control: Control, metadata: dict[str, str]) -> Control:
     """The control as its card has it: what the header says B to hold already is taken out."""
-    said = headers.settings(metadata)
-    factor = control.card.alpha / headers.number(said["lora_alpha"]) if said else 1.0
-    if factor == 1:
+    alpha = control.card.alpha
+    inside = headers.alphas(headers.settings(metadata), {"": control.card.rank}).get("", alpha)
+    if inside == alpha:
         return control
-    tensors = {name: tensor if name.endswith(HALVES[0]) else tensor / factor for name, tensor in control.tensors.items()}
+    if not (inside and alpha):
+        raise UserError(f"its card says alpha {alpha:g}, the rest of its header {inside:g}")
+    factor, downs = alpha / inside, HALVES[0]
+    tensors = {name: tensor if name.endswith(downs) else real(name, tensor / factor) for name, tensor in control.tensors.items()}
     return Control(control.card, tensors)
 
 

@@ -74,6 +74,13 @@ def test_a_card_that_is_none_is_one_line(tmp_path, card, says):
     refused(lambda: formats.load(written(tmp_path / "x.safetensors", card)), says)
 
 
+@pytest.mark.parametrize("alpha", [0, "x", None, 10**400, float("nan")])
+def test_a_header_whose_alpha_fits_no_card_is_one_line(tmp_path, alpha):
+    said = {"unet.r": 2, "unet.lora_alpha": alpha}
+    save_file(halves(), tmp_path / "x.safetensors", {"card": json.dumps(CARD), "lora_adapter_metadata": json.dumps(said)})
+    refused(lambda: formats.load(tmp_path / "x.safetensors"), "x.safetensors", "alpha")
+
+
 def test_words_of_a_card_are_taken_as_they_are(tmp_path):
     recipe = {"positive": "${oc.env:HOME} ???", "negative": "", "seed": 3, "deep": [{"a": [1, None]}]}
     card = formats.load(written(tmp_path / "x.safetensors", {**CARD, "alpha": 1, "recipe": recipe})).card

@@ -194,6 +194,13 @@ def parts(kind: str) -> dict[str, torch.Tensor]:
     }[kind]  # fmt: skip
 
 
+def test_halves_without_rows_are_no_pair(adopt):
+    for stem, end in ((FLAT, ""), (f"lora_unet_{CONV.replace('.', '_')}", "_mid")):
+        tensors = {f"{stem}.lora_down.weight": torch.zeros(2, 0), f"{stem}.lora_up.weight": torch.zeros(0, 2)}
+        with pytest.raises(UserError, match="halves|rows|lora_mid|another shape"):
+            adopt({**tensors, **({f"{stem}.lora{end}.weight": torch.zeros(2, 2, 3, 3)} if end else {})})
+
+
 @pytest.mark.parametrize("kind", [
     "DoRA", "IA3", "OFT", "GLoRA", "LoKr with a Tucker core", "whole weight", "full difference", "bias's difference", "norm's difference",
     "LoKr of another shape", "LoKr that are missing", "LoHa that are missing", f"LoHa whose product has rank {18**2}; up to {MOST_RANK}",
