@@ -1,22 +1,25 @@
 """What a measurement will cost and what it can see, said before it starts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from analysis import report
-from analysis.draw import Drawings, Job
+from analysis.draw import Drawings, Job, in_memory, in_turn
 from analysis.measure import Subject
 from configs import UserError
 from controls import stats
-from models import budget
+from models import budget, forecast
 
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the embedded family (LOG.md)
 TYPICAL = {"prompts": 0.07, "seeds": 0.33}
 
 
-def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job], folder: Path) -> None:
+def show(
+    drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job], evaluators: Sequence[str], folder: Path
+) -> None:
     """Prints the smallest difference of a retention from 1 that the design tells from none, then images, network evaluations, minutes.
 
-    The drawings' family is bare: it needs configs and no weights, and UserError says which one cannot be had.
+    Then memory at its fullest. The drawings' family is bare: it needs configs and no weights, and UserError says which one cannot be had.
     """
     todo, family, each, prompts, seeds = drawings.missing(jobs), drawings.family, len(drawings.numbers), len(drawings.texts), drawings.seeds
     spread, whence = known(folder)
@@ -26,7 +29,12 @@ def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: 
         print(f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})")
     calls = budget.asked((drawings.plan(job.target), each) for job in todo)
     print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
-    print(budget.forecast(family.card, calls, family.dtype, family.device) if todo else "nothing to draw")
+    if not todo:
+        print("nothing to draw")
+        return
+    print(budget.forecast(family.card, calls, family.dtype, family.device, evaluators))
+    controls = [control.tensors for control in drawings.controls.values()]
+    print(forecast.said(forecast.drawing(family, in_memory(in_turn(todo, family.card), family.card), each, controls, evaluators, True)))
 
 
 def known(folder: Path) -> tuple[dict, str]:

@@ -18,15 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import diversity_page, record, sheets
-from analysis.draw import in_turn, one_by_one, plan_of, ways
+from analysis.draw import in_memory, in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
 from analysis.report import number
 from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import intervals
-from models import budget, devices, promptsets
-from models.evaluators import UNIT, Evaluator, evaluators
+from models import budget, devices, forecast, promptsets
+from models.evaluators import UNIT, Evaluator, chosen, evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
 from models.sample import Plan, draw_noise, finish, sample
@@ -93,7 +93,9 @@ def main(cfg: Config) -> Path:
         images = len(cfg.prompts) * cfg.seeds + cfg.captions
         print(f"{len(plans)} ways to draw, {images} images each")
         calls = budget.asked((plan_of(family, Job(*way, "").target), images) for way in plans)
-        print(budget.forecast(family.card, calls, family.dtype, family.device))
+        names, turns = chosen(family.card, cfg.evaluators), in_memory(in_turn([Job(*way, "") for way in plans], family.card), family.card)
+        print(budget.forecast(family.card, calls, family.dtype, family.device, names))
+        print(forecast.said(forecast.drawing(family, turns, max(cfg.seeds, cfg.captions), [], names, reading=bool(cfg.captions))))
         return Path(cfg.out) / cfg.name
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts
@@ -104,6 +106,8 @@ def main(cfg: Config) -> Path:
     jobs = [Job(student, plan, part) for student, plan in plans for part in parts]
     todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
+    if mine and not texts:  # captions are too many to be kept
+        family.encode_all(cfg.prompts)
     for job in one_by_one(mine, family, "diversity", not accelerator.is_main_process):
         kind, _, index = job.part.partition("-")
         plan, to, k = plan_of(family, job.target), folder / job.file, int(index)

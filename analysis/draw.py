@@ -228,6 +228,17 @@ def one_by_one(jobs: Sequence[T], family: Family, label: str, quiet: bool) -> It
     family.keep(())
 
 
+def in_memory(jobs: Sequence[T], family: FamilyCard) -> list[tuple[set[str], set[str]]]:
+    """For the jobs one by one: the members that are in memory, LoRA students by their own names, and those that are asked."""
+    needed, held, found = [networks(job.target, family) for job in jobs], set(), []
+    for k, job in enumerate(jobs):
+        later = set().union(*needed[k:])
+        asked = needed[k] | {job.target.partition(":")[0]}
+        held = {name for name in held if (family.base if family.members[name].lora else name) in later} | asked
+        found.append((held, asked))
+    return found
+
+
 @contextmanager
 def acting(
     plan: Plan, control: Control | None, scale: float, family: str, holds: Callable[[Noise], bool] | None = None

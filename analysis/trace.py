@@ -20,13 +20,13 @@ from torch import Tensor
 
 from analysis import record, sheets, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
-from analysis.draw import acting, in_turn, one_by_one, plan_of, ways
+from analysis.draw import acting, in_memory, in_turn, networks, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from configs import UserError, command, entry, load, releases, replacing, tracking, versions
 from controls import formats
 from controls.lora import Control, fits
-from models import budget, devices, promptsets
-from models.evaluators import READERS, Evaluator, evaluators
+from models import budget, devices, forecast, promptsets
+from models.evaluators import READERS, Evaluator, chosen, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
 from models.sample import Plan, draw_noise, sample
@@ -96,19 +96,24 @@ def main(cfg: Config) -> Path:
     outline = family if cfg.plan else Family(cfg.family, bare=True)
     plans = ways(cfg.plans, cfg.students, outline)
     jobs = jobs_of(cfg, plans, control is not None)
+    folder = Path(cfg.out) / cfg.name
+    todo = in_turn([job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card)
     if cfg.plan:
-        images = len(cfg.prompts) * cfg.seeds
-        print(f"{len(jobs)} ways to draw, {images} images each")
-        calls = budget.asked((plan_of(family, job.target), images) for job in jobs)
-        print(budget.forecast(family.card, calls, family.dtype, family.device))
-        return Path(cfg.out) / cfg.name
+        images, names = len(cfg.prompts) * cfg.seeds, chosen(family.card, cfg.evaluators)
+        print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
+        calls = budget.asked((plan_of(family, job.target), images) for job in todo)
+        print(budget.forecast(family.card, calls, family.dtype, family.device, names))
+        turns = in_memory(todo, family.card)
+        print(forecast.said(forecast.drawing(family, turns, images, [control.tensors] if control else [], names)))
+        return folder
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
     for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing
         fits(outline.member(name).denoiser.net, control, family.card.name)
-    folder = devices.claim(accelerator, cfg, FREE)
+    devices.claim(accelerator, cfg, FREE)
 
-    todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        family.encode_all(cfg.prompts)
     for job in one_by_one(mine, family, "trace", not accelerator.is_main_process):
         draw(cfg, family, plan_of(family, job.target), control, eyes, seeds, job, folder / job.file)
     accelerator.wait_for_everyone()
@@ -253,7 +258,9 @@ def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) ->
         examples = c["abandoned"]["examples"]
         if not examples:
             continue
-        plan = plan_of(family, Job(c["student"], c["plan"], ()).target)
+        target = Job(c["student"], c["plan"], ()).target
+        family.keep(networks(target, family.card))
+        plan = plan_of(family, target)
         noise = draw_noise([seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device)
         steps = [family.decode(step.x0) for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))]
         rows = [(e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)]

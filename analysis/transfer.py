@@ -22,7 +22,7 @@ from configs import UserError, command, entry, load, releases, tracking, version
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
 from models import devices, promptsets
-from models.evaluators import evaluators
+from models.evaluators import chosen, evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
 from models.loading import skeleton
 from models.sample import PLANS
@@ -72,7 +72,7 @@ def main(cfg: Config) -> Path:
     drawings, subjects, targets = prepare(cfg, accelerator.device)
     jobs = jobs_of(cfg, subjects, targets)
     if cfg.plan:
-        design.show(drawings, subjects, targets, jobs, folder)
+        design.show(drawings, subjects, targets, jobs, chosen(drawings.family.card, cfg.evaluators), folder)
         return folder
     fit(cfg, drawings, subjects, jobs)
     devices.claim(accelerator, cfg, FREE)

@@ -44,8 +44,9 @@ def main(files: list[str], cfg: Config) -> Path:
         card = control.card
         family_name, member_name = split(cfg.member or f"{card.family}/{card.member}")
         family = families.setdefault(family_name, Family(family_name, device, DTYPES[cfg.dtype], cfg.memory, batch=cfg.batch))
-        member = family.member(member_name)
         prompt = cfg.prompt or next(iter(family.card.prompts), "")
+        family.encode_all([prompt])  # so that the text encoders are gone when the network comes
+        member = family.member(member_name)
         scales = cfg.lora_scales if card.kind == "lora" else cfg.scales
         shown = []
         for scale in scales:

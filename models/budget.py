@@ -16,9 +16,10 @@ from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import UserError, entry, load
+from configs import ROOT, UserError, entry, load
 from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard, card
+from models.evaluators import EVALUATORS, PACKAGED, Picture
 from models.loading import BROKEN, available, config, latent_shape, one_line, place, source
 from models.quantized import KINDS, inside
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:  # families stand on both
 GB = 1e9
 SHARE = 0.5  # of the speed of a plain product, which networks may reach
 GPU = 200e12  # operations per second that a network may reach in bf16 on a large GPU
+FULL = 4  # bytes of a number in fp32
 HALF = 2  # bytes of a number, as the variants fp16 and the weights of transformers are published
 WEIGHTS = (".safetensors", ".bin", ".ckpt")
+DELTA = 4e8  # bytes of a student's LoRA where nobody says: Lightning's and LCM's of SDXL
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Need:
     part: str  # a member's name, vae, text_encoder, …
     repo: str
     licence: str
-    parameters: int  # 0 for a LoRA, which adds little to its base
+    parameters: int
     download: float  # bytes, by the Hub's list of files, or about where it is out of reach; 0 where the files are on disk
     memory: float  # bytes on the device
 
@@ -51,7 +54,8 @@ def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> lis
     """
     own = dict.fromkeys(family.base if family.members[name].lora else name for name in members)  # a LoRA brings its base
     deltas = [name for name in members if family.members[name].lora]
-    return [*shared(family, dtype), *(network_need(family, name, dtype) for name in own), *(_delta_need(family, name) for name in deltas)]
+    return [*shared(family, dtype), *(network_need(family, name, dtype) for name in own),
+            *(delta_need(family, name, dtype) for name in deltas)]  # fmt: skip
 
 
 def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
@@ -82,10 +86,31 @@ def network_need(family: FamilyCard, name: str, dtype: torch.dtype, quantize: st
     return Need(name, home, member.licence or family.licence, count, download, size)
 
 
-def _delta_need(family: FamilyCard, name: str) -> Need:
+def delta_need(family: FamilyCard, name: str, dtype: torch.dtype) -> Need:
+    """A LoRA student's delta, which lies beside its base's layers in the network's type."""
     member = family.members[name]
     repo, revision, _ = source(family, member)
-    return Need(name, repo, member.licence or family.licence, 0, _download(repo, revision, "", None, 0, member.lora), 0)
+    place_of = _file(repo, revision, member.lora)
+    size = place_of.stat().st_size if place_of else _sizes(repo, revision).get(member.lora, DELTA)
+    count = round(size / HALF)
+    return Need(name, repo, member.licence or family.licence, count, 0 if place_of else size, count * dtype.itemsize)
+
+
+def evaluator_need(family: FamilyCard, name: str) -> Need:
+    """An evaluator, which is held in fp32. Raises UserError for a config that cannot be had."""
+    its, kind = getattr(family, name), EVALUATORS[name]
+    if name in PACKAGED:
+        count, download = PACKAGED[name]
+        return Need(name, its, "", round(count), download, FULL * count)
+    if not issubclass(kind, Picture):  # a folder of the project
+        size = sum(path.stat().st_size for path in Path(place(its)).glob("*.safetensors"))
+        return Need(name, its, "", size // FULL, 0, size)
+    (repo, _, revision), transformers = its.partition("@"), import_module("transformers")
+    with one_line(f"the evaluator {its}"):
+        config = transformers.AutoConfig.from_pretrained(place(repo), revision=available(repo, revision or None))
+        model = transformers.AutoModel._model_mapping[type(config)] if kind.kind == "AutoModel" else getattr(transformers, kind.kind)
+        count, _ = _count(model, config.to_dict())
+    return Need(name, repo, "", count, _download(repo, revision or None, "", None, count, size=FULL), FULL * count)
 
 
 def effort(family: FamilyCard, name: str) -> float:
@@ -130,10 +155,12 @@ def spelt(seconds: float) -> str:
     return f"{seconds / size:.1f} {unit}"
 
 
-def forecast(family: FamilyCard, calls: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> str:
-    """What a run will load, ask and take, as text: a budget of the members, evaluations per image summed, time."""
+def forecast(
+    family: FamilyCard, calls: Mapping[str, float], dtype: torch.dtype, device: torch.device, evaluators: Sequence[str] = ()
+) -> str:
+    """What a run will load, ask and take, as text: a budget of the members and evaluators, evaluations per image summed, time."""
     try:
-        parts = table(needs(family, list(calls), dtype))
+        parts = table([*needs(family, list(calls), dtype), *(evaluator_need(family, name) for name in evaluators)])
     except UserError as error:
         parts = f"download and memory: unknown ({error})"
     asked = ", ".join(f"{count:.0f} of {name}" for name, count in calls.items())
@@ -203,19 +230,25 @@ def _counted(kind: type, config: str) -> tuple[int, int]:
     return sum(weight.numel() for weight in net.parameters()), sum(net.get_submodule(name).weight.numel() for name in inside(net))
 
 
-def _download(repo: str, revision: str | None, subfolder: str, variant: str | None, count: int, file: str = "") -> float:
-    """Bytes of the weights that diffusers would fetch for a part; half precision is assumed where the Hub cannot be asked."""
-    if _here(repo, subfolder, file):
-        return 0
-    files = _sizes(repo, revision)
-    if file:
-        return files.get(file, HALF * count)
+def _download(
+    repo: str, revision: str | None, subfolder: str, variant: str | None, count: int, file: str = "", size: int = HALF
+) -> float:
+    """Bytes of the weights that diffusers would fetch for a part; `size` bytes a number are assumed where the Hub cannot be asked."""
     folder = f"{subfolder}/" if subfolder else ""
-    own = {name.removeprefix(folder): size for name, size in files.items() if name.startswith(folder)}
+    home = _home(repo, revision)
+    if file:
+        return 0 if _file(repo, revision, file) else _sizes(repo, revision).get(file, size * count)
+    if home and _chosen([path.name for path in (home / subfolder).glob("*") if path.is_file()], variant):
+        return 0
+    sizes = {name.removeprefix(folder): own for name, own in _sizes(repo, revision).items() if name.startswith(folder)}
+    return sum(sizes[name] for name in _chosen(sizes, variant)) or size * count
+
+
+def _chosen(names: Iterable[str], variant: str | None) -> list[str]:
+    """The weight files of a folder that diffusers takes: the variant's, safetensors before others."""
     marks = (f".{variant}.", f".{variant}-") if variant else ()  # the latter in front of a shard's number
-    right = [name for name in own if "/" not in name and (any(m in name for m in marks) if marks else name.count(".") == 1)]
-    kinds = [[own[name] for name in right if name.endswith(kind)] for kind in WEIGHTS]
-    return next((sum(kind) for kind in kinds if kind), HALF * count)
+    right = [name for name in names if "/" not in name and (any(m in name for m in marks) if marks else name.count(".") == 1)]
+    return next((found for kind in WEIGHTS if (found := [name for name in right if name.endswith(kind)])), [])
 
 
 @cache
@@ -229,13 +262,20 @@ def _sizes(repo: str, revision: str | None) -> dict[str, int]:
         return {}
 
 
-def _here(repo: str, subfolder: str, file: str = "") -> bool:
-    """Whether a part's weights are on disk already."""
-    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
-    folders = [Path(place(repo))] if Path(place(repo)).is_dir() else list(cached.glob("*"))
-    if file:
-        return Path(file).is_file() or any((folder / file).is_file() for folder in folders)
-    return any(path.suffix in WEIGHTS for folder in folders for path in (folder / subfolder).glob("*"))
+def _home(repo: str, revision: str | None) -> Path | None:
+    """Where a repository's revision lies on disk; None where it does not."""
+    if Path(place(repo)).is_dir():
+        return Path(place(repo))
+    cached, revision = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}", available(repo, revision) or "main"
+    named = cached / "refs" / revision
+    found = cached / "snapshots" / (named.read_text().strip() if named.is_file() else revision)
+    return found if found.is_dir() else None
+
+
+def _file(repo: str, revision: str | None, file: str) -> Path | None:
+    """Where a file of a repository, or one of one's own, lies on disk; None where it does not."""
+    home = _home(repo, revision)
+    return next((path for path in [*([home / file] if home else []), Path(file), ROOT / file] if path.is_file()), None)
 
 
 @dataclass

@@ -274,6 +274,18 @@ UNIT = ("clip", "siglip", "dino", "dreamsim")  # whose features are of unit leng
 READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
 
 
+PACKAGED = {"dreamsim": (258e6, 1.3e9), "inception": (23.9e6, 95.6e6)}  # parameters, and bytes that their packages fetch, about
+
+
+def chosen(card: FamilyCard, names: Sequence[str] = ()) -> list[str]:
+    """The names of a card's evaluators, or of all of them that read words. Raises UserError for one that the card has nothing for."""
+    there = [name for name in EVALUATORS if getattr(card, name)]
+    for name in names:
+        if name not in there:
+            raise UserError(f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}")
+    return list(dict.fromkeys(names or [name for name in there if name in READERS]))
+
+
 def evaluators(
     card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] = (), ready: bool = True
 ) -> dict[str, Evaluator]:
@@ -281,12 +293,7 @@ def evaluators(
 
     ready: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and for what cannot be loaded.
     """
-    there = [name for name in EVALUATORS if getattr(card, name)]
-    for name in names:
-        if name not in there:
-            raise UserError(f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}")
-    chosen = names or [name for name in there if name in READERS]
-    found = {name: EVALUATORS[name](getattr(card, name), device) for name in dict.fromkeys(chosen)}
+    found = {name: EVALUATORS[name](getattr(card, name), device) for name in chosen(card, names)}
     for eye in found.values() if ready else ():
         eye.features(torch.zeros(1, 3, 64, 64))
     return found

@@ -17,7 +17,7 @@ from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
 from models.loading import fetch, file_of, latent_shape, network, one_line, place, published_scheduler, skeleton, source
-from models.memory import Memory, Turns, compiled, release
+from models.memory import Memory, Turns, compiled, release, trim
 from models.noise import BETAS, CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts, stacked
 from models.quantized import quantize as pack
@@ -290,6 +290,7 @@ class Family:
             if quantize:  # whole on the CPU alone
                 budget.check(what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype)
             net = network(self.card, name, self.dtype, home).to(home, self.dtype, memory_format=torch.channels_last)
+            trim()
             if quantize:
                 pack(net, quantize, self.device).to(self.home)
                 release()

@@ -2,11 +2,12 @@
 
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,6 +23,9 @@ from models.cards import FamilyCard
 from models.loading import available, config, latent_shape, one_line, place
 from models.memory import Memory
 
+if TYPE_CHECKING:  # families are on top of what is forecast
+    from models.families import Family
+
 VIEWS = 3  # copies of a picture that an evaluator makes before it is as small as the evaluator sees it
 
 
@@ -34,7 +38,7 @@ class Moment:
 
     @property
     def total(self) -> float:
-        return sum(self.held.values())
+        return total(self.held)
 
 
 def said(moments: Iterable[Moment]) -> str:
@@ -75,10 +79,10 @@ def sums(tensors: dict[str, Tensor], dtype: torch.dtype, count: int = 1) -> dict
     return {"weights with the control": count * sum(sizes) * dtype.itemsize + 3 * max(sizes, default=0) * torch.float32.itemsize}
 
 
-def evaluating(card: FamilyCard, name: str, dtype: torch.dtype, images: int) -> dict[str, float]:
-    """Activations of one evaluation of a member's network for so many images, guidance's second one included."""
-    rows = images * (1 if card.members[name].guidance is None else 2)
-    return {f"activations of {rows} latents": rows * evaluation(card, name, dtype)[1]}
+def evaluating(card: FamilyCard, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, float]:
+    """Activations of one evaluation of members' networks, the largest, each for so many latents at once."""
+    most = max(rows, key=lambda name: rows[name] * evaluation(card, name, dtype))
+    return {f"activations of {rows[most]} latents": rows[most] * evaluation(card, most, dtype)}
 
 
 def decoding(card: FamilyCard, images: int, memory: Memory | None = None, learning: bool = False) -> dict[str, float]:
@@ -98,26 +102,56 @@ def seeing(card: FamilyCard, names: Sequence[str], images: int) -> dict[str, flo
     return {f"evaluators' look at {images}": images * VIEWS * 3 * card.size_px**2 * torch.float32.itemsize} if names else {}
 
 
-def evaluation(card: FamilyCard, name: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations, and bytes of activations at the most, of one evaluation of a member for one image.
+def guided(card: FamilyCard, names: Iterable[str], images: int) -> dict[str, int]:
+    """How many latents members' networks are asked for at once to draw so many images: guidance asks for each twice."""
+    return {name: images * (1 if card.members[name].guidance is None else 2) for name in names}
 
-    Reads configs; raises UserError without them.
+
+def drawing(
+    family: "Family", turns: Iterable[tuple[Iterable[str], Iterable[str]]], images: int, controls: Sequence[Mapping[str, Tensor]],
+    evaluators: Sequence[str], apart: bool = False, reading: bool = False,
+) -> list[Moment]:  # fmt: skip
+    """The moments of an analysis: prompts are encoded, then networks draw, the VAE decodes and evaluators look.
+
+    turns: the members that are in memory together and those among them that are asked, time by time. images: of one drawing. controls:
+    tensors of those that are put into the weights, one at a time. apart: pictures are decoded when the control is out of them again.
+    reading: text encoders stay, for there are too many texts.
     """
+    card, dtype, device, each = family.card, family.dtype, family.device, min(images, family.drawing.size)
+    vae, encoders = shared(card, dtype)
+    always = program(device) | {name: budget.evaluator_need(card, name).memory for name in evaluators}
+    looks = [decoding(card, min(each, family.decoding.size), family.memory), seeing(card, evaluators, each)]
+    away = family.memory.offload and device.type != "cpu"  # all but what is at work
+    moments = [Moment("when prompts are encoded", always | encoders | ({} if away else vae))]
+    always |= encoders if reading and not away else {}
+    for held, asked in dict.fromkeys((tuple(sorted(held)), tuple(sorted(asked))) for held, asked in turns):
+        nets, own = networks(card, held, dtype), {card.base if card.members[name].lora else name for name in asked}
+        nets = dict([max(nets.items(), key=lambda item: item[1])]) if away else nets
+        added = max((sums(control, dtype, 1 if away else len(own)) for control in controls), key=total, default={})
+        when = f"when {', '.join(asked)} {'draw' if len(asked) > 1 else 'draws'} {each} at once"
+        moments.append(Moment(when, always | ({} if away else vae) | nets | added | evaluating(card, guided(card, asked, each), dtype)))
+        moments += [Moment(when, always | vae | ({} if away else nets) | ({} if apart or away else added) | look) for look in looks]
+    return moments
+
+
+def total(held: Mapping[str, float]) -> float:
+    return sum(held.values())
+
+
+def evaluation(card: FamilyCard, name: str, dtype: torch.dtype) -> float:
+    """Bytes of activations at the most, of one evaluation of a member's network for one latent. Raises UserError without its config."""
     values = json.dumps(config(card, name), sort_keys=True, default=str)
     return _evaluation(card.architecture, values, latent_shape(card), dtype)
 
 
 @cache
-def _evaluation(architecture: str, values: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[float, float]:
-    from torch.utils.flop_counter import FlopCounterMode
-
+def _evaluation(architecture: str, values: str, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
     its = ARCHITECTURES[architecture]
     with init_empty_weights():
         net = nn.Module.to(its.network.from_config(json.loads(values)), "meta", dtype)
     x, told = torch.zeros(1, *shape, device="meta").to(dtype), blank(its, net).to(dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _, bytes_ = beside(net, lambda: its.call(net, x, 500.0, told, None))
-    return float(counter.get_total_flops()), bytes_
+    with torch.no_grad():
+        return beside(net, lambda: its.call(net, x, 500.0, told, None))
 
 
 @cache
@@ -125,20 +159,20 @@ def _decoding(kind: str, values: str, shape: tuple[int, int, int], tiled: bool, 
     with init_empty_weights():
         vae = nn.Module.to(getattr(import_module("diffusers"), kind).from_config(json.loads(values)), "meta", torch.float32)
     vae.requires_grad_(False).eval()
-    if tiled:
-        vae.enable_tiling()
-    latents = torch.zeros(1, *shape, device="meta", requires_grad=learning)
+    side = min(shape[1], vae.tile_latent_min_size) if tiled else shape[1]
+    latents = torch.zeros(1, shape[0], side, side, device="meta", requires_grad=learning)
     with torch.set_grad_enabled(learning):
-        picture, bytes_ = beside(vae, lambda: vae.decode(latents).sample.float().clamp(-1, 1))
-        return beside(vae, lambda: vae.decode(latents).sample.float().clamp(-1, 1).sum().backward())[1] if learning else bytes_
+        pictures = lambda: vae.decode(latents).sample.float().clamp(-1, 1)  # noqa: E731
+        return beside(vae, lambda: pictures().sum().backward() if learning else pictures())
 
 
-def beside(net: nn.Module, work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What work on a network on `meta` returns, and the bytes that it holds beside the network at the most."""
+def beside(net: nn.Module, work: Callable[[], Tensor | None]) -> float:
+    """The bytes that work on a network on `meta` holds beside the network at the most."""
     with Peak(net) as peak, flash(), torch.device("meta"):
         before = peak.live
-        out = work()
-    return out, float(peak.most - before)
+        kept = work()  # what it returns lives on
+    del kept
+    return float(peak.most - before)
 
 
 class Peak(TorchDispatchMode):

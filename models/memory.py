@@ -27,8 +27,13 @@ class Memory:
 
 
 def release() -> None:
-    """Gives what was freed back: to the device's other programs, and on a CPU to the machine, which glibc would keep it from."""
+    """Gives what is no longer used back: to the device's other programs, and on a CPU to the machine."""
     clear_device_cache(garbage_collection=True)
+    trim()
+
+
+def trim() -> None:
+    """Gives back to the machine what was freed on the CPU, which glibc would keep."""
     with suppress(OSError, AttributeError):  # no glibc here
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

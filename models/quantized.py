@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from configs import UserError
 from models.identity import fingerprint
+from models.memory import trim
 
+SPELL = 32  # layers after which the memory of their whole weights is given back
 INSIDE = re.compile(r"^(?!.*embed).*\.\d+\.")  # of a repeated block: embedders and the ends of a network are small and say much
 
 
@@ -116,7 +118,9 @@ def quantize(net: nn.Module, kind: str, device: torch.device) -> nn.Module:
     Its `fingerprint` stays that of the whole weights.
     """
     net.fingerprint = fingerprint(net)
-    for name in inside(net):
+    for count, name in enumerate(inside(net)):
+        if count % SPELL == 0:
+            trim()
         parent, _, child = name.rpartition(".")
         above = net.get_submodule(parent)
         setattr(above, child, Quantized(getattr(above, child), kind, device))

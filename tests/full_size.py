@@ -6,12 +6,20 @@ which later runs use again, less than 15 GB of memory, an hour on two cores; wit
 
 import json
 import os
+import re
+import runpy
 import struct
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import hub
+import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
@@ -114,5 +122,107 @@ def build(cache: Path = CACHE) -> None:
     (seen / "preprocessor_config.json").write_text(json.dumps(pixels))
 
 
-if __name__ == "__main__":
+# the runs: real commands, each in a process of its own
+
+CARD = """extends: sdxl
+size_px: {size_px}
+members:
+  base: {{steps: 2}}
+  dmd2: {{timesteps: [999, 499]}}
+  lightning-lora: {{steps: 2}}
+  mine: {{file: {file}, steps: 2, spacing: trailing, start: sigma}}
+"""
+SMALL = ["steps=2", "batch=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled", "overwrite=true"]
+FEW = ["evaluators=[clip]", "wandb=disabled", "overwrite=true", "prompts=[a man at a desk,a woman in a park]"]
+PARTS = {  # name: what is run, {family} the user's card, {out} the folder of runs
+    "slider": ["train/slider.py", "member={family}/base", "name=fp32", "dtype=fp32", "out={out}", *SMALL],
+    "slider-nf4": ["train/slider.py", "member={family}/base", "name=nf4", "dtype=bf16", "quantize=nf4", "out={out}", *SMALL],
+    "slider-watch": ["train/slider.py", "member={family}/dmd2", "name=watched", "dtype=bf16", "watch=[{family}/lightning-lora]",
+                     "watch_every=2", "watch_prompts=1", "out={out}", *SMALL],
+    "show": ["controls/show.py", "{out}/fp32/control.safetensors", "member={family}/mine", "dtype=bf16", "scales=[0,1]",
+             "out={out}/show.png"],
+    "transfer": ["analysis/transfer.py", "family={family}", "controls=[{out}/fp32/control.safetensors]", "name=five", "dtype=bf16",
+                 "targets=[base,dmd2,lightning-lora,mine,'dmd2:hybrid(1)']", "seeds=1", "scales=[0,1]", "references=false", "out={out}",
+                 "cache={out}/cache", *FEW],
+    "trace": ["analysis/trace.py", "family={family}", "control={out}/fp32/control.safetensors", "students=[dmd2]", "plans=[hybrid(1)]",
+              "bands=[750]", "seeds=2", "dtype=bf16", "name=trace", "out={out}", *FEW],
+}  # fmt: skip
+PLANLESS = ("show",)
+
+
+@dataclass
+class Measured:
+    """A part's memory, in GB."""
+
+    part: str
+    forecast: float | None
+    peak: float
+    seconds: float
+    moment: str  # the forecast in words
+
+    @property
+    def off(self) -> float | None:
+        """By how much the forecast misses, as a share of what was measured."""
+        return None if self.forecast is None else self.forecast / self.peak - 1
+
+
+def run(part: str, cache: Path = CACHE) -> Measured:
+    """What a part takes and what its plan says."""
+    family, out = cache / "mine.yaml", cache / "runs"
+    family.write_text(CARD.format(size_px=1024 if torch.cuda.is_available() else 128, file=cache / "mine.safetensors"))
+    words = [word.format(family=family, out=out) for word in PARTS[part]]
+    words[0] = str(ROOT / words[0])
+    settings = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    with (cache / f"{part}.log").open("w") as log:
+
+        def command(*before: str, more: list[str]) -> None:
+            done = subprocess.run([sys.executable, *before, *words, *more], env=settings, stdout=log, stderr=subprocess.STDOUT, cwd=cache)
+            assert done.returncode == 0, Path(log.name).read_text()[-3000:]
+
+        if part not in PLANLESS:
+            command(more=["plan=true"])
+        start = time.time()
+        command(str(Path(__file__).resolve()), "--measure", str(cache / "peak.json"), more=[])
+    said = re.search(r"memory at the most: ([\d.]+) GB.*", Path(log.name).read_text())
+    peak = json.loads((cache / "peak.json").read_text())
+    return Measured(part, float(said[1]) if said else None, peak / 1e9, time.time() - start, said[0] if said else "")
+
+
+def measure(file: str, words: list[str]) -> None:
+    """Runs a script here, and writes the most memory that it took: torch's on a GPU, else this process's without mapped files."""
+    most, sys.argv = [0], words
+    sys.path.insert(0, str(Path(words[0]).parent))
+
+    def watch() -> None:
+        while True:
+            status = Path("/proc/self/status").read_text()
+            most[0] = max(most[0], 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
+            time.sleep(0.01)
+
+    threading.Thread(target=watch, daemon=True).start()
+    runpy.run_path(words[0], run_name="__main__")
+    Path(file).write_text(json.dumps(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else most[0]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", PARTS)
+def test_a_command_runs_at_full_size_in_the_memory_that_its_plan_says(part):
     build()
+    found = run(part)
+    show([found])
+    assert found.off is None or abs(found.off) <= WITHIN
+
+
+def show(rows: list[Measured]) -> None:
+    for row in rows:
+        said = "no plan" if row.off is None else f"{row.forecast:5.1f} GB forecast, {100 * row.off:+.0f} %"
+        print(f"{row.part:14} {row.peak:5.1f} GB measured, {said}, {row.seconds:.0f} s  {row.moment}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2], sys.argv[3:])
+    else:
+        build()
+        for part in sys.argv[1:] or PARTS:
+            show([run(part)])

@@ -74,7 +74,7 @@ def test_trainers_plan_on_sdxl_without_weights(recipe, configs_only, capsys, tmp
     recipe.main(merge(recipe.Config, path, [*words, "plan=true", "dtype=bf16", f"out={tmp_path}/runs"]))
     said = capsys.readouterr().out
     assert asked(said)["base"] > 1000 and re.search(r"base +2.57 +5.1 +5.1", said) and "million weights" in said
-    assert 5.5 < float(re.search(r"memory of a step: ([\d.]+) GB", said)[1]) < 16
+    assert 5.5 < float(re.search(r"memory at the most: ([\d.]+) GB", said)[1]) < 60
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,6 +1,7 @@
 """A training loop that can be killed at any moment and continues to the same result."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def restore(path: Path, state: dict[str, Any], steps: int, bound: str = "") -> i
         afresh = "overwrite=true" if bound else "to remove it"
         raise UserError(f"cannot go on from {path} ({reason}); {afresh} starts afresh") from None
     return done
+
+
+def progress(path: Path) -> int:
+    """How many steps the state in a file has done; 0 where there is none. Raises UserError as `restore` does."""
+    return restore(path, {}, sys.maxsize) if path.exists() else 0
 
 
 def seeded(*numbers: int) -> torch.Generator:

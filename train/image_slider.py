@@ -52,7 +52,7 @@ class Pairs:
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
-        return plan.show(cfg, lambda _: (0, 6))  # both sides of a pair, there and back
+        return plan.show(cfg, lambda _: plan.Cost(0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs))  # both sides of a pair, there and back
     family = Family(split(cfg.member)[0])  # its tokenizers and its card; nothing is loaded or written for what is refused here
     if cfg.positive or cfg.negative:
         family.tell_apart(cfg.positive, cfg.negative)

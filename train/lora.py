@@ -4,6 +4,7 @@ Without arguments: the watercolour style, which the embedded base has never seen
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Config(Training):
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
-        return plan.show(cfg, lambda member: (cfg.prior_images * alone(member).evaluations if cfg.prior else 0, 6 if cfg.prior else 3))
+        return plan.show(cfg, partial(cost, cfg))
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     run = Run(cfg, "lora")
     latents = run.family.to_latents(images)
@@ -59,6 +60,15 @@ def main(cfg: Config) -> Path | None:
                     run.backward(loss + cfg.prior * memory(generator) if memory else loss)
             run.descend(step)
         return run.save()
+
+
+def cost(cfg: Config, member: Member) -> plan.Cost:
+    """Of the prior runs of the member are kept, x and x0 of every step, and each step asks once more."""
+    if not cfg.prior:
+        return plan.Cost(0, 3, kept=cfg.images, pictures=cfg.images)
+    rows = min(2 * cfg.batch, cfg.prior_images) * (1 if member.guidance is None else 2)
+    kept = cfg.images + 2 * cfg.prior_images * len(member.levels)
+    return plan.Cost(cfg.prior_images * alone(member).evaluations, 6, rows, kept, cfg.images)
 
 
 def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:

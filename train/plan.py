@@ -1,39 +1,116 @@
 """What training a control will load, ask and hold, said before it starts and without weights: --plan of every trainer."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from configs import UserError
 from controls.lora import create, detach, parameters
-from models import budget, devices
-from models.families import DTYPES, Family, split
+from models import budget, devices, forecast
+from models.evaluators import chosen
+from models.families import DTYPES, Family, FamilyCard, split
+from models.forecast import Moment
 from models.sample import Member
+from train.checkpoint import progress
 from train.peak import follow
 from train.run import Training, check
+from train.watch import SEEDS
 
-Cost = Callable[[Member], tuple[float, float]]  # evaluations before the first step; and per latent and step, a backward pass counted as two
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe asks of a member, and what it holds."""
+
+    before: float  # evaluations before the first step
+    each: float  # and per latent and step, a backward pass counted as two
+    rows: int = 0  # latents that the network is asked for at once before the first step
+    kept: int = 0  # latents that are trained on, with what was seen of them
+    pictures: int = 0  # that pass the VAE before the first step
+    learning: bool = False  # whether gradients pass the VAE
+    evaluators: tuple[str, ...] = ()  # that look at pictures
 
 
-def show(cfg: Training, cost: Cost) -> None:
-    """Prints what is loaded, network evaluations, time, the control's size and the memory of a step. Raises UserError as a run would."""
+def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
+    """Prints what is loaded, network evaluations, time, the control's size, memory at its fullest. Raises UserError as a run would."""
     check(cfg)
     accelerator, (name, member) = devices.start(cfg), split(cfg.member)
     if not accelerator.is_main_process:
         return
-    family = Family(name, accelerator.device, DTYPES[cfg.dtype], bare=True)
-    bare = family.member(member)
-    before, each = cost(bare)
-    asked = before + each * cfg.steps * cfg.batch * cfg.accumulate * accelerator.num_processes * (4 / 3 if cfg.checkpointing else 1)
-    others = {other: 0.0 for _, other in map(split, cfg.watch)}
-    print(f"{cfg.name} on {cfg.member}: {cfg.steps} steps of {cfg.batch * cfg.accumulate * accelerator.num_processes} latents")
-    print(budget.forecast(family.card, {member: asked} | others, family.dtype, family.device))
+    family = Family(name, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=True)
+    bare, card = family.member(member), family.card
+    its, left, latents = cost(bare), cfg.steps - gone(cfg), cfg.batch * cfg.accumulate * accelerator.num_processes
+    again = f"; {cfg.steps - left} are done, what comes before the first is done again" if left < cfg.steps else ""
+    print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
+    asked = its.before + its.each * left * latents * (4 / 3 if cfg.checkpointing else 1)
+    calls = {member: asked} | {other: 0.0 for _, other in map(split, cfg.watch)}
+    print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, its)))
     net = torch.nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
     create(net, "control", cfg.layers, cfg.scope, cfg.rank)
     weights = parameters(net, "control")
     print(f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in {len(weights) // 2} layers")
+    control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)
-    found = follow(net, family.architecture, cfg, family.latent_shape, bare.law, cfg.checkpointing)
-    rest = (found["peak"] - found["network"]) / budget.GB
-    network = budget.network_need(family.card, family.card.base if family.card.members[member].lora else member, family.dtype, cfg.quantize)
-    print(f"memory of a step: {network.memory / budget.GB + rest:.1f} GB, of which {rest:.2g} for control, optimizer and activations;"
-          " the VAE and the latents that are trained on come on top")  # fmt: skip
+    step = follow(net, family.architecture, cfg, family.latent_shape, bare.law, cfg.checkpointing)
+    print(forecast.said(moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
+
+
+def gone(cfg: Training) -> int:
+    """How many steps a run that goes on has done; 0 where none can."""
+    try:
+        return 0 if cfg.overwrite else progress(Path(cfg.out) / cfg.name / "state.pt")
+    except UserError:  # the run itself says what is wrong
+        return 0
+
+
+def looking(cfg: Training, card: FamilyCard, its: Cost) -> list[str]:
+    """The evaluators that training loads."""
+    return list(dict.fromkeys([*its.evaluators, *(chosen(card)[:1] if cfg.watch else [])]))
+
+
+def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict[str, Tensor]) -> list[Moment]:
+    """What is held together before the first step, in one, when a strip is drawn, when others are watched.
+
+    step: its bytes beside the network, those of the control included.
+    """
+    card, dtype, (_, own) = family.card, family.dtype, split(cfg.member)
+    (vae, encoders), nets = forecast.shared(card, dtype), forecast.networks(card, [own], dtype, cfg.quantize)
+    watched = forecast.networks(card, [name for _, name in map(split, cfg.watch)], dtype)
+    others = {name: size for name, size in watched.items() if name not in nets}
+    beside, aside, reading = vae | others, nets | others, encoders  # the network; the VAE; either before the first step
+    if cfg.memory.offload and family.device.type != "cpu":
+        beside, aside, reading = {}, {}, {}  # what is at work is alone
+    eyes, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
+    always = forecast.program(family.device) | {name: budget.evaluator_need(card, name).memory for name in eyes}
+    always["what is trained on"] = kept
+    trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
+
+    def asked(name: str, images: int) -> dict[str, float]:
+        return forecast.evaluating(card, forecast.guided(card, [name], min(images, family.drawing.size)), dtype)
+
+    def decoded(images: int, learning: bool = False) -> dict[str, float]:
+        return vae | forecast.decoding(card, min(images, family.decoding.size), family.memory, learning)
+
+    early = reading | {"what is trained on, in parts": kept}
+    found = [
+        Moment("before the first step", always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype)),
+        Moment("in a step", always | nets | beside | {"control, optimizer, activations": step}
+               | (decoded(cfg.batch, True) if its.learning else {})),
+        Moment("when a strip is drawn", always | trained | nets | beside | asked(own, len(cfg.sample_seeds))),
+        Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
+    ]  # fmt: skip
+    if its.pictures:
+        found.append(Moment("when pictures pass the VAE", always | early | aside | decoded(its.pictures)))
+    if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
+        found.append(Moment("when the network is packed", forecast.program(family.device) | forecast.networks(card, [own], dtype)))
+    images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
+    for name in others:
+        added = forecast.sums(control, dtype) | trained
+        found += [
+            Moment(f"when {name} is watched", always | nets | beside | added | asked(name, images)),
+            Moment(f"when {name} is watched", always | aside | added | decoded(images) | forecast.seeing(card, eyes, images)),
+        ]
+    return found

@@ -154,9 +154,10 @@ class Fast:
     """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T points, taught once."""
 
     @staticmethod
-    def cost(cfg: Config, member: Member) -> tuple[float, float]:
-        """Evaluations before the first step, and per latent and step."""
-        return cfg.trajectories * (alone(member).evaluations + 3 * len(member.levels)), 3
+    def cost(cfg: Config, member: Member) -> plan.Cost:
+        """Runs of which every point is taught by the teacher's three, and x, neutral and direction are kept."""
+        points, rows = cfg.trajectories * len(member.levels), 3 * min(2 * cfg.batch, cfg.trajectories)
+        return plan.Cost(cfg.trajectories * alone(member).evaluations + 3 * points, 3, rows, 3 * points)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
@@ -181,10 +182,10 @@ class Published:
     """
 
     @staticmethod
-    def cost(cfg: Config, member: Member) -> tuple[float, float]:
-        """Evaluations before the first step, and per latent and step: half a run, the teacher's three, the student's pass and back."""
+    def cost(cfg: Config, member: Member) -> plan.Cost:
+        """Per latent and step half a run, the teacher's three, the student's pass and back."""
         run = 2 * cfg.denoise_steps if member.guidance is not None else len(member.levels)
-        return 0, run / 2 + 3 + 3
+        return plan.Cost(0, run / 2 + 3 + 3, 3 * cfg.batch)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)

@@ -5,6 +5,7 @@ principal components of CLIP features of x0 over seeds and steps, and one low-ra
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from configs import UserError, entry, load
 from controls.lora import strength
 from models.evaluators import Clip
-from models.sample import alone
+from models.sample import Member, alone
 from train import plan
 from train.points import points
 from train.run import Run, Training
@@ -50,7 +51,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.watch:
         raise UserError("watch measures by words, which directions do not have; python -m analysis.transfer measures them without")
     if cfg.plan:
-        return plan.show(cfg, lambda member: (cfg.trajectories * (alone(member).evaluations + len(member.levels)), 3))
+        return plan.show(cfg, partial(cost, cfg))
     run = Run(cfg, "sliderspace")
     clip = Clip(run.family.card.clip, run.family.device)
     prompt = run.family.encode([cfg.prompt])
@@ -76,6 +77,13 @@ def main(cfg: Config) -> Path | None:
         if run.main:
             print(f"picture of every direction across scales: {run.draw(run.folder / 'samples/final.png')}")
     return run.folder
+
+
+def cost(cfg: Config, member: Member) -> plan.Cost:
+    """Runs of which every point is seen once more, by CLIP, through the VAE, as each step is."""
+    points, rows = cfg.trajectories * len(member.levels), min(2 * cfg.batch, cfg.trajectories)
+    asked = cfg.trajectories * alone(member).evaluations + points
+    return plan.Cost(asked, 3, rows * (1 if member.guidance is None else 2), points, rows, True, ("clip",))
 
 
 def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:
