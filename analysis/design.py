@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from analysis import report
+from analysis import results
 from analysis.draw import Drawings, Job
 from analysis.measure import Subject
 from configs import UserError
@@ -32,7 +32,8 @@ def show(drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: 
 def known(folder: Path) -> tuple[dict, str]:
     """How far retentions vary: as in the run that stands in the folder, else as is typical."""
     try:
-        spreads = [cell["spread"] for cell in report.read(folder)["cells"] if cell.get("spread") and not cell["reference"]]
+        spreads = [cell["spread"] for cell in results.read(folder, "analysis.transfer")["cells"]
+                   if cell.get("spread") and not cell.get("reference")]
     except UserError:
         spreads = []
     if not spreads:

@@ -6,7 +6,6 @@ the whole table.
 
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import diversity_page, record, sheets
+from analysis import diversity_page, record, report, sheets
 from analysis.draw import in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
 from analysis.report import number
-from configs import UserError, command, entry, load, releases, replacing, tracking, versions
+from configs import UserError, entry, load, releases, replacing, tracking
 from controls import intervals
 from models import budget, devices, promptsets
 from models.evaluators import UNIT, Evaluator, evaluators
@@ -114,13 +113,11 @@ def main(cfg: Config) -> Path:
 
     judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
     cells = cells_of(cfg, family.card.base, plans, list(eyes), judge, blocks_of(texts), folder)
-    results = {"schema": 1, "recipe": "analysis.diversity", "command": command(), "versions": versions(),
-               "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
-               "evaluators": list(eyes), "base": family.card.base, "fronts": diversity_page.fronts(cells, family.card.base),
-               "cells": cells}  # fmt: skip
+    results = {**record.header("analysis.diversity", cfg, start), "evaluators": list(eyes), "base": family.card.base,
+               "fronts": diversity_page.fronts(cells, family.card.base), "cells": cells}  # fmt: skip
     record.write(results, folder)
     pictures(seeds[: min(SHOWN, cfg.seeds)], cells, folder)
-    page = diversity_page.build(folder)
+    page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.diversity", family.card.name, cfg.wandb) as tracker:

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +22,13 @@ from rich.table import Table
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from analysis import record, similarity_page
+from analysis import record, report, similarity_page
 from analysis.directions import Start, directions, overlaps
 from analysis.prediction import points, predictors
 from analysis.report import number, ranged
 from analysis.representations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
 from analysis.stitching import stitch
-from configs import ROOT, UserError, command, entry, load, releases, replacing, tracking, versions
+from configs import ROOT, UserError, entry, load, releases, replacing, tracking
 from controls import formats
 from controls.lora import Control, applied
 from models import budget, devices, promptsets
@@ -100,10 +99,8 @@ def main(cfg: Config) -> Path:
     cells = gather(folder, pairs, shown)
     for who, rows in points(cells, transfer).items():
         cells += [{"what": "point", "evaluator": who, **row} for row in rows] + predictors(rows, who, seed=cfg.seed)
-    results = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
-               "seconds": round(time.time() - start, 1), "config": asdict(cfg), "cells": cells}  # fmt: skip
-    record.write(results, folder)
-    page = similarity_page.build(folder)
+    record.write({**record.header("analysis.similarity", cfg, start), "cells": cells}, folder)
+    page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.similarity", control.card.name if control else cfg.family, cfg.wandb) as tracker:

@@ -8,7 +8,6 @@ abandons, and at which steps a control acts.
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,11 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from analysis import record, sheets, trace_page
+from analysis import record, report, sheets, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
 from analysis.draw import acting, in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
-from configs import UserError, command, entry, load, releases, replacing, tracking, versions
+from configs import UserError, entry, load, releases, replacing, tracking
 from controls import formats
 from controls.lora import Control, fits
 from models import budget, devices, promptsets
@@ -118,12 +117,10 @@ def main(cfg: Config) -> Path:
     cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
     pictures(cfg, cells, folder)
     strips(family, seeds, cells, folder)
-    results = {"schema": 1, "recipe": "analysis.trace", "command": command(), "versions": versions(),
-               "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
-               "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts, "shown": min(cfg.shown, len(cfg.prompts)),
-               "control": control.card.name if control else "", "cells": cells}  # fmt: skip
+    results = {**record.header("analysis.trace", cfg, start), "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts,
+               "shown": min(cfg.shown, len(cfg.prompts)), "control": control.card.name if control else "", "cells": cells}  # fmt: skip
     record.write(results, folder)
-    page = trace_page.build(folder)
+    page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; page: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.trace", results["control"] or family.card.name, cfg.wandb) as tracker:

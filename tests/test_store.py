@@ -8,7 +8,9 @@ import torch
 
 from analysis import store
 
-TENSORS = {"latents": torch.arange(24.0).reshape(2, 3, 4), "pictures": torch.zeros(2, 3, dtype=torch.uint8), "a cat": torch.ones(3).double()}
+TENSORS = {
+    "latents": torch.arange(24.0).reshape(2, 3, 4), "pictures": torch.zeros(2, 3, dtype=torch.uint8), "a cat": torch.ones(3).double(),
+}  # fmt: skip
 
 
 @pytest.fixture
