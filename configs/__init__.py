@@ -1,5 +1,6 @@
 """Configs: the options of a command, the folder of its run, and its run in W&B."""
 
+import logging
 import os
 
 from configs.errors import ROOT, UserError, entry, note, quoted
@@ -12,3 +13,4 @@ __all__ = ["ROOT", "UserError", "claim", "command", "entry", "load", "merge", "n
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when those libraries are imported, which is after this
     os.environ.setdefault(_name, "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns of a package that nothing here uses

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -79,9 +80,15 @@ def _parted(value: str) -> list[str]:
 
 
 def plain(argv: list[str]) -> tuple[list[str], list[str]]:
-    """A command line's plain words (files, parts), and the rest, which is for `load`."""
-    words = [word for word in argv if "=" not in word and not word.startswith("-")]
+    """A command line's plain words (files, parts), and the rest, which is for `load`. A file may have a = in its name."""
+    words = [word for word in argv if not word.startswith("-") and ("=" not in word or _is_file(word))]
     return words, [word for word in argv if word not in words]
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word with a = is a file's and not key=value: it is there, it ends as weights do, or no key could stand before the =."""
+    key = word.partition("=")[0].replace(".", "_")
+    return os.path.exists(word) or word.endswith((".safetensors", ".pt")) or not key.isidentifier()
 
 
 def usage(schema: type) -> str:

@@ -1,9 +1,12 @@
 """Loading: from what a card says to networks and pipelines, and every failure in one line."""
 
 import hashlib
+import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,15 +15,17 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from configs import ROOT, UserError
+from configs import ROOT, UserError, replacing
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, MemberCard
 
 BROKEN = (OSError, EOFError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError, UnpicklingError)
+
+ORIGINAL = "model.diffusion_model."  # a network's keys in a checkpoint as Stability's code, trainers and civitai save it
+LARGE = 2**24  # bytes of a file whose hash is worth keeping
 
 
 def place(repo: str) -> str:
@@ -33,7 +38,14 @@ def fetch(kind, repo: str, revision: str | None = None, **options):
     for library in ("diffusers", "transformers"):
         import_module(f"{library}.utils.logging").disable_progress_bar()
     with one_line(repo):
+        inside(repo, options.get("subfolder"))
         return kind.from_pretrained(place(repo), revision=available(repo, revision), **options)
+
+
+def inside(repo: str, subfolder: str | None) -> None:
+    """Raises FileNotFoundError for a subfolder that a folder lacks: diffusers would take what lies beside it."""
+    if subfolder and Path(place(repo)).is_dir() and not (Path(place(repo)) / subfolder).is_dir():
+        raise FileNotFoundError(f"it has no folder {subfolder}")
 
 
 def source(family: FamilyCard, member: MemberCard) -> tuple[str, str | None, str | None]:
@@ -43,21 +55,25 @@ def source(family: FamilyCard, member: MemberCard) -> tuple[str, str | None, str
     return family.repo, member.revision or family.revision, member.variant or family.variant
 
 
-def network(family: FamilyCard, name: str, dtype: torch.dtype) -> nn.Module:
-    """A member's own network, on the CPU. Raises UserError in one line for what cannot be loaded."""
-    member, kind = family.members[name], ARCHITECTURES[family.architecture].network
+def network(family: FamilyCard, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """A member's own network in a type, on a device. Raises UserError in one line for what cannot be loaded.
+
+    A file is mapped, not read, so that beside the network itself no more memory is taken than for a tensor of it.
+    """
+    member, kind, device = family.members[name], ARCHITECTURES[family.architecture].network, torch.device(device)
     repo, revision, variant = source(family, member)
     if not member.file:
-        return fetch(kind, repo, revision, subfolder=member.subfolder, variant=variant, dtype=dtype)
+        straight = {} if device.type in ("cpu", "meta") else {"device_map": {"": device}}
+        return fetch(kind, repo, revision, subfolder=member.subfolder, variant=variant, dtype=dtype, **straight)
     base = family.members[family.base]
     with one_line(f"{member.file} of {repo}"):
         weights = plain_weights(file_of(repo, revision, member.file, member.sha256))
         home, pinned, _ = source(family, base)
-        net = skeleton(family, family.base)
-        if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in weights):  # as trainers and civitai save
+        if any(key.startswith(ORIGINAL) for key in weights):
             where = {"config": place(home), "subfolder": base.subfolder, "config_revision": available(home, pinned)}
-            weights = kind.from_single_file(weights, **where).state_dict()
-        net.load_state_dict(weights, assign=True)
+            return kind.from_single_file(weights, dtype=dtype, **where).to(device)
+        net = skeleton(family, family.base)
+        net.load_state_dict({key: weight.to(device, dtype) for key, weight in weights.items()}, assign=True)
     return net
 
 
@@ -67,6 +83,7 @@ def config(family: FamilyCard, name: str) -> dict:
     like = family.members[family.base] if member.file or member.lora else member
     home, pinned, _ = source(family, like)
     with one_line(f"the config of {name} in {home}"):
+        inside(home, like.subfolder)
         where = {"subfolder": like.subfolder, "revision": available(home, pinned)}
         return dict(ARCHITECTURES[family.architecture].network.load_config(place(home), **where))
 
@@ -75,6 +92,16 @@ def skeleton(family: FamilyCard, name: str) -> nn.Module:
     """A member's network without weights, for the names and shapes of its layers. Reads a config; raises UserError."""
     with init_empty_weights(include_buffers=False):
         return ARCHITECTURES[family.architecture].network.from_config(config(family, name))
+
+
+@cache
+def published_scheduler(repo: str, revision: str | None) -> dict:
+    """The config of the scheduler that lies beside a network. Raises UserError where there is none."""
+    from diffusers import DDIMScheduler
+
+    with one_line(f"the scheduler's config in {repo}"):
+        inside(repo, "scheduler")
+        return dict(DDIMScheduler.load_config(place(repo), subfolder="scheduler", revision=available(repo, revision)))
 
 
 def latent_shape(family: FamilyCard) -> tuple[int, int, int]:
@@ -93,18 +120,44 @@ def file_of(repo: str, revision: str | None, file: str, sha256: str = "") -> Pat
     if near is None and (folder.is_dir() or Path(file).is_absolute()):
         raise FileNotFoundError("there is no such file")
     path = near or Path(hf_hub_download(repo, file, revision=available(repo, revision)))
-    with path.open("rb") as opened:
-        if sha256 and hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
-            raise UserError(f"{file} of {repo} is not the file of the card: its sha256 differs from {sha256[:12]}…")
+    if sha256 and file_hash(path) != sha256:
+        raise UserError(f"{file} of {repo} is not the file of the card: its sha256 differs from {sha256[:12]}…")
     return path
 
 
+def file_hash(path: Path) -> str:
+    """The sha256 of a file; of a large one it is kept beside the Hub's cache, for as long as time and size of the file stay."""
+    about, notes = path.stat(), Path(constants.HF_HOME) / "distilled-control-hashes.json"
+    key, known = f"{path.resolve()} {about.st_mtime_ns} {about.st_size}", {}
+    with suppress(OSError, ValueError):
+        known = json.loads(notes.read_text()) if about.st_size >= LARGE else {}
+    if not isinstance(known.get(key), str):
+        with path.open("rb") as opened:
+            known[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+        with suppress(OSError):  # a cache that cannot be written is read anew each time
+            if about.st_size >= LARGE:
+                with replacing(notes) as new:
+                    new.write_text(json.dumps(known, indent=0))
+    return known[key]
+
+
 def plain_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a .bin or .ckpt of plain tensors, of which no code is run."""
+    """A safetensors file, or a .bin or .ckpt of plain tensors, of which no code is run; of a checkpoint of all parts its network's alone.
+
+    The tensors are the mapped file where it allows it: they take memory when they are changed or moved.
+    """
     if path.suffix == ".safetensors":
-        return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    return found.get("state_dict", found)
+        with safe_open(path, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in _own(opened.keys())}
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    found = found.get("state_dict", found)
+    return {key: found[key] for key in _own(found)}
+
+
+def _own(keys: Iterable[str]) -> list[str]:
+    """The keys of a checkpoint's network: those of the original layout where there are any, else all."""
+    keys = list(keys)
+    return [key for key in keys if key.startswith(ORIGINAL)] or keys
 
 
 def available(repo: str, revision: str | None) -> str | None:

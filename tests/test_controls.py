@@ -22,6 +22,7 @@ from controls.lora import (
     create,
     detach,
     extract,
+    fits,
     parameters,
     random_like,
     ready,
@@ -358,3 +359,15 @@ def test_names_are_checked(pair):
         strength(net, smiel=1.0).__enter__()
     with pytest.raises(UserError, match="no control 'smiel'"):
         strength(net, smiel=0).__enter__()
+
+
+def test_whether_a_control_fits_is_told_without_computing_a_sum(monkeypatch):
+    net, smile, sums = network(), trained(network(), "smile", 1), []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *_: sums.append(1))
+    fits(net, smile, "tiny")
+    misfit = Control(smile.card, {key.replace("down_blocks", "sideways"): tensor for key, tensor in smile.tensors.items()})
+    with pytest.raises(UserError, match="have no place in this network"):
+        fits(net, misfit, "tiny")
+    with pytest.raises(UserError, match="was trained on family 'tiny', this network is of family 'sdxl'"):
+        fits(net, smile, "sdxl")
+    assert not sums

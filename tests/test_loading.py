@@ -1,9 +1,11 @@
 """What cannot be loaded is said in one line: gated, missing, another revision, broken cards, one's own files."""
 
+import hashlib
 import json
 import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import hub
 import huggingface_hub.constants
@@ -14,11 +16,11 @@ from safetensors.torch import save_file
 
 from configs import UserError
 from controls import layouts
-from models import delta
+from models import delta, loading
 from models.architectures import ARCHITECTURES
 from models.cards import card
 from models.families import Family
-from models.loading import available, fetch
+from models.loading import available, fetch, network
 from models.sample import alone, draw_noise, finish
 
 
@@ -187,3 +189,59 @@ def test_a_checkpoint_in_the_original_layout_is_a_member(cache, tmp_path):
     mine = family(tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "civitai.safetensors")}}})
     loaded = mine.member("mine").denoiser.net.state_dict()
     assert all(torch.equal(loaded[key], weight.half().float()) for key, weight in net.state_dict().items())
+
+
+def test_of_a_checkpoint_its_network_alone_is_read_and_in_the_type_that_is_asked_for(cache, tmp_path, monkeypatch):
+    read, given, opening, single = [], [], loading.safe_open, UNet2DConditionModel.from_single_file
+
+    class Counted:
+        def __init__(self, *args, **options):
+            self.file = opening(*args, **options)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_tensor(self, key):
+            read.append(key)
+            return self.file.get_tensor(key)
+
+    monkeypatch.setattr(loading, "safe_open", Counted)
+    monkeypatch.setattr(UNet2DConditionModel, "from_single_file", lambda *a, **o: given.append(o["dtype"]) or single(*a, **o))
+    others = {"first_stage_model.decoder.conv_in.bias": torch.zeros(4), "conditioner.embedders.0.a": torch.zeros(9)}
+    save_file({**original(hub.unet(9, sdxl=False)), **others}, tmp_path / "all.safetensors")
+    net = network(family(tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "all.safetensors")}}}).card, "mine",
+                  torch.bfloat16)  # fmt: skip
+    assert read and not set(others) & set(read) and given == [torch.bfloat16]
+    assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_a_file_is_mapped_and_not_read(tmp_path, end):
+    tensors, path = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}, tmp_path / f"net.{end}"
+    save_file(tensors, path) if end == "safetensors" else torch.save({"state_dict": tensors}, path)
+    found = loading.plain_weights(path)
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors) and found.keys() == tensors.keys()
+    assert str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    hashed, digest, path = [], hashlib.file_digest, tmp_path / "large.bin"
+    monkeypatch.setattr(loading.hashlib, "file_digest", lambda *args: hashed.append(args) or digest(*args))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(loading, "LARGE", 4)
+    path.write_bytes(b"weights")
+    first = [loading.file_hash(path) for _ in range(3)]
+    assert set(first) == {hashlib.sha256(b"weights").hexdigest()} and len(hashed) == 1
+    path.write_bytes(b"other weights")
+    assert loading.file_hash(path) == hashlib.sha256(b"other weights").hexdigest() and len(hashed) == 2
+    (tmp_path / "home/distilled-control-hashes.json").write_text("not what was written")
+    assert loading.file_hash(path) == hashlib.sha256(b"other weights").hexdigest() and len(hashed) == 3
+    path.write_bytes(b"abc")  # small: read anew, nothing is kept
+    assert loading.file_hash(path) == loading.file_hash(path) and len(hashed) == 5

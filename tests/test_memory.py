@@ -1,5 +1,7 @@
 """What saves memory does not change pictures, and parts take turns."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_controls import network, output, trained
@@ -8,7 +10,7 @@ from torch.utils._pytree import tree_map
 from configs import UserError, load, merge
 from controls import formats
 from controls.lora import applied
-from models import budget, families
+from models import budget, families, memory, quantized
 from models.families import Family, Memory
 from models.memory import Turns, compiled
 from models.sample import alone, draw_noise, finish
@@ -82,6 +84,32 @@ def test_text_encoders_can_be_forgotten_and_come_back(plain):
     family.encode(["another"])
     assert family.encoders()
     assert torch.equal(drawn(family)[0], plain[0])
+
+
+def test_memory_is_given_back_after_packing_and_after_forgetting(monkeypatch):
+    given, kind = [], quantized.Kind("torch", "", 16.0, lambda w: (w.bfloat16(), w.new_ones(1)), lambda c, s, shape, dtype: c.to(dtype))
+    monkeypatch.setitem(quantized.KINDS, "round", kind)
+    monkeypatch.setattr(families, "release", lambda: given.append(1))
+    family = Family("tiny")
+    family.member("base", "round")
+    assert len(given) == 1
+    family.encode(["hat"])
+    family.forget_encoders()
+    assert len(given) == 2
+
+
+@pytest.mark.parametrize("library", ["glibc", "another", "none"])
+def test_what_was_freed_goes_back_where_glibc_keeps_it(monkeypatch, library):
+    trimmed = []
+
+    def opened(name: str):
+        if library == "none":
+            raise OSError(name)
+        return SimpleNamespace(malloc_trim=trimmed.append) if library == "glibc" else SimpleNamespace()
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", opened)
+    memory.release()
+    assert trimmed == ([0] if library == "glibc" else [])
 
 
 def test_the_budget_is_a_command(capsys):
