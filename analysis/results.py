@@ -150,7 +150,7 @@ def loaded(folder: Path, command: str = "") -> dict:
         raise UserError(f"{path} is not JSON ({str(error)[:100]}); run {command or 'what made it'} again") from None
     cells = found.get("cells") if isinstance(found, dict) else None
     if not cells or not isinstance(cells, list) or found.get("schema") != 1 or isinstance(found["schema"], bool):
-        raise UserError(f"{path} has no cells of schema 1; is it the record of {command or 'one of our commands'}?")
+        raise UserError(f"{path} has no cells of schema 1: it is not the record of {command or 'one of our analyses'}")
     return found
 
 
