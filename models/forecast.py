@@ -21,7 +21,6 @@ from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard
 from models.loading import available, config, latent_shape, one_line, place
 from models.memory import Memory
-from models.quantized import KINDS
 
 VIEWS = 3  # copies of a picture that an evaluator makes before it is as small as the evaluator sees it
 
