@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import cells as of
-from analysis import report
+from analysis import results
 from configs import UserError, entry, load, tracking
 
 SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>, <evaluator>
@@ -56,7 +56,7 @@ def main(cfg: Config) -> None:
     toolkit()
     if not tracking.logged_in():
         raise UserError("not logged in to W&B: run `wandb login` once, or set WANDB_API_KEY; a dashboard is kept by the server alone")
-    cells = report.read(Path(cfg.run))["cells"]
+    cells = results.read(Path(cfg.run), "analysis.transfer")["cells"]
     import wandb
 
     try:

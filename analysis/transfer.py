@@ -7,7 +7,6 @@ it will cost and what it can see, and draws nothing. Any LoRA: controls=[my.safe
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.table import Table
 from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.measure import Measurement, Subject, Words, floor_of, is_reference
-from configs import UserError, command, entry, load, releases, tracking, versions
+from configs import UserError, entry, load, releases, tracking
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
 from models import devices, promptsets
@@ -82,9 +81,8 @@ def main(cfg: Config) -> Path:
         cells, leakage = measurement.cells(targets), measurement.leakage(targets)
         drawings.remember_words()
         pictures(drawings, subjects, targets, cells, folder)
-        about = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                 "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes)}  # fmt: skip
-        publish(cfg, {**about, "margin": list(intervals.MARGIN), "cost": cost, "cells": cells, "leakage": leakage}, folder)
+        about = {**record.header("analysis.transfer", cfg, start), "evaluators": list(drawings.eyes), "margin": list(intervals.MARGIN)}
+        publish(cfg, {**about, "cost": cost, "cells": cells, "leakage": leakage}, folder)
     return folder / "report.html"
 
 

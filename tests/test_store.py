@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from analysis import store
+from analysis import similarity, store
+from configs import UserError
 
 TENSORS = {
     "latents": torch.arange(24.0).reshape(2, 3, 4), "pictures": torch.zeros(2, 3, dtype=torch.uint8), "a cat": torch.ones(3).double(),
@@ -58,3 +59,29 @@ def test_what_killed_runs_left_is_swept_and_what_may_be_at_work_stays(tmp_path):
         os.utime(file, (0, time.time() - 2 * store.DAY * (file != new)))
     store.sweep(tmp_path)
     assert not old.exists() and new.exists() and (tmp_path / "z.safetensors").exists()
+
+
+def test_what_is_not_finite_is_not_kept(path):
+    for value in (float("nan"), float("-inf")):
+        with pytest.raises(UserError, match="dmd/student is not kept, for its latents is not finite"):
+            store.write(path, TENSORS | {"latents": torch.tensor([1.0, value])}, "dmd/student")
+    assert store.read(path, "a") is not None
+
+
+def test_what_is_missing_in_a_folder_and_what_of_it_is_damaged(path, capsys):
+    for name in ("b", "c"):
+        store.write(path.parent / name, TENSORS, "b")
+    assert store.missing(path.parent, ["b", "c", "d"]) == {"c", "d"}
+    assert "1 of the files in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="damaged or removed while this run read it"):
+        store.load(path.parent / "c", "c")
+
+
+def test_cells_know_whether_they_are_whole(tmp_path):
+    file, cells = tmp_path / "cells.json", [{"what": "block", "cka": 0.51}]
+    similarity.keep(file, cells, "a")
+    assert similarity.kept(file, "a") == cells and similarity.kept(file, "b") is None
+    whole = file.read_text()
+    for other in (whole.replace("0.51", "0.61"), whole[:-1], "", "[]", '{"cells": 3}', '[{"what": "block"}]'):
+        file.write_text(other)
+        assert similarity.kept(file, "a") is None
