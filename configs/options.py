@@ -160,7 +160,7 @@ def _one_line(where: str = ""):
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}not valid YAML{at}: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{where}not valid YAML{at}: {' '.join(str(getattr(error, 'problem', None) or error).split())}") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}not a text file") from None
     except OSError as error:

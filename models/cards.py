@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from configs import ROOT, UserError, merge, plain_name
+from configs import ROOT, UserError, merge, plain_name, quoted
 from models.architectures import ARCHITECTURES
 from models.noise import TRAIN_STEPS, timesteps
 
@@ -118,9 +118,13 @@ def split(member: str) -> tuple[str, str]:
 
 def _path(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
-        raise UserError(f"no family {name!r}: there are {known}, or give the path of a card.yaml")
+        raise UserError(f"no family {quoted(name)}: there are {known}, or give the path of a card.yaml")
     return path
 
 
@@ -137,7 +141,8 @@ def _layers(path: Path) -> list[Path]:
 def _extends(path: Path) -> str:
     """What a card extends; nothing for a broken one, of which `merge` says more."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
         return ""
-    return (isinstance(found, dict) and found.get("extends")) or ""
+    above = found.get("extends") if isinstance(found, dict) else ""
+    return above if isinstance(above, str) else ""

@@ -240,6 +240,9 @@ PLANS: dict[str, tuple[str, Callable[..., Plan]]] = {
 }
 
 
+LIMITS = {"exponent": 10, "keep": 10, "scale": 10, "s": 10}  # of these arguments, beyond which no picture is left; of others, TRAIN_STEPS
+
+
 def named(text: str, base: Member, student: Member) -> Plan:
     """The plan that a name means for a base and a student: hybrid(1), skip(1), delta(0.8,1). Raises UserError for another."""
     found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text.replace(" ", ""))
@@ -254,8 +257,10 @@ def named(text: str, base: Member, student: Member) -> Plan:
         values = []
     if not needed <= len(given) <= len(names) or len(values) < len(given) or not all(map(math.isfinite, values)):
         raise UserError(f"no plan {text[:60]!r}; it is written {_written(found[1])}, k and n whole numbers")
-    if any(abs(value) > TRAIN_STEPS for value in values):
-        raise UserError(f"no plan {text[:60]!r}: its numbers lie between -{TRAIN_STEPS} and {TRAIN_STEPS}")
+    for name, value in zip(names, values, strict=False):
+        most = LIMITS.get(name.strip("[]"), TRAIN_STEPS)
+        if abs(value) > most:
+            raise UserError(f"no plan {text[:60]!r}: {name.strip('[]')} must be from -{most} to {most}")
     return make(base, student, *values)
 
 

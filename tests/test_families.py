@@ -152,6 +152,36 @@ def test_a_wrong_card(tmp_path, text, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cannot name a control or a folder: it is empty"),
+        (bytes(range(256)), "not a text file"),
+        (b"name: a\0b", "not valid YAML"),
+        (b"name: " + b"[" * 5000, "not valid YAML|nests too deep"),
+        (b"just words", "holds no key: value pairs"),
+        (b"extends: [tiny]", "extends"),
+        (b"extends: {a: b}", "extends"),
+        (b"extends: nowhere", "no family 'nowhere'"),
+        (b"extends: {PATH}", "extends itself"),
+        (b"name: own\nmembers: &all {base: {}, other: *all}", "not valid YAML"),
+        (b"name: " + b"x" * 3000, "longer than 120 bytes"),
+    ],
+)
+def test_a_card_that_is_none_is_one_line(tmp_path, content, says):
+    path = tmp_path / "card.yaml"
+    path.write_bytes(content.replace(b"{PATH}", str(path).encode()))
+    with pytest.raises(UserError, match=says) as error:
+        card(str(path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".yaml", "a\0b", ""])
+def test_a_name_that_no_card_can_have(name):
+    with pytest.raises(UserError, match="no family"):
+        card(name)
+
+
 def test_guidance_1_is_conditional_only(tmp_path):
     (tmp_path / "card.yaml").write_text("name: own\nmembers: {base: {guidance: 1}}\n")
     assert card(str(tmp_path / "card.yaml")).members["base"].guidance is None
