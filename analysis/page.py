@@ -180,6 +180,8 @@ def chart(
 def ticks(low: float, high: float, count: int = 7) -> list[float]:
     """At most about `count` round numbers within [low, high], low < high; steps are 1, 2 or 5 times a power of ten."""
     raw = (high - low) / count
+    if raw < 1e-200:  # too near to each other for numbers between them
+        return []
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

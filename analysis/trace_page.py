@@ -173,6 +173,7 @@ def effects(cells: list[dict], names: list[str], bands: list[float]) -> list[str
     """The effect over the steps, and the matrix of what a part of the steps does."""
     followed = [c for c in cells if "control" in c]
     points = lambda c, name: [(step["share"], p) for step, p in zip(c["steps"], c["control"][name]["effect"], strict=True)]  # noqa: E731
+    names = [name for name in names if followed and name in followed[0]["control"]]  # those that read words
     curves = {name: {label(c): points(c, name) for c in followed} for name in names}
     drawn = figures(*(figure(f"by {name}", lines(curves[name], "share of the steps", "", f"effect by {name}")) for name in names))
     notes = [f'<p class="note">{escape(NOTES[key])}</p>' for key in ("effect", "parts")]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from configs.errors import UserError, quoted
+from configs.errors import UserError, cut, quoted
 
 # key: (least, most). A key of a config or card that holds numbers and stands in neither table fails a test.
 COUNTS = {
@@ -55,11 +55,11 @@ def _check(value: Any, key: str, where: str) -> None:
         if key in GUIDED and value == 0:
             raise UserError(f"{where}: {TWO_MEANINGS}")
         least, most = RANGES.get(key, (-math.inf, math.inf))
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where} must be finite; got {value}")
         if not least <= value <= most:
             bound = f"at least {least:g}" if value < least else f"at most {most:g}"
-            raise UserError(f"{where} must be {bound}; got {value:g}")
+            raise UserError(f"{where} must be {bound}; got {cut(value, 40)}")
 
 
 def checked(text: str, where: str) -> str:

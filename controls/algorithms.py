@@ -7,8 +7,8 @@ LyCORIS's (Yeh et al. 2023), with its strengths.
 import torch
 from torch import Tensor
 
-from configs import UserError
-from controls.files import cut, real
+from configs import UserError, cut
+from controls.files import real
 
 MOST_RANK = 256  # of a pair that a product is turned into
 

@@ -1,14 +1,13 @@
 """Files: the tensors and the header of a control's file, or one line that says why it cannot be read. No code in a file ever runs."""
 
 import math
-import sys
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from configs import ROOT, UserError
+from configs import ROOT, UserError, cut
 from models.loading import file_of, one_line
 from models.promptsets import HUB
 
@@ -83,17 +82,6 @@ def real(name: str, tensor: Tensor) -> Tensor:
     if not finite(found):
         raise UserError(f"{cut(name)} holds numbers that are not finite in fp32")
     return found
-
-
-def cut(text: object, most: int = 100) -> str:
-    """A name from a file or a command line in an error message: one line, no longer than it helps."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
-    return shown if len(shown) <= most else f"{shown[:most]}…"
-
-
-def note(text: str) -> None:
-    """One line for the user beside what a command prints."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def _opened(path: Path):

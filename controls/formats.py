@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from configs import UserError, plain_name, replacing
+from configs import UserError, cut, note, plain_name, replacing
 from configs.ranges import check
 from controls import headers, layouts
-from controls.files import cut, finite, header, located, note, read, real
+from controls.files import finite, header, located, read, real
 from controls.headers import DIFFUSERS
 from controls.lora import Card, Control
 from controls.targets import layer_set

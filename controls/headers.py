@@ -4,8 +4,8 @@ import json
 import re
 from collections.abc import Callable
 
-from configs import UserError
-from controls.files import BESIDE, cut
+from configs import UserError, cut
+from controls.files import BESIDE
 
 DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a header, its LORA_ADAPTER_METADATA_KEY
 PARTS = ("unet.", "transformer.")  # what diffusers puts before the settings of a network

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from configs import UserError, entry
+from configs import UserError, cut, entry
 from controls import formats, headers, layouts
 from controls.algorithms import READABLE, algorithm
-from controls.files import cut, located
+from controls.files import located
 
 LONGEST = 400  # letters of a card's value that are shown
 

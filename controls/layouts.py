@@ -6,9 +6,8 @@ Underscored names are ambiguous, so every spelling of every layer of the network
 import torch
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import UserError, cut, note
 from controls.algorithms import READABLE, algorithm, pair, split
-from controls.files import cut, note
 from controls.targets import places
 
 # what stands before a layer's name, with dots in it and with underscores

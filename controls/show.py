@@ -11,9 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from configs import UserError, entry, load, plain, replacing
+from configs import UserError, cut, entry, load, plain, replacing
 from controls import formats
-from controls.files import cut
 from controls.lora import applied
 from models.families import DTYPES, Family, Memory, split
 

@@ -274,7 +274,7 @@ def test_text_encoders_are_counted_and_left_out_on_request(adopt, capsys):
     with pytest.raises(UserError, match=r"1 of 2 layers are text encoders'.*encoders=ignore"):
         adopt(both)
     assert set(change(adopt(both, encoders="ignore"))) == {Q}
-    assert "1 of 2 layers are text encoders' and are left out" in capsys.readouterr().err
+    assert "1 of 2 layers are text encoders' and are left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 1 layers are text encoders': there is nothing for the network"):
         adopt(pair(ENCODER), encoders="ignore")
     with pytest.raises(UserError, match="encoders=maybe"):
@@ -299,7 +299,7 @@ def test_what_headers_call_a_base(header, family):
 def test_another_base_in_the_header_is_said(adopt, capsys):
     card = Card("lora", "x", "sd21", "base", 0, 0.0, "full", "c3lier")
     adopt(pair(FLAT), {"ss_base_model_version": "sd_v1"}, card=card)
-    assert "sd_v1" in capsys.readouterr().err
+    assert "sd_v1" in capsys.readouterr().out
     with pytest.raises(UserError, match="another base model: sd_v1"):
         adopt(pair(FLAT, size=48), {"ss_base_model_version": "sd_v1"}, card=card)
 
@@ -374,4 +374,4 @@ def test_convert_counts_the_text_encoders_layers(tmp_path, monkeypatch, capsys):
     convert.run()
     card = formats.load(tmp_path / "out.safetensors").card
     assert (card.kind, card.layers, card.recipe) == ("slider", "custom", {"positive": "a face"})
-    assert "1 of 2 layers are text encoders' and are left out" in capsys.readouterr().err
+    assert "1 of 2 layers are text encoders' and are left out" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
+from markdown_it import MarkdownIt
 
-from analysis import dashboard, report, results
+from analysis import cards, dashboard, measure, report, results
+from analysis import record as tables
 from configs import UserError
 from configs.options import merge
 
@@ -227,3 +230,41 @@ def test_no_record_ends_in_a_traceback(tmp_path, command):
         else:
             assert "<script>alert" not in page
     assert 0 < drawn < 150
+
+
+NAMED = "<b>\"'& x|y"  # what a control may be called
+
+
+@pytest.fixture
+def evil() -> dict:
+    """A transfer record whose names look like markup."""
+    found = synthetic.results() | {"config": {"family": "tiny"}}
+    for cell in found["cells"]:
+        cell["control"] = NAMED + cell["control"]
+    return found
+
+
+def test_model_cards_hold_names_as_text(tmp_path, evil):
+    for path in cards.write(evil, tmp_path):
+        assert path.parent == tmp_path / "cards"
+        html = MarkdownIt("commonmark", {"html": True}).enable("table").render(path.read_text().split("\n---\n", 1)[1])
+        rows = re.findall(r"<tr>.*?</tr>", html, re.S)
+        assert "<b>" not in html and html.count("<h1>") == 1 and len({len(re.findall("<t[hd]", row)) for row in rows}) == 1
+    evil["cells"][0]["control"] = "../../README"
+    with pytest.raises(UserError, match="cannot name a control"):
+        cards.write(evil, tmp_path)
+
+
+def test_names_of_any_kind_get_tables_heat_maps_and_panels(evil):
+    columns, rows = tables.cell_table(evil["cells"])
+    assert all(len(row) == len(columns) for row in rows) and tables.heat_map(evil["cells"], "clip").width > 100
+    keys = dashboard.filled("retention/<control>/<target>", evil["cells"], "<member> <target>")
+    assert len(keys) == len(set(keys)) and all(key.startswith("retention/<member> <target>/") for key in keys)
+
+
+def test_targets_are_files_of_different_names():
+    long = ["dmd:x" + "y" * count for count in (300, 301)]
+    targets = ["dmd", "dmd:hybrid(1)", "dmd-hybrid(1)!", "dmd/hybrid(1)", "dmd:delta(0.8,1)", *long, "..", ""]
+    names = [measure.file_name(target) for target in targets]
+    assert names[:2] == ["dmd", "dmd-hybrid(1)"] and len(set(names)) == len(names)
+    assert all("/" not in name and len(name) <= 120 for name in names)
