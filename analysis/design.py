@@ -33,8 +33,8 @@ def show(
         print("nothing to draw")
         return
     print(budget.forecast(family.card, calls, family.dtype, family.device, evaluators))
-    controls = [control.tensors for control in drawings.controls.values()]
-    print(forecast.said(forecast.drawing(family, in_memory(in_turn(todo, family.card), family.card), each, controls, evaluators, True)))
+    controls, turns = [control.tensors for control in drawings.controls.values()], in_memory(in_turn(todo, family.card), family.card)
+    print(forecast.said(lambda: forecast.drawing(family, turns, each, controls, evaluators, apart=True)))
 
 
 def known(folder: Path) -> tuple[dict, str]:

@@ -93,7 +93,8 @@ def main(cfg: Config) -> Path:
         calls = budget.asked((plan_of(family, Job(*way, "").target), images) for way in plans)
         names, turns = chosen(family.card, cfg.evaluators), in_memory(in_turn([Job(*way, "") for way in plans], family.card), family.card)
         print(budget.forecast(family.card, calls, family.dtype, family.device, names))
-        print(forecast.said(forecast.drawing(family, turns, max(cfg.seeds, cfg.captions), [], names, reading=bool(cfg.captions))))
+        most, reading = max(cfg.seeds, cfg.captions), bool(cfg.captions)
+        print(forecast.said(lambda: forecast.drawing(family, turns, most, [], names, reading=reading)))
         return Path(cfg.out) / cfg.name
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts

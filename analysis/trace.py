@@ -101,8 +101,8 @@ def main(cfg: Config) -> Path:
         print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
         calls = budget.asked((plan_of(family, job.target), images) for job in todo)
         print(budget.forecast(family.card, calls, family.dtype, family.device, names))
-        turns = in_memory(todo, family.card)
-        print(forecast.said(forecast.drawing(family, turns, images, [control.tensors] if control else [], names)))
+        turns, controls = in_memory(todo, family.card), [control.tensors] if control else []
+        print(forecast.said(lambda: forecast.drawing(family, turns, images, controls, names)))
         return folder
     eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
     for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs import UserError
 from models import budget
 from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard
@@ -41,9 +42,12 @@ class Moment:
         return total(self.held)
 
 
-def said(moments: Iterable[Moment]) -> str:
-    """The fullest moment in words."""
-    most = max(moments, key=lambda moment: moment.total)
+def said(moments: Callable[[], Iterable[Moment]]) -> str:
+    """The fullest moment in words, or why it cannot be told."""
+    try:
+        most = max(moments(), key=lambda moment: moment.total)
+    except UserError as error:
+        return f"memory at the most: unknown ({error})"
     parts = sorted(most.held.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{size / budget.GB:.2g} {part}" for part, size in parts if size >= 0.005 * most.total)
     return f"memory at the most: {most.total / budget.GB:.1f} GB, {most.when}: {shown}"
@@ -209,7 +213,8 @@ class Peak(TorchDispatchMode):
 def flash() -> Iterator[None]:
     """Inside, attention is the kernel that a GPU takes for it; on `meta` torch would write down every attention matrix."""
     plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, **_: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: kernel(query, key, value)[0]
     try:
         yield
     finally:

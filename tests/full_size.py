@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from test_loading import original
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from configs import ROOT, replacing
 from models.loading import source
@@ -81,10 +82,9 @@ def build(cache: Path = CACHE) -> None:
             config = CLIPTextConfig(**parts[part] | ends)
             config.save_pretrained(home / part)
             nets[f"{part}/model"] = kind(config)
-        clip = CLIPModel(CLIPConfig(  # openai/clip-vit-large-patch14
-            text_config=CLIPTextConfig(**parts["text_encoder"] | ends).to_dict(),
-            vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                           "image_size": 224, "patch_size": 14, "projection_dim": 768}, projection_dim=768))  # fmt: skip
+        config = deepcopy(hub.EVALUATORS["clip"])
+        config.text_config.update(ends)
+        clip = CLIPModel(config)
     for name, part in nets.items():
         write(home / f"{name}.fp16.safetensors", shapes(part), torch.float16)
     hub.DDIMScheduler(**hub.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(home / "scheduler")
@@ -142,9 +142,9 @@ PARTS = {  # name: what is run, {family} the user's card, {out} the folder of ru
     "show": ["controls/show.py", "{out}/fp32/control.safetensors", "member={family}/mine", "dtype=bf16", "scales=[0,1]",
              "out={out}/show.png"],
     "transfer": ["analysis/transfer.py", "family={family}", "controls=[{out}/fp32/control.safetensors]", "name=five", "dtype=bf16",
-                 "targets=[base,dmd2,lightning-lora,mine,'dmd2:hybrid(1)']", "seeds=1", "scales=[0,1]", "references=false", "out={out}",
+                 "targets=[base,dmd2,lightning-lora,mine]", "seeds=1", "scales=[0,1]", "references=false", "out={out}",
                  "cache={out}/cache", *FEW],
-    "trace": ["analysis/trace.py", "family={family}", "control={out}/fp32/control.safetensors", "students=[dmd2]", "plans=[hybrid(1)]",
+    "trace": ["analysis/trace.py", "family={family}", "control={out}/fp32/control.safetensors", "students=[dmd2]", "plans=[]",
               "bands=[750]", "seeds=2", "dtype=bf16", "name=trace", "out={out}", *FEW],
 }  # fmt: skip
 PLANLESS = ("show",)

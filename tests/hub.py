@@ -25,13 +25,16 @@ from diffusers import (
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPConfig,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Dinov2Config,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    SiglipConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -52,6 +55,14 @@ FLOWS = {  # published scheduler configs
     "Tongyi-MAI/Z-Image": {"shift": 6.0},
     "Tongyi-MAI/Z-Image-Turbo": {"shift": 3.0},
 }
+
+EVALUATORS = {  # published configs; SigLIP's and DINOv2's of this size are transformers' own defaults
+    "clip": CLIPConfig(
+        text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768},
+        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                       "patch_size": 14, "projection_dim": 768}, projection_dim=768),
+    "siglip": SiglipConfig(), "dino": Dinov2Config(image_size=518),
+}  # fmt: skip
 
 
 def publish(cache: Path, repo: str, revision: str | None = None) -> Path:
@@ -230,6 +241,9 @@ def write(cache: Path, name: str) -> FamilyCard:
 def write_configs(cache: Path, name: str) -> FamilyCard:
     """Publishes the full-size configs of a family's repositories, as the real ones have them, and no weights."""
     family, parts = card(name), json.loads((ROOT / "models/published.json").read_text())[name]
+    for evaluator, config in EVALUATORS.items():
+        if its := getattr(family, evaluator):
+            config.save_pretrained(publish(cache, its.partition("@")[0], its.partition("@")[2] or None))
     for member, its in family.members.items():
         repo, revision, _ = source(family, its)
         folder, net = publish(cache, repo, revision), "unet" if "unet" in parts else "transformer"

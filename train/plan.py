@@ -55,7 +55,7 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)
     step = follow(net, family.architecture, cfg, family.latent_shape, bare.law, cfg.checkpointing)
-    print(forecast.said(moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
+    print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
 
 
 def gone(cfg: Training) -> int:
