@@ -1,6 +1,6 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report paper proof bench-train bench-transfer bench-prior bench-memory bench-sdxl
+.PHONY: help check test demo tiny report paper proof bench-train bench-transfer bench-prior bench-memory bench-sdxl gpu
 
 LORA := python -m controls.convert hub:
 
@@ -23,19 +23,22 @@ report: ## draw report.html again from the results on disk
 	python -m analysis.report
 
 bench-train: ## the fast slider recipe against the published one: seconds, evaluations, effect
-	python train/bench.py
+	python train/bench/recipes.py
 
 bench-transfer: ## what drawing for the transfer validator costs beyond the networks themselves
 	python -m analysis.bench
 
 bench-prior: ## how well a student draws with a LoRA on it, with and without the prior term
-	python train/bench_prior.py
+	python train/bench/prior.py
 
-bench-memory: ## memory of a training step on SDXL's U-Net: estimated, and measured where there is a GPU
-	python train/bench_memory.py
+bench-memory: ## memory of a training step on SDXL's U-Net, estimated
+	python train/bench/memory.py
 
-bench-sdxl: ## SDXL at full size with random weights on a GPU: seconds per image and training step, memory, beside diffusers
-	python train/bench_sdxl.py
+bench-sdxl: ## SDXL at full size with random weights on a GPU: seconds per image, memory, beside diffusers
+	python train/bench/sdxl.py
+
+gpu: ## all that only a GPU can show, in at most 9 minutes, into bench/gpu.json; needs no network
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" python train/bench/gpu.py
 
 paper: ## the paper's tables and figures on SDXL, PixArt and SD 2.1: a GPU, the extras dreamsim and inception, data/ (see configs/paper), days
 	for name in age smile muscular; do accelerate launch train/slider.py config=configs/sliders/$$name-sdxl.yaml || exit 1; done

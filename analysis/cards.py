@@ -1,5 +1,6 @@
 """What a transfer run measured, as a model card per control, and as the same numbers in the control's own header."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,7 @@ import yaml
 
 from analysis import cells as of
 from analysis.page import ranged
-from configs import ROOT, UserError, replacing
+from configs import ROOT, UserError, plain_name, replacing
 from controls import formats
 from controls.lora import Card
 from controls.stats import MARGIN
@@ -22,10 +23,10 @@ intervals."""
 
 
 def write(results: dict, folder: Path) -> list[Path]:
-    """cards/<control>.md of every control in a run folder; returns their paths."""
+    """cards/<control>.md of every control in a run folder; returns their paths. Raises UserError for a name that would lead elsewhere."""
     paths = []
     for control in dict.fromkeys(cell["control"] for cell in results["cells"]):
-        paths.append(Path(folder) / f"cards/{control}.md")
+        paths.append(Path(folder) / f"cards/{plain_name(control, 'control')}.md")
         with replacing(paths[-1]) as new:
             new.write_text(text(results, control), encoding="utf-8")
     return paths
@@ -67,32 +68,43 @@ def numbers(results: dict, control: str) -> dict:
 def text(results: dict, control: str) -> str:
     """A model card in Markdown, with the front matter that Hugging Face reads."""
     cell, found = next(c for c in results["cells"] if c["control"] == control), numbers(results, control)
-    words = f' from "{cell["negative"]}" to "{cell["positive"]}"' if cell.get("negative") and cell.get("positive") else ""
+    both = cell.get("negative") and cell.get("positive")
+    words = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if both else ""
     evaluators = of.evaluators_of([cell])
-    heads = ["on", "use scale", *(f"kept, by {who}" for who in evaluators)]
-    rows = [[f"`{target}`" + (", trained on it" if target == found["source"] else ""), scale(by[evaluators[0]], found["scales"]),
-             *(f"{ranged(by[who]['retention'])} {by[who]['verdict']}" for who in evaluators)]
+    heads = ["on", "use scale", *(f"kept, by {plain(who)}" for who in evaluators)]
+    rows = [[code(target) + (", trained on it" if target == found["source"] else ""), scale(by[evaluators[0]], found["scales"]),
+             *(f"{ranged(by[who]['retention'])} {plain(by[who]['verdict'])}" for who in evaluators)]
             for target, by in found["targets"].items()]  # fmt: skip
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
-    versions = ", ".join(f"{name} {version}" for name, version in (found["versions"] or {}).items())
-    low, high = found["margin"]
+    versions = ", ".join(plain(f"{name} {version}") for name, version in (found["versions"] or {}).items())
+    (low, high), scales = found["margin"], ", ".join(f"{s:g}" for s in found["scales"])
     return f"""---
 {front(results, cell).strip()}
 ---
-# {control}
+# {plain(control)}
 
-{KINDS.get(cell.get("kind"), "A control")}{words}, trained on `{found["source"]}`.
+{KINDS.get(cell.get("kind"), "A control")}{words}, trained on {code(found["source"])}.
 
 {table}
 
 {NOTE.format(low=low, high=high)}
 
-{found["prompts"]} prompts × {found["seeds"]} seeds at scales {", ".join(f"{s:g}" for s in found["scales"])}, measured {found["created"]} by
+{found["prompts"]} prompts × {found["seeds"]} seeds at scales {scales}, measured {plain(found["created"])} by
 
-    {found["command"]}
+    {" ".join(str(found["command"]).split())}
 
 with {versions}.
 """
+
+
+def plain(text: str) -> str:
+    """A text in one line, in which Markdown and HTML find nothing of theirs."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(text).split())).replace("&", "&amp;").replace("\\<", "&lt;")
+
+
+def code(text: str) -> str:
+    """A name as code, also in a table."""
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def scale(reading: dict, scales: list[float]) -> str:
@@ -115,8 +127,8 @@ def front(results: dict, cell: dict) -> str:
     """YAML for Hugging Face; base_model only where the network is on the Hub and not a folder of this project."""
     tags = ["lora", *(["concept-slider"] if cell.get("kind") == "slider" else []), "distilled-control"]
     found = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
-    family = family_of(results["config"]["family"])
-    repo = family.members[families.split(cell["source"])[1]].repo or family.repo
-    if not (ROOT / repo).exists():
+    family, member = family_of(results["config"]["family"]), families.split(cell["source"])[1]
+    repo = family.members[member].repo or family.repo if member in family.members else ""
+    if repo and not (ROOT / repo).exists():
         found |= {"base_model": repo, "base_model_relation": "adapter"}
     return yaml.safe_dump(found, sort_keys=False)

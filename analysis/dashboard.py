@@ -5,6 +5,7 @@ extra `dashboard`. What the keys mean stands in README.md.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import cells as of
-from analysis import report
+from analysis import results
 from configs import UserError, entry, load, tracking
 
 SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>, <evaluator>
@@ -56,7 +57,7 @@ def main(cfg: Config) -> None:
     toolkit()
     if not tracking.logged_in():
         raise UserError("not logged in to W&B: run `wandb login` once, or set WANDB_API_KEY; a dashboard is kept by the server alone")
-    cells = report.read(Path(cfg.run))["cells"]
+    cells = results.read(Path(cfg.run), "analysis.transfer")["cells"]
     import wandb
 
     try:
@@ -89,21 +90,18 @@ def drawn(rows: list[tuple[str, str, str]], cells: list[dict], make: dict[str, C
     """The panels of one section."""
     for kind, title, pattern in rows:
         for control in dict.fromkeys(cell["control"] for cell in cells) if "<control>" in pattern else [""]:
-            yield make[kind](title.replace("<control>", control), filled(pattern.replace("<control>", control), cells))
+            yield make[kind](title.replace("<control>", control), filled(pattern, cells, control))
 
 
-def filled(pattern: str, cells: list[dict]) -> list[str]:
+def filled(pattern: str, cells: list[dict], control: str = "") -> list[str]:
     """The keys that a pattern stands for; a member is a target without a plan of its own."""
     targets = list(dict.fromkeys(cell["target"] for cell in cells))
-    names = {"<target>": targets, "<member>": [t for t in targets if ":" not in t], "<evaluator>": of.evaluators_of(cells)}
+    names = {"<target>": targets, "<member>": [t for t in targets if ":" not in t], "<evaluator>": of.evaluators_of(cells),
+             "<control>": [control]}  # fmt: skip
     here = {mark: values for mark, values in names.items() if mark in pattern}
-    keys = []
-    for values in product(*here.values()):
-        key = pattern
-        for mark, value in zip(here, values, strict=True):
-            key = key.replace(mark, value)
-        keys.append(key)
-    return keys
+    fillings = [dict(zip(here, values, strict=True)) for values in product(*here.values())]
+    # all in one pass, for a name may look like a mark
+    return [re.sub(r"<\w+>", lambda mark, words=words: words[mark[0]], pattern) for words in fillings]
 
 
 def kinds(panels: Any) -> dict[str, Callable[[str, list[str]], Any]]:

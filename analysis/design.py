@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import report
+from analysis import results
 from analysis.draw import Drawings, Job, in_memory, in_turn
 from analysis.measure import Subject
 from configs import UserError
@@ -40,7 +40,8 @@ def show(
 def known(folder: Path) -> tuple[dict, str]:
     """How far retentions vary: as in the run that stands in the folder, else as is typical."""
     try:
-        spreads = [cell["spread"] for cell in report.read(folder)["cells"] if cell.get("spread") and not cell["reference"]]
+        spreads = [cell["spread"] for cell in results.read(folder, "analysis.transfer")["cells"]
+                   if cell.get("spread") and not cell.get("reference")]
     except UserError:
         spreads = []
     if not spreads:

@@ -6,24 +6,22 @@ the whole table.
 
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import diversity_page, record, sheets
+from analysis import diversity_page, record, report, sheets, store
 from analysis.draw import in_memory, in_turn, one_by_one, plan_of, ways
 from analysis.drawing import shown
 from analysis.metrics import Spread
 from analysis.quality import Judge, against
 from analysis.report import number
-from configs import UserError, command, entry, load, releases, replacing, tracking, versions
+from configs import UserError, entry, load, releases, tracking
 from controls import intervals
 from models import budget, devices, forecast, promptsets
 from models.evaluators import UNIT, Evaluator, chosen, evaluators
@@ -105,27 +103,31 @@ def main(cfg: Config) -> Path:
 
     parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
     jobs = [Job(student, plan, part) for student, plan in plans for part in parts]
-    todo = in_turn([job for job in jobs if not (folder / job.file).exists()], family.card)
+    lost = store.missing(folder, [job.file for job in jobs])
+    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
+    todo = in_turn([job for job in jobs if job.file in lost], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     if mine and not texts:  # captions are too many to be kept
         family.encode_all(cfg.prompts)
     for job in one_by_one(mine, family, "diversity", not accelerator.is_main_process):
         kind, _, index = job.part.partition("-")
-        plan, to, k = plan_of(family, job.target), folder / job.file, int(index)
-        variety(cfg, family, plan, eyes, seeds, k, to) if kind == "prompt" else captioned(cfg, family, plan, eyes, captions, k, to)
+        plan, k = plan_of(family, job.target), int(index)
+        if kind == "prompt":
+            tensors = variety(cfg, family, plan, eyes, seeds, k)
+        else:
+            tensors = captioned(cfg, family, plan, eyes, captions, k)
+        store.write(folder / job.file, tensors, job.file)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
     cells = cells_of(cfg, family.card.base, plans, list(eyes), judge, blocks_of(texts), folder)
-    results = {"schema": 1, "recipe": "analysis.diversity", "command": command(), "versions": versions(),
-               "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
-               "evaluators": list(eyes), "base": family.card.base, "fronts": diversity_page.fronts(cells, family.card.base),
-               "cells": cells}  # fmt: skip
+    results = {**record.header("analysis.diversity", cfg, start), "evaluators": list(eyes), "base": family.card.base,
+               "fronts": diversity_page.fronts(cells, family.card.base), "cells": cells}  # fmt: skip
     record.write(results, folder)
     pictures(seeds[: min(SHOWN, cfg.seeds)], cells, folder)
-    page = diversity_page.build(folder)
+    page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.diversity", family.card.name, cfg.wandb) as tracker:
@@ -147,8 +149,8 @@ def check(cfg: Config) -> None:
 
 
 @torch.no_grad()
-def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], numbers: list[int], p: int, path: Path) -> None:
-    """How far apart the seeds of one prompt are at each step, as one safetensors file of numbers and a few pictures."""
+def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], numbers: list[int], p: int) -> dict[str, Tensor]:
+    """How far apart the seeds of one prompt are at each step: numbers and a few pictures."""
     word, seeds = eyes["clip"].texts([cfg.prompts[p]])[0], numbers[p * cfg.seeds :][: cfg.seeds]
 
     def seen(rows: Tensor) -> tuple[list[dict[str, np.ndarray]], Tensor]:
@@ -172,13 +174,12 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
     tensors["vendi"] = torch.tensor([s.vendi() for s in spreads["clip"]], dtype=torch.float64)
     tensors["agreement"] = torch.from_numpy(100 * agrees)
     tensors["t"] = torch.tensor([level.t for stage in plan.stages for level in stage.levels], dtype=torch.float64)
-    tensors["pictures"] = torch.cat(pictures)[:SHOWN].contiguous()
-    with replacing(path) as new:
-        save_file(tensors, new)
+    tensors["pictures"] = torch.cat(pictures)[:SHOWN]
+    return tensors
 
 
 @torch.no_grad()
-def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], captions: PromptSet, b: int, path: Path) -> None:
+def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], captions: PromptSet, b: int) -> dict[str, Tensor]:
     """One block of the captions, an image each: features, and what it cost, from the words to the pixels, the base's steps included."""
     rows = slice(b, None, blocks_of(captions.texts))
     texts, seeds = captions.texts[rows], captions.numbers(1, cfg.seed + 500_000)[rows]
@@ -196,8 +197,7 @@ def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator
     features, seconds, evaluations = zip(*family.drawing.of(drawn, len(texts)), strict=True)
     words = torch.from_numpy(eyes["clip"].texts(texts)).float()
     cost = torch.tensor([sum(seconds) / len(texts), np.mean(evaluations)], dtype=torch.float64)
-    with replacing(path) as new:
-        save_file({**{name: torch.cat([part[name] for part in features]) for name in eyes}, "words": words, "cost": cost}, new)
+    return {**{name: torch.cat([part[name] for part in features]) for name in eyes}, "words": words, "cost": cost}
 
 
 def blocks_of(texts: list[str]) -> int:
@@ -215,9 +215,14 @@ def cells_of(cfg: Config, base: str, plans: list, evaluators: list[str], judge: 
     return cells
 
 
+def kept(folder: Path, job: Job) -> dict[str, Tensor]:
+    """What a job found."""
+    return store.load(folder / job.file, job.file)
+
+
 def gather(cfg: Config, student: str, plan: str, evaluators: list[str], folder: Path) -> dict:
     """All prompts of a plan: per evaluator (P, T, 3), vendi and agreement (P, T), t (T,)."""
-    files = [load_file(folder / Job(student, plan, f"prompt-{p}").file) for p in range(len(cfg.prompts))]
+    files = [kept(folder, Job(student, plan, f"prompt-{p}")) for p in range(len(cfg.prompts))]
     return {**{key: np.stack([f[key].numpy() for f in files]) for key in (*evaluators, "vendi", "agreement")}, "t": files[0]["t"].numpy()}
 
 
@@ -254,7 +259,7 @@ def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> 
     """Quality with intervals, and the cost of an image; one block is held at a time."""
     tallies, costs, images = [judge.tally() for _ in range(BLOCKS)], [], 0
     for b in range(blocks):
-        block = {key: value.double().numpy() for key, value in load_file(folder / Job(student, plan, f"block-{b}").file).items()}
+        block = {key: value.double().numpy() for key, value in kept(folder, Job(student, plan, f"block-{b}")).items()}
         judge.add(tallies[b % BLOCKS], block)
         costs.append(block["cost"])
         images += len(block["words"])
@@ -266,7 +271,7 @@ def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
     """One sheet per student: its plans in rows, the seeds of the first prompt in columns."""
     for student in dict.fromkeys(c["student"] for c in cells):
         plans = [c["plan"] for c in cells if c["student"] == student]
-        rows = [(plan, list(load_file(folder / Job(student, plan, "prompt-0").file)["pictures"])) for plan in plans]
+        rows = [(plan, list(kept(folder, Job(student, plan, "prompt-0"))["pictures"])) for plan in plans]
         sheets.sheet(rows, list(map(str, seeds)), folder / f"images/{student}.png")
 
 

@@ -1,18 +1,17 @@
-"""A run folder of analysis.diversity to one page, report.html, that needs nothing else: python -m analysis.diversity_page [FOLDER]
+"""The page of analysis.diversity, which needs nothing else; analysis.report writes it.
 
 Reads files and imports no torch.
 """
 
 import re
-import sys
+from html import escape
 from pathlib import Path
 
-import configs
 from analysis import drawing
 from analysis.drawing import figure, figures, forest, lines, scatter, section, shown, table
 from analysis.page import number, side
+from analysis.results import is_file
 
-COMMAND = "analysis.diversity"
 SWEEPS = {  # plan: what its argument is, and the argument at which the plan is the student; Fig 7 of the paper is the first three
     "guided": ("guidance of the base in step 1", None),
     "hybrid": ("steps given to the base, from the first on", 0),
@@ -42,22 +41,6 @@ NOTES = {
     "pictures": "Plans in rows, the seeds of the first prompt in columns.",
 }
 TRACED = ("student", "hybrid(1)")  # plans whose diversity is drawn over the steps, beside the base's
-
-
-def main() -> None:
-    """Draws the page of a run folder again and prints its path."""
-    words = sys.argv[1:]
-    if {"--help", "-h", "help"} & set(words):
-        return print(__doc__)
-    if len(words) > 1:
-        raise configs.UserError("give one run folder: python -m analysis.diversity_page runs/diversity/default")
-    print(build(Path(words[0] if words else "runs/diversity/default")))
-
-
-def build(folder: Path) -> Path:
-    """Writes report.html from results.json and the sheets beside it, and returns its path. Raises UserError without them."""
-    results = drawing.read(folder, COMMAND)
-    return drawing.write(folder, render(results, Path(folder)))
 
 
 def render(results: dict, folder: Path) -> str:
@@ -95,7 +78,7 @@ def last(cell: dict, name: str) -> dict:
 
 def argument(plan: str, kind: str) -> float | None:
     """The one number of `kind(number)`."""
-    found = re.fullmatch(rf"{kind}\((-?[\d.]+)\)", plan)
+    found = re.fullmatch(rf"{kind}\((-?\d{{1,9}}(?:\.\d*)?)\)", plan)
     return float(found[1]) if found else None
 
 
@@ -149,7 +132,7 @@ def by_prompt(cells: list[dict], student: str, base: str) -> str:
         rows.append([prompt["prompt"], *(text for found in own for text in (shown(found[name]), number(found["vendi"], 1)))])
     rows.append(["average", *(text for c in columns for text in (shown(last(c, name)), number(c["vendi"][-1]["value"], 1)))])
     heads = [head for label in (base, student, "hybrid(1)")[: len(columns)] for head in (label, "Vendi")]
-    return f"<h3>{student}</h3>" + table(["prompt", *heads], rows, bold=lambda row: row[0] == "average")
+    return f"<h3>{escape(student)}</h3>" + table(["prompt", *heads], rows, bold=lambda row: row[0] == "average")
 
 
 def located(cells: list[dict], student: str, base: str, name: str) -> str:
@@ -203,7 +186,7 @@ def quality(cells: list[dict], student: str, base: str) -> str:
     keys = list(group[0]["quality"])
     cost = lambda c: [f"{c['evaluations']:g}", number(1000 * c["seconds"], 0)]  # noqa: E731
     rows = [[c["plan"], *(shown(c["quality"][key]) for key in keys), *cost(c)] for c in group]
-    return f"<h3>{student}</h3>" + table(["plan", *(key.replace("_", ", ") for key in keys), "evaluations", "ms"], rows)
+    return f"<h3>{escape(student)}</h3>" + table(["plan", *(key.replace("_", ", ") for key in keys), "evaluations", "ms"], rows)
 
 
 def everything(cells: list[dict], names: list[str]) -> str:
@@ -217,9 +200,5 @@ def everything(cells: list[dict], names: list[str]) -> str:
 
 def sheet(folder: Path, student: str) -> str:
     """The sheet of a student, where there is one."""
-    path = folder / f"images/{student}.png"
-    return f"<h3>{student}</h3>" + drawing.picture(path, f"plans of {student} in rows, seeds in columns") if path.is_file() else ""
-
-
-if __name__ == "__main__":
-    configs.entry(main)
+    path = is_file(folder, f"images/{student}.png")
+    return f"<h3>{escape(student)}</h3>" + drawing.picture(path, f"plans of {student} in rows, seeds in columns") if path else ""

@@ -3,37 +3,14 @@
 Reads files and imports no torch. An interval is a dict {"value", "low", "high"}, as everywhere.
 """
 
-import base64
 import json
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
-import configs
-from analysis.page import COLOURS, number, ranged, spread, ticks, whole
+from analysis.page import COLOURS, embedded, number, ranged, spread, ticks, whole
 
 Curve = list[tuple[float, dict]]  # (x, interval)
-
-
-def read(folder: Path, command: str) -> dict:
-    """The results of a run folder of `command`. Raises UserError where they are missing, broken or another command's."""
-    path = Path(folder) / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise configs.UserError(f"no {path}; python -m {command} makes one") from None
-    except ValueError as error:
-        raise configs.UserError(f"{path} is not JSON ({error}); run {command} again") from None
-    if not isinstance(results, dict) or results.get("schema") != 1 or results.get("recipe") != command or not results.get("cells"):
-        raise configs.UserError(f"{path} has no cells of schema 1 made by {command}")
-    return results
-
-
-def write(folder: Path, page: str) -> Path:
-    """The page into the run folder; returns its path."""
-    with configs.replacing(Path(folder) / "report.html") as new:
-        new.write_text(page, encoding="utf-8")
-    return Path(folder) / "report.html"
 
 
 def page(title: str, lead: str, sections: Iterable[str], results: dict, extra: str = "") -> str:
@@ -89,8 +66,7 @@ def figure(caption: str, drawing: str) -> str:
 
 def picture(path: Path, alt: str, pixels: bool = False) -> str:
     """An image file, embedded."""
-    kind, data = Path(path).suffix[1:], base64.b64encode(Path(path).read_bytes()).decode()
-    image = f'<img alt="{escape(alt)}" loading="lazy" style="max-width:100%" src="data:image/{kind};base64,{data}">'
+    image = f'<img alt="{escape(alt)}" loading="lazy" style="max-width:100%" src="{embedded(path)}">'
     return f'<div class="{"pixels " if pixels else ""}wide">{image}</div>'
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from analysis.cells import evaluators_of, is_own, readings, references, where
 from analysis.page import DASH, chart, dial, number, ranged, sheet, signed, ticks
+from analysis.results import is_file
 from analysis.tables import EMPTY, MARKS, numbers_table
 
 WIDTH, LEFT, RIGHT = 380, 92, 122  # of the retention axis, in units of its view box
@@ -130,8 +131,8 @@ def _sheet(cell: dict, folder: Path) -> str:
     word = f"{MARKS.get(cell['verdict'], '')} {cell['verdict']} {number(cell['retention']['value'])}".removesuffix(f" {DASH}")
     says = "source" if is_own(cell) else "for comparison" if cell.get("reference") else word
     caption = f"<b>{escape(member)}</b> <span>{escape(says)}</span>"
-    path = folder / cell["picture"] if cell.get("picture") else None
-    if path is None or not path.is_file():
+    path = is_file(folder, cell.get("picture"))
+    if path is None:
         return f'<figure class="strip"><figcaption>{caption}</figcaption><p class="note">No pictures were kept.</p></figure>'
     alt = f"{cell['control']} on {member}: one row per prompt, scales {', '.join(scales)} from left to right"
     return sheet(path, scales, caption, alt)

@@ -1,11 +1,14 @@
 """Drawings to cells: what each evaluator reads of one control on one target, with its references, and what it leaks onto others."""
 
+import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.draw import Drawings, Job
+from configs import plain_name
 from controls import intervals, stats
 from controls.effect import change, own_directions, percent_change, preservation
 from controls.lora import Control
@@ -64,7 +67,7 @@ class Measurement:
             **readings[first], "clip_change_percent": self.clip_change(subject, target),
             "images": prompts * seeds * len(subject.scales), "prompts": prompts, "seeds": seeds,
             "positive": words[0] if words else "", "negative": words[1] if words else "",
-            "picture": f"images/{card.name}/{target.replace(':', '-')}.png", "second": {who: readings[who] for who in others},
+            "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png", "second": {who: readings[who] for who in others},
         }  # fmt: skip
 
     def clip_change(self, subject: Subject, target: str) -> float | None:
@@ -215,6 +218,12 @@ def after(subjects: list[Subject], subject: Subject) -> Iterator[Subject]:
     """The subjects behind one, round and round to it."""
     k = subjects.index(subject)
     yield from [*subjects[k + 1 :], *subjects[:k]]
+
+
+def file_name(target: str) -> str:
+    """A target as a file's name: dmd-hybrid(1); with a hash where more than the colon had to go, so that no two targets share one."""
+    plain = re.sub(r"[^\w.,+=@()-]", "-", target)[:100]
+    return plain if plain == target.replace(":", "-") else f"{plain}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
 
 
 def is_reference(target: str) -> bool:

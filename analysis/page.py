@@ -16,6 +16,7 @@ from string import Template
 from PIL import Image
 
 from configs import UserError
+from configs.errors import cut
 
 FRAME, STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}") for kind in ("html", "css", "js"))
 COLOURS = 7  # --c0 … --c6 of page.css: Okabe and Ito's, darkened or lightened to be read as text
@@ -80,16 +81,24 @@ def png_size(data: bytes) -> tuple[int, int]:
     """Width and height of a PNG in pixels, from its header. Raises UserError for another format."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
         raise UserError("a picture of the run is not a PNG file; draw it again with overwrite=true")
-    return struct.unpack(">II", data[16:24])
+    width, height = struct.unpack(">II", data[16:24])
+    if not (width and height):
+        raise UserError("a picture of the run has no pixels; draw it again with overwrite=true")
+    return width, height
 
 
 def embedded(path: Path, width_px: int | None = None) -> str:
-    """A picture file as the text that an image's src holds; one wider than width_px is embedded smaller, as WebP."""
+    """A picture file as the text that an image's src holds; one wider than width_px is embedded smaller, as WebP. Raises UserError."""
+    if path.suffix not in KINDS:
+        raise UserError(f"{path} is no picture of a page; those are {', '.join(KINDS)}")
     data, kind = path.read_bytes(), KINDS[path.suffix]
     if width_px and png_size(data)[0] > width_px:
-        with Image.open(io.BytesIO(data)) as picture:
-            small = picture.convert("RGB").resize((width_px, round(picture.height * width_px / picture.width)), Image.Resampling.LANCZOS)
-        small.save(file := io.BytesIO(), "WEBP", quality=85)
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                size = (width_px, max(1, round(picture.height * width_px / picture.width)))
+                picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file := io.BytesIO(), "WEBP", quality=85)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path} is damaged ({cut(str(error), 100)}); draw it again with overwrite=true") from None
         data, kind = file.getvalue(), KINDS[".webp"]
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -171,6 +180,8 @@ def chart(
 def ticks(low: float, high: float, count: int = 7) -> list[float]:
     """At most about `count` round numbers within [low, high], low < high; steps are 1, 2 or 5 times a power of ten."""
     raw = (high - low) / count
+    if raw < 1e-200:  # too near to each other for numbers between them
+        return []
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

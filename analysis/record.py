@@ -1,6 +1,9 @@
 """Results to their folder and to W&B; pictures beside them."""
 
 import json
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from analysis import cells as of
 from analysis.page import short
-from configs import replacing
+from configs import command, replacing, versions
 from configs.tracking import Tracker
 
 INTERVALS = {  # columns of W&B's table of cells, in threes: value, low, high; and where they stand in a reading
@@ -27,6 +30,13 @@ ABOUT = ("control", "kind", "source", "target", "reference")
 COUNTS = {"% CLIP change": "clip_change_percent", "images": "images", "prompts": "prompts", "seeds": "seeds"}
 SUMMARY = {"retention": "retention.value", "matched_scale": "matched_scale.value", "verdict": "verdict"}
 LOSS, GAIN, UNKNOWN = (217, 95, 14), (49, 130, 189), (225, 225, 225)  # of the heat map, at retentions 0 and 2, and where there is none
+
+
+def header(recipe: str, cfg: Any, start: float) -> dict:
+    """What every record begins with: who made it, of what config, with which versions, when, in how many seconds since `start`."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"schema": 1, "recipe": recipe, "command": command(), "versions": versions(), "created": now,
+            "seconds": round(time.time() - start, 1), "config": asdict(cfg)}  # fmt: skip
 
 
 def write(results: dict, folder: Path) -> Path:

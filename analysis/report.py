@@ -1,6 +1,6 @@
-"""A run folder of the transfer validator to one page, report.html, that needs nothing else.
+"""A run folder to one page, report.html, that needs nothing else; below, the page of the transfer validator.
 
-    python -m analysis.report [FOLDER]        default: runs/transfer/default
+    python -m analysis.report [FOLDER]        default: runs/transfer/default; a run of trace, diversity or similarity likewise
 
 Reads results.json and the picture sheets it names. Images are embedded, charts are inline SVG, and no network is loaded.
 """
@@ -14,16 +14,21 @@ from string import Template
 
 import configs
 from analysis import cells as of
+from analysis import diversity_page, similarity_page, trace_page
 from analysis.cells import advice, dissent, finding, headline, is_verdict, where
 from analysis.figures import colours_of, control_section, page_dial
 from analysis.page import brackets, chart, number, percent, png_size, ranged, short, spread, ticks, whole
+from analysis.results import is_file, read
 from analysis.tables import MARKS, heat_map, leakage, reference_table
+from configs.errors import cut
 from controls.stats import MARGIN, SATURATED
 
 __all__ = ["build", "read", "render", "headline", "brackets", "chart", "number", "percent", "ranged", "short", "spread", "ticks"]
 
 BODY = Path(__file__).with_name("report.html")
 TITLE = "Which controls survive distillation"
+# what drawing a page raises where parts of a record are right by themselves, as `read` sees, but not beside each other
+MISFITS = (LookupError, TypeError, ValueError, ArithmeticError, StopIteration, RecursionError)
 OPEN = 6  # up to this many controls their sentences are shown at once; beyond, on demand
 
 
@@ -38,29 +43,22 @@ def main() -> None:
 
 
 def build(folder: Path) -> Path:
-    """Writes report.html into a run folder from its results.json and images, and returns its path.
+    """Writes report.html into the run folder of any analysis from its results.json and images, and returns its path.
 
     Raises UserError where results.json is missing, broken or of another schema.
     """
     folder = Path(folder)
-    page = render(read(folder), folder)
-    with configs.replacing(folder / "report.html") as new:
-        new.write_text(page, encoding="utf-8")
-    return folder / "report.html"
-
-
-def read(folder: Path) -> dict:
-    """The results of a run folder, checked to be ours. Raises UserError."""
-    path = Path(folder) / "results.json"
+    found = read(folder)
+    pages = {"analysis.transfer": render, "analysis.trace": trace_page.render, "analysis.diversity": diversity_page.render,
+             "analysis.similarity": similarity_page.render}  # fmt: skip
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise configs.UserError(f"no {path}; python -m analysis.transfer makes one") from None
-    except ValueError as error:
-        raise configs.UserError(f"{path} is not JSON ({error}); run analysis.transfer again") from None
-    if not isinstance(results, dict) or results.get("schema") != 1 or not results.get("cells"):
-        raise configs.UserError(f"{path} has no cells of schema 1; is it the record of analysis.transfer?")
-    return results
+        page = pages[found["recipe"]](found, folder)
+    except MISFITS as error:
+        says = f"its parts do not belong together ({cut(f'{type(error).__name__}: {error}', 200)})"
+        raise configs.UserError(f"{folder / 'results.json'}: {says}; run {found['recipe']} again") from error
+    with configs.replacing(folder / "report.html") as new:
+        new.write_text(page, encoding="utf-8", errors="replace")
+    return folder / "report.html"
 
 
 def render(results: dict, folder: Path) -> str:
@@ -156,9 +154,10 @@ def _comparison_note(cells: list[dict]) -> str:
 def _rows(results: dict, folder: Path) -> str:
     """What the rows of the sheets are, where the record says so."""
     prompts, pictures = results.get("config", {}).get("prompts"), [c for c in results["cells"] if c.get("picture")]
-    if not isinstance(prompts, list) or not pictures or not (folder / pictures[0]["picture"]).is_file():
+    path = is_file(folder, pictures[0]["picture"]) if pictures else None
+    if not prompts or path is None:
         return ""
-    width, height = png_size((folder / pictures[0]["picture"]).read_bytes())
+    width, height = png_size(path.read_bytes())
     shown = round(height * len(pictures[0]["scales"]) / width)
     return "Rows, from the top: " + "; ".join(f"“{p}”" for p in prompts[:shown]) + "."
 

@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import atan2
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from analysis import alignment
-from configs import UserError, replacing
+from configs import UserError
 from controls import intervals
 from controls.lora import Control, applied
 from controls.overlap import change
@@ -95,8 +93,8 @@ def nearest(levels: Sequence[Noise], wanted: Sequence[Noise]) -> list[int]:
 
 
 @torch.no_grad()
-def walk(family: Family, name: str, chunk: Chunk, path: Path) -> None:
-    """Stores a member's own run of a chunk: x (B, steps, C, H, W) that it held at each step, and the finished x0 (B, C, H, W)."""
+def walk(family: Family, name: str, chunk: Chunk) -> dict[str, Tensor]:
+    """A member's own run of a chunk: x (B, steps, C, H, W) that it held at each step, and the finished x0 (B, C, H, W)."""
     member = family.member(name)
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +104,7 @@ def walk(family: Family, name: str, chunk: Chunk, path: Path) -> None:
         return held.to("cpu", torch.float16 if family.device.type != "cpu" else torch.float32), steps[-1].after.cpu()
 
     held, finished = (torch.cat(part) for part in zip(*family.drawing.of(run, len(chunk.seeds)), strict=True))
-    with replacing(path) as new:
-        save_file({"x": held.contiguous(), "x0": finished.contiguous()}, new)
+    return {"x": held, "x0": finished}
 
 
 class Site:
@@ -160,13 +157,15 @@ def _share(spread: tuple[np.ndarray, float]) -> float | None:
 
 
 @torch.no_grad()
-def compare(family: Family, pair: Pair, todo: list[Chunk], measure: Measure, walked: Callable[[Chunk], Path], quiet: bool) -> list[dict]:
-    """Cells of every block and step of a pair, forced and own, and its cross-block maps. walked: where `walk` of the first member is."""
+def compare(
+    family: Family, pair: Pair, todo: list[Chunk], measure: Measure, walked: Callable[[Chunk], dict[str, Tensor]], quiet: bool
+) -> list[dict]:
+    """Cells of every block and step of a pair, forced and own, and its cross-block maps. walked: what `walk` of the first member kept."""
     first, second = family.member(pair.first), family.member(pair.second)
     names = shared_blocks(first, second, measure.kind)
     sites = defaultdict(lambda: Site(measure))
     for chunk in tqdm(todo, pair.name, unit="batch", leave=False, disable=quiet):
-        for key, maps in looks(family, pair, first, second, names, chunk, load_file(walked(chunk)), measure.spread_grid):
+        for key, maps in looks(family, pair, first, second, names, chunk, walked(chunk), measure.spread_grid):
             sites[key].add(maps, chunk)
     about = {"comparison": pair.name, "first": first.name, "second": second.name}
     levels, near = second.levels, nearest(first.levels, second.levels)

@@ -6,12 +6,12 @@ Without arguments: tiny/base against each of its students, and all shipped contr
 without against themselves with that control.
 """
 
+import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +20,16 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
-from analysis import record, similarity_page
+from analysis import record, report, results, similarity_page, store
 from analysis.directions import Start, directions, overlaps
 from analysis.prediction import points, predictors
 from analysis.report import number, ranged
 from analysis.representations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
 from analysis.stitching import stitch
-from configs import ROOT, UserError, command, entry, load, releases, replacing, tracking, versions
+from configs import ROOT, UserError, entry, load, releases, replacing, tracking
 from controls import formats
 from controls.lora import Control, applied
 from models import budget, devices, promptsets
@@ -39,7 +39,8 @@ from models.sample import alone
 
 SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
-Job = tuple[Path, Callable[[Path], None]]  # what makes a file, and where it goes
+Job = tuple[str, Callable[[], list[dict] | dict[str, Tensor]]]  # a file of the run folder, and what makes its cells or tensors
+RETENTION = {"control": str, "source": str, "target": str, "retention": {"value": results.NUMBER}}
 
 
 @dataclass
@@ -91,19 +92,17 @@ def main(cfg: Config) -> Path:
     folder = devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
 
     todo = chunks(cfg.prompts, seeds, family.drawing.size)
-    work(walks(family, firsts, todo, folder), "sampling", accelerator)
+    work(walks(family, firsts, todo), folder, "sampling", accelerator)
     quiet = not accelerator.is_main_process
-    work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), "measuring", accelerator)
+    work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), folder, "measuring", accelerator)
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     cells = gather(folder, pairs, shown)
     for who, rows in points(cells, transfer).items():
         cells += [{"what": "point", "evaluator": who, **row} for row in rows] + predictors(rows, who, seed=cfg.seed)
-    results = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
-               "seconds": round(time.time() - start, 1), "config": asdict(cfg), "cells": cells}  # fmt: skip
-    record.write(results, folder)
-    page = similarity_page.build(folder)
+    record.write({**record.header("analysis.similarity", cfg, start), "cells": cells}, folder)
+    page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.similarity", control.card.name if control else cfg.family, cfg.wandb) as tracker:
@@ -117,9 +116,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, for the variance over seeds; got {cfg.seeds}")
-    for key in ("grid", "neighbours", "draws"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")
     if cfg.spread_grid < cfg.grid or cfg.spread_grid % cfg.grid:
         raise UserError(f"spread_grid must be a multiple of grid; got {cfg.spread_grid} and {cfg.grid}")
     if not 0 <= cfg.stitch_seeds <= cfg.seeds:
@@ -169,29 +165,35 @@ def retentions(folder: str) -> list[dict]:
     if not path.is_file():
         print(f"no {path}, so nothing to predict; python -m analysis.transfer config=configs/transfer/all.yaml makes it")
         return []
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [cell for cell in cells if {"control", "source", "target", "retention"} <= cell.keys()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not the record of analysis.transfer; run that again, or give another transfer=") from None
+    cells = results.loaded(Path(folder), "analysis.transfer")["cells"]
+    second = {"second": results.Maybe(results.Each({"retention": RETENTION["retention"]}))}
+    results.check(cells, [{**RETENTION, **second}], f"{path}: cells")
+    return cells
 
 
-def work(jobs: list[Job], label: str, accelerator: Accelerator) -> None:
+def work(jobs: list[Job], folder: Path, label: str, accelerator: Accelerator) -> None:
     """Makes the files that are not there yet, this process its share of them, and waits for the others."""
-    todo = [(path, make) for path, make in jobs if not path.exists()]
+    lost = store.missing(folder, [file for file, _ in jobs], whole)
+    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
+    todo = [(file, make) for file, make in jobs if file in lost]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for path, make in tqdm(mine, label, unit="job", disable=not accelerator.is_main_process):
-        make(path)
+    for file, make in tqdm(mine, label, unit="job", disable=not accelerator.is_main_process):
+        (keep if file.endswith(".json") else store.write)(folder / file, make(), file)
     accelerator.wait_for_everyone()
 
 
-def walks(family: Family, members: list[str], todo: list[Chunk], folder: Path) -> list[Job]:
+def whole(path: Path, file: str) -> list[dict] | dict[str, Tensor] | None:
+    """The cells or tensors that a job left; None where they are not whole."""
+    return (kept if file.endswith(".json") else store.read)(path, file)
+
+
+def walks(family: Family, members: list[str], todo: list[Chunk]) -> list[Job]:
     """The own runs of the members with which others are compared."""
-    return [(walked(folder, name, chunk), partial(walk, family, name, chunk)) for name in members for chunk in todo]
+    return [(walked(name, chunk), partial(walk, family, name, chunk)) for name in members for chunk in todo]
 
 
-def walked(folder: Path, member: str, chunk: Chunk) -> Path:
-    return folder / "trajectories" / member / chunk.file
+def walked(member: str, chunk: Chunk) -> str:
+    return f"trajectories/{member}/{chunk.file}"
 
 
 def evaluations(family: Family, pairs: list[Pair], firsts: list[str], images: int) -> Counter[str]:
@@ -208,60 +210,73 @@ def measurements(
 ) -> list[Job]:
     """Comparisons, stitched networks and controls: one job and one JSON file of cells each."""
 
-    def comparison(pair: Pair, path: Path) -> None:
-        keep(compare(family, pair, todo, measure, partial(walked, folder, pair.first), quiet), path)
+    def comparison(pair: Pair) -> list[dict]:
+        own = lambda chunk: store.load(folder / walked(pair.first, chunk), walked(pair.first, chunk))  # noqa: E731
+        return compare(family, pair, todo, measure, own, quiet)
 
-    def stitches(pair: Pair, path: Path) -> None:
+    def stitches(pair: Pair) -> list[dict]:
         texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]
         own = [seed for chunk in todo for seed in chunk.seeds]
         seeds = [own[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
         eyes = evaluators(family.card, family.device)
         cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes)
         record.picture(pictures, folder / f"images/stitch/{pair.file}.png")
-        keep(cells, path)
+        return cells
 
     grounds: list[Start] = []
 
-    def direction(control: Control, path: Path) -> None:
+    def direction(control: Control) -> list[dict]:
         if not grounds:
-            grounds.append(ground(cfg, family, todo, folder))
-        keep(directions(family, control, grounds[0]), path)
+            grounds.append(ground(family, todo, folder))
+        return directions(family, control, grounds[0])
 
-    files = files_of(folder, pairs, controls)
+    files = files_of(pairs, controls)
     jobs: list[Job] = [(files[f"compare/{pair.file}"], partial(comparison, pair)) for pair in pairs]
     if cfg.stitch_seeds:
         jobs += [(files[f"stitch/{pair.file}"], partial(stitches, pair)) for pair in pairs if not pair.control]
     jobs += [(files[f"control/{control.card.name}"], partial(direction, control)) for control in controls]
-    return jobs + ([(files["overlap"], lambda path: keep(overlaps(controls), path))] if controls else [])
+    return jobs + ([(files["overlap"], partial(overlaps, controls))] if controls else [])
 
 
-def files_of(folder: Path, pairs: list[Pair], controls: list[Control]) -> dict[str, Path]:
-    """Where the cells of each job are, in the order of the record."""
+def files_of(pairs: list[Pair], controls: list[Control]) -> dict[str, str]:
+    """Where in the run folder the cells of each job are, in the order of the record."""
     names = [f"{job}/{pair.file}" for job in ("compare", "stitch") for pair in pairs]
-    return {name: folder / f"cells/{name}.json" for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]}
+    return {name: f"cells/{name}.json" for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]}
 
 
 @torch.no_grad()
-def ground(cfg: Config, family: Family, todo: list[Chunk], folder: Path) -> Start:
+def ground(family: Family, todo: list[Chunk], folder: Path) -> Start:
     """Finished latents of the base, the first seeds of every prompt, and the noise that is added to them."""
     base = family.member(family.card.base)
     firsts = [chunk for chunk in todo if chunk.first == 0]
-    x0 = torch.cat([load_file(walked(folder, family.card.base, chunk))["x0"][:PROMPT_SEEDS] for chunk in firsts]).to(family.device)
+    files = [walked(family.card.base, chunk) for chunk in firsts]
+    x0 = torch.cat([store.load(folder / file, file)["x0"][:PROMPT_SEEDS] for file in files]).to(family.device)
     eps = torch.cat([spare_noise(family, base, chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts])
     counts = [len(chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts]
     told = family.encode([chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)])
     return Start(told, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), family.drawing)
 
 
-def keep(cells: list[dict], path: Path) -> None:
-    """Cells as JSON, whole or not at all."""
+def keep(path: Path, cells: list[dict], what: str) -> None:
+    """Writes cells as JSON that knows what it is of and whether it is whole, as `store` does with tensors."""
+    text = json.dumps(cells, allow_nan=False)
     with replacing(path) as new:
-        new.write_text(json.dumps(cells, allow_nan=False))
+        new.write_text(json.dumps({"what": what, "sha256": hashlib.sha256(text.encode()).hexdigest(), "cells": text}))
+
+
+def kept(path: Path, what: str) -> list[dict] | None:
+    """The cells of a file; None where there is none, or where it is not whole or of something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        text, about = found["cells"], (found["what"], found["sha256"])
+        return json.loads(text) if about == (what, hashlib.sha256(text.encode()).hexdigest()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dict]:
-    """The cells of all jobs."""
-    return [cell for path in files_of(folder, pairs, controls).values() if path.is_file() for cell in json.loads(path.read_text())]
+    """The cells of all jobs; those that were not asked for have none."""
+    return [cell for file in files_of(pairs, controls).values() for cell in kept(folder / file, file) or ()]
 
 
 def show(cells: list[dict]) -> None:

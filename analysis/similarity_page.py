@@ -1,6 +1,5 @@
-"""A run folder of analysis.similarity to one page, report.html, in the style of the transfer report; reads files, needs no torch."""
+"""The page of analysis.similarity, in the style of the transfer report; analysis.report writes it. Reads files, needs no torch."""
 
-import base64
 import json
 import math
 from collections.abc import Callable
@@ -8,8 +7,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import configs
-from analysis.page import DASH, number, ranged, side, whole
+from analysis.page import DASH, embedded, number, ranged, side, whole
+from analysis.results import is_file
 from analysis.similarity_charts import around_one, cell, cells, curves, figure, heat, less, plain, scatter, signed, squares
 
 BODY = Path(__file__).with_name("similarity.html")
@@ -17,18 +16,6 @@ TITLE = "Where a student still agrees with its base"
 INPUTS = {"forced": "same inputs", "own": "own trajectories"}
 MAKE = "python -m analysis.transfer config=configs/transfer/all.yaml"
 Cells = list[dict]
-
-
-def build(folder: Path) -> Path:
-    """Writes report.html into a run folder from its results.json and images, and returns its path. Raises UserError without results."""
-    folder = Path(folder)
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise configs.UserError(f"no results.json in {folder}; python -m analysis.similarity makes one") from None
-    with configs.replacing(folder / "report.html") as new:
-        new.write_text(render(results, folder), encoding="utf-8")
-    return folder / "report.html"
 
 
 def render(results: dict, folder: Path) -> str:
@@ -242,14 +229,14 @@ def stitching_section(found: Cells, folder: Path) -> str:
 def stitch_figure(found: Cells, folder: Path) -> str:
     """One sheet: both members alone, then both ways to stitch them."""
     name = found[0]["comparison"]
-    file = folder / f"images/stitch/{name}.png"
-    if not file.is_file():
+    file = is_file(folder, f"images/stitch/{name}.png")
+    if file is None:
         return f'<figure class="strip"><figcaption><b>{escape(name)}</b>: no pictures were kept.</figcaption></figure>'
     heads = "".join(f"<span>{escape(c['down'] if c['down'] == c['up'] else c['down'] + ' + ' + c['up'])}</span>" for c in found)
     alt = f"{found[0]['down']} and {name}: alone, then stitched, one row per prompt"
     return (f'<figure class="strip pixels"><figcaption><b>{escape(name)}</b>: alone, then below + above</figcaption>'
             f'<div class="heads" aria-hidden="true">{heads}</div><img alt="{escape(alt)}" '
-            f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"></figure>')  # fmt: skip
+            f'src="{embedded(file)}"></figure>')  # fmt: skip
 
 
 def controls_section(found: Cells) -> str:

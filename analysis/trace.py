@@ -8,21 +8,19 @@ abandons, and at which steps a control acts.
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from analysis import record, sheets, trace_page
+from analysis import record, report, sheets, store, trace_page
 from analysis.commitment import abandoned, apart, committed, concept, followed
 from analysis.draw import acting, in_memory, in_turn, networks, one_by_one, plan_of, ways
 from analysis.drawing import shown
-from configs import UserError, command, entry, load, releases, replacing, tracking, versions
+from configs import UserError, entry, load, releases, tracking
 from controls import formats
 from controls.lora import Control, fits
 from models import budget, devices, forecast, promptsets
@@ -97,8 +95,8 @@ def main(cfg: Config) -> Path:
     plans = ways(cfg.plans, cfg.students, outline)
     jobs = jobs_of(cfg, plans, control is not None)
     folder = Path(cfg.out) / cfg.name
-    todo = in_turn([job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card)
     if cfg.plan:
+        todo = in_turn([job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card)
         images, names = len(cfg.prompts) * cfg.seeds, chosen(family.card, cfg.evaluators)
         print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
         calls = budget.asked((plan_of(family, job.target), images) for job in todo)
@@ -111,11 +109,14 @@ def main(cfg: Config) -> Path:
         fits(outline.member(name).denoiser.net, control, family.card.name)
     devices.claim(accelerator, cfg, FREE)
 
+    lost = store.missing(folder, [job.file for job in jobs])
+    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
+    todo = in_turn([job for job in jobs if job.file in lost], family.card)
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     if mine:
         family.encode_all(cfg.prompts)
     for job in one_by_one(mine, family, "trace", not accelerator.is_main_process):
-        draw(cfg, family, plan_of(family, job.target), control, eyes, seeds, job, folder / job.file)
+        draw(cfg, family, plan_of(family, job.target), control, eyes, seeds, job, folder)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
@@ -123,12 +124,10 @@ def main(cfg: Config) -> Path:
     cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
     pictures(cfg, cells, folder)
     strips(family, seeds, cells, folder)
-    results = {"schema": 1, "recipe": "analysis.trace", "command": command(), "versions": versions(),
-               "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1), "config": asdict(cfg),
-               "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts, "shown": min(cfg.shown, len(cfg.prompts)),
-               "control": control.card.name if control else "", "cells": cells}  # fmt: skip
+    results = {**record.header("analysis.trace", cfg, start), "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts,
+               "shown": min(cfg.shown, len(cfg.prompts)), "control": control.card.name if control else "", "cells": cells}  # fmt: skip
     record.write(results, folder)
-    page = trace_page.build(folder)
+    page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; page: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.trace", results["control"] or family.card.name, cfg.wandb) as tracker:
@@ -176,7 +175,7 @@ def band(cfg: Config, level: Noise) -> int:
 
 @torch.no_grad()
 def draw(
-    cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], seeds: list[int], job: Job, path: Path
+    cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], seeds: list[int], job: Job, folder: Path
 ) -> None:
     """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
@@ -202,10 +201,9 @@ def draw(
     with acting(plan, control if job.bands != () else None, cfg.scale, family.card.name, holds) as plan:
         batches = family.drawing.of(seen, len(texts))
     names = dict.fromkeys(name for batch in batches for name in batch)
-    tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]).contiguous() for name in names}
+    tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]) for name in names}
     tensors["t"] = torch.tensor([level.t for level in levels], dtype=torch.float64)
-    with replacing(path) as new:
-        save_file(tensors, new)
+    store.write(folder / job.file, tensors, job.file)
 
 
 def cells_of(cfg: Config, base: str, jobs: list[Job], eyes: dict[str, Evaluator], pair: tuple[str, str], folder: Path) -> list[dict]:
@@ -229,14 +227,15 @@ def cells_of(cfg: Config, base: str, jobs: list[Job], eyes: dict[str, Evaluator]
 
 def gather(cfg: Config, job: Job, eyes: dict, folder: Path) -> dict[str, np.ndarray]:
     """A job's features, (P, S, T, d) per evaluator, and its noise levels t (T,)."""
-    file = load_file(folder / job.file)
+    file = store.load(folder / job.file, job.file)
     shape = (len(cfg.prompts), cfg.seeds)
     return {**{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in eyes}, "t": file["t"].numpy()}
 
 
 def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
     """Sheets as the paper's Fig 4, sprites for the scrubber, an animation, strips of what was abandoned."""
-    rows = {trace_page.label(c): load_file(folder / Job(c["student"], c["plan"], ()).file) for c in cells}
+    files = {trace_page.label(c): Job(c["student"], c["plan"], ()).file for c in cells}
+    rows = {name: store.load(folder / file, file) for name, file in files.items()}
     most = max(row["x0"].shape[1] for row in rows.values())
     heads = [f"{100 * (c + 1) / most:.0f} %" for c in range(most)]
     count = next(iter(rows.values()))["x0"].shape[0]

@@ -1,20 +1,18 @@
-"""A run folder of analysis.trace to one page, report.html, that needs nothing else: python -m analysis.trace_page [FOLDER]
+"""The page of analysis.trace, which needs nothing else; analysis.report writes it.
 
 A scrubber over the steps moves all members together. Reads files and imports no torch.
 """
 
 import base64
 import json
-import sys
 from html import escape
 from pathlib import Path
 
-import configs
 from analysis import drawing
 from analysis.drawing import figure, figures, forest, lines, section, shown, table
 from analysis.page import number
+from analysis.results import is_file
 
-COMMAND = "analysis.trace"
 NOTES = {
     "distance": "How far the x0 of each step is from the final image; 1 is how far two seeds of the base are apart (Fig 5).",
     "commitment": "The first step whose x0 is within the tolerance of the final image: as a share of the steps and as noise level t.",
@@ -63,22 +61,6 @@ SCRIPT = """<script>
   show();
 })();
 </script>"""
-
-
-def main() -> None:
-    """Draws the page of a run folder again and prints its path."""
-    words = sys.argv[1:]
-    if {"--help", "-h", "help"} & set(words):
-        return print(__doc__)
-    if len(words) > 1:
-        raise configs.UserError("give one run folder: python -m analysis.trace_page runs/trace/default")
-    print(build(Path(words[0] if words else "runs/trace/default")))
-
-
-def build(folder: Path) -> Path:
-    """Writes report.html from results.json and the pictures beside it, and returns its path. Raises UserError without them."""
-    results = drawing.read(folder, COMMAND)
-    return drawing.write(folder, render(results, Path(folder)))
 
 
 def render(results: dict, folder: Path) -> str:
@@ -179,8 +161,8 @@ def strips(cells: list[dict], folder: Path) -> list[str]:
     """What was abandoned, with pictures and the score at each step."""
     found = []
     for c in cells:
-        path = folder / c["abandoned"].get("picture", "")
-        if path.is_file():
+        path = is_file(folder, c["abandoned"].get("picture"))
+        if path:
             says = [(f"{e['concept']} in “{e['prompt']}”", ", ".join(number(v, 1) for v in e["score"])) for e in c["abandoned"]["examples"]]
             items = "".join(f"<li>{escape(what)}: {scores}</li>" for what, scores in says)
             found.append(f"<h3>{escape(label(c))}</h3>{drawing.picture(path, 'x0 at every step')}<ul class='note'>{items}</ul>")
@@ -191,6 +173,7 @@ def effects(cells: list[dict], names: list[str], bands: list[float]) -> list[str
     """The effect over the steps, and the matrix of what a part of the steps does."""
     followed = [c for c in cells if "control" in c]
     points = lambda c, name: [(step["share"], p) for step, p in zip(c["steps"], c["control"][name]["effect"], strict=True)]  # noqa: E731
+    names = [name for name in names if followed and name in followed[0]["control"]]  # those that read words
     curves = {name: {label(c): points(c, name) for c in followed} for name in names}
     drawn = figures(*(figure(f"by {name}", lines(curves[name], "share of the steps", "", f"effect by {name}")) for name in names))
     notes = [f'<p class="note">{escape(NOTES[key])}</p>' for key in ("effect", "parts")]
@@ -211,7 +194,3 @@ def matrix(cells: list[dict], name: str, cuts: list[float]) -> str:
 def sheet(results: dict, folder: Path, k: int) -> str:
     path, head = folder / f"images/sheet-{k}.png", f"<h3>{escape(results['prompts'][k])}</h3>"
     return head + drawing.picture(path, "x_t above, x0 below, members in rows") if path.is_file() else ""
-
-
-if __name__ == "__main__":
-    configs.entry(main)

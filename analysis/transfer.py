@@ -7,7 +7,6 @@ it will cost and what it can see, and draws nothing. Any LoRA: controls=[my.safe
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.table import Table
 from analysis import cards, design, record, report
 from analysis.draw import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.measure import Measurement, Subject, Words, floor_of, is_reference
-from configs import UserError, command, entry, load, releases, tracking, versions
+from configs import UserError, entry, load, releases, tracking
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
 from models import devices, promptsets
@@ -30,8 +29,8 @@ from models.sample import PLANS
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales", "sliderspace": "direction_scales"}  # kind of control: the key that holds its scales; of others, scales
-FREE = ("wandb", "out", "batch", "memory", "cache", "plan", "write_card", "controls", "targets", "references", "evaluators", "scales",
-        *SCALES.values())  # fmt: skip
+FREE = ("wandb", "out", "batch", "memory", "cache", "plan", "write_card", "controls", "encoders", "targets", "references", "evaluators",
+        "scales", *SCALES.values())  # fmt: skip
 
 
 @dataclass
@@ -39,6 +38,7 @@ class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
     controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files of any layout, or hub:owner/name/file
+    encoders: str = "refuse"  # what becomes of text encoders' layers in a file: refuse it, or ignore them and say how many
     source: str = ""  # the member that controls without a card of ours were trained on; empty = the family's base
     targets: list[str] = field(default_factory=list)  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
     references: bool = True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
@@ -81,16 +81,15 @@ def main(cfg: Config) -> Path:
         cells, leakage = measurement.cells(targets), measurement.leakage(targets)
         drawings.remember_words()
         pictures(drawings, subjects, targets, cells, folder)
-        about = {"schema": 1, "command": command(), "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                 "seconds": round(time.time() - start, 1), "config": asdict(cfg), "evaluators": list(drawings.eyes)}  # fmt: skip
-        publish(cfg, {**about, "margin": list(intervals.MARGIN), "cost": cost, "cells": cells, "leakage": leakage}, folder)
+        about = {**record.header("analysis.transfer", cfg, start), "evaluators": list(drawings.eyes), "margin": list(intervals.MARGIN)}
+        publish(cfg, {**about, "cost": cost, "cells": cells, "leakage": leakage}, folder)
     return folder / "report.html"
 
 
 def publish(cfg: Config, results: dict, folder: Path) -> None:
     """The record to its files, the screen and W&B."""
     record.write(results, folder)
-    page, files = report.build(folder), {formats.name(path): path for path in map(formats.located, cfg.controls)}
+    page, files = report.build(folder), dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
     cards.write(results, folder)
     show(results["cells"])
     cost = results["cost"]
@@ -147,24 +146,25 @@ def check(cfg: Config) -> None:
 
 def read(cfg: Config, family: Family) -> list[Control]:
     """The controls of the files; those of other tools are adopted for the source's network. Raises UserError for what does not match."""
-    controls = [adopted(formats.located(path), cfg, family) for path in cfg.controls]
-    names = [control.card.name for control in controls]
-    if len(set(names)) < len(names) or not controls:
-        raise UserError(f"controls must be files of different names; got {', '.join(cfg.controls) or 'none'}")
+    names = formats.names(cfg.controls)
+    if len(set(names)) < len(names) or not names:
+        how = "python -m controls.convert IN OUT name=… gives one another name"
+        raise UserError(f"controls must be files of different names; got {', '.join(names) or 'none'}; {how}")
+    controls = [adopted(path, name, cfg, family) for path, name in zip(cfg.controls, names, strict=True)]
     strange = [control.card for control in controls if control.card.family != family.card.name]
     if strange:
         raise UserError(f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}")
     return controls
 
 
-def adopted(path: Path, cfg: Config, family: Family) -> Control:
+def adopted(path: str, name: str, cfg: Config, family: Family) -> Control:
     if formats.native(path):
         return formats.load(path)
     if cfg.write_card:
         cards.carded(path)
     source = cfg.source or family.card.base
-    own = Card("lora", formats.name(path), family.card.name, source, 0, 0.0, "full", "c3lier", {})
-    return formats.adopt(path, skeleton(family.card, source), own)
+    own = Card("lora", name, family.card.name, source, 0, 0.0, "full", "c3lier", {})
+    return formats.adopt(path, skeleton(family.card, source), own, cfg.encoders)
 
 
 def words(cfg: Config, control: Control) -> Words:

@@ -3,14 +3,14 @@
 import logging
 import os
 
-from configs.errors import ROOT, UserError, entry, note, quoted
+from configs.errors import ROOT, UserError, cut, entry, note, quoted
 from configs.folders import claim, release, releases
 from configs.options import load, merge, plain, usage
 from configs.runs import command, plain_name, replacing, save, versions
 
-__all__ = ["ROOT", "UserError", "claim", "command", "entry", "load", "merge", "note", "plain", "plain_name", "quoted", "release",
+__all__ = ["ROOT", "UserError", "claim", "command", "cut", "entry", "load", "merge", "note", "plain", "plain_name", "quoted", "release",
            "releases", "replacing", "save", "usage", "versions"]  # fmt: skip
 
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when those libraries are imported, which is after this
     os.environ.setdefault(_name, "error")
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a kernel that it can do without, at every import
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns of a package that nothing here uses

@@ -61,9 +61,9 @@ def explained(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def cut(text: str, most: int) -> str:
-    """The text in one line of characters that can be shown, its middle left out where it is longer than `most`."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def cut(text: object, most: int = 100) -> str:
+    """A text in one line of characters that can be shown, its middle left out where it is longer than `most`."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[3 - most // 3 :]}"
 
 

@@ -131,7 +131,7 @@ def _compare(cfg: Any, path: Path, free: tuple[str, ...]) -> None:
     """Raises UserError unless the config at `path` says the same; what an older version did not know has its default."""
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path, max_yaml_expanded_nodes=10**7))
-        if not isinstance(saved, dict):
+        if not isinstance(saved, dict) or not saved:
             raise ValueError("it holds no keys")
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({cut(str(error), 100)}); overwrite=true starts afresh") from None

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -79,9 +80,15 @@ def _parted(value: str) -> list[str]:
 
 
 def plain(argv: list[str]) -> tuple[list[str], list[str]]:
-    """A command line's plain words (files, parts), and the rest, which is for `load`."""
-    words = [word for word in argv if "=" not in word and not word.startswith("-")]
+    """A command line's plain words (files, parts), and the rest, which is for `load`. A file may have a = in its name."""
+    words = [word for word in argv if not word.startswith("-") and ("=" not in word or _is_file(word))]
     return words, [word for word in argv if word not in words]
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word with a = is a file's and not key=value: it is there, it ends as weights do, or no key could stand before the =."""
+    key = word.partition("=")[0].replace(".", "_")
+    return os.path.exists(word) or word.endswith((".safetensors", ".pt")) or not key.isidentifier()
 
 
 def usage(schema: type) -> str:
@@ -153,7 +160,7 @@ def _one_line(where: str = ""):
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}not valid YAML{at}: {getattr(error, 'problem', None) or error}") from None
+        raise UserError(f"{where}not valid YAML{at}: {' '.join(str(getattr(error, 'problem', None) or error).split())}") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}not a text file") from None
     except OSError as error:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from configs.errors import UserError, quoted
+from configs.errors import UserError, cut, quoted
 
 # key: (least, most). A key of a config or card that holds numbers and stands in neither table fails a test.
 COUNTS = {
@@ -14,15 +14,20 @@ COUNTS = {
     "rank": (0, 4096), "repeats": (1, 10**4), "rounds": (1, 10**4), "sample_every": (0, 10**9), "sample_seeds": (0, 2**63 - 1),
     "save_every": (1, 10**9), "seed": (0, 2**63 - 1), "seeds": (1, 10**5), "shown": (0, 10**4), "size_px": (8, 2**14),
     "sizes_px": (8, 2**14), "spread_grid": (1, 256), "steps": (0, 10**8), "stitch_seeds": (0, 10**5), "text_length": (1, 10**5),
-    "threads": (0, 4096), "trajectories": (1, 10**6), "warmup": (0, 10**8), "watch_every": (1, 10**9), "watch_prompts": (1, 10**4),
+    "threads": (0, 4096), "trained_px": (0, 2**14), "trajectories": (1, 10**6),
+    "warmup": (0, 10**8), "watch_every": (1, 10**9), "watch_prompts": (1, 10**4),
+    "base_steps": (0, 1000), "batches": (1, 10**5), "student_batch": (1, 10**5), "student_steps": (6, 10**6), "train_batches": (1, 10**5),
 }  # fmt: skip
 AMOUNTS = {
     "alpha": (-1e6, 1e6), "bands": (0, 1000), "below": (0, 1e6), "denoise_guidance": (0, 1e3), "direction_scales": (-1e4, 1e4),
     "ema": (0, 1), "eta": (0, 1), "guidance": (0, 1e3), "guidance_embedding": (-1, 1e4), "lora_scales": (-1e4, 1e4), "prior": (0, 1e6),
     "priors": (0, 1e6), "rate": (0, 1e3), "sample_scales": (-1e4, 1e4), "scale": (-1e4, 1e4), "scales": (-1e4, 1e4),
     "strength": (-1e4, 1e4), "threshold": (-1e3, 1e3), "timesteps": (0, 1000), "tolerance": (0, 1e3), "weights": (-1e4, 1e4),
+    "minutes": (0, 1e4),
 }  # fmt: skip
 RANGES = COUNTS | AMOUNTS
+GUIDED = ("guidance", "denoise_guidance")
+TWO_MEANINGS = "guidance 0 means conditional only in pipelines and unconditional in formulas; write 1 (or null) for conditional only"
 LONGEST = 10_000  # characters of a text
 FULL = ("bands", "direction_scales", "lora_scales", "sample_scales", "sample_seeds")  # lists that may not be empty
 
@@ -47,10 +52,14 @@ def _check(value: Any, key: str, where: str) -> None:
     elif isinstance(value, str):
         checked(value, where)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if key in GUIDED and value == 0:
+            raise UserError(f"{where}: {TWO_MEANINGS}")
         least, most = RANGES.get(key, (-math.inf, math.inf))
-        if not (math.isfinite(value) and least <= value <= most):
-            within = f"from {least:g} to {most:g}" if math.isfinite(most) else "finite"
-            raise UserError(f"{where} must be {within}; got {value:g}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} must be finite; got {value}")
+        if not least <= value <= most:
+            bound = f"at least {least:g}" if value < least else f"at most {most:g}"
+            raise UserError(f"{where} must be {bound}; got {cut(value, 40)}")
 
 
 def checked(text: str, where: str) -> str:

@@ -81,7 +81,7 @@ def _writing(path: Path):
     except OSError as error:
         raise UserError(f"cannot write {cut(str(path), 200)}: {error.strerror or error}") from error
     except Exception as error:
-        if not any(words in str(error) for words in ("PytorchStreamWriter", "file write failed", "os error", "I/O error")):
+        if not any(words in str(error) for words in ("inline_container", "iostream error", "os error", "I/O error")):
             raise
         raise UserError(f"cannot write {cut(str(path), 200)}: {cut(str(error), 200)}") from error
 

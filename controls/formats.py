@@ -1,40 +1,48 @@
 """Formats: controls as files.
 
-Native is diffusers' own layout: keys `unet.<layer>.lora_A.weight`, rank and alpha in the header as diffusers reads them (without these
-alpha is lost and rank 4, alpha 1 comes back four times too strong), and our card beside them. Other tools' layouts are read by `adopt`,
-which needs the network to look their names up, and kohya's is written for ComfyUI and A1111.
+Native is diffusers' own layout: keys `unet.<layer>.lora_A.weight`, with alpha / rank in B, since a program that heeds no header would else
+have rank 4, alpha 1 four times too strong, and our card beside them. Other tools' layouts are read by `adopt`, which needs the network to
+look their names up, and kohya's is written for ComfyUI and A1111.
 """
 
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from configs import ROOT, UserError, replacing
-from controls import layouts
+from configs import UserError, cut, note, plain_name, replacing
+from configs.ranges import check
+from controls import headers, layouts
+from controls.files import finite, header, located, read, real
+from controls.headers import DIFFUSERS
 from controls.lora import Card, Control
-from models.loading import file_of, one_line
+from controls.targets import layer_set
 from models.promptsets import HUB
 
+__all__ = ["adopt", "card_of", "load", "located", "name", "names", "native", "read", "relabel", "save", "save_kohya"]
 HALVES = (".lora_A.weight", ".lora_B.weight")
-DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps rank and alpha in a header, its LORA_ADAPTER_METADATA_KEY
-PICKLES = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
 UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")  # its layers begin so
-BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1"}  # what kohya's tools call a family
+BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "sd21": "sd_v2", "sd3": "sd3", "flux": "flux1"}  # what kohya's tools call a family
+KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "a mapping"}
 
 
 def save(control: Control, path: str | Path) -> None:
-    """Writes one .safetensors file that diffusers' `load_lora_weights` takes as it is, at the same strength."""
-    prefix = _prefix(control)
-    tensors = {prefix + name: tensor.contiguous() for name, tensor in control.tensors.items()}
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors})
-    peft = {f"{prefix}r": control.card.rank, f"{prefix}lora_alpha": control.card.alpha, f"{prefix}target_modules": layers}
+    """Writes one .safetensors file that diffusers' `load_lora_weights` takes as it is, at the same strength.
+
+    B holds alpha / rank, so that a program that heeds no header, as ComfyUI, has that strength too; `load` takes it out again, and where
+    that would not give back the very same numbers the card in the file says alpha = rank.
+    """
+    control, folded = _folded(control)
+    prefix, rank = _prefix(control), control.card.rank
+    tensors = {prefix + name: tensor.contiguous() for name, tensor in folded.items()}
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in folded})
+    peft = {f"{prefix}r": rank, f"{prefix}lora_alpha": float(rank), f"{prefix}target_modules": layers}
     _write(tensors, {DIFFUSERS: json.dumps(peft)}, control, path)
 
 
@@ -52,72 +60,127 @@ def save_kohya(control: Control, path: str | Path) -> None:
             tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(float(card.alpha))}
         else:
             tensors |= {f"transformer.{layer}{HALVES[0]}": a, f"transformer.{layer}{HALVES[1]}": b * (card.alpha / card.rank)}
-    header = {"ss_network_module": "networks.lora", "ss_network_dim": str(own.rank), "ss_network_alpha": str(own.alpha),
-              "ss_output_name": card.name, "ss_base_model_version": BASES.get(card.family, card.family)}  # fmt: skip
-    _write(tensors, header, replace(control, card=own), path)
+    said = {"ss_network_module": "networks.lora", "ss_network_dim": str(own.rank), "ss_network_alpha": str(own.alpha),
+            "ss_output_name": card.name, "ss_base_model_version": BASES.get(card.family, card.family)}  # fmt: skip
+    _write(tensors, said, replace(control, card=own), path)
 
 
 def relabel(card: Card, path: str | Path) -> None:
     """Puts another card into a file of any layout; its tensors, bit for bit, and the rest of its header stay as they are."""
-    tensors, metadata = read(Path(path))
+    tensors, metadata = read(path)
     _store(tensors, {**metadata, "card": json.dumps(asdict(card))}, path)
 
 
 def load(path: str | Path) -> Control:
     """Reads what `save` wrote, through safetensors only: no code in a file ever runs.
 
-    Raises UserError for a missing or broken file, a pickle, a file without a card, and tensors of another layout.
+    Raises UserError for a missing or broken file, a pickle, a file without a card, tensors of another layout, and those that are not
+    pairs of the card's rank.
     """
-    tensors, metadata = read(Path(path))
+    tensors, metadata = read(path)
     how = "python -m controls.convert makes it one of ours"
-    strange = [name for name in tensors if not name.startswith(("unet.", "transformer.")) or not name.endswith(HALVES)]
+    strange = [name for name in tensors if not _ours(name)]
     if strange or not tensors:
         kind = layouts.layout(list(tensors))
-        raise UserError(f"{path} is not in diffusers' layout but {kind}: it holds {', '.join(strange[:2]) or 'nothing'}; {how}")
+        shown = ", ".join(map(cut, strange[:2])) or "nothing"
+        raise UserError(f"{cut(path)} is not in diffusers' layout but {kind}: it holds {shown}; {how}")
     if "card" not in metadata:
-        raise UserError(f"{path} has no card: its header lacks 'card', which says what it is, its rank and its alpha; {how}")
-    return Control(card_of(path, metadata), {name.partition(".")[2]: tensor.float() for name, tensor in tensors.items()})
+        raise UserError(f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its alpha; {how}")
+    card, found = card_of(path, metadata), {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()}
+    layers = {name.rsplit(".lora_", 1)[0] for name in found}
+    odd = sorted(layer for layer in layers if not _paired(*(found.get(layer + half) for half in HALVES), card.rank))
+    if odd or len(found) < len(tensors):
+        first = cut(odd[0]) if odd else "one that is there twice"
+        raise UserError(f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank {card.rank}: {first}")
+    if card.alpha == 0:
+        note(f"{cut(path)} has alpha 0: it does nothing at any scale")
+    try:
+        return _unfolded(Control(card, found), metadata)
+    except UserError as error:
+        raise UserError(f"{cut(path)}: {error}") from None
 
 
 def native(path: str | Path) -> bool:
     """Whether a file is in diffusers' layout and has our card, so that `load` reads it. Raises UserError as `read` does."""
-    tensors, metadata = read(Path(path))
-    named = all(name.startswith(("unet.", "transformer.")) and name.endswith(HALVES) for name in tensors)
-    return card_of(path, metadata) is not None and named
-
-
-def located(path: str | Path) -> Path:
-    """Where a control's file is: as given, relative to the project, or on the Hub as hub:owner/name/file. Raises UserError."""
-    owner, _, rest = str(path).removeprefix(HUB).partition("/")
-    repo, _, file = rest.partition("/")
-    if str(path).startswith(HUB) and file:
-        with one_line(str(path)):
-            return file_of(f"{owner}/{repo}", None, file)
-    return ROOT / path if (ROOT / path).is_file() and not Path(path).is_file() else Path(path)
+    keys, metadata = header(path)
+    return card_of(path, metadata) is not None and all(map(_ours, keys))
 
 
 def name(path: str | Path) -> str:
     """What the control in a file is called: by its card, else by the file."""
-    card = card_of(path, read(Path(path))[1])
-    return card.name if card else Path(path).stem.replace(".", "-")
+    card = card_of(path, header(path)[1])
+    return card.name if card else _safe(Path(path).stem)
+
+
+def names(paths: list[str]) -> list[str]:
+    """What the controls in files are called, no two alike: those without a card have their folders' names before theirs where need be."""
+    cards = [card_of(path, header(path)[1]) for path in paths]
+    parts = [[*str(path).removeprefix(HUB).split("/")[:-1], Path(path).stem] for path in paths]
+    found = [card.name if card else _safe(part[-1]) for card, part in zip(cards, parts, strict=True)]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name, count in Counter(found).items() if count > 1}
+        found = [_safe("-".join(part[-depth:])) if name in twice and not card else name
+                 for name, card, part in zip(found, cards, parts, strict=True)]  # fmt: skip
+    return found
 
 
 def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
-    """The card in a header, None where there is none. Raises UserError for one that cannot be read."""
+    """The card in a header, None where there is none. Raises UserError that names the key for one that is not as `Card` says."""
+    if "card" not in metadata:
+        return None
     try:
-        return Card(**json.loads(metadata["card"])) if "card" in metadata else None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} has a card that this version cannot read: {error}") from None
+        said = headers.mapping(metadata["card"])
+    except ValueError as error:
+        raise UserError(f"{cut(path)} has a card that cannot be read: {cut(error)}") from None
+    known = {field.name: field for field in fields(Card)}
+    wrong = [f"{cut(key, 40)} is no key of a card" for key in said if key not in known]
+    wrong += [f"{key} is missing" for key, field in known.items()
+              if key not in said and field.default is MISSING and field.default_factory is MISSING]  # fmt: skip
+    wrong += [f"{key} must be {KINDS[known[key].type]}; got {cut(value, 40)}" for key, value in said.items()
+              if key in known and not _is(value, known[key].type)]  # fmt: skip
+    recipe = said.get("recipe") if isinstance(said.get("recipe"), dict) else {}
+    wrong += [f"recipe.{key} must be a text; got {cut(recipe[key], 40)}" for key in ("positive", "negative")
+              if not isinstance(recipe.get(key, ""), str)]  # fmt: skip
+    wrong += ["rank must be at least 1; got 0"] if said.get("rank") == 0 else []
+    if wrong:
+        raise UserError(f"{cut(path)} has a card that this version cannot read: {wrong[0]}")
+    card = Card(**{**said, "alpha": float(said["alpha"])})
+    try:
+        check(card)
+        for key in ("name", "family", "member"):
+            plain_name(getattr(card, key), key)
+    except UserError as error:
+        raise UserError(f"{cut(path)}: the card's {error}") from None
+    return card
 
 
-def adopt(path: str | Path, net: nn.Module, card: Card) -> Control:
+def adopt(path: str | Path, net: nn.Module, card: Card, encoders: str = "refuse") -> Control:
     """Reads a file of any known layout for a network, at exactly its strength; a card in the file wins over `card`.
 
     Layers of lower rank are filled up with zeros to the highest, and B takes up what a layer's alpha / rank differs from the card's.
-    Raises UserError as `load` does, and when a key has no place in the network.
+    encoders: what becomes of text encoders' layers, refuse or ignore. Raises UserError as `load` does, when a layer has no place in the
+    network, and for what no low-rank pair holds. A header that names another base model is said.
     """
-    tensors, metadata = read(Path(path))
-    pairs = layouts.gather(tensors, net, _alphas(tensors, metadata))
+    tensors, metadata = read(path)
+    own = card_of(path, metadata)
+    base = headers.another_base(metadata, card.family)
+    try:
+        control = _fitted(tensors, metadata, net, own or card, encoders)
+    except UserError as error:
+        raise UserError(f"{cut(path)}: {error}" + (f"; its header names another base model: {base}" if base else "")) from None
+    if base:
+        note(f"{cut(path)} fits {card.family}, but its header names another base model: {base}")
+    if not own:
+        layers, scope = layer_set(net, {name.rsplit(".lora_", 1)[0] for name in control.tensors})
+        control.card = replace(control.card, layers=layers, scope=scope)
+    return control
+
+
+def _fitted(tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module, card: Card, encoders: str) -> Control:
+    """A file's pairs on a network's layers, all of one rank and one strength."""
+    pairs = layouts.gather(tensors, net, _alphas(tensors, metadata), encoders)
+    if still := sum(strength == 0 for _, _, strength in pairs.values()):
+        note(f"alpha is 0 in {still} of {len(pairs)} layers, which therefore do nothing")
     rank = max(a.shape[0] for a, _, _ in pairs.values())
     usual, _ = Counter(strength for _, _, strength in pairs.values()).most_common(1)[0]
     usual, found, spots = usual or 1.0, {}, layouts.places(net)
@@ -128,56 +191,67 @@ def adopt(path: str | Path, net: nn.Module, card: Card) -> Control:
             raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
         wide_a[: len(a)] = a.reshape(len(a), *size_in)
         wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (strength / usual if strength != usual else 1.0)
-        found |= {layer + HALVES[0]: wide_a, layer + HALVES[1]: wide_b}
-    return Control(replace(card_of(path, metadata) or card, rank=rank, alpha=usual * rank), found)
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file, or of a .pt of plain tensors. Raises UserError when it is neither."""
-    path = located(path)
-    if not path.is_file():
-        raise UserError(f"no control file at {path}; one on the Hub is written hub:owner/name/file.safetensors")
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return _plain(path), {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            if file.read(2).startswith(PICKLES):
-                raise UserError(f"{path} is a pickle, which could run code when read; controls are .safetensors files") from None
-        raise UserError(f"{path} is truncated or no safetensors file: {str(error).splitlines()[0]}") from None
-
-
-def _plain(path: Path) -> dict[str, Tensor]:
-    """The original sliders' .pt: a dict of tensors, read without running anything that it holds."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what a damaged file does to torch's reader has no end, and torch's own advice is to run the file's code
-        raise UserError(f"{path} is damaged or holds more than plain tensors; nothing else is read") from None
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, (Tensor, float, int)) for k, v in found.items()):
-        raise UserError(f"{path} is no flat dict of tensors")
-    return {name: torch.as_tensor(value) for name, value in found.items()}
+        found |= {name: real(name, wide) for name, wide in ((layer + HALVES[0], wide_a), (layer + HALVES[1], wide_b))}
+    card = replace(card, rank=rank, alpha=usual * rank)
+    check(card)
+    return Control(card, found)
 
 
 def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, float]:
-    """Alpha by the file's own spelling, as diffusers' header says it; UserError where that cannot be read, as strength is then unknown.
+    """Alpha by the file's own spelling of a layer, where PEFT's settings beside its tensors say it. Raises UserError."""
+    said = headers.settings(metadata)
+    if not said and any("base_model.model." in key for key in tensors) and not any(key.endswith(".alpha") for key in tensors):
+        raise UserError(f"its layers are named by PEFT, which keeps alpha in {headers.BESIDE}: put that beside it, with "
+                        "the file as adapter_model.safetensors")  # fmt: skip
+    ranks = {stem: tensor.shape[0] for key, tensor in tensors.items() if tensor.ndim
+             for stem, half in [layouts.split(key) or ("", "")] if half == "A"}  # fmt: skip
+    found = headers.alphas(said, {layouts.bare(stem): rank for stem, rank in ranks.items()})
+    return {stem: found[layouts.bare(stem)] for stem in ranks} if found else {}
 
-    Under rsLoRA (Kalajdzievski 2023) strength is alpha / sqrt(rank), which is an alpha greater by sqrt(rank).
-    """
-    from peft.utils.other import get_pattern_key
 
-    ranks = {stem: tensor.shape[0] for key, tensor in tensors.items() for stem, half in [layouts.split(key) or ("", "")] if half == "A"}
-    try:
-        peft = json.loads(metadata.get(DIFFUSERS, "{}"))
-        prefix = next((key.removesuffix("r") for key in peft if key in ("unet.r", "transformer.r")), None)
-        if prefix is None:
-            return {}
-        patterns, usual = peft.get(f"{prefix}alpha_pattern") or {}, peft[f"{prefix}lora_alpha"]
-        found = {stem: float(patterns.get(get_pattern_key(patterns, stem.removeprefix(prefix)), usual)) for stem in ranks}
-        return {stem: alpha * ranks[stem] ** 0.5 for stem, alpha in found.items()} if peft.get(f"{prefix}use_rslora") else found
-    except (ValueError, TypeError, KeyError, AttributeError, re.error):
-        raise UserError(f"the header's {DIFFUSERS} cannot be read, and with it the alpha of this file") from None
+def _folded(control: Control) -> tuple[Control, dict[str, Tensor]]:
+    """The tensors of a file, whose B hold alpha / rank, and the control that `load` will give: its own, or with alpha = rank."""
+    factor, downs = control.card.alpha / control.card.rank, HALVES[0]
+    tensors = {name: tensor if name.endswith(downs) else tensor * factor for name, tensor in control.tensors.items()}
+    if factor == 1 or (factor and all(torch.equal(tensors[name] / factor, tensor) for name, tensor in control.tensors.items()
+                                      if not name.endswith(downs))):  # fmt: skip
+        return control, tensors
+    return Control(replace(control.card, alpha=float(control.card.rank)), tensors), tensors
+
+
+def _unfolded(control: Control, metadata: dict[str, str]) -> Control:
+    """The control as its card has it: what the header says B to hold already is taken out."""
+    alpha = control.card.alpha
+    inside = headers.alphas(headers.settings(metadata), {"": control.card.rank}).get("", alpha)
+    if inside == alpha:
+        return control
+    if not (inside and alpha):
+        raise UserError(f"its card says alpha {alpha:g}, the rest of its header {inside:g}")
+    factor, downs = alpha / inside, HALVES[0]
+    tensors = {name: tensor if name.endswith(downs) else real(name, tensor / factor) for name, tensor in control.tensors.items()}
+    return Control(control.card, tensors)
+
+
+def _ours(key: str) -> bool:
+    return key.startswith(("unet.", "transformer.")) and key.endswith(HALVES)
+
+
+def _paired(a: Tensor | None, b: Tensor | None, rank: int) -> bool:
+    """Whether A (rank, in, …) and B (out, rank, …) are both there."""
+    return a is not None and b is not None and min(a.ndim, b.ndim) > 1 and rank == len(a) == b.shape[1] == b[:1].numel()
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a JSON value is of a card's type; a whole number is a number, true and false are none."""
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**63):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _safe(stem: str) -> str:
+    """A control's name from a file's: what a folder can be called anywhere, at most 100 bytes."""
+    plain = re.sub(r"[./\\]", "-", "".join(letter for letter in stem if letter.isprintable())).lstrip("-~ ").rstrip()
+    return plain.encode()[:100].decode(errors="ignore").rstrip() or "control"
 
 
 def _kernel(half: Tensor) -> list[int]:
@@ -191,10 +265,22 @@ def _prefix(control: Control) -> str:
 
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], control: Control, path: str | Path) -> None:
-    _store(tensors, {**header, "card": json.dumps(asdict(control.card)), "format": "pt"}, path)
+    """Writes tensors with the control's card. Raises UserError also for a card that `card_of` would not read."""
+    metadata = {**header, "card": json.dumps(asdict(control.card)), "format": "pt"}
+    card_of(path, metadata)
+    _store(tensors, metadata, path)
 
 
 def _store(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path) -> None:
-    with replacing(Path(path)) as new:
-        save_file(tensors, new, header)
-        new.chmod(0o644)  # safetensors makes its files private
+    """Writes a file whole or not at all. Raises UserError for numbers that are not finite, and where it cannot be written."""
+    wrong = next((name for name, tensor in tensors.items() if not finite(tensor)), None)
+    if wrong is not None:
+        raise UserError(f"{cut(path)} is not written: {wrong} holds numbers that are not finite")
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"cannot write {cut(path)}: it is a folder or no ordinary file")
+        with replacing(Path(path)) as new:
+            save_file(tensors, new, header)
+            new.chmod(0o644)  # safetensors makes its files private
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {cut(path)}: {getattr(error, 'strerror', None) or cut(error)}") from None

@@ -3,16 +3,21 @@
 Underscored names are ambiguous, so every spelling of every layer of the network at hand is written down and a file's keys are found there.
 """
 
+import torch
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import UserError, cut, note
+from controls.algorithms import READABLE, algorithm, pair, split
 from controls.targets import places
 
-# a file's suffixes and what they hold
-SUFFIXES = {
-    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_down.weight": "A", ".lora_up.weight": "B",
-    ".lora.down.weight": "A", ".lora.up.weight": "B", ".alpha": "alpha",
-}  # fmt: skip
+# what stands before a layer's name, with dots in it and with underscores
+DOTTED = ("", "unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model.",
+          "transformer.base_model.model.")  # fmt: skip
+FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+# what text encoders' layers begin with
+ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_te", "text_encoder", "text_encoders.", "te1_", "te2_",
+            "base_model.model.text_model.", "lycoris_text_model_", "clip_l.", "clip_g.", "t5xxl.")  # fmt: skip
+ENCODER_POLICIES = ("refuse", "ignore")
 
 # inside a resnet: diffusers' name and SGM's
 RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
@@ -34,78 +39,145 @@ FLUX_OUTSIDE = {
        (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))
        for k, half in enumerate(("in", "out"), 1)},
 }  # fmt: skip
-SWAPPED = ("final_layer.adaLN_modulation.1", "final_layer_adaLN_modulation_1")  # rows: shift, scale; diffusers has scale, shift
+SWAPPED = "norm_out.linear"  # rows: shift, scale; diffusers has scale, shift
+# inside a block of SD3, its image's half and its text's
+SD3_X = {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.proj": ("attn.to_out.0",), "mlp.fc1": ("ff.net.0.proj",),
+         "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.proj": ("attn2.to_out.0",), "mlp.fc2": ("ff.net.2",),
+         "adaLN_modulation.1": ("norm1.linear",)}  # fmt: skip
+SD3_CONTEXT = {"attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.proj": ("attn.to_add_out",),
+               "mlp.fc1": ("ff_context.net.0.proj",), "mlp.fc2": ("ff_context.net.2",),
+               "adaLN_modulation.1": ("norm1_context.linear",)}  # fmt: skip
+SD3_OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **{f"{theirs}.mlp.{2 * k}": f"time_text_embed.{ours}.linear_{k + 1}" for theirs, ours in
+       (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")) for k in (0, 1)},
+}  # fmt: skip
+# inside a block of XLabs' Flux
+XLABS_DOUBLE = {"qkv1": FLUX_DOUBLE["img_attn.qkv"], "proj1": FLUX_DOUBLE["img_attn.proj"], "qkv2": FLUX_DOUBLE["txt_attn.qkv"],
+                "proj2": FLUX_DOUBLE["txt_attn.proj"]}  # fmt: skip
+XLABS_SINGLE = {"qkv": FLUX_SINGLE["linear1"][:3], "proj": FLUX_SINGLE["linear2"]}
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of an attention
+
+# a layout's name, what a key of it begins with, and what it has inside; the first that a file has a key of
+LAYOUTS = (
+    ("kohya with Flux's own names", (), ("_double_blocks_", "_single_blocks_")), ("kohya with SD3's own names", (), ("_joint_blocks_",)),
+    ("kohya with SGM names", (), ("_input_blocks_", "_output_blocks_", "_middle_block_")),
+    ("kohya with diffusers names", ("lora_unet_", "lora_transformer_"), ()), ("LyCORIS with diffusers names", ("lycoris_",), ()),
+    ("kohya", ("lora_te",), ()), ("XLabs", (), (".processor.qkv_lora", ".processor.proj_lora")),
+    ("diffusers before 0.22", (), (".processor.",)), ("PEFT", (), ("base_model.model.",)),
+    ("ai-toolkit or ComfyUI", ("diffusion_model.",), ()), ("diffusers", ("unet.", "transformer."), ("transformer_blocks.",)),
+)  # fmt: skip
 
 
 def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """Every known spelling of every layer of a network, and the layers that it means: one, or several where a tool fuses them."""
     table: dict[str, tuple[str, ...]] = {}
-    for theirs, ours in [*((name, (name,)) for name in places(net)), *_sgm(net).items(), *_flux(net).items()]:
-        flat = theirs.replace(".", "_")
-        for spelling in (theirs, f"unet.{theirs}", f"transformer.{theirs}", f"diffusion_model.{theirs}", f"lora_unet_{flat}",
-                         f"lora_transformer_{flat}"):  # fmt: skip
-            table[spelling] = ours
+    ours = {name: (name,) for name in places(net)}
+    for names in (_processors(net), _zimage(net), _sd3(net), _flux(net), _sgm(net), ours):  # the network's own names win
+        for theirs, layers in names.items():
+            flat = theirs.replace(".", "_")
+            table |= dict.fromkeys([*(prefix + theirs for prefix in DOTTED), *(prefix + flat for prefix in FLAT)], layers)
     return table
 
 
-def split(key: str) -> tuple[str, str] | None:
-    """A key as (layer's spelling, A, B or alpha), or None when it has no known suffix."""
-    return next(((key.removesuffix(suffix), part) for suffix, part in SUFFIXES.items() if key.endswith(suffix)), None)
+def bare(stem: str) -> str:
+    """A dotted spelling without what stands before the layer's name."""
+    return stem.removeprefix(max((prefix for prefix in DOTTED if stem.startswith(prefix)), key=len))
 
 
 def layout(keys: list[str]) -> str:
     """The name of a file's layout, for people."""
-    first = min(keys, default="")
-    rows = {
-        "kohya with Flux's own names": any(part in key for key in keys for part in ("_double_blocks_", "_single_blocks_", "_final_layer_")),
-        "kohya with SGM names": any(part in key for key in keys for part in ("_input_blocks_", "_output_blocks_", "_middle_block_")),
-        "kohya with diffusers names": first.startswith(("lora_unet_", "lora_transformer_")),
-        "ai-toolkit or ComfyUI": first.startswith("diffusion_model."),
-        "diffusers": first.startswith(("unet.", "transformer.")) or any("transformer_blocks." in key for key in keys),
-    }
-    return next((name for name, holds in rows.items() if holds), "unknown")
+    holds = lambda starts, insides: any(key.startswith(starts) or any(part in key for part in insides) for key in keys)  # noqa: E731
+    return next((name for name, starts, insides in LAYOUTS if holds(starts, insides)), "unknown")
 
 
-def gather(tensors: dict[str, Tensor], net: nn.Module, alphas: dict[str, float]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A file's pairs by this network's layers: A (r, in, …), B (out, r, …) and the strength alpha / r of each, r its own.
+def of_encoder(stem: str) -> bool:
+    """Whether a key or a layer's spelling is a text encoder's."""
+    return stem.startswith(ENCODERS)
 
-    alphas: spelling to alpha where the file's header says it; a layer of which nothing says it has strength 1.
-    Raises UserError that names the first three keys which do not find their place.
-    """
-    table, found, lost = spellings(net), {}, []
+
+def layers(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A file's tensors by layer's spelling and part, and the keys of no kind that is known. Raises UserError for a part twice."""
+    found, strange = {}, []
     for key, tensor in tensors.items():
         stem, part = split(key) or (key, "")
-        if part and stem in table:
-            found.setdefault(stem, {})[part] = tensor.float()
+        if not part:
+            strange.append(key)
+        elif part in found.setdefault(stem, {}):
+            raise UserError(f"{cut(stem)} is there twice, under two endings")
         else:
-            lost.append(key)
-    halves = [stem for stem, pair in found.items() if not _whole(pair)]
-    if not tensors:
-        raise UserError("the file holds no layers")
-    if lost or halves:
-        what = "no place in this network" if lost else "only one half here, or halves of different ranks"
-        hint = "; text encoders' layers are not supported" if any(k.startswith(("lora_te", "text_encoder")) for k in lost) else ""
-        raise UserError(f"{len(lost or halves)} of {len(tensors)} keys have {what}: {', '.join((lost or halves)[:3])}{hint}")
-    pairs, spots = {}, places(net)
-    for stem, pair in found.items():
-        a, b, rank = pair["A"], pair["B"], pair["A"].shape[0]
-        strength = float(pair["alpha"]) / rank if "alpha" in pair else alphas.get(stem, rank) / rank
+            found[stem][part] = tensor
+    return found, strange
+
+
+def gather(
+    tensors: dict[str, Tensor], net: nn.Module, alphas: dict[str, float], encoders: str = "refuse"
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A file's pairs by this network's layers: A (r, in, …), B (out, r) and the strength alpha / r of each, r its own.
+
+    alphas: spelling to alpha where the file's header says it; a layer of which nothing says it has strength 1. encoders: what becomes of
+    text encoders' layers, refuse or ignore. Raises UserError that names the first three layers which do not find their place, or the
+    algorithm of those that no pair can hold.
+    """
+    stems, strange = layers(tensors)
+    stems, strange = _networks(stems, strange, encoders)
+    kinds = {stem: algorithm(parts) for stem, parts in stems.items()}
+    stems = {stem: parts for stem, parts in stems.items() if kinds[stem]}  # the others change nothing
+    if not (stems or strange):
+        raise UserError("the file holds no layers" if not tensors else "the file holds nothing for the network")
+    table, spots, count = spellings(net), places(net), f"of {len(stems)} layers"
+    _named({stem: kind for stem, kind in kinds.items() if kind and kind not in READABLE}, count)
+    if strange:
+        raise UserError(f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}")
+    if lost := [stem for stem in stems if stem not in table]:
+        raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another family?")
+    pairs, swapped = {}, _swapped(spots)
+    for stem, parts in stems.items():
         rows = [spots[layer].weight.shape[0] for layer in table[stem]]
+        a, b, strength = pair(stem, parts, alphas.get(stem), torch.Size([sum(rows), *spots[table[stem][0]].weight.shape[1:]]))
         if sum(rows) != b.shape[0]:
-            raise UserError(f"{stem} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on another family?")
-        if stem.endswith(SWAPPED):
+            raise UserError(f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on another family?")
+        if table[stem][0] in swapped and not stem.endswith((table[stem][0], table[stem][0].replace(".", "_"))):
             b = b.roll(len(b) // 2, 0)
         for layer, part in zip(table[stem], b.split(rows), strict=True):
+            if layer in pairs:
+                raise UserError(f"{layer} is there twice, under two spellings, one of them {cut(stem)}")
             pairs[layer] = (a, part, strength)
     return pairs
 
 
-def _whole(pair: dict[str, Tensor]) -> bool:
-    """Whether A (r, in, …) and B (out, r, …) are both there and of one rank, and alpha, if any, one number."""
-    a, b = pair.get("A"), pair.get("B")
-    if a is None or b is None or min(a.ndim, b.ndim) < 2:
-        return False
-    return 0 < a.shape[0] == b.shape[1] and ("alpha" not in pair or pair["alpha"].numel() == 1)
+def _networks(stems: dict, strange: list[str], encoders: str) -> tuple[dict, list[str]]:
+    """Those that are not a text encoder's, where the others may be left out. Raises UserError."""
+    if encoders not in ENCODER_POLICIES:
+        raise UserError(f"no encoders={cut(encoders)}; there are {', '.join(ENCODER_POLICIES)}")
+    theirs = [stem for stem in stems if of_encoder(stem)]
+    if not theirs and not any(map(of_encoder, strange)):
+        return stems, strange
+    if len(theirs) == len(stems):
+        raise UserError(f"all {len(stems)} layers are text encoders': there is nothing for the network")
+    text = f"{len(theirs)} of {len(stems)} layers are text encoders'"
+    if encoders == "refuse":
+        raise UserError(f"{text}, which are not used here: encoders=ignore takes the others alone; the first is {_few(theirs[:1])}")
+    note(f"{text} and are left out")
+    return {stem: parts for stem, parts in stems.items() if not of_encoder(stem)}, [key for key in strange if not of_encoder(key)]
+
+
+def _named(kinds: dict[str, str], count: str) -> None:
+    """Raises UserError for layers of algorithms that are not read, by the first one's name."""
+    kind = next(iter(kinds.values()), None)
+    if kind:
+        mine = [stem for stem in kinds if kinds[stem] == kind]
+        raise UserError(f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: {_few(mine)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(map(cut, names[:3])) + (" …" if len(names) > 3 else "")
+
+
+def _swapped(spots: dict[str, nn.Module]) -> set[str]:
+    """Layers whose two halves of rows diffusers has the other way round than the model's own code."""
+    last = [layer for layer in spots if layer.endswith("norm1_context.linear")][-1:]
+    return {SWAPPED, *(layer for layer in last if spots[layer].out_features == 2 * spots[layer].in_features)}
 
 
 def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -142,13 +214,53 @@ def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The names of Flux's own code, which fuses queries, keys, values and more."""
+    """The names of Flux's own code and of XLabs', which fuse queries, keys, values and more."""
     found, spots = {}, places(net)
-    kinds = (("double_blocks", "transformer_blocks", FLUX_DOUBLE), ("single_blocks", "single_transformer_blocks", FLUX_SINGLE))
-    for theirs, ours, inside in kinds:
+    double = FLUX_DOUBLE | {f"processor.{name}": parts for name, parts in XLABS_DOUBLE.items()}
+    single = FLUX_SINGLE | {f"processor.{name}": parts for name, parts in XLABS_SINGLE.items()}
+    for theirs, ours, inside in (("double_blocks", "transformer_blocks", double), ("single_blocks", "single_transformer_blocks", single)):
         for k in range(len(getattr(net, ours, []))):
             for name, parts in inside.items():
                 layers = tuple(f"{ours}.{k}.{part}" for part in parts)
                 if all(layer in spots for layer in layers):
                     found[f"{theirs}.{k}.{name}"] = layers
     return found | {theirs: (ours,) for theirs, ours in FLUX_OUTSIDE.items() if ours in spots}
+
+
+def _sd3(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of SD3's own code, which fuses queries, keys and values."""
+    spots, found = places(net), {}
+    if "pos_embed.proj" not in spots or "context_embedder" not in spots:
+        return {}
+    for k in range(len(net.transformer_blocks)):
+        for half, inside in (("x_block", SD3_X), ("context_block", SD3_CONTEXT)):
+            for theirs, parts in inside.items():
+                found[f"joint_blocks.{k}.{half}.{theirs}"] = tuple(f"transformer_blocks.{k}.{part}" for part in parts)
+    found |= {theirs: (ours,) for theirs, ours in SD3_OUTSIDE.items()}
+    return {theirs: layers for theirs, layers in found.items() if all(layer in spots for layer in layers)}
+
+
+def _zimage(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of Z-Image's own code, which fuses queries, keys and values."""
+    spots, found = places(net), {}
+    if "all_x_embedder.2-1" not in spots:
+        return {}
+    for layer in spots:
+        if layer.endswith(".attention.to_q"):
+            stem = layer.removesuffix(".to_q")
+            found[f"{stem}.qkv"] = tuple(f"{stem}.{part}" for part in PROJECTIONS[:3])
+            found[f"{stem}.out"] = (f"{stem}.to_out.0",)
+        for ours, theirs in (("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer")):
+            if layer == ours or layer.startswith(f"{ours}."):
+                found[theirs + layer.removeprefix(ours)] = (layer,)
+    return found
+
+
+def _processors(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of diffusers before 0.22, where the LoRA was in the attention's processor."""
+    found = {}
+    for layer in places(net):
+        ours = next((part for part in PROJECTIONS if layer.endswith(f".{part}")), None)
+        if ours:
+            found[f"{layer.removesuffix(ours)}processor.{ours.removesuffix('.0')}"] = (layer,)
+    return found

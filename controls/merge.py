@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load, plain
+from configs import UserError, entry, load, plain, plain_name, versions
 from controls import formats
-from controls.lora import Control
+from controls.lora import Card, Control
+from controls.targets import CUSTOM
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Config:
 def merge(controls: list[Control], weights: list[float], rank: int, name: str) -> tuple[Control, dict[str, float], float]:
     """The sum as one control with alpha = rank, and the share of the change's norm that the rank loses: per layer, and overall.
 
-    Raises UserError for controls of different families.
+    Raises UserError for controls of different families, and where they have one layer in different shapes.
     """
     families = sorted({control.card.family for control in controls})
     if len(families) > 1:
@@ -37,18 +38,29 @@ def merge(controls: list[Control], weights: list[float], rank: int, name: str) -
         having = zip(controls, weights, strict=True)
         mine = [(control, weight) for control, weight in having if layer + formats.HALVES[0] in control.tensors]
         pairs = [tuple(control.tensors[layer + half].double() for half in formats.HALVES) for control, _ in mine]
+        if len({(a.shape[1:], b.shape[:1], b.shape[2:]) for a, b in pairs}) > 1:
+            raise UserError(f"the controls have {layer} in different shapes: are they of one network?")
         scales = [weight * control.card.alpha / control.card.rank for control, weight in mine]
         a = torch.cat([a.flatten(1) for a, _ in pairs])                                              # (R, in)
         b = torch.cat([scale * b.flatten(1) for scale, (_, b) in zip(scales, pairs, strict=True)], 1)  # (out, R)
         small_a, small_b, lost[layer], norms[layer] = factored(a, b, rank)
         tensors[layer + formats.HALVES[0]] = small_a.float().view(rank, *pairs[0][0].shape[1:])
         tensors[layer + formats.HALVES[1]] = small_b.float().view(-1, rank, *pairs[0][1].shape[2:])
-    kinds, first = {control.card.kind for control in controls}, controls[0].card
-    parts = [{"name": c.card.name, "weight": w, "recipe": c.card.recipe} for c, w in zip(controls, weights, strict=True)]
-    kind = kinds.pop() if len(kinds) == 1 else "lora"
-    card = replace(first, kind=kind, name=name, rank=rank, alpha=float(rank), recipe={"merged": parts}, transfer={})
+    card = labelled(controls, weights, set(layers), rank, name)
     whole = math.hypot(*norms.values())
     return Control(card, tensors), lost, math.hypot(*(lost[layer] * norms[layer] for layer in lost)) / whole if whole else 0.0
+
+
+def labelled(controls: list[Control], weights: list[float], layers: set[str], rank: int, name: str) -> Card:
+    """The card of a sum: what all controls agree on, the layer set of the one that has all layers, and each one's part."""
+    cards = [control.card for control in controls]
+    parts = [{"name": card.name, "weight": weight, "trained on": f"{card.family}/{card.member}", "recipe": card.recipe}
+             for card, weight in zip(cards, weights, strict=True)]  # fmt: skip
+    kinds, hashes = {card.kind for card in cards}, {card.base_hash for card in cards}
+    whole = next((c.card for c in controls if {key.rsplit(".lora_", 1)[0] for key in c.tensors} == layers), None)
+    return replace(cards[0], name=name, rank=rank, alpha=float(rank), recipe={"merged": parts}, transfer={}, versions=versions(),
+                   kind=kinds.pop() if len(kinds) == 1 else "lora", base_hash=hashes.pop() if len(hashes) == 1 else "",
+                   layers=whole.layers if whole else CUSTOM, scope=whole.scope if whole else CUSTOM)  # fmt: skip
 
 
 def factored(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
@@ -71,6 +83,7 @@ def run() -> None:
     cfg = load(Config, words)
     if len(files) < 2:
         raise UserError(f"say what to merge and where to: python -m controls.merge A B OUT; got {' '.join(files) or 'nothing'}")
+    plain_name(cfg.name)
     controls, weights = [formats.load(file) for file in files[:-1]], cfg.weights or [1.0] * (len(files) - 1)
     if len(weights) != len(controls) or cfg.rank < 0:
         raise UserError(f"{len(controls)} controls need as many weights, and a rank of 0 or more; got {weights}, {cfg.rank}")

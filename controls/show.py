@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from configs import UserError, entry, load, plain, replacing
+from configs import UserError, cut, entry, load, plain, replacing
 from controls import formats
 from controls.lora import applied
 from models.families import DTYPES, Family, Memory, split
 
 LEFT, TOP, FONT = 110, 22, 14  # pixels for the names and for the scales, and of their letters
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 512  # side of a tile; small pictures are doubled
 
 
@@ -35,6 +36,8 @@ class Config:
 
 def main(files: list[str], cfg: Config) -> Path:
     """Draws every control and returns the picture's path."""
+    if Path(cfg.out).is_dir() or not cfg.out.lower().endswith(PICTURES):
+        raise UserError(f"cannot write out={cut(cfg.out)}: it is a folder, or does not end in {', '.join(PICTURES)}")
     rows, families, device = [], {}, torch.accelerator.current_accelerator() or torch.device("cpu")
     for control in map(formats.load, files):
         card = control.card
@@ -66,8 +69,11 @@ def sheet(rows: list[tuple[str, list[float], Tensor]], path: Path) -> Path:
             if head:
                 pen.text((LEFT + (k + 0.5) * size, y - TOP / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm")
         y += size
-    with replacing(path) as new:
-        page.save(new)
+    try:
+        with replacing(path) as new:
+            page.save(new)
+    except OSError as error:
+        raise UserError(f"cannot write out={cut(path)}: {error.strerror or error}") from None
     return path
 
 

@@ -27,6 +27,7 @@ LAYERS = {
 ATTENTION = r"\.(attn\d?|attention)\."
 CONVOLUTION = r"\.(resnets|downsamplers|upsamplers)\.\d+\."
 SCOPES = {"lierla": ATTENTION, "c3lier": f"{ATTENTION}|{CONVOLUTION}"}
+CUSTOM = "custom"  # what a card says of layers that are no published set
 
 INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_A|lora_B)(\.|$)")
 
@@ -50,6 +51,16 @@ def targets(net: nn.Module, layers: str = "noxattn", scope: str = "c3lier") -> l
     if not found:
         raise UserError(f"layer set {layers!r} with scope {scope!r} matches no layer of {type(net).__name__}; sets: {', '.join(LAYERS)}")
     return found
+
+
+def layer_set(net: nn.Module, names: set[str]) -> tuple[str, str]:
+    """The published layer set and scope that mean exactly these layers in this network; CUSTOM twice where none does."""
+    spots = places(net)
+    for scope, reach in SCOPES.items():
+        for layers, chosen in LAYERS.items():
+            if names == {name for name in spots if re.search(chosen, name) and re.search(reach, name)}:
+                return layers, scope
+    return CUSTOM, CUSTOM
 
 
 def _pattern(table: dict[str, str], name: str, kind: str) -> str:

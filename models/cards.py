@@ -1,13 +1,15 @@
 """Cards: what a family and its members are, as typed YAML."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from configs import ROOT, UserError, merge
+from configs import ROOT, UserError, merge, plain_name, quoted
 from models.architectures import ARCHITECTURES
+from models.noise import TRAIN_STEPS, timesteps
 
 CARDS = ROOT / "configs/families"
 PEOPLE = (  # most sliders are about them
@@ -30,6 +32,7 @@ class MemberCard:
     strength: float = 1.0  # of that LoRA
     sha256: str = ""  # of the file, checked when given
     licence: str = ""  # of the weights
+    trained_px: int = 0  # side of the images that it was trained on; 0 = the family's
     kind: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
     law: Literal["vp", "vp-linear", "flow"] = "vp"  # noise law
     steps: int = 50  # evaluations of a sampling run
@@ -73,6 +76,10 @@ def card(name: str) -> FamilyCard:
     """A family's card by name, or by the path of a YAML. Raises UserError with the names there are."""
     path = _path(name)
     found = merge(FamilyCard, *_layers(path))
+    for name in (found.name, *found.members):  # they name folders, and members stand before a plan's colon
+        plain_name(name, f"{path}: name")
+        if ":" in name:
+            raise UserError(f"{path}: name={name!r} has a colon, which stands between a member and a plan")
     if found.architecture not in ARCHITECTURES:
         raise UserError(f"{path}: no architecture {found.architecture!r}; there are {', '.join(ARCHITECTURES)}")
     if found.base not in found.members:
@@ -84,7 +91,22 @@ def card(name: str) -> FamilyCard:
             raise UserError(f"{path}: member {member} has a file or a lora, not both, and the base has no lora")
         if its.subfolder == "":
             its.subfolder = ARCHITECTURES[found.architecture].part
+        if its.guidance == 1:
+            its.guidance = None  # the same, in half of the evaluations
+        _schedule(its, f"{path}: member {member}")
     return found
+
+
+def _schedule(member: MemberCard, where: str) -> None:
+    """Raises UserError for noise levels that no run could go through: they fall, and lie where the network was trained."""
+    if not 1 <= member.steps <= TRAIN_STEPS:
+        raise UserError(f"{where} has steps {member.steps}; there can be 1 … {TRAIN_STEPS}")
+    last = TRAIN_STEPS if member.law == "flow" else TRAIN_STEPS - 1
+    steps = member.timesteps or ([] if member.law == "flow" else timesteps(member.spacing, member.steps))
+    if any(not 0 <= t <= last for t in steps):
+        raise UserError(f"{where} has timesteps outside of 0 … {last}: {steps}")
+    if any(b >= a for a, b in pairwise(steps)):
+        raise UserError(f"{where} has timesteps that do not fall: {', '.join(f'{t:g}' for t in steps[:8])}")
 
 
 def split(member: str) -> tuple[str, str]:
@@ -97,9 +119,13 @@ def split(member: str) -> tuple[str, str]:
 
 def _path(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
-        raise UserError(f"no family {name!r}: there are {known}, or give the path of a card.yaml")
+        raise UserError(f"no family {quoted(name)}: there are {known}, or give the path of a card.yaml")
     return path
 
 
@@ -116,7 +142,8 @@ def _layers(path: Path) -> list[Path]:
 def _extends(path: Path) -> str:
     """What a card extends; nothing for a broken one, of which `merge` says more."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
         return ""
-    return (isinstance(found, dict) and found.get("extends")) or ""
+    above = found.get("extends") if isinstance(found, dict) else ""
+    return above if isinstance(above, str) else ""

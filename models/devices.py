@@ -1,5 +1,6 @@
 """Devices: the processes of a run, as `accelerate launch` started them, and what they do together."""
 
+import atexit
 import os
 import sys
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ def start(cfg: Any, free: tuple[str, ...] | None = None) -> Processes:
     device = "cpu" if _cpu() else torch.accelerator.current_accelerator().type
     heed(os.environ, cfg, device)
     found = Processes(cpu=_cpu(), mixed_precision="no")  # what was heeded is ours from here on
+    atexit.register(_part)
     if found.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         print("note: this is one process; for more on CPUs: torchrun --nproc_per_node=N FILE …, or accelerate launch with mpirun_hostfile",
               file=sys.stderr, flush=True)  # fmt: skip
@@ -98,6 +100,12 @@ def claim(processes: Accelerator, cfg: Any, free: tuple[str, ...] = ()) -> Path:
 
 def _cpu() -> bool:
     return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+
+
+def _part() -> None:
+    """Ends the connections of processes on CPUs, whose threads would else be torn down with the interpreter, which is a crash."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

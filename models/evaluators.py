@@ -103,8 +103,8 @@ class Picture:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
-        """Unit-length image embeddings (B, d)."""
-        return self.embed(images).double().cpu().numpy()
+        """Unit-length image embeddings (B, d). Raises UserError for what is not finite."""
+        return finite(self.embed(images).double().cpu().numpy(), type(self).__name__.lower(), images)
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit-length image embeddings (B, d) as a tensor that gradients pass."""
@@ -165,7 +165,7 @@ class Clip(Picture):
         for line in cuts([(self.tokenizer, length)], [text]):
             note(f"the evaluator {self.repo}: {line}")
         ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        return F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0]
+        return finite(F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0], type(self).__name__.lower())
 
     def read(self, ids: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
@@ -247,8 +247,8 @@ class Attributes:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
-        """The attributes (B, len(ATTRIBUTES))."""
-        return self.probe(images.to(self.device)).double().cpu().numpy()
+        """The attributes (B, len(ATTRIBUTES)). Raises UserError for what is not finite."""
+        return finite(self.probe(images.to(self.device)).double().cpu().numpy(), "the attribute probe", images)
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """Where the picture stands between what the two descriptions claim: 0 at the negative, 1 at the positive one."""
@@ -267,6 +267,15 @@ class Attributes:
         if not direction.any():
             raise UserError(f"the attribute probe sees no difference between {positive!r} and {negative!r}")
         return direction
+
+
+def finite(features: np.ndarray, who: str, images: Tensor | None = None) -> np.ndarray:
+    """The features of images, or of a text. Raises UserError, which names whose fault it is, where they are not finite."""
+    if not np.isfinite(features).all():
+        if images is not None and not torch.isfinite(images).all():
+            raise UserError("the pictures are not finite: a smaller scale, or dtype=fp32, may do, or weights are damaged")
+        raise UserError(f"{who} gives numbers that are not finite: its weights are damaged")
+    return features
 
 
 EVALUATORS = {"clip": Clip, "siglip": Siglip, "probe": Attributes, "dino": Dino, "dreamsim": DreamSim, "inception": Inception}

@@ -16,9 +16,9 @@ from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
 from models.delta import Delta
 from models.delta import read as delta_of
-from models.loading import fetch, file_of, latent_shape, network, one_line, place, skeleton, source
+from models.loading import fetch, file_of, latent_shape, network, one_line, place, published_scheduler, skeleton, source
 from models.memory import Memory, Turns, compiled, release, trim
-from models.noise import CLEAN, LAWS, Noise, ancestral
+from models.noise import BETAS, CLEAN, LAWS, Noise, ancestral
 from models.prompts import Prompts, stacked
 from models.quantized import quantize as pack
 from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that fin
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
 REMEMBERED = 2e9  # bytes of encoded prompts that are kept
 ENCODED = 64  # texts that are encoded at once
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "sample"}  # diffusers' words for what a network predicts
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # auto = fast_dtype
 
 
@@ -239,6 +240,9 @@ class Family:
             release()
 
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
+        if member.trained_px and member.trained_px != self.card.size_px:
+            note(f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at {self.card.size_px}: its images may suffer")
+        self._agrees(name, member)
         net, delta = self._network(name, member, quantize)
         denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call, delta, member.strength)
         return Member(
@@ -252,6 +256,27 @@ class Family:
             start=member.start,
             shifted=partial(self._flow, member) if member.law == "flow" else None,
         )
+
+    def _agrees(self, name: str, member: MemberCard) -> None:
+        """Raises UserError where the scheduler beside a member's own network says that it was trained on other noise than the card."""
+        if member.law == "flow" or member.file or member.lora:
+            return
+        repo, revision, _ = source(self.card, member)
+        try:
+            config = published_scheduler(repo, revision)
+        except UserError:  # many repositories have none
+            return
+        first, last, power = BETAS[member.law]
+        betas = {"beta_start": first, "beta_end": last, "beta_schedule": "scaled_linear" if power < 1 else "linear"}
+        other = {key: config[key] for key, value in betas.items() if key in config and config[key] != value}
+        if config.get("rescale_betas_zero_snr"):
+            raise UserError(f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero (rescale_betas_zero_snr), which is "
+                            "not supported: here its first step would be told a picture that still shines through")  # fmt: skip
+        if other:
+            raise UserError(f"{self.card.name}/{name} was trained on other noise than law {member.law}: {other}")
+        says = PREDICTIONS.get(config.get("prediction_type", ""), member.kind)
+        if says != member.kind:
+            note(f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says {member.kind}, which is done")
 
     def _network(self, name: str, member: MemberCard, quantize: str) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""

@@ -10,10 +10,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from configs import UserError
 from models.cards import FamilyCard, MemberCard
-from models.loading import file_hash, place
+from models.loading import file_hash, one_line, place
 
-PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence")  # of a card: where, not how
+PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence", "trained_px")  # of a card: where, not how
 PARTS = ("model_index.json", "config.json")  # a file that every repo of its kind has
 
 
@@ -47,9 +48,12 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
         paths = [folder / file] if file else sorted(p for sub in subfolders for p in (folder / sub).rglob("*") if p.is_file())
     else:
         named = [file] if file else [f"{sub}/{part}".lstrip("/") for sub in ("", *subfolders) for part in PARTS]
-        found = [try_to_load_from_cache(repo, name, revision=revision) for name in named]
+        with one_line(repo):
+            found = [try_to_load_from_cache(repo, name, revision=revision) for name in named]
         commits = {Path(path).parts[Path(path).parts.index("snapshots") + 1] for path in found if isinstance(path, str)}
         return f"{repo}@{','.join(sorted(commits)) or revision or 'main'}"
+    if not paths or not all(path.is_file() for path in paths):
+        raise UserError(f"{repo} holds no {file or ' or '.join(filter(None, subfolders)) or 'file'}, so nothing tells its images apart")
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.relative_to(folder).as_posix().encode())

@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -37,7 +38,14 @@ def fetch(kind, repo: str, revision: str | None = None, **options):
     for library in ("diffusers", "transformers"):
         import_module(f"{library}.utils.logging").disable_progress_bar()
     with one_line(repo):
+        inside(repo, options.get("subfolder"))
         return kind.from_pretrained(place(repo), revision=available(repo, revision), **options)
+
+
+def inside(repo: str, subfolder: str | None) -> None:
+    """Raises FileNotFoundError for a subfolder that a folder lacks: diffusers would take what lies beside it."""
+    if subfolder and Path(place(repo)).is_dir() and not (Path(place(repo)) / subfolder).is_dir():
+        raise FileNotFoundError(f"it has no folder {subfolder}")
 
 
 def source(family: FamilyCard, member: MemberCard) -> tuple[str, str | None, str | None]:
@@ -75,6 +83,7 @@ def config(family: FamilyCard, name: str) -> dict:
     like = family.members[family.base] if member.file or member.lora else member
     home, pinned, _ = source(family, like)
     with one_line(f"the config of {name} in {home}"):
+        inside(home, like.subfolder)
         where = {"subfolder": like.subfolder, "revision": available(home, pinned)}
         return dict(ARCHITECTURES[family.architecture].network.load_config(place(home), **where))
 
@@ -83,6 +92,16 @@ def skeleton(family: FamilyCard, name: str) -> nn.Module:
     """A member's network without weights, for the names and shapes of its layers. Reads a config; raises UserError."""
     with init_empty_weights(include_buffers=False):
         return ARCHITECTURES[family.architecture].network.from_config(config(family, name))
+
+
+@cache
+def published_scheduler(repo: str, revision: str | None) -> dict:
+    """The config of the scheduler that lies beside a network. Raises UserError where there is none."""
+    from diffusers import DDIMScheduler
+
+    with one_line(f"the scheduler's config in {repo}"):
+        inside(repo, "scheduler")
+        return dict(DDIMScheduler.load_config(place(repo), subfolder="scheduler", revision=available(repo, revision)))
 
 
 def latent_shape(family: FamilyCard) -> tuple[int, int, int]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from configs import UserError
+from configs.ranges import TWO_MEANINGS
 from models.denoiser import Denoiser
 from models.interventions import Annealed, Between, Pink, derived
-from models.noise import CLEAN, LAWS, Noise, timesteps, to_eps
+from models.noise import CLEAN, LAWS, TRAIN_STEPS, Noise, timesteps, to_eps
 from models.prompts import Prompts
 
 Eta = float | Callable[[Noise, Noise], float]
@@ -158,6 +159,8 @@ def renoised(base: Member, student: Member, k: int = 1) -> Plan:
 
 def guided(base: Member, student: Member, guidance: float) -> Plan:
     """hybrid(1) with another guidance in the base's step; 1 is none, and one evaluation less."""
+    if guidance == 0:
+        raise UserError(f"guided(0): {TWO_MEANINGS}")
     other = replace(base, guidance=None if guidance == 1 else guidance)
     return replace(hybrid(other, student, 1), name=f"guided({guidance:g})")
 
@@ -237,11 +240,14 @@ PLANS: dict[str, tuple[str, Callable[..., Plan]]] = {
 }
 
 
+LIMITS = {"exponent": 10, "keep": 10, "scale": 10, "s": 10}  # of these arguments, beyond which no picture is left; of others, TRAIN_STEPS
+
+
 def named(text: str, base: Member, student: Member) -> Plan:
     """The plan that a name means for a base and a student: hybrid(1), skip(1), delta(0.8,1). Raises UserError for another."""
     found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text.replace(" ", ""))
     if not found or found[1] not in PLANS:
-        raise UserError(f"no plan {text!r}; there are {', '.join(map(_written, PLANS))}")
+        raise UserError(f"no plan {text[:60]!r}; there are {', '.join(map(_written, PLANS))}")
     wanted, make = PLANS[found[1]]
     names, given = wanted.split(",") if wanted else [], found[2].split(",") if found[2] else []
     needed = sum(name[0] != "[" for name in names)
@@ -250,7 +256,11 @@ def named(text: str, base: Member, student: Member) -> Plan:
     except ValueError:
         values = []
     if not needed <= len(given) <= len(names) or len(values) < len(given) or not all(map(math.isfinite, values)):
-        raise UserError(f"no plan {text!r}; it is written {_written(found[1])}, k and n whole numbers")
+        raise UserError(f"no plan {text[:60]!r}; it is written {_written(found[1])}, k and n whole numbers")
+    for name, value in zip(names, values, strict=False):
+        most = LIMITS.get(name.strip("[]"), TRAIN_STEPS)
+        if abs(value) > most:
+            raise UserError(f"no plan {text[:60]!r}: {name.strip('[]')} must be from -{most} to {most}")
     return make(base, student, *values)
 
 

@@ -73,14 +73,19 @@ def test_gradients_pass_through_the_vae_part_by_part(full):
     assert torch.allclose(alone_.grad, first, atol=1e-6) and first.abs().max() > 0
 
 
-@pytest.mark.parametrize(("command", "words"), [ANALYSES[1], *ANALYSES[2:]], ids=lambda value: getattr(value, "__name__", ""))
+def some(table: list, quick: int) -> list:
+    """The rows of a table as cases, all but one of them slow."""
+    return [pytest.param(*row, id=row[0].__name__, marks=[] if k == quick else pytest.mark.slow) for k, row in enumerate(table)]
+
+
+@pytest.mark.parametrize(("command", "words"), some(ANALYSES[1:], 0))
 def test_analyses_with_a_small_vae(full, tmp_path, command, words):
     words = [*words, PROMPTS, f"out={tmp_path}", "wandb=disabled"]
     words += [f"cache={tmp_path}/cache"] if command is transfer else ["captions=16", "neighbours=2"] if command is diversity else []
     assert command.main(merge(command.Config, words)).exists()
 
 
-@pytest.mark.parametrize(("recipe", "words"), [TRAINERS[0], *TRAINERS[3:]], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("recipe", "words"), some([TRAINERS[0], *TRAINERS[3:]], 1))
 def test_trainers_with_a_small_vae(full, tmp_path, recipe, words):
     few = ["steps=1", "batch=2", "sample_every=1", "sample_seeds=[1,2]", "sample_scales=[0,1]"]
     words = [*words, *few, f"out={tmp_path}", "wandb=disabled"]

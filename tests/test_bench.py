@@ -8,7 +8,8 @@ from test_controls import network
 from torch.profiler import ProfilerActivity, profile
 
 from models.architectures import ARCHITECTURES
-from train import bench_memory, bench_prior, peak
+from train import peak
+from train.bench import memory, prior
 
 
 def allocated(call, folder) -> int:
@@ -23,7 +24,7 @@ def allocated(call, folder) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, checkpointing):
-    net, its, cfg = network(), ARCHITECTURES["sdxl"], bench_memory.Config(layers="full")
+    net, its, cfg = network(), ARCHITECTURES["sdxl"], memory.Config(layers="full")
     real = allocated(lambda: peak.update(net, its, cfg, (4, 8, 8), "vp", checkpointing), tmp_path)
     seen = peak.follow(network().to("meta"), its, cfg, (4, 8, 8), "vp", checkpointing)
     assert seen["peak"] - seen["network"] == pytest.approx(real, rel=0.05)
@@ -36,6 +37,6 @@ def test_kernel_distance_by_its_definition():
     kernel = lambda x, y: (x @ y / 3 + 1) ** 3  # noqa: E731
     within = lambda x: np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])  # noqa: E731
     across = np.mean([kernel(x, y) for x in a for y in b])
-    assert bench_prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
+    assert prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
     many = rng.normal(size=(800, 3))
-    assert abs(bench_prior.distance(many[:400], many[400:])) < 0.1 < bench_prior.distance(many[:400], many[400:] + 0.5)
+    assert abs(prior.distance(many[:400], many[400:])) < 0.1 < prior.distance(many[:400], many[400:] + 0.5)

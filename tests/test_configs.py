@@ -105,6 +105,85 @@ def test_precedence_is_dataclass_then_files_then_words(tmp_path):
     assert merge(Config) == Config()
 
 
+SIGNS = ["a face #2", "a: b", "[x", "{", "null", "*x", "&x", "!x", "- a", "%", "@home", "`", "?", "|", "~"]  # YAML's own, in a file
+TYPED = ["on", "no", "true", "0123", "1e3", "1_000", "1:30", "0x1F", ".inf", "2024-01-01", "=", "<<", "it's", "ä, ö", "a  b"]
+
+
+@pytest.mark.parametrize("typed", [*TYPED, *SIGNS])
+def test_a_text_stays_as_it_was_typed(typed, tmp_path):
+    assert merge(Config, [f"colour={typed}"]).colour == typed
+    if typed in TYPED:
+        (tmp_path / "c.yaml").write_text(f"colour: {typed}\nprompts: [{typed}, no, 0123]\n", encoding="utf-8")
+        found = merge(Config, tmp_path / "c.yaml")
+        assert (found.colour, found.prompts[-2:]) == (typed, ["no", "0123"])
+        assert merge(Config, [f"prompts=[{typed}, off]"]).prompts[-1] == "off"
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "expected"),
+    [("colour=", "colour", ""), ("colour= a ", "colour", "a"), ("colour='a: b'", "colour", "a: b"), ('colour="on"', "colour", "on"),
+     ("limit=", "limit", None), ("limit=null", "limit", None), ("limit=1e3", "limit", 1000.0), ("steps=1_000", "steps", 1000),
+     ("steps=0100", "steps", 100), ("optim.rate=1e-4", "optim", Optim(rate=1e-4)), ("layers.on.rate=2", "layers", {"on": Optim(rate=2.0)})],
+)  # fmt: skip
+def test_a_word_is_read_as_its_field_says(word, key, expected):
+    assert getattr(merge(Config, [word]), key) == expected
+
+
+OTHER = ["steps=1:30", "steps=on", "steps=2.5", "steps=1e3", "steps=", "steps=2024-01-01", f"steps={'9' * 5000}", "optim.rate=on",
+         "optim.rate=.nan", "optim.rate=.inf", "limit=yes", "a.b.c=", "größe=3", "optim..rate=3", "[=3", "prompts=", "prompts={a: b}",
+         "layers=[a]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", OTHER)
+def test_a_value_of_another_kind_is_refused(word):
+    refusal([word])
+
+
+LAUGHS = "a: &a [x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompts: &a [*a]", "nests too deep, or refers to itself"),
+        (LAUGHS, "values"),
+        ("steps: " + "[" * 100_000, "nest"),
+        ("- target: a\n  positive: b", "a list goes to its own key: optims="),
+    ],
+)  # fmt: skip
+def test_a_file_that_would_fill_the_memory_or_belongs_elsewhere(tmp_path, text, expected):
+    @dataclass
+    class Rows(Config):
+        optims: list[Optim] = field(default_factory=list)
+
+    (tmp_path / "c.yaml").write_text(text)
+    assert expected in refusal(tmp_path / "c.yaml", schema=Rows)
+
+
+def test_a_list_may_stand_in_a_file(tmp_path):
+    @dataclass
+    class Rows:
+        optims: list[Optim] = field(default_factory=list)
+        names: list[str] = field(default_factory=list)
+
+    (tmp_path / "rows.yaml").write_text("- rate: 1e-3\n- {rate: 2, beta: 0}\n")
+    (tmp_path / "names.yaml").write_text("- on\n- 0123\n")
+    found = merge(Rows, [f"optims={tmp_path}/rows.yaml", f"names={tmp_path}/names.yaml"])
+    assert found == Rows([Optim(1e-3), Optim(2.0, 0.0)], ["on", "0123"])
+    assert "no config file" in refusal([f"optims={tmp_path}/none.yaml"], schema=Rows)
+
+
+def test_a_folder_a_huge_file_and_a_bom_as_config(tmp_path, monkeypatch):
+    (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3\r\n")
+    assert merge(Config, tmp_path / "bom.yaml").steps == 3
+    assert "is a folder" in refusal(tmp_path)
+    assert "is a folder" in refusal("")
+    assert "no config file" in refusal("x" * 200)
+    refusal("x" * 5000)
+    monkeypatch.setattr("configs.options.MOST_BYTES", 4)
+    assert "larger than" in refusal(tmp_path / "bom.yaml")
+
+
 def test_a_config_refuses_by_itself():
     @dataclass
     class Even:
@@ -212,6 +291,27 @@ def test_entry_turns_a_user_error_into_one_line_and_exit_code_2(capsys):
         entry(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: no such thing at all\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (UserError("a" * 10_000 + " give steps=3"), "give steps=3"),
+        (UserError("\x1b[31mred\x07 \u202e"), "[31mred"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), "x.txt: No such file or directory"),
+        (PermissionError(13, "Permission denied", "p" * 5000), "Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("the Hub does not answer"), "the Hub does not answer"),
+    ],
+)
+def test_entry_is_never_longer_than_a_screen_and_knows_the_systems_errors(capsys, error, says):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        entry(main)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and says in said and len(said) < 620 and said.removesuffix("\n").isprintable()
 
 
 def test_entry_lets_a_bug_through_and_an_interrupt_end_quietly(capsys):

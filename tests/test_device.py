@@ -14,7 +14,8 @@ from models import devices
 from models.evaluators import evaluators
 from models.families import Family
 from models.sample import PLANS, alone, draw_noise, finish, named
-from train import image_slider, lora, slider, sliderspace
+from train import image_slider, lora, slider, sliderspace, tiny_students
+from train.tiny_parts import WEIGHTS, Config
 
 DEVICE = torch.device("meta")
 ARGUMENTS = {"k": "1", "[n]": "4", "n": "8", "guidance": "2", "low,high": "0,800", "s,[k]": "0.6,1"}  # of plans; of others one half
@@ -92,3 +93,14 @@ def test_training(elsewhere, tmp_path, recipe, words):
 def test_analyses(elsewhere, tmp_path, command, words):
     words = [*words, PROMPTS, f"out={tmp_path}", "wandb=disabled", *([f"cache={tmp_path}/cache"] if command is transfer else [])]
     assert command.main(merge(command.Config, words)).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dmd", "lcm", "lightning"])
+def test_the_embedded_students(elsewhere, tmp_path, monkeypatch, name):
+    adamw = torch.optim.AdamW  # there is no fused one for `meta`
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **words: adamw(*args, **words))
+    monkeypatch.setattr(tiny_students, "save_student", lambda *_: None)
+    words = {"steps": 2, "batch": 2, "faces": 40, "trajectories": 80, "device": "meta", "work": str(tmp_path), "weights": WEIGHTS}
+    getattr(tiny_students, name)(merge(Config, words))
+    assert (tmp_path / f"{name}.jsonl").exists()

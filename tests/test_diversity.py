@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from synthetic import Keys, undocumented
 
-from analysis import diversity, diversity_page, quality
+from analysis import diversity, diversity_page, quality, report
 from analysis.diversity import Config, recovery
 from analysis.metrics import diversity as whole
 from configs import ROOT, UserError, entry, load, merge
@@ -105,7 +105,7 @@ def test_page(run, results):
     page = (run / "report.html").read_text()
     assert page.count("<svg") >= 6 and "hybrid(1)" in page and "By prompt" in page and page.count("data:image/png") == 2
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "$" not in page.split("</style>")[0]
-    assert diversity_page.build(run) == run / "report.html"
+    assert report.build(run) == run / "report.html" and (run / "report.html").read_text() == page
 
 
 def test_the_front_holds_what_nothing_dominates():
@@ -173,10 +173,9 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
     assert not (tmp_path / "default").exists()
 
 
-def test_pages_of_nothing(tmp_path):
-    for module in ("diversity_page", "trace_page"):
-        done = subprocess.run([sys.executable, "-m", f"analysis.{module}", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
+def test_a_page_of_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "analysis.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["diversity_page", "trace_page"])

@@ -137,3 +137,18 @@ def test_extras_are_handed_what_they_expect(monkeypatch):
     assert seen["dreamsim"].shape[-2:] == (224, 224) and 0 <= seen["dreamsim"].min() and seen["dreamsim"].max() <= 1
     assert seen["inception"].dtype == torch.uint8 and seen["inception"].shape == ours.shape
     assert np.allclose(np.linalg.norm(found["dreamsim"], axis=-1), 1) and found["inception"].shape == (3, 3)
+
+
+@pytest.mark.parametrize(("name", "says"), [("clip", "clip gives numbers"), ("probe", "the attribute probe gives numbers")])
+def test_damaged_weights_are_told_from_damaged_pictures(name, says):
+    eye, pictures = evaluators(card("tiny"), names=[name])[name], torch.zeros(2, 3, 64, 64)
+    with pytest.raises(UserError, match="the pictures are not finite"):
+        eye.features(pictures * float("nan"))
+    net = eye.model if name == "clip" else eye.probe
+    for weight in net.parameters():
+        weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=f"{says} that are not finite: its weights are damaged"):
+        eye.features(pictures)
+    if name == "clip":
+        with pytest.raises(UserError, match="clip gives numbers that are not finite"):
+            eye.texts(["a person"])

@@ -24,7 +24,9 @@ from hub import BETAS, half, pipeline, publish, unet
 from safetensors.torch import save_file
 
 from configs import ROOT, UserError
+from models import loading
 from models.families import Family, card, fast_dtype, place, split
+from models.identity import identity
 from models.noise import CLEAN, ancestral, vp
 from models.sample import Plan, Stage, alone, draw_noise, finish
 
@@ -129,6 +131,18 @@ def test_unknown_names_are_told_the_known_ones(tiny):
         ("{base: {final: one}}", "final.*'clean', 'first'"),
         ("{base: {stepz: 4}}", "did you mean .*steps"),
         ("{student: {}}", "base 'base' is not one of its members: student"),
+        ("{base: {guidance: 0}}", "guidance.*conditional only.*unconditional"),
+        ("{base: {timesteps: [499, 999]}}", "do not fall: 499, 999"),
+        ("{base: {timesteps: [999, 999]}}", "do not fall"),
+        ("{base: {timesteps: [1000, 1]}}", "outside of 0 … 999"),
+        ("{base: {timesteps: [.nan]}}", "timesteps"),
+        ("{base: {steps: 0}}", "steps 0; there can be 1 … 1000"),
+        ("{base: {steps: 5000}}", "there can be 1 … 1000"),
+        ("{base: {eta: 1.5}}", "eta must be"),
+        ("{base: {}, ../x: {}}", "'../x' cannot name"),
+        ("{base: {}, 'a:b': {}}", "has a colon"),
+        ("[base]", "a list is given whole"),
+        ("{base: 3}", "base"),
     ],
 )
 def test_a_wrong_card(tmp_path, text, says):
@@ -136,6 +150,80 @@ def test_a_wrong_card(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as error:
         card(str(tmp_path / "card.yaml"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cannot name a control or a folder: it is empty"),
+        (bytes(range(256)), "not a text file"),
+        (b"name: a\0b", "not valid YAML"),
+        (b"name: " + b"[" * 5000, "not valid YAML|nests too deep"),
+        (b"just words", "holds no key: value pairs"),
+        (b"extends: [tiny]", "extends"),
+        (b"extends: {a: b}", "extends"),
+        (b"extends: nowhere", "no family 'nowhere'"),
+        (b"extends: {PATH}", "extends itself"),
+        (b"name: own\nmembers: &all {base: {}, other: *all}", "not valid YAML"),
+        (b"name: " + b"x" * 3000, "longer than 120 bytes"),
+    ],
+)
+def test_a_card_that_is_none_is_one_line(tmp_path, content, says):
+    path = tmp_path / "card.yaml"
+    path.write_bytes(content.replace(b"{PATH}", str(path).encode()))
+    with pytest.raises(UserError, match=says) as error:
+        card(str(path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".yaml", "a\0b", ""])
+def test_a_name_that_no_card_can_have(name):
+    with pytest.raises(UserError, match="no family"):
+        card(name)
+
+
+def test_guidance_1_is_conditional_only(tmp_path):
+    (tmp_path / "card.yaml").write_text("name: own\nmembers: {base: {guidance: 1}}\n")
+    assert card(str(tmp_path / "card.yaml")).members["base"].guidance is None
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A function that gives a family of a base whose folder is a copy, and what its card says besides."""
+
+    def made(member: str = "", **scheduler) -> Family:
+        home = tmp_path / "base"
+        if not home.exists():
+            shutil.copytree(ROOT / "models/tiny/weights/base", home)
+        config = home / "scheduler/scheduler_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | scheduler))
+        (tmp_path / "card.yaml").write_text(f"extends: tiny\nname: own\nrepo: {home}\nmembers: {{dmd: {{{member}}}}}\n")
+        loading.published_scheduler.cache_clear()
+        return Family(str(tmp_path / "card.yaml"), dtype=torch.float32)
+
+    return made
+
+
+@pytest.mark.parametrize("member", ["subfolder: nope", "repo: models/tiny/nope", "file: nope.safetensors", "lora: nope.safetensors"])
+def test_weights_that_are_not_there_are_not_replaced_by_others(own, member):
+    family = own(member)
+    for call in (lambda: family.member("dmd"), lambda: identity(family.card, "dmd")):
+        with pytest.raises(UserError, match="nope"):
+            call()
+
+
+def test_noise_that_no_law_has_is_refused(own):
+    with pytest.raises(UserError, match="rescale_betas_zero_snr"):
+        own(rescale_betas_zero_snr=True).member("base")
+    with pytest.raises(UserError, match="other noise than law vp: .*0.02"):
+        own(rescale_betas_zero_snr=False, beta_end=0.02).member("base")
+
+
+def test_what_the_card_overrules_is_said(own, capsys):
+    own(prediction_type="v_prediction").member("base")
+    assert "predicts v; its card says eps" in capsys.readouterr().out
+    own("trained_px: 512").member("dmd")
+    assert "own/dmd was trained at 512 px and is run at 64" in capsys.readouterr().out
 
 
 # what members share, and what they do not

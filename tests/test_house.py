@@ -1,17 +1,23 @@
 """The rules of CONTRIBUTING.md that a program can keep."""
 
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+import controls.lora
+import models.cards
 from configs import ROOT, merge
+from configs.ranges import RANGES
 
 ALLOWED = {  # package: the packages it may import besides itself
     "configs": set(),
@@ -105,8 +111,9 @@ def test_a_transfer_run_with_nothing_new_need_not_wait_for_heavy_libraries():
 def test_no_file_in_train_shadows_a_library():
     """accelerate launch train/x.py puts train/ first on sys.path, so that train/types.py would be everybody's `types`."""
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    names = {path.stem for path in (ROOT / "train").iterdir()} - {"__init__", "__pycache__"}
-    assert names and not names & taken
+    for folder in ("train", "train/bench"):
+        names = {path.stem for path in (ROOT / folder).iterdir()} - {"__init__", "__pycache__"}
+        assert names and not names & taken
 
 
 def test_every_folder_of_configs_has_a_schema():
@@ -129,6 +136,38 @@ def test_yaml_loads_against_its_schema(path):
     folder, paper = path.split("/")[1], PAPER.get(Path(path).stem, "diversity")
     module, name = SCHEMAS[paper if folder == "paper" else folder]
     merge(getattr(importlib.import_module(module), name), path)
+
+
+def schemas() -> set[type]:
+    """The dataclasses that are read from files and command lines: every Config and card, and what stands in them."""
+    found, todo = set(), [controls.lora.Card, models.cards.FamilyCard]
+    for package in ("train", "analysis", "controls", "models"):
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            found_here = vars(importlib.import_module(module.name)).get("Config")
+            todo += [found_here] if dataclasses.is_dataclass(found_here) else []
+    while todo:
+        if (schema := todo.pop()) not in found:
+            found.add(schema)
+            todo += [kind for hint in get_type_hints(schema).values() for kind in kinds(hint) if dataclasses.is_dataclass(kind)]
+    return found
+
+
+def kinds(hint) -> list[type]:
+    """The types that a hint is made of: list[Pair] | None gives Pair and NoneType."""
+    return [kind for part in get_args(hint) for kind in kinds(part)] or [hint]
+
+
+def test_every_number_of_a_config_and_card_has_its_range():
+    names = {(field.name, schema.__name__) for schema in schemas() for field in dataclasses.fields(schema)
+             if {int, float} & set(kinds(get_type_hints(schema)[field.name]))}  # fmt: skip
+    assert len(schemas()) > 12 and not {(name, of) for name, of in names if name not in RANGES}
+    assert not RANGES.keys() - {name for name, _ in names}, "ranges of no key"
+
+
+def test_every_default_is_in_its_range():
+    for schema in schemas():
+        if all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING for f in dataclasses.fields(schema)):
+            merge(schema)
 
 
 @pytest.mark.parametrize("path", RECIPES)

@@ -77,6 +77,9 @@ NONE = {
     "only(0)": "1 … 4", "only(5)": "1 … 4", "delta(1,9)": "1 … 4", "hybrid(1.5)": "whole numbers", "hybrid(5)": "0 … 4",
     "hybrid(1,2)": r"hybrid\(k\)", "delta(x)": r"delta\(s\[,k\]\)", "cads()": r"cads\(scale\)", "pink(nan)": "pink", "base(0)": "1 … 1000",
     "interval(5,2)": "low < high", "student(1)": "student", "hybrid(1": r"base\[\(n\)\]", "": "hybrid",
+    "pink(1e9)": "exponent must be from -10 to 10", "pink(100)": "exponent must be", "delta(inf)": r"delta\(s\[,k\]\)",
+    "delta(900)": "s must be", "cads(1e300)": "scale must be", "attenuate(99)": "keep must be", "hybrid(99999999)": "k must be",
+    "few(0)": "1 … 1000", "few(99999999)": "n must be", "guided(0)": "conditional only", "x" * 999: "no plan",
 }  # fmt: skip
 
 

@@ -12,14 +12,15 @@ from controls.targets import targets
 from models.families import Family
 from models.sample import alone, draw_noise, finish
 from models.tiny.evaluators import Probe, column
-from train import bench_memory, slider
+from train import slider
+from train.bench import memory
 
 pytestmark = pytest.mark.slow
 
 
 def test_layer_sets_of_full_size_sdxl():
     """70 transformer blocks, each with two attentions of four projections."""
-    net = bench_memory.unet("meta")
+    net = memory.unet("meta")
     assert sum(p.numel() for p in net.parameters()) == 2_567_463_684
     count = lambda layers: len(targets(net, layers, "lierla"))  # noqa: E731
     assert (count("full"), count("selfattn"), count("xattn"), count("xattn-strict")) == (560, 280, 280, 140)

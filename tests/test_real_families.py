@@ -73,7 +73,8 @@ def latents(family: Family, name: str) -> torch.Tensor:
 
 LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 DDIM = DDIMScheduler(**hub.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-TRAILING = DDIMScheduler(**hub.BETAS, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
+# as Hyper-SD's authors make it: DDIMScheduler.from_config(the base's own, timestep_spacing="trailing"), which says set_alpha_to_one=false
+TRAILING = DDIMScheduler.from_config(DDIM.config, timestep_spacing="trailing")
 EULER = EulerDiscreteScheduler(**hub.BETAS, timestep_spacing="trailing")
 LCM, DMD2 = LCMScheduler(**hub.BETAS, clip_sample=False), {"timesteps": [999, 749, 499, 249], "guidance_scale": 0}
 

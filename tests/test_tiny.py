@@ -5,8 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from configs import merge
 from models.tiny import world
 from models.tiny.faces import ATTRIBUTES, STYLES, Face, attributes, claims, describe, draw, styled
+from train.tiny_parts import Config
+
+
+def test_each_part_has_its_own_numbers_where_none_are_given():
+    assert merge(Config, {}).batch is None
 
 
 def test_same_face_same_bytes_other_attribute_other_picture():

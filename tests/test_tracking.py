@@ -1,6 +1,9 @@
 import sys
+import threading
+import time
 import types
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -12,8 +15,9 @@ ABOUT = {"config": {"steps": 2, "nested": {"rank": 4}}, "job_type": "train.slide
 @pytest.fixture
 def nobody(monkeypatch, tmp_path):
     """A machine on which nobody is logged in."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_PROJECT", "RANK"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("DISABLED", "MODE", "API_KEY", "BASE_URL", "DATA_DIR", "CACHE_DIR", "PROJECT"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -73,6 +77,78 @@ def test_wandb_mode_is_respected_by_auto_alone(nobody, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracking.start(nobody / "run", **ABOUT).run is None
     assert not (nobody / "run").exists()
+
+
+@pytest.mark.parametrize(("word", "mode", "offline"), [("true", "auto", False), ("0", "auto", True), ("true", "offline", True)])
+def test_wandb_disabled_is_respected_by_auto_alone(nobody, monkeypatch, word, mode, offline):
+    modes = []
+    fake = types.SimpleNamespace(init=lambda mode, **_: modes.append(mode), Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_DISABLED", word)
+    tracking.start(nobody / "run", **ABOUT, mode=mode)
+    assert modes == ["offline"] * offline and (nobody / "run").exists() == offline
+
+
+def test_a_training_that_goes_on_is_the_same_run_and_an_analysis_a_new_one(nobody, monkeypatch):
+    asked = []
+    fake = types.SimpleNamespace(init=lambda **about: asked.append(about), Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for job in ("train.slider", "train.slider", "analysis.transfer"):
+        tracking.start(nobody / "run", **{**ABOUT, "job_type": job}, mode="offline")
+    tracking.start(nobody / "other", **ABOUT, mode="offline")
+    (nobody / "run/wandb/run-id").write_text("../../x")  # damaged
+    tracking.start(nobody / "run", **ABOUT, mode="offline")
+    first, again, analysis, other, repaired = (about.get("id") for about in asked)
+    assert first == again and analysis is None and len({first, other, repaired}) == 3
+    assert [about.get("resume") for about in asked] == ["allow", "allow", None, "allow", "allow"]
+
+
+def test_offline_all_parts_of_a_run_that_went_on_are_named(nobody, capfd):
+    for _ in range(2):
+        with tracking.start(nobody / "run", **ABOUT, mode="offline") as tracker:
+            name = tracker.run.id
+        time.sleep(1.1)  # W&B names a part's folder by the second
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"wandb sync run/wandb/offline-run-*-{name}")
+
+
+def test_wandb_that_never_answers_is_one_warning_and_an_end(nobody, monkeypatch, capfd):
+    hanging, ended = threading.Event(), []
+    run = types.SimpleNamespace(offline=True, dir=str(nobody), id="x", finish=lambda exit_code: hanging.wait(60), log=lambda *_, **__: None)
+    fake = types.SimpleNamespace(init=lambda **_: run, Settings=dict, teardown=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(tracking, "FINISH", 0.1)
+    monkeypatch.setattr(psutil.Process, "children", lambda *_: [])  # the service of other tests lives on
+    with tracking.start(nobody / "run", **ABOUT) as tracker:
+        tracker.log({"loss": 1.0})
+    hanging.set()
+    err = capfd.readouterr().err
+    assert err == "warning: W&B failed (TimeoutError: no answer in 0.1 seconds); the files are not affected\n" and ended
+
+
+def test_a_service_that_is_killed_is_one_warning(nobody, monkeypatch, capfd):
+    with tracking.start(nobody / "run", **ABOUT, mode="offline") as tracker:
+        for process in psutil.Process().children(recursive=True):
+            if process.name() == "wandb-core":
+                process.kill()
+                process.wait()
+        everything(tracker, nobody / "run")
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("tiny/base", "tiny-base"), ("smile", "smile"), ("a" * 128, "a" * 128)])
+def test_names_of_artifacts_that_wandb_takes_stay(name, expected):
+    assert tracking._artifact_name(name) == expected
+
+
+def test_names_of_artifacts_that_are_cut_or_replaced_stay_different_and_are_taken(nobody):
+    names = ["a" * 129, "a" * 130, "Lächeln", "Lücheln", "表情", "愁眉", "tiny/" * 40]
+    cut = [tracking._artifact_name(name) for name in names]
+    assert len(set(cut)) == len(names) and all(len(name) <= 128 for name in cut)
+    import wandb
+
+    for name in cut:
+        wandb.Artifact(name, "control")
 
 
 def test_other_processes_get_a_disabled_tracker(nobody, monkeypatch):

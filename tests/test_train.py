@@ -253,9 +253,9 @@ def test_the_average_lags_behind(tmp_path, whole):
         (slider, "schedule=cosign", "constant"),
         (slider, "recipe=slow", "published"),
         (slider, "watch=[sdxl/turbo]", "tiny"),
-        (slider, "accumulate=0", "from 1"),
+        (slider, "accumulate=0", "at least 1"),
         (slider, "name=smile.2", "dot"),
-        (lora, "images=0", "from 1"),
+        (lora, "images=0", "at least 1"),
         (lora, "data=tiny:oil", "watercolour"),
     ],
 )

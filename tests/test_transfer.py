@@ -105,6 +105,14 @@ def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, mo
     assert measure(out)["cells"] == first["cells"]
 
 
+def test_starting_afresh_leaves_the_drawings_that_runs_share(run, monkeypatch):
+    out, first = run
+    (out / "default/mine.txt").write_text("of the run before")
+    monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    assert measure(out, "overwrite=true")["cost"]["drawn"] == 0
+    assert not (out / "default/mine.txt").exists()
+
+
 def test_a_second_run_loads_no_evaluator(run, monkeypatch):
     out, before = run
     measure(out)  # knows the words by now
@@ -248,8 +256,8 @@ def bad_controls(folder):
         (["targets=[sdxl]"], "lightning"),
         (["targets=['dmd:hybrid(9)']"], "0 … 4"),
         (["targets=['dmd:mixed(1)']"], "hybrid"),
-        (["below=-1"], "noise level"),
-        (["batch=0"], "at least 1"),
+        (["below=0"], "noise level"),
+        (["batch=-1"], "batch must be"),
         (["negative=a frown", "controls=[controls/tiny/space-1.safetensors]"], "positive"),
         (["scales=[1,2]"], "0"),
         (["controls=[missing.safetensors]"], "missing.safetensors"),

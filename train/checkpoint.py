@@ -50,7 +50,8 @@ def restore(path: Path, state: dict[str, Any], steps: int, bound: str = "") -> i
             part.load_state_dict(saved[name])
     except Exception as error:  # torch, pickle and zipfile each say it in their own ways
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-        raise UserError(f"cannot go on from {path} ({reason}); overwrite=true starts afresh") from None
+        afresh = "overwrite=true" if bound else "to remove it"
+        raise UserError(f"cannot go on from {path} ({reason}); {afresh} starts afresh") from None
     return done
 
 

@@ -1,5 +1,7 @@
 """What memory a step of training a control takes, by following every tensor of one on torch's `meta` device."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -21,8 +23,11 @@ class Step(Protocol):
     scope: str  # and how far that reaches
 
 
-def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> None:
-    """One step as train/slider.py makes it, with an optimizer that has its moments, and the moving average beside the weights.
+@contextmanager
+def training(
+    net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool
+) -> Iterator[Callable[[], None]]:
+    """Gives a step as train/slider.py makes it, with the optimizer's moments and the weights' moving average.
 
     shape: (C, H, W) of a latent.
     """
@@ -36,14 +41,25 @@ def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...],
     optimizer.step()
     optimizer.zero_grad()
     x, told, noise = torch.zeros((cfg.batch, *shape), device=net.device), blank(its, net, cfg.batch), LAWS[law][0](500.0)
-    try:
+
+    def step() -> None:
         with strength(net, slider=1.0):
             comparable(x, Denoiser(net, call=its.call)(x, noise, told), noise, law).square().mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
         torch._foreach_lerp_(average, [weight.detach() for weight in weights], 0.1)
+
+    try:
+        yield step
     finally:
         net.disable_gradient_checkpointing()
         detach(net)
+
+
+def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> None:
+    """One such step."""
+    with training(net, its, cfg, shape, law, checkpointing) as step:
+        step()
 
 
 def follow(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> dict[str, int]:

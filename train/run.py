@@ -232,6 +232,6 @@ def check(cfg: Training) -> None:
     if find_spec(package) is None:
         raise UserError(f"optimizer={cfg.optimizer} needs {package}: pip install -e '.[{extra}]'")
     quantized.check(cfg.quantize)
-    for key in ("steps", "rank"):
+    for key in ("steps", "rank", "batch"):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")

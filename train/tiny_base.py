@@ -26,7 +26,8 @@ LEVELS = torch.tensor([(vp(k).alpha, vp(k).sigma) for k in range(TRAIN_STEPS)])
 
 def levels(t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha, sigma (B, 1, 1, 1) at integer timesteps."""
-    return LEVELS[t, 0, None, None, None], LEVELS[t, 1, None, None, None]
+    known = LEVELS.to(t.device)
+    return known[t, 0, None, None, None], known[t, 1, None, None, None]
 
 
 def vae(cfg: Config) -> None:
@@ -67,6 +68,9 @@ class Data:
         rows = torch.randint(len(self.latents), (size,), generator=generator)
         which = torch.randint(self.ids.shape[1], (size,), generator=generator)
         return self.latents[rows], self.ids[rows, which]
+
+    def to(self, device: str) -> "Data":
+        return Data(self.latents.to(device), self.ids.to(device))
 
 
 def dataset(cfg: Config, words) -> Data:

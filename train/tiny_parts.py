@@ -18,9 +18,11 @@ class Config:
     batch: int | None = None  # images per step; null = the part's own number
     seed: int = 0  # of weights, data and noise
     faces: int = 20000  # portraits in the training set
+    trajectories: int = 1280  # of the teacher, which lightning learns from; a multiple of 80
     every: int = 250  # steps between checkpoints
     threads: int = 0  # CPU threads; 0 = all
     compile: bool = False  # torch.compile the networks: about twice as fast, after minutes of compiling; needs a C++ compiler
+    device: str = "cpu"  # where the students are trained; the other parts are trained on the CPU
     work: str = "runs/tiny"  # folder of checkpoints and logs
     weights: str = WEIGHTS  # where the finished parts go
 

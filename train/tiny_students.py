@@ -23,7 +23,8 @@ class Teacher:
     """The frozen base: x0 under guidance, and encoded captions."""
 
     def __init__(self, cfg: Config, guidance: float = 3.0):
-        self.pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", torch_dtype=torch.float32)
+        pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", dtype=torch.float32)
+        self.pipe = pipe.to(cfg.device)
         self.unet = self.pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.net = fast(self.unet, cfg)
         self.guidance = guidance
@@ -54,22 +55,22 @@ def clean(x, out, t) -> Tensor:
 
 def lightning(cfg: Config) -> None:
     """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
-    steps, size, count = cfg.steps or 750, cfg.batch or 32, 1280
+    steps, size, count = cfg.steps or 750, cfg.batch or 32, cfg.trajectories
     teacher = Teacher(cfg)
-    data = dataset(cfg, teacher.words)
-    points, ids = trajectories(cfg, teacher, data, count)
+    data = dataset(cfg, teacher.words).to(cfg.device)
+    points, ids = (part.to(cfg.device) for part in trajectories(cfg, teacher, data, count))
     student = teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net = fast(student, cfg)
     optimizer = torch.optim.AdamW(student.parameters(), 4e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, steps, pct_start=0.05)
     log = Log(cfg, "lightning")
-    grid = torch.tensor([*FEW_STEPS, -1])
+    grid = torch.tensor([*FEW_STEPS, -1], device=cfg.device)
     state = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
     for step in resumable(Path(cfg.work) / "lightning.pt", state, steps, cfg.every, "lightning"):
         generator = seeded(cfg.seed, step, 1)
-        rows = torch.randint(count, (size,), generator=generator)
-        jump = torch.randint(4, (size,), generator=generator)
+        rows = torch.randint(count, (size,), generator=generator).to(cfg.device)
+        jump = torch.randint(4, (size,), generator=generator).to(cfg.device)
         x, goal, t = points[rows, jump], points[rows, jump + 1], grid[jump]
         states, pooled = teacher.text(ids[rows])
         alpha, sigma = levels(t)
@@ -91,14 +92,14 @@ def lightning(cfg: Config) -> None:
 def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple[Tensor, Tensor]:
     """Teacher trajectories at the student's levels and at the end, (count, 5, 4, 16, 16), with their captions' ids (count, TOKENS)."""
     path = Path(cfg.work) / f"trajectories-{count}-{cfg.seed}.safetensors"
-    size, grid = 80, torch.tensor([*range(999, 0, -50), -1])
+    size, grid = 80, torch.tensor([*range(999, 0, -50), -1], device=cfg.device)
     if not path.exists():
         found, texts = [], []
         for part in tqdm(range(count // size), "trajectories", mininterval=2):
             generator = seeded(cfg.seed, part, 2)
             _, ids = data.batch(size, generator)
             states, pooled = teacher.text(ids)
-            x, kept = torch.randn(size, 4, 16, 16, generator=generator), []
+            x, kept = torch.randn(size, 4, 16, 16, generator=generator).to(cfg.device), []
             for t, after in zip(grid[:-1], grid[1:], strict=True):
                 if t in FEW_STEPS:
                     kept.append(x)
@@ -117,7 +118,7 @@ def lcm(cfg: Config) -> None:
     """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
     steps, size, skip = cfg.steps or 2000, cfg.batch or 24, 20
     teacher = Teacher(cfg)
-    data = dataset(cfg, teacher.words)
+    data = dataset(cfg, teacher.words).to(cfg.device)
     student = teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net, slow = fast(student, cfg), fast(average, cfg)
@@ -130,8 +131,9 @@ def lcm(cfg: Config) -> None:
         x0, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
         t = torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1  # 19, 39, … 999
+        t = t.to(cfg.device)
         alpha, sigma = levels(t)
-        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(cfg.device)
         with torch.no_grad():
             eps = teacher.eps(x, t, states, pooled)
             below = t - skip
@@ -156,7 +158,7 @@ def dmd(cfg: Config) -> None:
     """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
     steps, size, updates = cfg.steps or 800, cfg.batch or 24, 2
     teacher = Teacher(cfg)
-    data = dataset(cfg, teacher.words)
+    data = dataset(cfg, teacher.words).to(cfg.device)
     student, fake = teacher.student(), teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net, fake_net = fast(student, cfg), fast(fake, cfg)
@@ -171,17 +173,17 @@ def dmd(cfg: Config) -> None:
         generator = seeded(cfg.seed, step, 4)
         _, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
-        draw = lambda: torch.randn(size, 4, 16, 16, generator=generator)  # noqa: E731, B023
+        draw = lambda: torch.randn(size, 4, 16, 16, generator=generator).to(cfg.device)  # noqa: E731, B023
         x, stop = draw(), int(torch.randint(4, (1,), generator=generator))
         for k in range(stop):  # backward simulation: the student sees its own intermediate states
-            t = torch.full((size,), FEW_STEPS[k])
+            t = torch.full((size,), FEW_STEPS[k], device=cfg.device)
             with torch.no_grad():
                 alpha, sigma = levels(t - 250)
                 x = alpha * clean(x, predict(net, x, t, states, pooled), t) + sigma * draw()
-        t = torch.full((size,), FEW_STEPS[stop])
+        t = torch.full((size,), FEW_STEPS[stop], device=cfg.device)
         x0 = clean(x, predict(net, x, t, states, pooled), t)
         with torch.no_grad():
-            s = torch.randint(20, 980, (size,), generator=generator)
+            s = torch.randint(20, 980, (size,), generator=generator).to(cfg.device)
             alpha, sigma = levels(s)
             noisy = alpha * x0 + sigma * draw()
             real = clean(noisy, teacher.eps(noisy, s, states, pooled), s)
@@ -190,7 +192,7 @@ def dmd(cfg: Config) -> None:
         loss = 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
         step_down(loss, student, optimizer, schedule, clip=10.0)
         for _ in range(updates):
-            s = torch.randint(TRAIN_STEPS, (size,), generator=generator)
+            s = torch.randint(TRAIN_STEPS, (size,), generator=generator).to(cfg.device)
             alpha, sigma = levels(s)
             eps = draw()
             fake_loss = (predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps).square().mean()

@@ -93,5 +93,5 @@ def tokens(words, texts: list[str]) -> Tensor:
 
 def predict(net, x, t, states, pooled) -> Tensor:
     """The network's eps, (B, 4, 16, 16), at integer timesteps t (B,)."""
-    size = torch.tensor(SIZE_IDS, dtype=x.dtype).expand(len(x), 6)
+    size = torch.tensor(SIZE_IDS, dtype=x.dtype, device=x.device).expand(len(x), 6)
     return net(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": size}).sample

@@ -1,4 +1,4 @@
-"""Measures the fast slider recipe against the published one: python train/bench.py [key=value ...], or make bench-train
+"""Measures the fast slider recipe against the published one: python train/bench/recipes.py [key=value ...], or make bench-train
 
 Trains the same slider by both, for the same steps, and by the fast one for the published one's wall time. Writes runs/bench/results.json.
 """

@@ -1,4 +1,4 @@
-"""Measures how well a few-step student still draws with a LoRA on it: python train/bench_prior.py [key=value ...], or make bench-prior
+"""Measures how well a few-step student still draws with a LoRA on it: python train/bench/prior.py [key=value ...], or make bench-prior
 
 Trains one LoRA of a held-out style of the embedded world on the student, at several weights of the prior term, and draws held-out
 captions in the student's own few steps, without and with the token. Writes runs/bench-prior/results.json.

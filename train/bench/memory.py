@@ -1,0 +1,149 @@
+"""Says what memory a step of training takes on SDXL's U-Net: python train/bench/memory.py [key=value ...]
+
+Or make bench-memory. Estimated without a GPU, by following every tensor of one step on torch's `meta`
+device; make gpu measures the same. Network in bf16, control and optimizer in fp32; the VAE and the points
+that are trained on come on top. Writes runs/bench-memory/results.json.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from configs import ROOT, UserError, entry, load, replacing, versions
+from models.architectures import ARCHITECTURES
+from models.families import Family
+from models.quantized import KINDS, check, inside, quantize, quantized
+from train.bench.sdxl import Row, Rows, clocked, now, peak_gb
+from train.peak import follow, training
+
+SDXL = ARCHITECTURES["sdxl"]
+
+
+@dataclass
+class Config:
+    sizes_px: list[int] = field(default_factory=lambda: [512, 1024])  # of the images
+    batch: int = 1  # latents at once
+    rank: int = 4  # of the slider
+    layers: str = "noxattn"  # its layer set
+    scope: str = "c3lier"  # and how far that reaches
+    out: str = "runs/bench-memory"  # results.json goes there
+
+
+def main(cfg: Config) -> None:
+    """Follows a step of every size with and without checkpointing, prints the table."""
+    cases = [(size_px, checkpointing) for size_px in cfg.sizes_px for checkpointing in (False, True)]
+    net = unet("meta")
+    found = []
+    for size_px, checkpointing in cases:
+        seen = follow(net, SDXL, cfg, latent(size_px), "vp", checkpointing)
+        found.append({"size_px": size_px, "checkpointing": checkpointing, **seen})
+    for row in found:
+        row["nf4"] = round(row["peak"] - saved(net))
+    with replacing(Path(cfg.out) / "results.json") as new:
+        new.write_text(json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": found}, indent=1) + "\n")
+    show(found)
+
+
+def unet(device: str) -> nn.Module:
+    """SDXL's U-Net as a family holds it on a GPU, with random weights."""
+    from diffusers import UNet2DConditionModel  # not above, for configs quietens diffusers before it is imported
+
+    published = json.loads((ROOT / "models/published.json").read_text())
+    with torch.device(device):
+        net = UNet2DConditionModel.from_config(published["sdxl"]["unet"])
+    net = net.to(torch.bfloat16, memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False)
+
+
+def latent(size_px: int) -> tuple[int, int, int]:
+    """The shape of a latent of SDXL's VAE."""
+    return 4, size_px // 8, size_px // 8
+
+
+def saved(net: nn.Module) -> float:
+    """The bytes by which quantize=nf4 makes a network smaller while one of its layers is unpacked."""
+    weights = [net.get_submodule(name).weight for name in inside(net)]
+    return sum(weight.nbytes - weight.numel() * KINDS["nf4"].bits / 8 for weight in weights) - max(weight.nbytes for weight in weights)
+
+
+def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> Rows:
+    """A step (forward, backward, optimizer) of each size and batch: measured, measured when packed, foretold.
+
+    sizes_px: empty = the size of the network's images, and half of it. kind: of packing; empty = none.
+    """
+    net, side, factor = subject()
+    cases = [(size_px, batch, checkpointing) for size_px in sizes_px or (side // 2, side)
+             for batch in batches for checkpointing in (False, True)]  # fmt: skip
+    for case in cases:
+        yield label(*case), lambda case=case: measured(net, factor, repeats, *case)
+    if kind:
+        yield f"packing in {kind}", lambda: packing(net, kind)
+        for case in cases:
+            yield f"{label(*case)}, {kind}", lambda case=case: measured(net, factor, repeats, *case, True)
+    for case in cases:
+        yield f"{label(*case)}, forecast", lambda case=case: foretold(net, factor, *case)
+
+
+def subject() -> tuple[nn.Module, int, int]:
+    """SDXL's U-Net on a GPU, else the embedded family's; the side of its images, in pixels and per latent."""
+    if torch.cuda.is_available():
+        return unet("cuda"), 1024, 8
+    return Family("tiny").member("base").denoiser.net, 64, 4
+
+
+def label(size_px: int, batch: int, checkpointing: bool) -> str:
+    return f"{size_px} px, batch {batch}{', checkpointing' if checkpointing else ''}"
+
+
+def measured(
+    net: nn.Module, factor: int, repeats: int, size_px: int, batch: int, checkpointing: bool, packed=False
+) -> Row:
+    """Seconds of a step, and the most memory that was held. Raises UserError where packing has failed."""
+    if packed and not quantized(net):
+        raise UserError("the network is not packed")
+    shape = (4, size_px // factor, size_px // factor)
+    with training(net, SDXL, Config(batch=batch), shape, "vp", checkpointing) as step:
+        seconds, _ = clocked(step, [], repeats)
+        return {"size_px": size_px, "batch": batch, "checkpointing": checkpointing, "seconds": seconds,
+                "peak_gb": peak_gb()}  # fmt: skip
+
+
+def foretold(net: nn.Module, factor: int, size_px: int, batch: int, checkpointing: bool) -> Row:
+    """The same by a network without weights on `meta`."""
+    with torch.device("meta"):
+        blank = type(net).from_config(net.config).to(net.dtype).eval().requires_grad_(False)
+    shape = (4, size_px // factor, size_px // factor)
+    seen = follow(blank, SDXL, Config(batch=batch), shape, "vp", checkpointing)
+    return {"size_px": size_px, "batch": batch, "checkpointing": checkpointing, "peak_gb": seen["peak"] / 1e9}
+
+
+def packing(net: nn.Module, kind: str) -> Row:
+    """Packs a network in place: its size before and after, and the seconds, many for its weights' hash."""
+    check(kind)
+    start, whole = now(), size_gb(net)
+    quantize(net, kind, net.device)
+    return {"seconds": now() - start, "whole_gb": whole, "packed_gb": size_gb(net)}
+
+
+def size_gb(net: nn.Module) -> float:
+    return sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers())) / 1e9
+
+
+def show(rows: list[dict]) -> None:
+    """Prints the estimate of every case."""
+    table = Table(title="Memory of one training step of a slider on SDXL's U-Net, GiB")
+    for head in ("pixels", "checkpointing", "network", "control, optimizer, activations", "peak", "peak with nf4"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        sizes = [row["network"], row["peak"] - row["network"], row["peak"], row["nf4"]]
+        table.add_row(str(row["size_px"]), "yes" if row["checkpointing"] else "no", *(f"{size / 2**30:.2f}" for size in sizes))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    entry(lambda: main(load(Config)))
