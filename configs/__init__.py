@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 from configs.errors import ROOT, UserError, cut, entry, note, quoted
 from configs.folders import claim, release, releases
@@ -14,3 +15,4 @@ __all__ = ["ROOT", "UserError", "claim", "command", "cut", "entry", "load", "mer
 for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when those libraries are imported, which is after this
     os.environ.setdefault(_name, "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns of a package that nothing here uses
+warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # which diffusers gives huggingface_hub

@@ -137,7 +137,7 @@ FEW = ["evaluators=[clip]", "wandb=disabled", "overwrite=true", "prompts=[a man 
 PARTS = {  # name: what is run, {family} the user's card, {out} the folder of runs
     "slider": ["train/slider.py", "member={family}/base", "name=fp32", "dtype=fp32", "out={out}", *SMALL],
     "slider-nf4": ["train/slider.py", "member={family}/base", "name=nf4", "dtype=bf16", "quantize=nf4", "out={out}", *SMALL],
-    "slider-watch": ["train/slider.py", "member={family}/dmd2", "name=watched", "dtype=bf16", "watch=[{family}/lightning-lora]",
+    "slider-watch": ["train/slider.py", "member={family}/base", "name=watched", "dtype=bf16", "watch=[{family}/lightning-lora]",
                      "watch_every=2", "watch_prompts=1", "out={out}", *SMALL],
     "show": ["controls/show.py", "{out}/fp32/control.safetensors", "member={family}/mine", "dtype=bf16", "scales=[0,1]",
              "out={out}/show.png"],

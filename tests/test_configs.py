@@ -353,6 +353,10 @@ def test_what_libraries_say_that_nobody_can_mend_is_not_said():
     code = f"import configs, logging; log = logging.getLogger('{name}'); log.warning('no kernel'); log.error('broken')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=configs.ROOT)
     assert done.stderr == "broken\n"
+    said = "The `local_dir_use_symlinks` argument is deprecated"
+    code = f"import configs, warnings; warnings.warn({said!r}); warnings.warn('ours')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=configs.ROOT)
+    assert "ours" in done.stderr and said not in done.stderr
 
 
 @pytest.mark.parametrize(("value", "said"), [

@@ -133,6 +133,9 @@ def test_moments_of_training(words, when):
     moments = plan.moments(cfg, family, its, 4e7 if not words else 1e6, smile)
     assert when in max((moment for moment in moments if "before" not in moment.when), key=lambda moment: moment.total).when
     assert all("what is trained on" in moment.held for moment in moments)
+    alike = merge(slider.Config, ["watch=[tiny/base]"])  # the network that is trained: the control is at its strength, not in its weights
+    watched = [moment for moment in plan.moments(alike, family, its, 0.0, smile) if "watched" in moment.when]
+    assert watched and all("weights with the control" not in moment.held for moment in watched)
 
 
 def test_a_packed_network_is_whole_once_on_a_cpu():

@@ -107,8 +107,9 @@ def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict
     if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
         found.append(Moment("when the network is packed", forecast.program(family.device) | forecast.networks(card, [own], dtype)))
     images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
-    for name in others:
-        added = forecast.sums(control, dtype) | trained
+    net = {name: card.base if its.lora else name for name, its in card.members.items()}
+    for _, name in map(split, cfg.watch):
+        added = trained | ({} if net[name] == net[own] else forecast.sums(control, dtype))
         found += [
             Moment(f"when {name} is watched", always | nets | beside | added | asked(name, images)),
             Moment(f"when {name} is watched", always | aside | added | decoded(images) | forecast.seeing(card, eyes, images)),

@@ -6,7 +6,7 @@ from configs import UserError
 from controls import stats
 from controls.effect import change
 from controls.lora import Control, applied, strength
-from models.evaluators import evaluators
+from models.evaluators import chosen, evaluators
 from models.families import Family, split
 from models.sample import Member
 
@@ -28,7 +28,7 @@ class Watch:
         if strange:
             raise UserError(f"watch takes members of the family {family.card.name}; got {', '.join(strange)}")
         self.others = [family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name]
-        self.eye = next(iter(evaluators(family.card, family.device).values()))
+        (self.eye,) = evaluators(family.card, family.device, chosen(family.card)[:1]).values()
         texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
         if not texts:
             raise UserError(f"the card of family {family.card.name} has no prompts to watch by")

@@ -18,7 +18,7 @@ from controls import formats, stats
 from controls.effect import change
 from controls.lora import applied
 from models.evaluators import evaluators
-from models.families import Family
+from models.families import Family, card, split
 from train import slider
 
 SCALES = np.array([-1.0, 0.0, 1.0])
@@ -60,7 +60,8 @@ def train(cfg: Config, recipe: str, steps: int) -> dict:
         path = slider.main(merge(slider.Config, cfg.config, words))
     finally:
         hook.remove()
-    seconds, batch = time.time() - start, merge(slider.Config, cfg.config).batch
+    seconds, asked = time.time() - start, merge(slider.Config, cfg.config)
+    batch = asked.batch or card(split(asked.member)[0]).batch
     return {"control": str(path), "steps": steps, "seconds": seconds, "evaluations": counted / steps / batch}
 
 
