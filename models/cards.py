@@ -60,6 +60,7 @@ class FamilyCard:
     size_px: int = 1024  # images are square
     text_length: int | None = None  # tokens of a T5 or Qwen prompt; null = the pipeline's default
     encoders: Literal["fp32", "network"] = "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
+    batch: int = 8  # latents at once in training, where the run does not say; a slider's step then takes less than 24 GB if any does
     base: str = "base"  # the member the others were distilled from
     clip: str = ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
     siglip: str = ""  # evaluator: a SiglipModel, likewise

@@ -21,6 +21,7 @@ from models.cards import card
 from models.families import Family, Memory
 from train import plan, slider
 from train.checkpoint import store
+from train.run import check
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -170,3 +171,12 @@ def test_an_unknown_config_is_said_and_stops_no_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     family = Family("sdxl", bare=True)
     assert forecast.said(lambda: forecast.drawing(family, [], 1, [], [])).startswith("memory at the most: unknown (cannot load ")
+
+
+@pytest.mark.parametrize(("words", "batch"), [
+    ([], 8), (["member=sdxl/base"], 2), (["member=flux/dev"], 1), (["member=sdxl/base", "batch=5"], 5),
+])  # fmt: skip
+def test_the_batch_is_the_familys_where_the_run_does_not_say(words, batch):
+    cfg = merge(slider.Config, words)
+    check(cfg)
+    assert cfg.batch == batch

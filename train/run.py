@@ -16,7 +16,7 @@ from controls import formats
 from controls.lora import Card, Control, create, detach, extract, parameters
 from controls.targets import targets
 from models import devices, quantized
-from models.families import DTYPES, Family, Memory, split
+from models.families import DTYPES, Family, Memory, card, split
 from models.identity import fingerprint
 from train.checkpoint import append, resumable, seeded, store
 from train.samples import overview, strip
@@ -34,7 +34,7 @@ class Training:
     layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/targets.py
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
-    batch: int = 8  # latents at once per process, all at one noise level
+    batch: int = 0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
     accumulate: int = 1  # such batches per process and optimizer step
     optimizer: str = "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it rate=1)
     rate: float = 1e-3  # learning rate
@@ -221,7 +221,8 @@ FREE = ("wandb", "out", "memory")  # what a continued run may change
 
 
 def check(cfg: Training) -> None:
-    """What can be wrong before anything is loaded."""
+    """What can be wrong before anything is loaded; fills in the card's batch."""
+    cfg.batch = cfg.batch or card(split(cfg.member)[0]).batch
     if "." in plain_name(cfg.name):
         raise UserError(f"name={cfg.name} cannot name a control: it has a dot")
     for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
