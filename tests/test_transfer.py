@@ -3,18 +3,21 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from analysis import draw, transfer
-from analysis.measure import judge
-from configs import ROOT, entry, load, merge
+from analysis.measure import floor_of, judge
+from configs import ROOT, UserError, entry, load, merge
 from controls import formats
+from controls.lora import content
 from models import families
 from models.evaluators import Picture
 
@@ -135,6 +138,41 @@ def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(draw, "finish", greedy)
     assert alike(measure(tmp_path, "references=false", "targets=[dmd]")["cells"][0]["effect"], run[1]["cells"][0]["effect"])
     assert "out of memory: on with 2 at once" in capsys.readouterr().out
+
+
+def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
+    """A flipped bit, an emptied file and two files in each other's place change no number."""
+    shutil.copytree(run[0] / "cache", tmp_path / "cache")
+    flipped, emptied, *rest = sorted((tmp_path / "cache").glob("??/*.safetensors"))
+    content = bytearray(flipped.read_bytes())
+    content[-5] ^= 8
+    flipped.write_bytes(content)
+    emptied.write_bytes(b"")
+    same = [path for path in rest if path.stat().st_size == rest[-1].stat().st_size][-2:]
+    os.rename(same[0], tmp_path / "aside")
+    os.rename(same[1], same[0])
+    os.rename(tmp_path / "aside", same[1])
+    capsys.readouterr()
+    assert measure(tmp_path)["cells"] == run[1]["cells"]
+    assert "4 of the drawings in" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_named_and_not_kept(tmp_path, monkeypatch):
+    original = draw.finish
+    monkeypatch.setattr(draw, "finish", lambda plan, noise, prompts: original(plan, noise, prompts) * float("nan"))
+    with pytest.raises(UserError, match="images of tiny/dmd with smile-dmd at scale -1 are not finite"):
+        measure(tmp_path, "targets=[dmd]", "references=false", "scales=[-1,0,1]")
+    assert not list((tmp_path / "cache").glob("??/*"))
+
+
+def test_a_control_called_as_the_floor_of_another_is_not_it(tmp_path):
+    """random-smile beside smile, whose floor is a random control."""
+    other = formats.load("controls/tiny/age.safetensors")
+    formats.save(replace(other, card=replace(other.card, name="random-smile")), tmp_path / "x.safetensors")
+    words = [f"controls=[controls/tiny/smile.safetensors,{tmp_path}/x.safetensors]", "targets=[dmd]", f"cache={tmp_path}/cache"]
+    drawings, (smile, named), targets = transfer.prepare(merge(transfer.Config, words), torch.device("cpu"))
+    assert content(drawings.controls["random-smile", False]) == content(other)
+    assert drawings.key(floor_of("dmd", smile)) != drawings.key(draw.Job("dmd", named.name, 1.0)) != drawings.key(floor_of("dmd", named))
 
 
 def test_one_network_at_a_time(tmp_path, monkeypatch):
