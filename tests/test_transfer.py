@@ -143,7 +143,10 @@ def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys
 def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
     """A flipped bit, an emptied file and two files in each other's place change no number."""
     shutil.copytree(run[0] / "cache", tmp_path / "cache")
-    flipped, emptied, *rest = sorted((tmp_path / "cache").glob("??/*.safetensors"))
+    cfg = merge(transfer.Config, [*SMALL, f"cache={tmp_path}/cache"])
+    drawings, subjects, targets = transfer.prepare(cfg, torch.device("cpu"))
+    jobs = transfer.jobs_of(cfg, subjects, targets)
+    flipped, emptied, *rest = sorted({path for job in jobs for path in drawings.files(job)})
     content = bytearray(flipped.read_bytes())
     content[-5] ^= 8
     flipped.write_bytes(content)
