@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import transfer
-from analysis.draw import Drawings, Job
+from analysis.images.cache import Drawings, Job
 from configs import entry, load, merge
-from models.sample import draw_noise
+from models.sampler import draw_noise
 
 
 @dataclass

@@ -12,8 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from analysis import cells as of
 from analysis import results
+from analysis.pages import words as of
 from configs import UserError, entry, load, tracking
 
 SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>, <evaluator>

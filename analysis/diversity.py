@@ -15,19 +15,21 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import diversity_page, record, report, sheets, store
-from analysis.draw import in_memory, in_turn, one_by_one, plan_of, ways
-from analysis.drawing import shown
-from analysis.metrics import Spread
-from analysis.quality import Judge, against
-from analysis.report import number
+from analysis import report, wandb_log
+from analysis.images import sheets, store
+from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of, ways
+from analysis.images.quality import Judge, against
+from analysis.measures.image_sets import Spread
+from analysis.pages import diversity as diversity_page
+from analysis.pages.charts import shown
+from analysis.pages.html import number
 from configs import UserError, entry, load, releases, tracking
 from controls import intervals
 from models import budget, devices, forecast, promptsets
 from models.evaluators import UNIT, Evaluator, chosen, evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
-from models.sample import Plan, draw_noise, finish, sample
+from models.sampler import Plan, draw_noise, finish, sample
 
 FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(1)", "renoised(1)", "guided(1)", "cads(0.2)", "delta(0.8)"]
 SHOWN = 8  # images of a prompt that the picture shows
@@ -41,7 +43,7 @@ class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
     students: list[str] = field(default_factory=list)  # members to compare with the base; empty = all of the family
-    plans: list[str] = field(default_factory=lambda: list(FEW))  # as models/sample.py writes them; base and student are always there
+    plans: list[str] = field(default_factory=lambda: list(FEW))  # as models/sampler.py writes them; base and student are always there
     prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 5  # images per prompt, at least 3
     seed: int = 2000  # the first image seed
@@ -70,7 +72,7 @@ class Job:
 
     @property
     def target(self) -> str:
-        """As analysis.draw names it."""
+        """As analysis.images.cache names it."""
         return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
 
     @property
@@ -123,9 +125,9 @@ def main(cfg: Config) -> Path:
 
     judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
     cells = cells_of(cfg, family.card.base, plans, list(eyes), judge, blocks_of(texts), folder)
-    results = {**record.header("analysis.diversity", cfg, start), "evaluators": list(eyes), "base": family.card.base,
+    results = {**wandb_log.header("analysis.diversity", cfg, start), "evaluators": list(eyes), "base": family.card.base,
                "fronts": diversity_page.fronts(cells, family.card.base), "cells": cells}  # fmt: skip
-    record.write(results, folder)
+    wandb_log.write(results, folder)
     pictures(seeds[: min(SHOWN, cfg.seeds)], cells, folder)
     page = report.build(folder)
     show(cells)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.cells import WORDS
+from analysis.pages.words import WORDS
 from configs import UserError, quoted
 from configs.errors import cut
 

@@ -23,19 +23,21 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import record, report, results, similarity_page, store
-from analysis.directions import Start, directions, overlaps
-from analysis.prediction import points, predictors
-from analysis.report import number, ranged
-from analysis.representations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
-from analysis.stitching import stitch
+from analysis import report, results, wandb_log
+from analysis.images import store
+from analysis.images.activations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
+from analysis.images.directions import Start, directions, overlaps
+from analysis.images.stitching import stitch
+from analysis.measures.prediction import points, predictors
+from analysis.pages import similarity as similarity_page
+from analysis.pages.html import number, ranged
 from configs import ROOT, UserError, entry, load, releases, replacing, tracking
 from controls import formats
 from controls.lora import Control, applied
 from models import budget, devices, promptsets
 from models.evaluators import evaluators
 from models.families import DTYPES, Family, Memory
-from models.sample import alone
+from models.sampler import alone
 
 SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
@@ -101,7 +103,7 @@ def main(cfg: Config) -> Path:
     cells = gather(folder, pairs, shown)
     for who, rows in points(cells, transfer).items():
         cells += [{"what": "point", "evaluator": who, **row} for row in rows] + predictors(rows, who, seed=cfg.seed)
-    record.write({**record.header("analysis.similarity", cfg, start), "cells": cells}, folder)
+    wandb_log.write({**wandb_log.header("analysis.similarity", cfg, start), "cells": cells}, folder)
     page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
@@ -220,7 +222,7 @@ def measurements(
         seeds = [own[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
         eyes = evaluators(family.card, family.device)
         cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes)
-        record.picture(pictures, folder / f"images/stitch/{pair.file}.png")
+        wandb_log.picture(pictures, folder / f"images/stitch/{pair.file}.png")
         return cells
 
     grounds: list[Start] = []

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from analysis import record, report, sheets, store, trace_page
-from analysis.commitment import abandoned, apart, committed, concept, followed
-from analysis.draw import acting, in_memory, in_turn, networks, one_by_one, plan_of, ways
-from analysis.drawing import shown
+from analysis import report, wandb_log
+from analysis.images import sheets, store
+from analysis.images.cache import acting, in_memory, in_turn, networks, one_by_one, plan_of, ways
+from analysis.measures.commitment import abandoned, apart, committed, concept, followed
+from analysis.pages import trace as trace_page
+from analysis.pages.charts import shown
 from configs import UserError, entry, load, releases, tracking
 from controls import formats
 from controls.lora import Control, fits
@@ -27,7 +29,7 @@ from models import budget, devices, forecast, promptsets
 from models.evaluators import READERS, Evaluator, chosen, evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
-from models.sample import Plan, draw_noise, sample
+from models.sampler import Plan, draw_noise, sample
 
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
 FREE = ("wandb", "out", "batch", "memory", "plan", "tolerance", "threshold", "concepts")  # what a continued run may change
@@ -39,7 +41,7 @@ class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
     students: list[str] = field(default_factory=list)  # members to trace beside the base; empty = all of the family
-    plans: list[str] = field(default_factory=lambda: ["base(4)", "hybrid(1)"])  # besides base and student, as models/sample.py writes them
+    plans: list[str] = field(default_factory=lambda: ["base(4)", "hybrid(1)"])  # besides base and student, as models/sampler.py writes them
     prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt, at least 2
     seed: int = 3000  # the first image seed
@@ -72,7 +74,7 @@ class Job:
 
     @property
     def target(self) -> str:
-        """As analysis.draw names it."""
+        """As analysis.images.cache names it."""
         return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
 
     @property
@@ -124,9 +126,9 @@ def main(cfg: Config) -> Path:
     cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
     pictures(cfg, cells, folder)
     strips(family, seeds, cells, folder)
-    results = {**record.header("analysis.trace", cfg, start), "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts,
+    results = {**wandb_log.header("analysis.trace", cfg, start), "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts,
                "shown": min(cfg.shown, len(cfg.prompts)), "control": control.card.name if control else "", "cells": cells}  # fmt: skip
-    record.write(results, folder)
+    wandb_log.write(results, folder)
     page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; page: {page}")

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from analysis import cards, design, record, report
-from analysis.draw import Drawings, Job, in_turn, one_by_one, plan_of
-from analysis.measure import Measurement, Subject, Words, floor_of, is_reference
+from analysis import model_cards, report, session, wandb_log
+from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
+from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
+from analysis.pages import html
 from configs import UserError, entry, load, releases, tracking
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
@@ -24,7 +25,7 @@ from models import devices, promptsets
 from models.evaluators import chosen, evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
 from models.loading import skeleton
-from models.sample import PLANS
+from models.plans import PLANS
 
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
@@ -71,7 +72,7 @@ def main(cfg: Config) -> Path:
     drawings, subjects, targets = prepare(cfg, accelerator.device)
     jobs = jobs_of(cfg, subjects, targets)
     if cfg.plan:
-        design.show(drawings, subjects, targets, jobs, chosen(drawings.family.card, cfg.evaluators), folder)
+        session.show(drawings, subjects, targets, jobs, chosen(drawings.family.card, cfg.evaluators), folder)
         return folder
     fit(cfg, drawings, subjects, jobs)
     devices.claim(accelerator, cfg, FREE)
@@ -81,23 +82,23 @@ def main(cfg: Config) -> Path:
         cells, leakage = measurement.cells(targets), measurement.leakage(targets)
         drawings.remember_words()
         pictures(drawings, subjects, targets, cells, folder)
-        about = {**record.header("analysis.transfer", cfg, start), "evaluators": list(drawings.eyes), "margin": list(intervals.MARGIN)}
+        about = {**wandb_log.header("analysis.transfer", cfg, start), "evaluators": list(drawings.eyes), "margin": list(intervals.MARGIN)}
         publish(cfg, {**about, "cost": cost, "cells": cells, "leakage": leakage}, folder)
     return folder / "report.html"
 
 
 def publish(cfg: Config, results: dict, folder: Path) -> None:
     """The record to its files, the screen and W&B."""
-    record.write(results, folder)
+    wandb_log.write(results, folder)
     page, files = report.build(folder), dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
-    cards.write(results, folder)
+    model_cards.write(results, folder)
     show(results["cells"])
     cost = results["cost"]
     print(f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}")
     with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(files), cfg.wandb) as tracker:
-        record.track(results, folder, tracker, files)
+        wandb_log.track(results, folder, tracker, files)
     for path in files.values() if cfg.write_card else ():
-        cards.into_header(results, path)  # last, so that W&B's input is the file that training logged
+        model_cards.into_header(results, path)  # last, so that W&B's input is the file that training logged
 
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
@@ -161,7 +162,7 @@ def adopted(path: str, name: str, cfg: Config, family: Family) -> Control:
     if formats.native(path):
         return formats.load(path)
     if cfg.write_card:
-        cards.carded(path)
+        model_cards.carded(path)
     source = cfg.source or family.card.base
     own = Card("lora", name, family.card.name, source, 0, 0.0, "full", "c3lier", {})
     return formats.adopt(path, skeleton(family.card, source), own, cfg.encoders)
@@ -228,9 +229,9 @@ def pictures(drawings: Drawings, subjects: list[Subject], targets: list[str], ce
     for subject in subjects:
         sheets = {target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)]) for target in targets}
         for sheet in sheets.values():
-            record.picture(sheet, folder / next(cells)["picture"])
+            wandb_log.picture(sheet, folder / next(cells)["picture"])
         rows = {target: sheet[:, 0] for target, sheet in sheets.items()}
-        record.overview(rows, subject.scales, folder / f"images/{subject.name}/members.png")
+        wandb_log.overview(rows, subject.scales, folder / f"images/{subject.name}/members.png")
 
 
 def show(cells: list[dict]) -> None:
@@ -249,10 +250,10 @@ def show(cells: list[dict]) -> None:
 
 def lines(cell: dict) -> Iterator[str]:
     """The lines of one printed cell."""
-    yield f"{report.ranged(cell['retention'])} {'' if cell['reference'] else cell['verdict']}"
+    yield f"{html.ranged(cell['retention'])} {'' if cell['reference'] else cell['verdict']}"
     for name, second in cell["second"].items():
-        yield f"{report.ranged(second['retention'])} {name}"
-    yield f"scale {report.number(cell['matched_scale']['value'])}, CLIP {report.percent(cell['clip_change_percent'])}"
+        yield f"{html.ranged(second['retention'])} {name}"
+    yield f"scale {html.number(cell['matched_scale']['value'])}, CLIP {html.percent(cell['clip_change_percent'])}"
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from configs.ranges import check
 from controls import headers, layouts
 from controls.files import finite, header, located, read, real
 from controls.headers import DIFFUSERS
+from controls.layers import layer_set
 from controls.lora import Card, Control
-from controls.targets import layer_set
 from models.promptsets import HUB
 
 __all__ = ["adopt", "card_of", "load", "located", "name", "names", "native", "read", "relabel", "save", "save_kohya"]

@@ -2,7 +2,7 @@
 
 Images of one prompt are alike, so prompts are the units: an interval of a mean is Student's over the prompts' means, that of a ratio
 Fieller's, that of a number which only a whole set has the jackknife's over prompts or blocks, by Student's quantile too. With fewer than
-two units there is none. In simulation they cover in 93 to 97 % of cases (`tests/test_intervals.py`), where the percentile interval of a
+two units there is none. In simulation they cover in 93 to 97 % of cases (its tests), where the percentile interval of a
 bootstrap over prompts covers in 85 to 92 (LOG.md). Claims over a table are corrected for its size by `holm`.
 """
 

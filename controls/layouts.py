@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from configs import UserError, cut, note
 from controls.algorithms import READABLE, algorithm, pair, split
-from controls.targets import places
+from controls.layers import places
 
 # what stands before a layer's name, with dots in it and with underscores
 DOTTED = ("", "unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model.",

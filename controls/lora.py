@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
-from controls.targets import places, targets
+from controls.layers import places, targets
 from models.quantized import quantized
 
 if TYPE_CHECKING:  # peft takes seconds to import, which what only reads controls need not wait
@@ -34,7 +34,7 @@ class Card:
     member: str  # the one it was trained on
     rank: int
     alpha: float
-    layers: str  # layer set, see controls.targets
+    layers: str  # layer set, see controls.layers
     scope: str
     recipe: dict = field(default_factory=dict)  # prompts, steps, seed: what it takes to train it again
     base_hash: str = ""  # fingerprint of the network it was trained on, and of the delta that makes it a LoRA student

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from configs import UserError, entry, load, plain, plain_name, versions
 from controls import formats
+from controls.layers import CUSTOM
 from controls.lora import Card, Control
-from controls.targets import CUSTOM
 
 
 @dataclass

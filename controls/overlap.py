@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from controls.layers import places
 from controls.lora import Control
-from controls.targets import places
 
 
 @dataclass(frozen=True)

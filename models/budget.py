@@ -24,7 +24,7 @@ from models.loading import BROKEN, available, config, latent_shape, one_line, pl
 from models.quantized import KINDS, inside
 
 if TYPE_CHECKING:  # families stand on both
-    from models.sample import Plan
+    from models.sampler import Plan
 
 GB = 1e9
 SHARE = 0.5  # of the speed of a plain product, which networks may reach

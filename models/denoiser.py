@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from models.architectures import Call, call_sdxl
-from models.delta import Delta, Strength, dial
+from models.lora_student import Delta, Strength, dial
 from models.noise import Noise, to_x0
 from models.prompts import Prompts, concatenate
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs import UserError, note
 from models.cards import FamilyCard
-from models.identity import content
+from models.hashing import content
 from models.loading import available, file_of, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims

@@ -14,14 +14,14 @@ from models import budget
 from models.architectures import ARCHITECTURES
 from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
-from models.delta import Delta
-from models.delta import read as delta_of
 from models.loading import fetch, file_of, latent_shape, network, one_line, place, published_scheduler, skeleton, source
-from models.memory import Memory, Turns, compiled, release, trim
+from models.lora_student import Delta
+from models.lora_student import read as delta_of
 from models.noise import BETAS, CLEAN, LAWS, Noise, ancestral
+from models.offload import Memory, Turns, compiled, release, trim
 from models.prompts import Prompts, stacked
 from models.quantized import quantize as pack
-from models.sample import Denoiser, Member, alone, draw_noise, finish, levels_of
+from models.sampler import Denoiser, Member, alone, draw_noise, finish, levels_of
 from models.tokens import Reader, cuts, tell_apart
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait

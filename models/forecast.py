@@ -22,7 +22,7 @@ from models import budget
 from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard
 from models.loading import available, config, latent_shape, one_line, place
-from models.memory import Memory
+from models.offload import Memory
 
 if TYPE_CHECKING:  # families are on top of what is forecast
     from models.families import Family

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import UserError
-from models.identity import fingerprint
-from models.memory import trim
+from models.hashing import fingerprint
+from models.offload import trim
 
 SPELL = 32  # layers after which the memory of their whole weights is given back
 INSIDE = re.compile(r"^(?!.*embed).*\.\d+\.")  # of a repeated block: embedders and the ends of a network are small and say much

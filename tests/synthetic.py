@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from configs import ROOT
-from controls import effect, intervals, stats
+from controls import effect, intervals
+from controls import retention as stats
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
 ZERO = 2

@@ -9,7 +9,7 @@ from configs import UserError, merge
 from controls import show
 from models.batches import Batches
 from models.families import Family
-from models.sample import alone, draw_noise, finish
+from models.sampler import alone, draw_noise, finish
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 

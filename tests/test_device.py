@@ -13,7 +13,8 @@ from controls.lora import applied
 from models import devices
 from models.evaluators import evaluators
 from models.families import Family
-from models.sample import PLANS, alone, draw_noise, finish, named
+from models.plans import PLANS, named
+from models.sampler import alone, draw_noise, finish
 from train import image_slider, lora, slider, sliderspace, tiny_students
 from train.tiny_parts import WEIGHTS, Config
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from configs import ROOT, UserError
 from controls import formats, layouts
+from controls.layers import targets
 from controls.lora import Card
-from controls.targets import targets
-from models import budget, delta
+from models import budget, lora_student
 from models.architectures import ARCHITECTURES
 from models.cards import card
 from models.families import Family
@@ -135,7 +135,7 @@ def test_the_keys_of_published_students_find_their_places(tmp_path, name, layers
     theirs = {ours[0]: name for name, ours in layouts._sgm(net).items()} if spelling == "sgm" else {layer: layer for layer in ours}
     file = tmp_path / "student.safetensors"
     save_file(kohya(net, {layer: theirs[layer].replace(".", "_") for layer in ours}), file)
-    found = delta.read(file, ARCHITECTURES[card(name).architecture], net)
+    found = lora_student.read(file, ARCHITECTURES[card(name).architecture], net)
     assert set(found.pairs) == set(ours) and len(ours) == layers
     assert all(b.flatten()[0] == 0.5 for _, b in found.pairs.values())  # alpha / rank is in it
     blank = Card("lora", "student", name, "base", 1, 1.0, "full", "c3lier")

@@ -28,7 +28,7 @@ from configs.ranges import check
 from controls import convert, formats, info, merge, show
 from models import promptsets
 from models.cards import card
-from models.sample import PLANS, named
+from models.plans import PLANS, named
 from train import image_slider, lora, slider, sliderspace
 from train.checkpoint import resumable, store
 from train.pictures import read as read_pictures

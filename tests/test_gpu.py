@@ -16,7 +16,8 @@ from controls import formats, show
 from controls.lora import applied
 from models.evaluators import evaluators
 from models.families import Family
-from models.sample import draw_noise, finish, named
+from models.plans import named
+from models.sampler import draw_noise, finish
 from train import image_slider, lora, slider, sliderspace
 
 NEEDED = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -7,10 +7,10 @@ import torch
 
 from configs import ROOT, merge
 from controls import formats
+from controls.layers import targets
 from controls.lora import attach, detach, strength
-from controls.targets import targets
 from models.families import Family
-from models.sample import alone, draw_noise, finish
+from models.sampler import alone, draw_noise, finish
 from models.tiny.evaluators import Probe, column
 from train import slider
 from train.bench import memory

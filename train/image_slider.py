@@ -17,7 +17,7 @@ from controls.lora import strength
 from models.families import Family, split
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.tiny import world
-from train import plan
+from train import dry_run
 from train.pictures import read
 from train.run import Run, Training
 
@@ -52,7 +52,8 @@ class Pairs:
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
-        return plan.show(cfg, lambda _: plan.Cost(0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs))  # both sides of a pair, there and back
+        cost = dry_run.Cost(0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs)  # both sides of a pair, there and back
+        return dry_run.show(cfg, lambda _: cost)
     family = Family(split(cfg.member)[0])  # its tokenizers and its card; nothing is loaded or written for what is refused here
     if cfg.positive or cfg.negative:
         family.tell_apart(cfg.positive, cfg.negative)

@@ -15,12 +15,12 @@ from controls.lora import strength
 from models.cards import card, split
 from models.noise import LAWS, TRAIN_STEPS, comparable
 from models.prompts import Prompts
-from models.sample import Member, alone
+from models.sampler import Member, alone
 from models.tiny import world
 from models.tiny.faces import STYLES, styled
-from train import plan
+from train import dry_run
 from train.pictures import read
-from train.points import points
+from train.rollouts import points
 from train.run import Run, Training
 
 
@@ -36,7 +36,7 @@ class Config(Training):
     prior: float = 0.0  # weight of the prior term: the member goes on drawing `negative` as before; 0 = off
     prior_images: int = 32  # pictures of the member itself that say how
     alpha: float = 4.0  # effective strength is scale * alpha / rank
-    layers: str = "full"  # layer set, see controls/targets.py; xattn-strict with scope=lierla is Custom Diffusion's
+    layers: str = "full"  # layer set, see controls/layers.py; xattn-strict with scope=lierla is Custom Diffusion's
     steps: int = 500  # optimizer steps
     sample_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])  # columns of a strip
     out: str = "runs/lora"  # the run is written to out/name
@@ -45,7 +45,7 @@ class Config(Training):
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.plan:
-        return plan.show(cfg, partial(cost, cfg))
+        return dry_run.show(cfg, partial(cost, cfg))
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     run = Run(cfg, "lora")
     latents = run.family.to_latents(images)
@@ -62,13 +62,13 @@ def main(cfg: Config) -> Path | None:
         return run.save()
 
 
-def cost(cfg: Config, member: Member) -> plan.Cost:
+def cost(cfg: Config, member: Member) -> dry_run.Cost:
     """Of the prior runs of the member are kept, x and x0 of every step, and each step asks once more."""
     if not cfg.prior:
-        return plan.Cost(0, 3, kept=cfg.images, pictures=cfg.images)
+        return dry_run.Cost(0, 3, kept=cfg.images, pictures=cfg.images)
     rows = min(2 * cfg.batch, cfg.prior_images) * (1 if member.guidance is None else 2)
     kept = cfg.images + 2 * cfg.prior_images * len(member.levels)
-    return plan.Cost(cfg.prior_images * alone(member).evaluations, 6, rows, kept, cfg.images)
+    return dry_run.Cost(cfg.prior_images * alone(member).evaluations, 6, rows, kept, cfg.images)
 
 
 def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from configs import UserError, folders, plain_name, tracking, versions
 from controls import formats
+from controls.layers import targets
 from controls.lora import Card, Control, create, detach, extract, parameters
-from controls.targets import targets
 from models import devices, quantized
 from models.families import DTYPES, Family, Memory, card, split
-from models.identity import fingerprint
+from models.hashing import fingerprint
 from train.checkpoint import append, resumable, seeded, store
-from train.samples import overview, strip
-from train.watch import Watch
+from train.validation import Watch, overview, strip
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Training:
     member: str = "tiny/base"  # family/member to train on
     rank: int = 4  # of the low-rank pairs
     alpha: float = 1.0  # effective strength is scale * alpha / rank
-    layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/targets.py
+    layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/layers.py
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
     batch: int = 0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2

@@ -15,9 +15,9 @@ from controls.lora import strength
 from models.families import Family, split
 from models.noise import Noise, comparable
 from models.prompts import Prompts
-from models.sample import Member, Plan, Stage, alone, draw_noise, finish
-from train import plan
-from train.points import points
+from models.sampler import Member, Plan, Stage, alone, draw_noise, finish
+from train import dry_run
+from train.rollouts import points
 from train.run import Run, Training
 
 
@@ -75,7 +75,7 @@ def main(cfg: Config) -> Path | None:
         raise UserError(f"no recipe {cfg.recipe!r}; there are {', '.join(RECIPES)}")
     pairs = spread(cfg)
     if cfg.plan:
-        return plan.show(cfg, lambda member: RECIPES[cfg.recipe].cost(cfg, member))
+        return dry_run.show(cfg, lambda member: RECIPES[cfg.recipe].cost(cfg, member))
     differing(cfg, pairs)
     run = Run(cfg, "slider")
     lesson = RECIPES[cfg.recipe](cfg, run.family, run.member, pairs)
@@ -154,10 +154,10 @@ class Fast:
     """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T points, taught once."""
 
     @staticmethod
-    def cost(cfg: Config, member: Member) -> plan.Cost:
+    def cost(cfg: Config, member: Member) -> dry_run.Cost:
         """Runs of which every point is taught by the teacher's three, and x, neutral and direction are kept."""
         points, rows = cfg.trajectories * len(member.levels), 3 * min(2 * cfg.batch, cfg.trajectories)
-        return plan.Cost(cfg.trajectories * alone(member).evaluations + 3 * points, 3, rows, 3 * points)
+        return dry_run.Cost(cfg.trajectories * alone(member).evaluations + 3 * points, 3, rows, 3 * points)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
@@ -182,10 +182,10 @@ class Published:
     """
 
     @staticmethod
-    def cost(cfg: Config, member: Member) -> plan.Cost:
+    def cost(cfg: Config, member: Member) -> dry_run.Cost:
         """Per latent and step half a run, the teacher's three, the student's pass and back."""
         run = 2 * cfg.denoise_steps if member.guidance is not None else len(member.levels)
-        return plan.Cost(0, run / 2 + 3 + 3, 3 * cfg.batch)
+        return dry_run.Cost(0, run / 2 + 3 + 3, 3 * cfg.batch)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)

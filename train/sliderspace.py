@@ -15,9 +15,9 @@ from torch import Tensor
 from configs import UserError, entry, load
 from controls.lora import strength
 from models.evaluators import Clip
-from models.sample import Member, alone
-from train import plan
-from train.points import points
+from models.sampler import Member, alone
+from train import dry_run
+from train.rollouts import points
 from train.run import Run, Training
 
 
@@ -51,7 +51,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.watch:
         raise UserError("watch measures by words, which directions do not have; python -m analysis.transfer measures them without")
     if cfg.plan:
-        return plan.show(cfg, partial(cost, cfg))
+        return dry_run.show(cfg, partial(cost, cfg))
     run = Run(cfg, "sliderspace")
     clip = Clip(run.family.card.clip, run.family.device)
     prompt = run.family.encode([cfg.prompt])
@@ -79,11 +79,11 @@ def main(cfg: Config) -> Path | None:
     return run.folder
 
 
-def cost(cfg: Config, member: Member) -> plan.Cost:
+def cost(cfg: Config, member: Member) -> dry_run.Cost:
     """Runs of which every point is seen once more, by CLIP, through the VAE, as each step is."""
     points, rows = cfg.trajectories * len(member.levels), min(2 * cfg.batch, cfg.trajectories)
     asked = cfg.trajectories * alone(member).evaluations + points
-    return plan.Cost(asked, 3, rows * (1 if member.guidance is None else 2), points, rows, True, ("clip",))
+    return dry_run.Cost(asked, 3, rows * (1 if member.guidance is None else 2), points, rows, True, ("clip",))
 
 
 def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:

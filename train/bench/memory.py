@@ -19,7 +19,7 @@ from models.architectures import ARCHITECTURES
 from models.families import Family
 from models.quantized import KINDS, check, inside, quantize, quantized
 from train.bench.sdxl import Row, Rows, clocked, now, peak_gb
-from train.peak import follow, training
+from train.dry_run import follow, training
 
 SDXL = ARCHITECTURES["sdxl"]
 

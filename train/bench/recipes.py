@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import entry, load, merge, replacing, versions
-from controls import formats, stats
+from controls import formats, retention
 from controls.effect import change
 from controls.lora import applied
 from models.evaluators import evaluators
@@ -78,7 +78,7 @@ def effects(cfg: Config, path: str) -> dict:
     found = {}
     for name, eye in eyes.items():
         score = np.stack([eye.score(eye.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1)
-        found[name] = stats.estimate(change(score, 1), SCALES)["slope"]
+        found[name] = retention.estimate(change(score, 1), SCALES)["slope"]
     return found
 
 

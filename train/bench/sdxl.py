@@ -19,8 +19,9 @@ from torch import nn
 
 from configs import ROOT, entry, load, replacing, versions
 from models.families import Family
-from models.memory import compiled
-from models.sample import Member, Plan, alone, draw_noise, finish, hybrid
+from models.offload import compiled
+from models.plans import hybrid
+from models.sampler import Member, Plan, alone, draw_noise, finish
 from train.bench.figures import STAND_IN
 
 TEXT = "portrait of a person"

@@ -1,0 +1,274 @@
+"""Images of every prompt and seed, drawn once: latents and features are kept by content, so that only what is new is drawn.
+
+A drawing is found again by the hash of all that it depends on: networks, plan, control, scale, prompts, seeds. It does not depend on the
+batch, on the process that drew it and on the run that asked for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from analysis.images import store
+from configs import UserError, note
+from controls.lora import Control, content, ready
+from models.evaluators import Evaluator
+from models.families import Family, FamilyCard
+from models.hashing import identity
+from models.noise import Noise
+from models.plans import named
+from models.promptsets import PromptSet
+from models.sampler import Member, Plan, alone, draw_noise, during, finish
+
+SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
+OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
+VERSION = 1  # raised when the same description comes to mean other images
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One drawing: every prompt and seed on one target, under one control at one scale."""
+
+    target: str  # a member, or member:plan
+    control: str | None = None  # by name; None = none
+    scale: float = 0.0
+    random: bool = False  # not the control itself but its floor, a random one of the same norms
+    again: bool = False  # a second drawing of the same, to see whether it comes out the same
+
+
+class Drawings:
+    """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
+
+    def __init__(self, family: Family, controls: dict[tuple[str, bool], Control], eyes: dict[str, Evaluator], prompts: PromptSet,
+                 seeds: int, seed: int, below: float | None, folder: Path):  # fmt: skip
+        """controls: by (name, whether it is the random one of that control's norms)."""
+        self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts.texts, seeds, below
+        self.numbers = prompts.numbers(seeds, seed)  # each image its own
+        self.folder = Path(folder)
+        self.contents = {key: content(control) for key, control in controls.items()}
+        self.keys: dict[Job, str] = {}
+        self.whole: set[Path] = set()  # files that were seen to be
+        self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
+        store.sweep(self.folder)
+        for name, path in self.words():
+            eyes[name].known |= {text: vector.numpy() for text, vector in (store.read(path, path.stem) or {}).items()}
+
+    def key(self, job: Job) -> str:
+        """The hash of what the images of a job depend on."""
+        if job not in self.keys:
+            self.keys[job] = hashlib.sha256(json.dumps(self.said(job), sort_keys=True).encode()).hexdigest()
+        return self.keys[job]
+
+    def said(self, job: Job) -> dict:
+        """What the images of a job depend on."""
+        member, _, plan = job.target.partition(":")
+        card, acts = self.family.card, bool(job.control is not None and job.scale)
+        return {
+            "version": VERSION, "target": job.target, "again": job.again, "prompts": self.texts, "seeds": self.numbers,
+            "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
+            "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
+        }  # fmt: skip
+
+    def path(self, job: Job, who: str = "") -> Path:
+        """Where a job's latents are, or its features by one evaluator."""
+        key = self.key(job)
+        return self.folder / key[:2] / f"{key[:32]}{'-' + self.signs[who] if who else ''}.safetensors"
+
+    def files(self, job: Job) -> list[Path]:
+        return [self.path(job), *(self.path(job, who) for who in self.eyes)]
+
+    def words(self) -> Iterator[tuple[str, Path]]:
+        """The evaluators that embed texts, and where these embeddings are kept."""
+        return ((name, self.folder / f"words-{self.signs[name]}.safetensors") for name, eye in self.eyes.items() if hasattr(eye, "known"))
+
+    def remember_words(self) -> None:
+        """Keeps what evaluators made of texts, so that a run with nothing new need not load them."""
+        for name, path in self.words():
+            store.write(path, {text: torch.from_numpy(vector) for text, vector in self.eyes[name].known.items()}, path.stem)
+
+    def missing(self, jobs: list[Job]) -> list[Job]:
+        """The jobs of which something is still to be made, each kind of images once; what is damaged is missing, and said."""
+        different = {self.key(job): job for job in jobs}
+        found = [job for job in different.values() if not all([self.there(path) for path in self.files(job)])]
+        spoilt = [path for job in found for path in self.files(job) if path.exists() and path not in self.whole]
+        if spoilt:
+            note(f"{len(spoilt)} of the drawings in {self.folder} are damaged, or of an earlier version: they are made again")
+        return found
+
+    def there(self, path: Path) -> bool:
+        """Whether a file is there, whole and what its name says; a file is read once to know."""
+        if path not in self.whole and store.read(path, path.stem) is not None:
+            self.whole.add(path)
+        return path in self.whole
+
+    def keep(self, path: Path, **tensors: Tensor) -> None:
+        store.write(path, tensors, path.stem)
+        self.whole.add(path)
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """What is kept in a file. Raises UserError where it was damaged after it was seen to be whole."""
+        return store.load(path, path.stem)
+
+    @torch.no_grad()
+    def make(self, job: Job) -> None:
+        """Draws what is not yet drawn, and looks at it by what has not yet looked; an image is decoded once."""
+        new = not self.there(self.path(job))
+        latents = self.latents(job) if new else self.read(self.path(job))["latents"].to(self.family.device)
+        blind = [who for who in self.eyes if not self.there(self.path(job, who))]
+        shown = set(range(0, len(latents), self.seeds)[:SHOWN]) if new else set()
+
+        def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            """The pictures to show among these, and what every evaluator sees."""
+            images = self.family.decode(latents[rows])
+            pictures = [((images[k] + 1) * 127.5).round().to(torch.uint8) for k, row in enumerate(rows.tolist()) if row in shown]
+            return pictures, [torch.from_numpy(self.eyes[who].features(images)) for who in blind]
+
+        pictures, features = zip(*self.family.drawing.of(seen, len(latents)), strict=True)
+        features = {who: torch.cat(parts) for who, parts in zip(blind, zip(*features, strict=True), strict=True)}
+        for who, found in features.items():
+            if not torch.isfinite(found).all():
+                raise UserError(f"{who} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged")
+        if new:
+            self.keep(self.path(job), latents=latents, pictures=torch.stack([one for part in pictures for one in part]))
+        for who, found in features.items():
+            self.keep(self.path(job, who), features=found)
+
+    def latents(self, job: Job) -> Tensor:
+        """The finished latents of a job, (P · S, C, H, W)."""
+        family, shape = self.family, self.family.latent_shape
+        control = self.controls[job.control, job.random] if job.control is not None and job.scale else None
+        # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
+        holds = None if self.below is None else lambda level: level.ratio < self.below
+        with acting(self.plan(job.target), control, job.scale, family.card.name, holds) as plan:
+
+            def drawn(rows: Tensor) -> Tensor:
+                noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
+                return finish(plan, noise, family.encode([self.texts[row // self.seeds] for row in rows]))
+
+            found = torch.cat(family.drawing.of(drawn, len(self.numbers)))
+        if not torch.isfinite(found).all():
+            culprit = next(filter(None, map(broken, plan.members)), "a smaller scale, or dtype=fp32, may do")
+            raise UserError(f"the images of {self.words_of(job)} are not finite: {culprit}")
+        return found
+
+    def words_of(self, job: Job) -> str:
+        """What a job draws, for people."""
+        if job.control is None or not job.scale:
+            return f"{self.family.card.name}/{job.target}"
+        floor = "the random control beside " if job.random else ""
+        return f"{self.family.card.name}/{job.target} with {floor}{job.control} at scale {job.scale:g}"
+
+    def plan(self, target: str) -> Plan:
+        """What a target means. Raises UserError as `plan_of`."""
+        return plan_of(self.family, target)
+
+    def features(self, job: Job, who: str) -> np.ndarray:
+        """What an evaluator sees, (P, S, d)."""
+        found = self.read(self.path(job, who))["features"].double().numpy()
+        return found.reshape(len(self.texts), self.seeds, -1)
+
+    def pictures(self, job: Job) -> Tensor:
+        """The images to show, uint8 (n, 3, H, W)."""
+        return self.read(self.path(job))["pictures"]
+
+
+def plan_of(family: Family, target: str) -> Plan:
+    """What a target means: a member alone, or a plan of it and the base. Raises UserError."""
+    member, _, plan = target.partition(":")
+    if not plan:
+        return alone(family.member(member))
+    return named(plan, family.member(family.card.base), family.member(member))
+
+
+def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[tuple[str, str]]:
+    """Every (student, plan) that a run draws; plans of the base alone stand once, under the base's name. students: empty = all.
+
+    family: a bare one does. Raises UserError for a member of another family and for a plan that is none.
+    """
+    base, others = family.card.base, [name for name in family.card.members if name != family.card.base]
+    if base in students:
+        raise UserError(f"{base} is the base itself; students are {', '.join(others)}")
+    found = {}
+    for plan in plans:
+        for name in students or others:
+            named(plan, family.member(base), family.member(name))  # a mistake is said now, not after an hour of drawing
+            found[base if plan.split("(")[0] in OF_THE_BASE else name, plan] = None
+    return list(found)
+
+
+def networks(target: str, family: FamilyCard) -> set[str]:
+    """The members whose networks a target needs; a LoRA student's is its base's."""
+    member, _, plan = target.partition(":")
+    return {family.base if family.members[name].lora else name for name in ((member, family.base) if plan else (member,))}
+
+
+def in_turn(jobs: Sequence[T], family: FamilyCard) -> list[T]:
+    """Jobs, each with a target, by the networks that they need, so that few are in memory at once: the base's first."""
+    return sorted(jobs, key=lambda job: sorted(networks(job.target, family) - {family.base}))
+
+
+def one_by_one(jobs: Sequence[T], family: Family, label: str, quiet: bool) -> Iterator[T]:
+    """The jobs, each when it is its turn, with a bar; a network that no later one needs is let go, and after the last all are."""
+    needed = [networks(job.target, family.card) for job in jobs]
+    for k, job in enumerate(tqdm(jobs, label, unit="set", disable=quiet)):
+        family.keep(set().union(*needed[k:]))
+        yield job
+    family.keep(())
+
+
+def in_memory(jobs: Sequence[T], family: FamilyCard) -> list[tuple[set[str], set[str]]]:
+    """For the jobs one by one: the members that are in memory, LoRA students by their own names, and those that are asked."""
+    needed, held, found = [networks(job.target, family) for job in jobs], set(), []
+    for k, job in enumerate(jobs):
+        later = set().union(*needed[k:])
+        asked = needed[k] | {job.target.partition(":")[0]}
+        held = {name for name in held if (family.base if family.members[name].lora else name) in later} | asked
+        found.append((held, asked))
+    return found
+
+
+@contextmanager
+def acting(
+    plan: Plan, control: Control | None, scale: float, family: str, holds: Callable[[Noise], bool] | None = None
+) -> Iterator[Plan]:
+    """Inside, the plan returned runs with a control at a scale on all of its networks; holds: at these noise levels alone.
+
+    Levels, not steps: so base and student are changed at the same noise.
+    """
+    if control is None:
+        yield plan
+        return
+    contexts = [ready(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}]
+
+    def on() -> ExitStack:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return stack.pop_all()
+
+    if holds is not None:
+        yield during(plan, holds, on)
+        return
+    with on():
+        yield plan
+
+
+def broken(member: Member) -> str:
+    """Which of a network's own weights is not finite; empty where all are."""
+    name = next((name for name, weight in member.denoiser.net.named_parameters() if not torch.isfinite(weight).all()), "")
+    return name and f"{name} of {member.name} is not"
+
+
+def sign(name: str, eye: Evaluator) -> str:
+    """A short hash of an evaluator: its name and what its features depend on."""
+    return f"{name}-{hashlib.sha256(json.dumps([type(eye).__name__, eye.identity]).encode()).hexdigest()[:12]}"

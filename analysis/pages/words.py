@@ -1,0 +1,113 @@
+"""The cells of the transfer validator's record: in groups, in order, and in sentences. Plain text, no HTML, no torch."""
+
+from analysis.pages.html import number, ranged, short, signed
+
+WORDS = ("kept", "weaker", "stronger", "dead", "reversed", "unclear", "undefined")  # the verdicts, best news first
+
+
+def is_own(cell: dict) -> bool:
+    """Whether a cell is its control's on its own source."""
+    return cell["source"] == cell["target"]
+
+
+def is_verdict(cell: dict) -> bool:
+    """Whether a cell says something about transfer: neither the source's own nor there for comparison only."""
+    return not is_own(cell) and not cell.get("reference")
+
+
+def where(cell: dict) -> str:
+    """The target in short: "dmd", "base:few(4)"."""
+    return short(cell["target"], cell["source"])
+
+
+def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The cells of each (control, source), in order of appearance: the source's own first, those for comparison last."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for cell in sorted(cells, key=_place):
+        found.setdefault((cell["control"], cell["source"]), []).append(cell)
+    return {key: found[key] for key in dict.fromkeys((c["control"], c["source"]) for c in cells)}
+
+
+def members_of(cells: list[dict]) -> list[str]:
+    """The targets: sources first, those for comparison last, else in order of appearance."""
+    return list(dict.fromkeys(c["target"] for c in sorted(cells, key=_place)))
+
+
+def evaluators_of(cells: list[dict]) -> list[str]:
+    """The evaluators, the primary one first."""
+    return list(dict.fromkeys([cells[0]["evaluator"], *(name for c in cells for name in c.get("second", {}))]))
+
+
+def readings(cell: dict) -> dict[str, dict]:
+    """What each evaluator says of a cell: effect, slope, retention, verdict, monotonicity, matched_scale …"""
+    return {cell["evaluator"]: cell, **cell.get("second", {})}
+
+
+def references(reading: dict) -> dict[str, dict]:
+    """What a retention is compared with, as far as it was measured: floor, ceiling, wrong, rerun, normalised."""
+    return {name: found for name, found in (reading.get("references") or {}).items() if found}
+
+
+def headline(cell: dict) -> str:
+    """A cell in one sentence: "smile: kept on dmd at 0.93 [0.88, 0.98]; use scale 1.1"."""
+    name = cell["control"]
+    if is_own(cell):
+        return f"{name}: trained on {where(cell)}, slope {ranged(cell['slope'], 3)} per unit of scale"
+    if cell["verdict"] == "undefined":
+        return f"{name}: {no_effect(cell)}"
+    return f"{name}: {finding(cell)}; {advice(cell)}{dissent(cell)}"
+
+
+def finding(cell: dict) -> str:
+    """What was found: "kept on dmd at 0.93 [0.88, 0.98]"."""
+    return f"{cell['verdict']} on {where(cell)} at {ranged(cell['retention'])}"
+
+
+def no_effect(cell: dict) -> str:
+    """Why there is no verdict."""
+    return f"undefined; its effect on {short(cell['source'])} itself cannot be told from none"
+
+
+def advice(cell: dict) -> str:
+    """What to do about it: the scale to use, or what comes nearest, and what else would help."""
+    value, word = cell["matched_scale"]["value"], cell["verdict"]
+    sure = "use" if word in ("kept", "weaker", "stronger") else "try"
+    scale = nearest(cell) if value is None else f"{sure} scale {number(value, 1)}"
+    more = {"dead": f"train one on {where(cell)}", "reversed": f"train one on {where(cell)}", "unclear": "more prompts would tell"}
+    return f"{scale}; {more[word]}" if word in more else scale
+
+
+def nearest(cell: dict) -> str:
+    """How near a control comes to the effect that it has on its source at scale 1."""
+    matched = cell["matched_scale"]
+    if "reach" not in matched:  # a record from before it was measured
+        return f"no scale up to {signed(cell['scales'][-1])} reaches the source's effect"
+    if matched["reach"] is None:
+        return f"no scale to match, since its effect at +1 on {short(cell['source'])} cannot be told from none"
+    if matched["reach"]["share"] <= 0:
+        return "no positive scale has any of the source's effect"
+    return f"at most {reached(matched['reach'])} of the source's effect, at scale {number(matched['reach']['scale'], 1)}"
+
+
+def reached(reach: dict) -> str:
+    """The share of an effect that is not reached: below 100 %."""
+    return f"{min(round(100 * reach['share']), 99)} %"
+
+
+def dissent(cell: dict) -> str:
+    """The evaluators that give another verdict: " (by probe weaker)"."""
+    others = [f"by {who} {reading['verdict']}" for who, reading in cell.get("second", {}).items() if reading["verdict"] != cell["verdict"]]
+    return f" ({', '.join(others)})" if others else ""
+
+
+def tally(cells: list[dict]) -> str:
+    """All verdicts in one sentence: "Of 12 pairs of a control and a model 9 kept, 1 stronger, 2 unclear."."""
+    found = [c["verdict"] for c in cells if is_verdict(c)]
+    if not found:
+        return ""
+    counts = [f"{found.count(word)} {word}" for word in WORDS if word in found]
+    return f"Of {len(found)} pair{'s' * (len(found) != 1)} of a control and another model: {', '.join(counts)}."
+
+
+def _place(cell: dict) -> int:
+    return 0 if is_own(cell) else 2 if cell.get("reference") else 1

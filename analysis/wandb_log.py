@@ -1,0 +1,179 @@
+"""Results to their folder and to W&B; pictures beside them."""
+
+import json
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from analysis.pages import words as of
+from analysis.pages.html import short
+from configs import command, replacing, versions
+from configs.tracking import Tracker
+
+INTERVALS = {  # columns of W&B's table of cells, in threes: value, low, high; and where they stand in a reading
+    "retention": "retention", "slope": "slope", "matched scale": "matched_scale", "floor": "references.floor.share",
+    "ceiling": "references.ceiling.share", "wrong control": "references.wrong.share", "re-run": "references.rerun.effect",
+    "normalised": "references.normalised",
+}  # fmt: skip
+NUMBERS = {
+    "most reached": "matched_scale.reach.share", "p of equivalence": "equivalence.p_holm", "p of a difference": "difference.p_holm",
+    "monotonicity": "monotonicity", "saturation": "shape.saturation", "preservation": "preservation",
+}  # fmt: skip
+ABOUT = ("control", "kind", "source", "target", "reference")
+COUNTS = {"% CLIP change": "clip_change_percent", "images": "images", "prompts": "prompts", "seeds": "seeds"}
+SUMMARY = {"retention": "retention.value", "matched_scale": "matched_scale.value", "verdict": "verdict"}
+LOSS, GAIN, UNKNOWN = (217, 95, 14), (49, 130, 189), (225, 225, 225)  # of the heat map, at retentions 0 and 2, and where there is none
+
+
+def header(recipe: str, cfg: Any, start: float) -> dict:
+    """What every record begins with: who made it, of what config, with which versions, when, in how many seconds since `start`."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"schema": 1, "recipe": recipe, "command": command(), "versions": versions(), "created": now,
+            "seconds": round(time.time() - start, 1), "config": asdict(cfg)}  # fmt: skip
+
+
+def write(results: dict, folder: Path) -> Path:
+    """results.json, whole or not at all. Raises ValueError for a number that JSON does not have."""
+    path = Path(folder) / "results.json"
+    with replacing(path) as new:
+        new.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def picture(columns: Tensor, path: Path) -> Path:
+    """A sheet from uint8 pictures (K, n, 3, H, W): K scales in columns, n images in rows."""
+    page = torch.cat(torch.cat(list(columns), -1).unbind(0), -2)
+    with replacing(path) as new:
+        Image.fromarray(page.permute(1, 2, 0).numpy()).save(new, compress_level=1)  # at 6 a third of a run with nothing new
+    return path
+
+
+def overview(rows: dict[str, Tensor], scales: list[float], path: Path, zoom: int = 2) -> Path:
+    """One face on every member: uint8 pictures (K, 3, H, W) per name in rows, scales in columns, both written beside them."""
+    size = zoom * next(iter(rows.values())).shape[-1]
+    left, top, font = 90, 22, ImageFont.load_default(14)
+    page = Image.new("RGB", (left + size * len(scales), top + size * len(rows)), "white")
+    pen = ImageDraw.Draw(page)
+    for c, scale in enumerate(scales):
+        pen.text((left + (c + 0.5) * size, top / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm")
+    for r, (name, pictures) in enumerate(rows.items()):
+        pen.text((left - 8, top + (r + 0.5) * size), name, "black", font, anchor="rm")
+        for c, one in enumerate(pictures):
+            tile = Image.fromarray(one.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.NEAREST)
+            page.paste(tile, (left + c * size, top + r * size))
+    with replacing(path) as new:
+        page.save(new, compress_level=1)
+    return path
+
+
+def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Path] | None = None) -> None:
+    """Logs the record: a table of cells, of leakage, heat maps, curves, images with a step per scale, summary, artifacts and their lineage.
+
+    controls: the files by name, for the lineage. README.md lists every key. What an older record lacks is left out.
+    """
+    if tracker.run is None:
+        return
+    cells, folder = results["cells"], Path(folder)
+    for step, cell in product(range(max(len(c["scales"]) for c in cells)), cells):  # before all else, for W&B's steps only go up
+        if step < len(cell["scales"]) and cell.get("picture") and (folder / cell["picture"]).is_file():
+            key, scale = f"images/{cell['control']}/{cell['target']}", cell["scales"][step]
+            caption = f"{cell['control']} at scale {f'{scale:+g}' if scale else 0} on {cell['target']}"
+            tracker.images({key: (column(folder / cell["picture"], step, len(cell["scales"])), caption)}, step)
+    tracker.table("transfer/cells", *cell_table(cells))
+    if results.get("leakage"):
+        tracker.table("transfer/leakage", *leakage_table(results["leakage"]))
+    for evaluator in of.evaluators_of(cells):
+        tracker.images({f"transfer/heat/{evaluator}": (heat_map(cells, evaluator), f"retention by {evaluator}")})
+    for (control, source), group in of.groups(cells).items():
+        curves = {cell["target"]: [point["value"] for point in cell["effect"]] for cell in group}
+        title = f"effect of {control}, trained on {source}, by {group[0]['evaluator']}"
+        tracker.curves(f"curves/{control}", group[0]["scales"], curves, title, "scale")
+    found = {f"{name}/{c['control']}/{c['target']}": look_up(c, path) for c in cells for name, path in SUMMARY.items()}
+    tracker.summary({key: value for key, value in found.items() if value is not None})
+    for control in dict.fromkeys(c["control"] for c in cells):
+        tracker.uses(control, (controls or {}).get(control))
+    files = [path for path in (folder / "results.json", folder / "report.html") if path.is_file()]
+    tracker.artifact(files, f"transfer-{folder.name}", "results")
+
+
+def look_up(found: Any, path: str) -> Any:
+    """What stands in nested dicts at "outer.inner"; None where a part of the way is missing."""
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def ends(found: dict, path: str) -> list[float | None]:
+    """Value, low and high of the interval at a path."""
+    return [look_up(found, f"{path}.{end}") for end in ("value", "low", "high")]
+
+
+def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
+    """Columns and rows of plain values: one row per cell and evaluator."""
+    threes = [f"{name}{end}" for name in INTERVALS for end in ("", " low", " high")]
+    columns = [*ABOUT, "evaluator", "verdict", *threes, *NUMBERS, *COUNTS]
+    rows = [[*(cell.get(key) for key in ABOUT), who, reading.get("verdict"),
+             *(end for path in INTERVALS.values() for end in ends(reading, path)),
+             *(look_up(reading, path) for path in NUMBERS.values()), *(cell.get(key) for key in COUNTS.values())]
+            for cell in cells for who, reading in of.readings(cell).items()]  # fmt: skip
+    return columns, rows
+
+
+def leakage_table(leakage: list[dict]) -> tuple[list[str], list[list]]:
+    """Columns and rows: what each control moves of what the others are for."""
+    about = ["evaluator", "target", "control", "attribute"]
+    columns = [*about, *(f"{name}{end}" for name in ("share", "slope") for end in ("", " low", " high"))]
+    return columns, [[*(row[key] for key in about), *ends(row, "share"), *ends(row, "slope")] for row in leakage]
+
+
+def column(path: Path, index: int, count: int) -> Image.Image:
+    """One of the columns of a sheet of equal ones."""
+    sheet = Image.open(path)
+    width = sheet.width // count
+    return sheet.crop((index * width, 0, (index + 1) * width, sheet.height)).convert("RGB")
+
+
+def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 62) -> Image.Image:
+    """The table of the paper's T1 as a picture: controls in rows, members in columns, retention with its interval as number and colour."""
+    groups, members = of.groups(cells), of.members_of(cells)
+    several = len({source for _, source in groups}) > 1
+    names = {key: " on ".join((key[0], short(key[1]))) if several else key[0] for key in groups}
+    big, small = ImageFont.load_default(19), ImageFont.load_default(12)
+    left, top = int(max(small.getlength(name) for name in names.values())) + 24, 34
+    page = Image.new("RGB", (left + width * len(members) + 12, top + height * len(groups) + 12), "white")
+    pen = ImageDraw.Draw(page)
+    for c, member in enumerate(members):
+        pen.text((left + (c + 0.5) * width, top / 2), short(member), "black", small, anchor="mm")
+    for r, (key, group) in enumerate(groups.items()):
+        pen.text((left - 12, top + (r + 0.5) * height), names[key], "black", small, anchor="rm")
+        for cell in group:
+            reading = of.readings(cell).get(evaluator, {})
+            x, y = left + members.index(cell["target"]) * width, top + r * height
+            pen.rectangle((x + 1, y + 1, x + width - 2, y + height - 2), shade(look_up(reading, "retention.value")), UNKNOWN)
+            _numbers(pen, x + width / 2, y, reading, big, small)
+    return page
+
+
+def _numbers(pen: ImageDraw.ImageDraw, x: float, y: float, reading: dict, big: ImageFont.ImageFont, small: ImageFont.ImageFont) -> None:
+    """A retention, its interval and the verdict, below one another around x."""
+    value, low, high = ends(reading, "retention")
+    if value is not None:
+        pen.text((x, y + 17), f"{value:.2f}", "black", big, anchor="mm")
+    if low is not None and high is not None:
+        pen.text((x, y + 34), f"[{low:.2f}, {high:.2f}]", "black", small, anchor="mm")
+    pen.text((x, y + 49), reading.get("verdict", ""), "black", small, anchor="mm")
+
+
+def shade(retention: float | None) -> tuple[int, int, int]:
+    """White at 1, towards orange at 0 and below, towards blue at 2 and above, grey where there is none."""
+    if retention is None:
+        return UNKNOWN
+    colour, share = (LOSS if retention < 1 else GAIN), min(abs(retention - 1), 1.0)
+    return tuple(round(255 + share * 0.85 * (part - 255)) for part in colour)

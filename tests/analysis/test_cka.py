@@ -1,0 +1,203 @@
+"""Similarity of representations: numbers against brute force, a published package, closed forms and symmetries."""
+
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+from ignite.metrics import HSIC
+from scipy import stats as reference
+
+from analysis.images.activations import Chunk, Measure, Site
+from analysis.measures import cka as alignment
+from analysis.measures import prediction
+from analysis.measures.cka import Alignment, Spread
+
+
+def data(n: int, p: int, q: int, seed: int = 0, offset: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """Related rows with a common offset, unequal channels, and a channel that never moves."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, p)) * rng.uniform(0.1, 5, p) + offset
+    y = x @ rng.normal(size=(p, q)) + rng.normal(size=(n, q)) * 4 - offset
+    y[:, 0] = 7.0
+    return x, y
+
+
+def brute_hsic(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
+    """Song et al. 2012, eq. 5, by explicit sums over different indices."""
+    n, ones = len(k), np.ones(len(k))
+    k, l = k * (1 - np.eye(n)), l * (1 - np.eye(n))  # noqa: E741
+    first = np.trace(k @ l)
+    second = (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
+    third = 2 / (n - 2) * (ones @ k @ l @ ones)
+    return (first + second - third) / (n * (n - 3))
+
+
+def brute(x: np.ndarray, y: np.ndarray) -> float:
+    k, l = x @ x.T, y @ y.T  # noqa: E741
+    return brute_hsic(k, l) / np.sqrt(brute_hsic(k, k) * brute_hsic(l, l))
+
+
+def streamed(x: np.ndarray, y: np.ndarray, batch: int = 13) -> Alignment:
+    found = Alignment()
+    for start in range(0, len(x), batch):
+        found.add(x[start : start + batch], y[start : start + batch])
+    return found
+
+
+@pytest.mark.parametrize(("n", "p", "q"), [(4, 3, 2), (50, 7, 5), (64, 200, 30), (300, 20, 40)])
+def test_streaming_cka_is_the_brute_force_one(n, p, q):
+    x, y = data(n, p, q)
+    assert streamed(x, y).cka() == pytest.approx(brute(x, y), abs=1e-8)
+    assert alignment.cka(alignment.gram(x), alignment.gram(y)) == pytest.approx(brute(x, y), abs=1e-8)
+
+
+def test_a_far_origin_costs_no_digits():
+    x, y = data(80, 10, 6)
+    assert streamed(x + 1e4, y - 1e4).cka() == pytest.approx(brute(x, y), abs=1e-8)
+
+
+def test_hsic_is_that_of_a_published_package():
+    x, y = (torch.tensor(side[:, 1:] / 5) for side in data(40, 6, 5))
+    metric = HSIC(sigma_x=1.0, sigma_y=2.0)
+    metric.update((x, y))
+    k, l = (torch.exp(-(torch.cdist(s, s) ** 2) / (2 * w**2)).numpy() for s, w in ((x, 1.0), (y, 2.0)))  # noqa: E741
+    assert alignment.hsic(k, l) == pytest.approx(metric.compute(), abs=1e-8)
+
+
+def test_standardised_is_cka_of_channels_at_unit_variance():
+    x, y = data(60, 9, 12)
+    scaled = [(side - side.mean(0)) / np.where(side.std(0) < 1e-9, np.inf, side.std(0)) for side in (x, y)]
+    found = streamed(x, y)
+    assert found.standardised() == pytest.approx(brute(*scaled), abs=1e-8)
+    assert abs(found.standardised() - found.cka()) > 0.01
+    loud = x * np.linspace(1, 100, 9)
+    assert streamed(loud, y).standardised() == pytest.approx(found.standardised(), abs=1e-8)
+
+
+def test_independent_data_have_none_and_a_rotated_copy_has_all():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(64, 1280))
+    values = [alignment.cka(alignment.gram(x), alignment.gram(rng.normal(size=(64, 1280)))) for _ in range(20)]
+    assert abs(np.mean(values)) < 0.02 and max(map(abs, values)) < 0.1
+    small = x[:, :80]
+    turned = 3.7 * small @ np.linalg.qr(rng.normal(size=(80, 80)))[0] + 5
+    found = streamed(small, turned)
+    assert found.cka() == pytest.approx(1, abs=1e-10) and found.procrustes() == pytest.approx(1, abs=1e-10)
+    assert alignment.neighbours(small, turned, 5) == 1
+
+
+def test_what_never_moves_is_none():
+    found = streamed(np.ones((8, 3)), np.random.default_rng(0).normal(size=(8, 2)))
+    assert found.cka() is None and found.procrustes() is None
+    with pytest.raises(ValueError, match="4 samples"):
+        streamed(*data(3, 2, 2)).cka()
+
+
+def test_memory_does_not_grow_with_the_samples_and_time_does_linearly():
+    def state(n: int) -> tuple[int, float]:
+        x, y = data(n, 48, 48)
+        start, spread = time.perf_counter(), Spread()
+        found = streamed(x, y, 50)
+        for i in range(0, n, 50):
+            spread.add(x[i : i + 50], 0)
+        return len(pickle.dumps((found, spread))), time.perf_counter() - start
+
+    state(200)
+    (small, brief), (large, longer) = state(500), state(10000)
+    assert large <= small + 64  # the counts themselves
+    assert longer < 20 * brief * 4  # 20 times the samples; 4 for a busy machine: quadratic would be 400
+
+
+def test_a_site_keeps_no_more_than_it_was_told_to():
+    measure = Measure(kind="parts", grid=1, spread_grid=2, neighbours=2, kept=6, draws=5, seed=0)
+    rng, sizes = torch.Generator().manual_seed(0), []
+    for images in (10, 400):
+        site = Site(measure)
+        for start in range(0, images, 5):
+            maps = torch.randn(2, 5, 8, 2, 2, generator=rng)
+            site.add((maps[0], maps[1]), Chunk(0, "a", start, tuple(range(start, start + 5))))
+        sizes.append(len(pickle.dumps((site.alignment, site.spreads, np.concatenate(site.kept[0])))))
+    assert len(np.concatenate(site.kept[0])) == 6 and site.n == 400 and sizes[1] <= sizes[0] + 64
+
+
+def test_moments_of_a_stream_do_not_depend_on_the_batches():
+    x, y = data(37, 5, 4)
+    values = [streamed(x, y, batch).both.hsic() for batch in (1, 7, 37)]
+    assert np.allclose(values, values[0], rtol=1e-10)
+
+
+def test_procrustes_is_the_best_rotation_of_normalised_data():
+    x, y = data(30, 6, 6)
+    units = [(s - s.mean(0)) / np.linalg.norm(s - s.mean(0)) for s in (x, y)]
+    u, _, vt = np.linalg.svd(units[1].T @ units[0])
+    apart = np.linalg.norm(units[0] - units[1] @ (u @ vt)) ** 2
+    for found in (streamed(x, y).procrustes(), alignment.procrustes(x, y)):
+        assert 2 - 2 * found == pytest.approx(apart, abs=1e-10)
+    wide_x, wide_y = data(12, 40, 50)
+    assert alignment.procrustes(wide_x, wide_y) == pytest.approx(streamed(wide_x, wide_y).procrustes(), abs=1e-10)
+
+
+def test_mutual_neighbours_by_hand_and_by_chance():
+    line = np.arange(5.0)[:, None]
+    swapped = np.array([0.0, 1, 2, 30, 31])[:, None]
+    assert alignment.neighbours(line, swapped, 1) == pytest.approx(4 / 5)  # row 2: argmin 1 or 3 against 1
+    rng = np.random.default_rng(2)
+    found = np.mean([alignment.neighbours(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), 10) for _ in range(20)])
+    assert found == pytest.approx(10 / 59, abs=0.02)
+    with pytest.raises(ValueError, match="k must be"):
+        alignment.neighbours(line, line, 5)
+
+
+def test_spread_is_the_variance_over_each_prompts_seeds():
+    x = np.random.default_rng(3).normal(size=(30, 4)) + 100
+    found = Spread()
+    for start in (0, 4, 10, 20, 25):
+        stop = {0: 4, 4: 10, 10: 20, 20: 25, 25: 30}[start]
+        found.add(x[start:stop], 0 if start < 10 else 1 if start < 20 else 2)
+    expected = [part.var(0, ddof=1).sum() for part in (x[:10], x[10:20], x[20:])]
+    within, between = found.finish()
+    assert np.allclose(within, expected, rtol=1e-10)
+    means = np.stack([part.mean(0) for part in (x[:10], x[10:20], x[20:])])
+    assert between == pytest.approx(means.var(0, ddof=1).sum(), rel=1e-8)
+
+
+def test_permutations_move_prompts_whole():
+    prompts = np.repeat(np.arange(4), 3)
+    for rows in alignment.permutations(prompts, 10):
+        assert sorted(rows) == list(range(12))
+        assert all(len(set(prompts[rows[prompts == p]])) == 1 for p in range(4)) and (rows % 3 == np.arange(12) % 3).all()
+
+
+def test_the_null_tells_a_shared_prompt_from_chance():
+    prompts, rng = np.repeat(np.arange(8), 6), np.random.default_rng(4)
+    x = rng.normal(size=(8, 10))[prompts] + 0.3 * rng.normal(size=(48, 10))
+    turned = x @ np.linalg.qr(rng.normal(size=(10, 10)))[0] + 0.3 * rng.normal(size=(48, 10))
+    other = rng.normal(size=(8, 10))[prompts] + 0.3 * rng.normal(size=(48, 10))
+    real = alignment.null(alignment.gram(x), alignment.gram(turned), prompts)
+    none = alignment.null(alignment.gram(x), alignment.gram(other), prompts)
+    assert real["p"] < 0.02 and real["high"] < alignment.cka(alignment.gram(x), alignment.gram(turned))
+    assert none["p"] > 0.05
+
+
+def test_correlations_are_those_of_scipy():
+    rng = np.random.default_rng(6)
+    x, y = rng.integers(0, 6, 40).astype(float), rng.normal(size=40)
+    assert prediction.spearman(x, y) == pytest.approx(reference.spearmanr(x, y)[0], abs=1e-12)
+    assert prediction.pearson(x, y) == pytest.approx(reference.pearsonr(x, y)[0], abs=1e-12)
+
+
+def test_a_line_foretells_what_is_linear_and_nothing_else():
+    rng, groups = np.random.default_rng(7), np.repeat(np.arange(10), 3).astype(str)
+    x = rng.normal(size=30)
+    assert prediction.foretold(x, 2 * x + 1, groups) == pytest.approx(1, abs=1e-12)
+    assert np.mean([prediction.foretold(x, rng.normal(size=30), groups) for _ in range(30)]) < 0
+    # what holds inside controls only is of no use for a control not seen
+    inner = np.tile([-1.0, 0.0, 1.0], 10)
+    assert prediction.foretold(inner, inner * 0.1 + np.repeat(rng.normal(size=10), 3) * 5, groups) < 0.05
+    pair = np.isin(groups, ["3", "4"])  # two groups hold the line up: each foretells the other, and alone it foretells nothing
+    held, y = np.where(pair, 50.0, x), np.where(pair, 30.0, rng.normal(size=30))
+    alone = prediction.foretold_without_one(held, y, groups)
+    assert prediction.foretold(held, y, groups) > 0.9 and alone["without"] in ("3", "4") and alone["value"] < 0.2
+    assert prediction.foretold(x[:9], x[:9], groups[:9]) is None and prediction.bootstrap(np.dot, x[:9], x[:9], groups[:9])["low"] is None

@@ -1,0 +1,187 @@
+"""Diversity, small, on the embedded family: its record, its continuation, recovery, the page, mistakes."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synthetic import Keys, undocumented
+
+from analysis import diversity, report
+from analysis.diversity import Config, recovery
+from analysis.images import quality
+from analysis.measures.image_sets import diversity as whole
+from analysis.pages import diversity as diversity_page
+from configs import ROOT, UserError, entry, load, merge
+from models.evaluators import evaluators
+from models.families import Family, card
+from models.plans import named
+from models.sampler import draw_noise, finish
+
+PROMPTS = ["portrait of a person", "portrait of a person, hat"]
+SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3", "captions=16", "neighbours=2", "students=[dmd]",
+         "plans=[hybrid(1),base(4)]", "wandb=disabled"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("diversity")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "REAL", 60)
+        diversity.main(merge(Config, [*SMALL, f"out={out}"]))
+        yield out / "default"
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def cell(results: dict, student: str, plan: str) -> dict:
+    return next(c for c in results["cells"] if (c["student"], c["plan"]) == (student, plan))
+
+
+def test_record(run, results):
+    assert results["schema"] == 1
+    found = {(c["student"], c["plan"]) for c in results["cells"]}
+    assert found == {("base", "base"), ("base", "base(4)"), ("dmd", "student"), ("dmd", "hybrid(1)")}
+    for c in results["cells"]:
+        steps = {"base": 10}.get(c["plan"], 4)
+        assert len(c["steps"]) == len(c["vendi"]) == steps and all(len(points) == steps for points in c["diversity"].values())
+        assert c["images"] == 6 and 1 <= c["vendi"][-1]["value"] <= 3 and len(c["per_prompt"]) == 2
+        assert {"inception", "clip", "frechet_clip", "precision_probe", "coverage_clip"} <= c["quality"].keys() and c["seconds"] > 0
+
+
+def test_what_an_image_costs_is_counted(results):
+    costs = {"base": 20, "base(4)": 8, "student": 4, "hybrid(1)": 5}
+    assert {c["plan"]: c["evaluations"] for c in results["cells"]} == costs
+
+
+def test_the_ends_of_recovery_and_of_the_share_of_the_base(results):
+    base, student = cell(results, "base", "base"), cell(results, "dmd", "student")
+    assert base["of_base"]["clip"] == {"value": 1, "low": None, "high": None}  # two prompts do not bound a ratio
+    assert student["gain"]["clip"] == {"value": 0, "low": 0, "high": 0} and student["recovery"]["clip"]["value"] in (0, None)
+    assert cell(results, "base", "base(4)")["recovery"]["clip"] is None  # no student takes part in it
+
+
+def test_the_first_step_of_a_hybrid_is_the_base_s(results):
+    base, hybrid = cell(results, "base", "base"), cell(results, "dmd", "hybrid(1)")
+    for name in ("clip", "probe"):
+        assert hybrid["diversity"][name][0]["value"] == pytest.approx(base["diversity"][name][0]["value"], rel=1e-5)
+
+
+def test_the_numbers_are_those_of_the_images(results):
+    """Drawn again in one go and measured from the n × n table."""
+    family = Family("tiny", dtype=torch.float32)
+    plan, eye = named("hybrid(1)", family.member("base"), family.member("dmd")), evaluators(family.card)["clip"]
+    with torch.no_grad():
+        noise = draw_noise([2003, 2004, 2005], family.latent_shape, plan.steps)
+        images = family.decode(finish(plan, noise, family.encode(PROMPTS[1:] * 3)))
+    found = whole(eye.features(images))
+    stored = cell(results, "dmd", "hybrid(1)")["per_prompt"][1]["clip"]
+    assert stored == pytest.approx(found, rel=1e-4)
+
+
+def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, results):
+    for lost in ("dmd/student/prompt-1", "base/base(4)/block-3"):
+        (run / f"features/{lost}.safetensors").unlink()
+    diversity.main(merge(Config, [*SMALL, f"out={run.parent}", "plans=[hybrid(1),base(4),skip(1)]"]))
+    after = json.loads((run / "results.json").read_text())
+    assert cell(after, "dmd", "skip(1)")["evaluations"] == 3
+    for before in results["cells"]:
+        now = cell(after, before["student"], before["plan"])
+        assert all(now[key] == before[key] for key in before if key != "seconds")
+
+
+def test_every_logged_key_is_documented(run, results):
+    keys = Keys()
+    diversity.track(results, run, keys)
+    assert not undocumented(keys.logged, "diversity")
+
+
+def test_page(run, results):
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") >= 6 and "hybrid(1)" in page and "By prompt" in page and page.count("data:image/png") == 2
+    assert not re.search(r'(src|href)="(?!data:|#)', page) and "$" not in page.split("</style>")[0]
+    assert report.build(run) == run / "report.html" and (run / "report.html").read_text() == page
+
+
+def test_the_front_holds_what_nothing_dominates():
+    make = lambda plan, d, a, e: {"student": "s", "plan": plan, "diversity": {"clip": [{"value": d}]}, "agreement": {"value": a},  # noqa: E731
+                                  "evaluations": e}  # fmt: skip
+    cells = [make("dear", 3, 3, 9), make("cheap", 2, 3, 4), make("worse", 2, 2, 4), make("varied", 4, 1, 9)]
+    assert diversity_page.fronts(cells, "base") == {"s": ["dear", "cheap", "varied"]}
+
+
+def test_without_a_loss_there_is_no_recovery():
+    student = 1 + 0.1 * np.random.default_rng(0).normal(size=12)
+    for base in (student, student - 0.3):  # nothing was lost; the student is the more diverse
+        assert recovery(student, base, student)["value"] is None
+
+
+def test_what_is_kept_of_the_captions_does_not_grow_with_them():
+    """Blocks of 16 go one by one into 8 tallies; after 80 blocks these hold what they held after 16."""
+    family = Family("tiny", dtype=torch.float32)
+    judge = quality.Judge(evaluators(family.card), PROMPTS, lambda: iter(torch.rand(2, 8, 3, 64, 64)), 2)
+    random, sizes, tallies = np.random.default_rng(0), [], [judge.tally() for _ in range(8)]
+    for b in range(80):
+        judge.add(tallies[b % 8], {"clip": random.random((16, 64)), "words": random.random((16, 64)), "probe": random.random((16, 28))})
+        sizes.append(len(pickle.dumps(tallies)))
+    assert sizes[79] <= sizes[15] + 500
+    found = judge.jackknife(tallies)
+    assert found["precision_clip"]["value"] == 0 and found["frechet_probe"]["low"] < found["frechet_probe"]["value"]
+
+
+def test_pictures_of_a_folder(tmp_path):
+    for k in range(7):
+        Image.new("RGB", (90, 70), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    (tmp_path / "0.txt").write_text("a red wall\n")
+    told, real = quality.against(card("tiny"), str(tmp_path), [], ["unused"], 3, 5)
+    assert told.texts == ["a red wall"] * 3
+    (batch,) = real()
+    assert batch.shape == (7, 3, 64, 64) and batch[6, 0, 0, 0] == pytest.approx(6 / 127.5 - 1)
+    (tmp_path / "0.png").write_text("no picture")
+    with pytest.raises(UserError, match="0.png"):
+        list(real())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sedes=3"], "seeds"),
+        (["seeds=2"], "at least 3"),
+        (["students=[turbo]"], "lightning"),
+        (["students=[sdxl/turbo]"], "sdxl/turbo"),
+        (["students=[base]"], "base itself"),
+        (["plans=[hybrid(5)]"], "0 … 4"),
+        (["plans=[magic(1)]"], "hybrid(k)"),
+        (["reference={}"], "holds no pictures"),
+        (["captions=9"], "captions"),
+        (["neighbours=0"], "neighbours"),
+        (["dtype=fp8"], "bf16"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = [*(word.format(tmp_path / "empty") for word in words), f"out={tmp_path}", "wandb=disabled"]
+    with pytest.raises(SystemExit) as stop:
+        entry(lambda: diversity.main(load(Config, words)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    assert not (tmp_path / "default").exists()
+
+
+def test_a_page_of_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "analysis.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["diversity_page", "trace_page"])
+def test_the_pages_load_no_torch(module):
+    code = f"import sys, analysis.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,214 @@
+"""The page: whole, self-contained, made without torch."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic import CONTROLS, SCALES, TARGETS, png, results, sheet, write
+
+import configs
+from analysis import report
+from analysis.pages import figures, tables, words
+from analysis.pages import html as page
+from controls import intervals
+
+OLD = {"window", "equivalence", "difference", "shape", "preservation_curve", "preservation_matched", "references",
+       "spread", "reference", "below"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made() -> dict:
+    return results()
+
+
+@pytest.fixture
+def folder(made, tmp_path: Path) -> Path:
+    """A run folder as analysis.transfer leaves it."""
+    return write(made, tmp_path)
+
+
+def built(found: dict, folder: Path) -> str:
+    (folder / "results.json").write_text(json.dumps(found))
+    return report.build(folder).read_text()
+
+
+def text_of(html: str) -> str:
+    """What a page says, without its tags."""
+    return re.sub(r"<[^>]+>", "", html)
+
+
+def test_page_holds_every_control_and_value(folder):
+    path = report.build(folder)
+    html = path.read_text()
+    said = text_of(html)
+    assert path == folder / "report.html" and "$" not in html
+    for c in report.read(folder)["cells"]:
+        for reading in (c, c["second"]["probe"]):
+            fine = [c["slope"], *reading["effect"], reading["shape"]["area"]]
+            for value in [*map(page.ranged, (reading["retention"], reading["matched_scale"])), *(page.ranged(i, 3) for i in fine)]:
+                assert value in html, value
+        assert escape(c["control"]) in html and c["verdict"] in html
+        assert (escape(words.headline(c)) in said) == words.is_verdict(c), words.headline(c)
+    for value in ("its twin", "another", "person, smiling", "4320 images drawn", "an old man", "torch 2.13"):
+        assert value in html, value
+    assert "age <b>" not in html and "a child" not in html.split("Configuration")[0]
+    assert "None" not in html and "nan" not in html
+
+
+def test_page_stands_alone(folder):
+    html = report.build(folder).read_text()
+    assert not re.findall(r"https?:|<link|<script src|@import|url\(", html)
+    assert "default-src 'none'" in html
+    assert html.count("data:image/png;base64,") == len(CONTROLS) * len(TARGETS)
+    assert len(re.findall(r'<img alt="[^"]{20,}"', html)) == html.count("<img")
+
+
+def test_no_torch(folder):
+    code = "import sys; from analysis import report; report.build(sys.argv[1]); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=configs.ROOT)
+
+
+def test_same_results_same_page(folder):
+    assert report.build(folder).read_text() == report.build(folder).read_text()
+
+
+def test_an_old_record_leaves_parts_out(made, folder):
+    old = {key: value for key, value in copy.deepcopy(made).items() if key not in ("leakage", "cost", "margin")}
+    for c in old["cells"]:
+        for reading in (c, c["second"]["probe"]):
+            for key in OLD & reading.keys():
+                del reading[key]
+            reading["matched_scale"].pop("reach")
+    html = built(old, folder)
+    assert "smile: kept on dmd" in text_of(html) and "Leakage" not in html and "Drawn again" not in html and "None" not in html
+
+
+def test_undefined_and_unreached_numbers_are_dashes(made, folder):
+    found = copy.deepcopy(made)
+    empty = {"value": None, "low": None, "high": None}
+    missing = {"clip_change_percent": None, "picture": None, "preservation_matched": None, "spread": None}
+    found["cells"][1] |= {"retention": empty, "matched_scale": empty | {"reach": None}, "verdict": "undefined", **missing}
+    found["leakage"][1]["share"] = None
+    html = built(found, folder)
+    assert "None" not in html and "No pictures were kept" in html and "smile: undefined" in html
+
+
+def test_a_control_without_effect_is_one_line(made, folder):
+    found = copy.deepcopy(made)
+    for c in found["cells"][: len(TARGETS)]:
+        for reading in (c, c["second"]["probe"]):
+            nothing = [dict.fromkeys(intervals.UNDEFINED, 0.0)] * len(SCALES)
+            reading |= {"verdict": "undefined", "retention": intervals.UNDEFINED, "effect": nothing}
+    assert built(found, folder).count("smile: undefined") == 1
+
+
+def test_many_controls_are_one_line_each(made, folder):
+    found = copy.deepcopy(made)
+    found["cells"] = [{**c, "control": f"{c['control']} {k}"} for k in range(3) for c in made["cells"]]
+    html = built(found, folder)
+    assert html.count('<details class="verdict">') == 9 and html.count('class="chip ') == 27
+    assert report.build(write(made, folder)).read_text().count('<details class="verdict" open>') == 3
+
+
+def headline(verdict: str, **matched) -> str:
+    """The sentence of a cell with this verdict and matched scale."""
+    c = {"control": "smile", "source": "tiny/base", "target": "tiny/dmd", "verdict": verdict, "scales": SCALES,
+         "retention": {"value": 0.93, "low": 0.88, "high": 0.98}, "matched_scale": {"value": None, "low": None, "high": None, **matched}}
+    return words.headline(c)  # fmt: skip
+
+
+def test_headline_says_what_to_do():
+    assert headline("kept", value=1.1, low=1.0) == "smile: kept on dmd at 0.93 [0.88, 0.98]; use scale 1.1"
+    reach = {"share": 0.89, "scale": 1.4}
+    assert headline("kept", reach=reach).endswith("0.98]; at most 89 % of the source's effect, at scale 1.4")
+    assert headline("dead", reach=reach).endswith("at scale 1.4; train one on dmd")
+    none = "; no positive scale has any of the source's effect; train one on dmd"
+    assert headline("reversed", reach={"share": 0.0, "scale": 0.0}).endswith(none)
+    assert headline("unclear", value=1.1).endswith("; try scale 1.1; more prompts would tell")
+    assert "at most 99 %" in headline("kept", reach={"share": 0.998, "scale": 2.0})
+    assert headline("kept", reach=None).endswith("; no scale to match, since its effect at +1 on base cannot be told from none")
+    assert headline("kept").endswith("; no scale up to +2 reaches the source's effect")
+    c = {"verdict": "kept", "second": {"probe": {"verdict": "weaker"}, "other": {"verdict": "kept"}}}
+    assert words.dissent(c) == " (by probe weaker)"
+
+
+def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(made):
+    assert words.members_of(made["cells"]) == [f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")]
+    assert words.tally(made["cells"]) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
+    few = next(c for c in made["cells"] if c["reference"])
+    assert few["verdict"] not in tables.heat_cell(few) and page.number(few["retention"]["value"]) in tables.heat_cell(few)
+    table = tables.heat_map(made["cells"])
+    assert table.count('scope="col" class="apart"') == 1 and table.count('<td class="apart"') == len(CONTROLS)
+    assert table.count("from dmd") == 1 and "from base" not in table
+
+
+def test_bad_folders_are_one_line(tmp_path):
+    for text in (None, "{", "[]", '{"schema": 2, "cells": [1]}', '{"schema": 1, "cells": []}'):
+        if text is not None:
+            (tmp_path / "results.json").write_text(text)
+        with pytest.raises(configs.UserError, match=r"^[^\n]+$"):
+            report.build(tmp_path)
+
+
+def test_wide_sheets_are_embedded_small(tmp_path):
+    path = tmp_path / "sheet.png"
+    path.write_bytes(png(sheet(size=300, rows=1)))
+    assert page.embedded(path).startswith("data:image/png;base64,") and page.embedded(path, 1800).startswith("data:image/png")
+    small = page.embedded(path, 600)
+    assert small.startswith("data:image/webp;base64,") and len(small) < len(page.embedded(path))
+    (tmp_path / "small.webp").write_bytes(page.base64.b64decode(small.split(",")[1]))
+    assert Image.open(tmp_path / "small.webp").size == (600, 100)
+
+
+def test_ticks_and_labels():
+    assert page.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert page.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
+    places = page.spread([10, 11, 12, 90], 14, 5, 95)
+    assert np.diff(places).min() > 13.9 and places == sorted(places)
+
+
+def test_the_window_and_the_margin_are_where_their_scales_are(made):
+    own = made["cells"][0]
+    assert own["window"] == [False, True, True, True, True, False]
+    svg = page.chart(SCALES, {"base": own["effect"]}, "x", window=own["window"])
+    x, width = (float(re.search(rf'class="window".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
+    dots = [float(v) for v in re.findall(r'<circle class="c0" cx="([\d.]+)"', svg)]
+    assert (x, x + width) == pytest.approx((dots[1], dots[4]), abs=0.2)
+
+
+def test_retentions_stand_on_one_axis_with_the_margin(made):
+    group = [c for c in made["cells"] if c["control"] == "smile"]
+    svg = figures.forest([c for c in group if not words.is_own(c)], [0.5, 1.5])
+    x, width = (float(re.search(rf'class="margin".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
+    found = [float(v) for v in re.findall(r'<path class="first" transform="translate\(([\d.]+)', svg)]
+    wanted = [x + width * (c["retention"]["value"] - 0.5) for c in group if not words.is_own(c)]
+    assert found == pytest.approx(wanted, abs=0.2)
+    assert all(svg.count(f'<path class="{kind}"') == 4 for kind in figures.SHAPES)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb" (WCAG 2.2)."""
+    values = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+def test_every_colour_can_be_read_as_text():
+    for scheme in re.findall(r":root \{(.*?)\}", page.STYLE.read_text(), re.S):
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", scheme))
+        grounds = [luminance(colours.pop(name)) for name in ("paper", "tint")]
+        assert len(colours) == page.COLOURS + 6
+        for name in colours.keys() - {"line"}:
+            for ground in grounds:
+                dark, light = sorted((luminance(colours[name]), ground))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, name
+
+
+def test_p_values():
+    assert [tables.small(p) for p in (0.0004, 0.0316, 1.0, None)] == ["< 0.001", "0.032", "1.000", "–"]

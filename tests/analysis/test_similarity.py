@@ -1,0 +1,167 @@
+"""The command, small, on the embedded family: its record, its page, its continuation, its mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from synthetic import Keys, undocumented
+
+from analysis import similarity
+from analysis.images.activations import Pair, chunks, forced, nearest
+from analysis.measures import prediction
+from analysis.pages import similarity as similarity_page
+from configs import ROOT, entry, load, merge
+from models.families import Family
+from models.sampler import Stage
+
+CONTROLS = "controls=[controls/tiny/smile.safetensors,controls/tiny/crayon.safetensors]"
+SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3", "targets=[dmd]", "blocks=blocks", "neighbours=2",
+         "draws=10", "stitch_seeds=1", "wandb=disabled"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("similarity")
+    kept = (("smile", "dmd", 0.9), ("smile", "lcm", 1.0), ("crayon", "dmd", 0.1), ("crayon", "lcm", None))
+    retained = [{"control": c, "source": "tiny/base", "target": f"tiny/{t}", "evaluator": "clip", "retention": {"value": v}}
+                for c, t, v in kept]  # fmt: skip
+    (out / "transfer").mkdir()
+    (out / "transfer/results.json").write_text(json.dumps({"schema": 1, "cells": retained}))
+    similarity.main(merge(similarity.Config, [*SMALL, CONTROLS, f"out={out}", f"transfer={out}/transfer"]))
+    return out / "default"
+
+
+def cells(folder) -> list[dict]:
+    results = json.loads((folder / "results.json").read_text())
+    assert results["schema"] == 1 and results["command"]
+    return results["cells"]
+
+
+def test_the_record(run):
+    found = cells(run)
+    blocks = similarity_page.of(found, "block")
+    assert len(blocks) == 7 * 4 * 2 and {c["samples"] for c in blocks} == {6}
+    assert {c["t"] for c in blocks} == {999, 749, 499, 249} and {c["inputs"] for c in blocks} == {"forced", "own"}
+    assert all(c["t"] == c["t_first"] for c in blocks if c["inputs"] == "forced")
+    assert all(0 < abs(c["t"] - c["t_first"]) <= 50 or c["t"] in (999, 499) for c in blocks if c["inputs"] == "own")  # base: 999, 899 …
+    assert all(-1.5 < c["cka"]["value"] < 1.5 and 0 <= c["neighbours"] <= 1 and c["seed_variance"]["value"] > 0 for c in blocks)
+    assert len(similarity_page.of(found, "cross")) == 4 and len(similarity_page.of(found, "weights")) == 7
+    ways = similarity_page.of(found, "stitch")
+    assert [(c["down"], c["up"]) for c in ways] == [("base", "base"), ("dmd", "dmd"), ("base", "dmd"), ("dmd", "base")]
+    assert ways[0]["to_up"]["clip"]["value"] == 0 and ways[2]["to_up"]["clip"]["value"] > 0
+    directions = similarity_page.of(found, "direction")
+    assert len(directions) == 6 and all(len(c["cosine"]) == 4 for c in directions)
+    assert all(-1 <= i["value"] <= 1 for c in directions for i in c["cosine"])
+    (pair,) = similarity_page.of(found, "overlap")
+    assert pair["layers"] == 0 and pair["cosine"] == 0 and not pair["same"]  # smile leaves cross-attention to crayon
+    assert len(similarity_page.of(found, "point")) == 3
+    assert {c["points"] for c in similarity_page.of(found, "predictor")} == {3}
+    assert all(c["spearman"]["value"] is None for c in similarity_page.of(found, "predictor"))  # two controls say nothing
+
+
+def test_every_logged_key_is_documented(run):
+    keys = Keys()
+    similarity.track(cells(run), run, keys)
+    assert not undocumented(keys.logged, "similarity")
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run):
+    page = (run / "report.html").read_text()
+    assert "tiny/base and dmd" in page and "too few controls" in page and page.count("<svg") >= 8
+    assert "data:image/png;base64," in page and not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "$" not in re.sub(r"<pre>.*?</pre>", "", page)
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+
+
+def test_the_page_loads_no_torch():
+    code = "import sys, analysis.pages.similarity; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_killed_run_goes_on(run):
+    before = cells(run)
+    (run / "cells/compare/dmd.json").unlink()
+    next((run / "trajectories/base").iterdir()).unlink()
+    similarity.main(merge(similarity.Config, [*SMALL, CONTROLS, f"out={run.parent}", f"transfer={run.parent}/transfer"]))
+    assert cells(run) == before
+
+
+@pytest.mark.slow
+def test_a_smaller_batch_changes_nothing(run, tmp_path):
+    before = cells(run)
+    similarity.main(merge(similarity.Config, [*SMALL, "controls=[]", "stitch_seeds=0", "batch=2", f"out={tmp_path}"]))
+    after = similarity_page.of(cells(tmp_path / "default"), "block")
+    for ours, theirs in zip(similarity_page.of(before, "block"), after, strict=True):
+        assert ours["cka"]["value"] == pytest.approx(theirs["cka"]["value"], abs=1e-3)
+        assert ours["seed_variance"]["value"] == pytest.approx(theirs["seed_variance"]["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_control_at_scale_0_changes_nothing_and_at_1_something(scale, tmp_path):
+    words = [*SMALL, "control=controls/tiny/smile.safetensors", "targets=[dmd]", f"out={tmp_path}", f"scale={scale}"]
+    similarity.main(merge(similarity.Config, words))
+    blocks = similarity_page.of(cells(tmp_path / "default"), "block")
+    same = [c["cka"]["value"] == pytest.approx(1, abs=1e-9) and c["seed_variance"]["value"] == pytest.approx(1, abs=1e-9) for c in blocks]
+    assert all(same) if scale == 0 else not any(same[len(same) // 2 :])
+    assert {c["comparison"] for c in blocks} == {f"dmd with smile@{scale}"}
+    assert f"dmd with smile@{scale}" in (tmp_path / "default/report.html").read_text()
+
+
+def test_forced_inputs_are_one_picture_under_one_noise_in_every_law():
+    family = Family("tiny")
+    base, student = family.member("base"), family.member("dmd")
+    x0, eps = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    for (here, a), (there, b) in zip(forced(base, x0, eps, student.levels), forced(student, x0, eps, student.levels), strict=True):
+        assert torch.equal(a, b) and here.t == pytest.approx(there.t)
+    levels = Stage.of(base, student.levels).levels
+    assert [levels.index(level) for level in levels] == nearest(levels, student.levels)
+    assert nearest(base.levels, student.levels)[0] == 0
+
+
+def test_chunks_cover_every_image_once_with_its_own_seed():
+    found = chunks(["a", "b"], range(100, 110), 2)
+    assert [seed for chunk in found for seed in chunk.seeds] == list(range(100, 110))
+    assert len({chunk.file for chunk in found}) == 6 and all(len(chunk.seeds) <= 2 for chunk in found)
+    assert Pair("base", "dmd").file == "dmd"
+
+
+def test_points_join_two_records_and_leave_out_what_is_undefined(run):
+    transfer = json.loads((run.parent / "transfer/results.json").read_text())["cells"]
+    rows = prediction.points(cells(run), transfer)["clip"]
+    assert [(r["control"], r["target"], r["retention"]) for r in rows] == [
+        ("smile", "tiny/dmd", 0.9), ("smile", "tiny/lcm", 1.0), ("crayon", "tiny/dmd", 0.1)]  # fmt: skip
+    assert all(set(prediction.PREDICTORS) <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sedes=3"], "seeds"),
+        (["seeds=1"], "seeds must be at least 2"),
+        (["family=nowhere"], "tiny"),
+        (["targets=[sdxl/turbo]"], "lightning"),
+        (["source=turbo"], "lightning"),
+        (["targets=[base]"], "against itself"),
+        (["neighbours=9", "prompts=[a,b,c]", "seeds=3"], "below the 9 samples"),
+        (["prompts=[a]", "seeds=3", "neighbours=1"], "at least 4 samples"),
+        (["blocks=layers"], "blocks, parts"),
+        (["grid=3"], "multiple of grid"),
+        (["stitch_seeds=99"], "stitch_seeds"),
+        (["controls=[missing.safetensors]"], "missing.safetensors"),
+        (["control=missing.safetensors"], "missing.safetensors"),
+        (["controls=[controls/tiny/smile.safetensors,controls/tiny/smile.safetensors]"], "different names"),
+        (["transfer={}/broken"], "not the record"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/results.json").write_text("[]")
+    words = [*(word.format(tmp_path) for word in words), f"out={tmp_path}/runs", "wandb=disabled"]
+    with pytest.raises(SystemExit) as stop:
+        entry(lambda: similarity.main(load(similarity.Config, words)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    assert not (tmp_path / "runs").exists()

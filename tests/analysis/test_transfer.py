@@ -1,0 +1,324 @@
+"""The main job, small, on the embedded family: its record, its continuation, its mistakes."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from analysis import transfer
+from analysis.images import cache as draw
+from analysis.images.readings import floor_of, judge
+from configs import ROOT, UserError, entry, load, merge
+from controls import formats
+from controls.lora import content
+from models import families
+from models.evaluators import Picture
+
+SMALL = ["controls=[controls/tiny/smile-dmd.safetensors]", "targets=[dmd,lightning]", "seeds=2", "scales=[-1,0,1]", "wandb=disabled",
+         "prompts=[portrait of a person,'portrait of a person, hat']"]  # fmt: skip
+CELL = {"control", "source", "target", "scales", "effect", "slope", "retention", "clip_change_percent", "monotonicity", "preservation",
+        "matched_scale", "images", "prompts", "seeds", "verdict", "references", "equivalence", "difference", "shape"}  # fmt: skip
+SETS = 3 * 3 + 3 + 2  # three targets at three scales, their floors, and second drawings of two
+
+
+def measure(out, *words, cache=None) -> dict:
+    """The record of a small run into a folder."""
+    transfer.main(merge(transfer.Config, [*SMALL, f"out={out}", f"cache={cache or out}/cache", *words]))
+    return json.loads((out / "default/results.json").read_text())
+
+
+def alike(a, b) -> bool:
+    """Whether two records say the same up to float tolerance; p values are as sensitive as logarithms."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == pytest.approx(b, rel=1e-3, abs=1e-3) if isinstance(a, float) else a == b
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("transfer")
+    return out, measure(out)
+
+
+def test_record_and_page(run):
+    out, results = run
+    assert results["schema"] == 1 and results["cost"]["drawn"] == 4 * SETS and results["cost"]["cached"] == 0
+    assert [cell["target"] for cell in results["cells"]] == ["tiny/dmd", "tiny/lightning", "tiny/base:few(4)"]
+    for cell in results["cells"]:
+        assert cell.keys() >= CELL and len(cell["effect"]) == 3 and cell["images"] == 12
+        assert cell["effect"][1] == {"value": 0, "low": 0, "high": 0}
+        assert (out / "default" / cell["picture"]).is_file() and set(cell["second"]) == {"probe"}
+    own = results["cells"][0]
+    assert own["source"] == own["target"] and own["retention"]["value"] in (1.0, None)
+    assert "smile" in (out / "default/report.html").read_text()
+
+
+def test_references(run):
+    for cell in run[1]["cells"]:
+        probe = cell["second"]["probe"]
+        assert abs(probe["references"]["floor"]["slope"]["value"]) < 0.3 * probe["slope"]["value"]
+        rerun = cell["references"]["rerun"]
+        assert (rerun is None) == cell["reference"] and (rerun is None or rerun["effect"]["value"] == 0)
+        assert cell["references"]["wrong"] is None and cell["references"]["ceiling"] is None
+
+
+def test_a_ceiling_a_wrong_control_and_leakage(tmp_path, run):
+    more = [f"controls/tiny/{name}.safetensors" for name in ("smile-dmd", "smile-lightning", "age")]
+    results = measure(tmp_path, f"controls=[{','.join(more)}]", "targets=[lightning]", cache=run[0])
+    assert results["cost"]["cached"] == 4 * 12, "what smile-dmd needs was drawn before"
+    smile, ceiling, age = (cell for cell in results["cells"] if cell["target"] == "tiny/lightning")
+    assert smile["references"]["ceiling"]["control"] == "smile-lightning" and smile["references"]["wrong"]["control"] == "age"
+    assert ceiling["references"]["ceiling"] is None and age["references"]["wrong"]["control"] == "smile-dmd"
+    leaks = {(row["control"], row["attribute"], row["evaluator"]): row["share"]["value"] for row in results["leakage"]}
+    assert {attribute for _, attribute, _ in leaks} == {"smile-dmd", "age"} and leaks["age", "age", "probe"] == 1
+    assert abs(leaks["age", "smile-dmd", "probe"]) < 0.5
+
+
+def test_a_killed_run_continues_to_the_same_numbers(tmp_path, run, monkeypatch):
+    original, made = draw.Drawings.make, []
+
+    def dies(self, job):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(job)
+        original(self, job)
+
+    monkeypatch.setattr(draw.Drawings, "make", dies)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path)
+    monkeypatch.setattr(draw.Drawings, "make", original)
+    results = measure(tmp_path)
+    assert results["cost"]["cached"] == 4 * 5 and results["cells"] == run[1]["cells"] and results["leakage"] == run[1]["leakage"]
+
+
+def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, monkeypatch):
+    out, first = run
+    for path in (out / "cache").rglob("*-probe-*"):
+        path.unlink()
+    monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    assert measure(out)["cells"] == first["cells"]
+
+
+def test_starting_afresh_leaves_the_drawings_that_runs_share(run, monkeypatch):
+    out, first = run
+    (out / "default/mine.txt").write_text("of the run before")
+    monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    assert measure(out, "overwrite=true")["cost"]["drawn"] == 0
+    assert not (out / "default/mine.txt").exists()
+
+
+def test_a_second_run_loads_no_evaluator(run, monkeypatch):
+    out, before = run
+    measure(out)  # knows the words by now
+    monkeypatch.setattr(Picture, "_part", None)
+    assert alike(measure(out)["cells"], before["cells"])
+
+
+def test_the_batch_does_not_matter(run, tmp_path):
+    assert alike(measure(tmp_path, "batch=3")["cells"], run[1]["cells"])
+
+
+def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys):
+    original = draw.finish
+
+    def greedy(plan, noise, prompts):
+        if len(noise) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return original(plan, noise, prompts)
+
+    monkeypatch.setattr(draw, "finish", greedy)
+    assert alike(measure(tmp_path, "references=false", "targets=[dmd]")["cells"][0]["effect"], run[1]["cells"][0]["effect"])
+    assert "out of memory: on with 2 at once" in capsys.readouterr().out
+
+
+def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
+    """A flipped bit, an emptied file and two files in each other's place change no number."""
+    shutil.copytree(run[0] / "cache", tmp_path / "cache")
+    cfg = merge(transfer.Config, [*SMALL, f"cache={tmp_path}/cache"])
+    drawings, subjects, targets = transfer.prepare(cfg, torch.device("cpu"))
+    jobs = transfer.jobs_of(cfg, subjects, targets)
+    flipped, emptied, *rest = sorted({path for job in jobs for path in drawings.files(job)})
+    content = bytearray(flipped.read_bytes())
+    content[-5] ^= 8
+    flipped.write_bytes(content)
+    emptied.write_bytes(b"")
+    same = [path for path in rest if path.stat().st_size == rest[-1].stat().st_size][-2:]
+    os.rename(same[0], tmp_path / "aside")
+    os.rename(same[1], same[0])
+    os.rename(tmp_path / "aside", same[1])
+    capsys.readouterr()
+    assert measure(tmp_path)["cells"] == run[1]["cells"]
+    assert "4 of the drawings in" in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_named_and_not_kept(tmp_path, monkeypatch):
+    original = draw.finish
+    monkeypatch.setattr(draw, "finish", lambda plan, noise, prompts: original(plan, noise, prompts) * float("nan"))
+    with pytest.raises(UserError, match="images of tiny/dmd with smile-dmd at scale -1 are not finite"):
+        measure(tmp_path, "targets=[dmd]", "references=false", "scales=[-1,0,1]")
+    assert not list((tmp_path / "cache").glob("??/*"))
+
+
+def test_a_control_called_as_the_floor_of_another_is_not_it(tmp_path):
+    """random-smile beside smile, whose floor is a random control."""
+    other = formats.load("controls/tiny/age.safetensors")
+    formats.save(replace(other, card=replace(other.card, name="random-smile")), tmp_path / "x.safetensors")
+    words = [f"controls=[controls/tiny/smile.safetensors,{tmp_path}/x.safetensors]", "targets=[dmd]", f"cache={tmp_path}/cache"]
+    drawings, (smile, named), targets = transfer.prepare(merge(transfer.Config, words), torch.device("cpu"))
+    assert content(drawings.controls["random-smile", False]) == content(other)
+    assert drawings.key(floor_of("dmd", smile)) != drawings.key(draw.Job("dmd", named.name, 1.0)) != drawings.key(floor_of("dmd", named))
+
+
+def test_one_network_at_a_time(tmp_path, monkeypatch):
+    """Each is loaded once and let go after its last drawing; the encoders are gone before the first, and nothing stays."""
+    alive, most, loaded = weakref.WeakSet(), [], []
+    network, make = families.network, draw.Drawings.make
+
+    def counted(card, name, *args):
+        found = network(card, name, *args)
+        alive.add(found)
+        loaded.append(name)
+        return found
+
+    def made(drawings, job):
+        make(drawings, job)
+        most.append(len(alive))
+        assert not drawings.family.encoders()
+
+    monkeypatch.setattr(families, "network", counted)
+    monkeypatch.setattr(draw.Drawings, "make", made)
+    words = ["targets=[dmd,dmd:hybrid(1),lcm,lightning]", "seeds=1", "scales=[0,1]", "references=false"]
+    measure(tmp_path, *words)
+    assert sorted(loaded) == ["base", "dmd", "lcm", "lightning"] and max(most) == 2 and most[-1] == 1  # hybrid asks two
+    gc.collect()
+    assert not alive
+
+
+def test_jobs_come_network_by_network():
+    targets = ["turbo", "dmd2:hybrid(1)", "base", "dmd2", "lightning-lora"]
+    jobs = draw.in_turn([draw.Job(target) for target in targets], families.card("sdxl"))
+    assert [job.target for job in jobs] == ["base", "lightning-lora", "dmd2:hybrid(1)", "dmd2", "turbo"]
+
+
+def test_two_processes_measure_what_one_does(run, tmp_path):
+    words = [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache"]
+    # torchrun, for on a CPU `accelerate launch --num_processes=2` starts one process
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29547", "-m", "analysis.transfer", *words]
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert alike(json.loads((tmp_path / "default/results.json").read_text())["cells"], run[1]["cells"])
+
+
+def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_direction(tmp_path, run):
+    control = formats.load(ROOT / "controls/tiny/smile-dmd.safetensors")
+    formats.save_kohya(control, tmp_path / "card.safetensors")
+    tensors, _ = formats.read(tmp_path / "card.safetensors")
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    words = [f"controls=[{tmp_path}/theirs.safetensors]", "source=dmd", "lora_scales=[-1,0,1]", "references=false"]
+    ends = ["positive=portrait of a person, smiling", "negative=portrait of a person, frowning"]
+    told = measure(tmp_path / "a", *words, *ends, cache=run[0])
+    assert told["cost"]["drawn"] == 0, "the same weights make the same images, whatever the file"
+    assert told["cells"][0]["kind"] == "lora" and told["cells"][0]["effect"][0]["value"] < 0 < told["cells"][0]["effect"][2]["value"]
+    alone = measure(tmp_path / "b", *words, cache=run[0])
+    assert alone["cells"][0]["effect"][2]["value"] > 0 and alone["cells"][0]["clip_change_percent"] is None
+    subject = measure(tmp_path / "c", *words, ends[0], cache=run[0])
+    assert subject["cells"][0]["effect"][2]["value"] > 0
+
+
+def test_below_a_noise_level_a_control_does_less(tmp_path, run):
+    words = ["references=false", "targets=[dmd,'dmd:hybrid(1)']"]
+    whole, part, none = (measure(tmp_path / f"{below}", *words, f"below={below}", cache=run[0]) for below in ("null", 8.0, 0.001))
+    assert whole["cells"][0]["effect"] == run[1]["cells"][0]["effect"] and part["cells"][0]["below"] == 8
+    size = lambda found: found["cells"][0]["second"]["probe"]["effect"][2]["value"]  # noqa: E731
+    assert size(none) == 0 < size(part) < size(whole)
+    assert part["cells"][1]["target"] == "tiny/dmd:hybrid(1)" and part["cells"][1]["source"] == "tiny/dmd"
+
+
+def test_the_card_is_written_into_the_file_on_request(tmp_path, run):
+    file = tmp_path / "smile-dmd.safetensors"
+    file.write_bytes((ROOT / "controls/tiny/smile-dmd.safetensors").read_bytes())
+    results = measure(tmp_path, f"controls=[{file}]", "write_card=true", cache=run[0])
+    told = formats.load(file).card.transfer["targets"]["tiny/lightning"]["clip"]
+    assert results["cost"]["drawn"] == 0 and told["retention"] == results["cells"][1]["retention"]
+    assert "tiny/lightning" in (tmp_path / "default/cards/smile-dmd.md").read_text()
+
+
+def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
+    transfer.main(merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "plan=true"]))
+    said = capsys.readouterr().out
+    assert f"to draw: {4 * SETS} images, {16 * SETS} network evaluations" in said
+    assert "minutes" in said and "2 prompts x 2 seeds: sees a retention that differs from 1 by" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_verdicts_are_corrected_over_the_cells_that_ask():
+    def reading(p):
+        return {"retention": {"value": 1.0, "low": 0.9, "high": 1.1}, "equivalence": {"p": p}, "difference": {"p": 1.0}}
+
+    cell = {"evaluator": "clip", "second": {}, "source": "a", "target": "b", "reference": False}
+    cells = [{**cell, **reading(0.02)}, {**cell, **reading(0.04)}, {**cell, **reading(0.0), "target": "a"},
+             {**cell, **reading(0.03), "reference": True}]  # fmt: skip
+    judge(cells)
+    assert [c["equivalence"]["p_holm"] for c in cells] == [0.04, 0.04, 0.0, 0.03]
+    assert [c["verdict"] for c in cells] == ["kept", "kept", "kept", "kept"]
+    judge(cells := [{**cell, **reading(0.03)}, {**cell, **reading(0.04)}])
+    assert [c["verdict"] for c in cells] == ["unclear", "unclear"]
+
+
+class Trap:
+    def __reduce__(self):
+        return (open, (str(ROOT / "runs/trap-was-sprung"), "w"))
+
+
+def bad_controls(folder):
+    whole = (ROOT / "controls/tiny/smile.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    torch.save(Trap(), folder / "pickle.safetensors")
+    control = formats.load(ROOT / "controls/tiny/smile.safetensors")
+    control.tensors = {key.replace("down_blocks.1", "down_blocks.7"): value for key, value in control.tensors.items()}
+    formats.save(control, folder / "elsewhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sedes=3"], "seeds"),
+        (["seeds=few"], "seeds"),
+        (["family=nowhere"], "tiny"),
+        (["targets=[sdxl]"], "lightning"),
+        (["targets=['dmd:hybrid(9)']"], "0 … 4"),
+        (["targets=['dmd:mixed(1)']"], "hybrid"),
+        (["below=0"], "noise level"),
+        (["batch=-1"], "batch must be"),
+        (["negative=a frown", "controls=[controls/tiny/space-1.safetensors]"], "positive"),
+        (["scales=[1,2]"], "0"),
+        (["controls=[missing.safetensors]"], "missing.safetensors"),
+        (["controls=[{}/truncated.safetensors]"], "truncated"),
+        (["controls=[{}/pickle.safetensors]"], "pickle"),
+        (["controls=[{}/elsewhere.safetensors]", "prompts=[a]", "seeds=1", "targets=[dmd]"], "have no place"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+    bad_controls(tmp_path)
+    words = [*(word.format(tmp_path) for word in words), f"out={tmp_path}", f"cache={tmp_path}/cache", "wandb=disabled"]
+    with pytest.raises(SystemExit) as stop:
+        entry(lambda: transfer.main(load(transfer.Config, words)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    assert not (ROOT / "runs/trap-was-sprung").exists() and not (tmp_path / "default").exists()
+
+
+def test_the_command_itself_exits_with_2():
+    done = subprocess.run([sys.executable, "-m", "analysis.transfer", "sedes=3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "seeds" in done.stderr

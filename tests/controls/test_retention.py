@@ -1,0 +1,249 @@
+"""The numbers: closed forms, symmetries, and how often an interval covers the truth."""
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from analysis.measures import image_sets
+from controls import effect, intervals
+from controls import retention as stats
+
+SCALES = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # the validator's
+ZERO = 2
+
+
+def line(strength: float, prompts: int = 6, seeds: int = 3, spread: float = 0.0, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Effects strength · scale, (P, S, K), the strength varying over prompts and the noise over images."""
+    random = np.random.default_rng(seed)
+    strengths = strength * (1 + spread * random.normal(size=(prompts, 1, 1)))
+    return (strengths + noise * random.normal(size=(prompts, seeds, 1))) * SCALES
+
+
+def simulated(random, prompts: int, seeds: int, kept: float, bend: float = np.inf, noise: float = 0.6, differ: float = 0.2):
+    """Paired effects on source and target, (P, S, K) each, whose true retention is `kept`; prompts differ in strength and in what is kept.
+
+    bend: scale at which curves bend (tanh); infinite = lines.
+    """
+    curve = SCALES if np.isinf(bend) else bend * np.tanh(SCALES / bend)
+    strength, share = 1 + 0.3 * random.normal(size=(prompts, 1, 1)), kept * (1 + differ * random.normal(size=(prompts, 1, 1)))
+    images = lambda: noise / 2 * (random.normal(size=(prompts, seeds, 1)) * SCALES + random.normal(size=(prompts, seeds, len(SCALES))))  # noqa: E731
+    return tuple(effect.change(s * curve + images(), ZERO) for s in (strength, strength * share))
+
+
+DESIGNS = [(12, 4), (20, 8)]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize(("noise", "differ"), [(0.6, 0.2), (1.0, 0.0), (0.2, 0.3)])
+def test_a_retention_interval_covers_the_truth(design, noise, differ):
+    """In 93 to 97 of 100 cases, whether seeds or prompts make most of the noise."""
+    random, tries = np.random.default_rng(5), 1500
+    found = [stats.retention(*simulated(random, *design, 0.8, noise=noise, differ=differ), SCALES) for _ in range(tries)]
+    defined = [f for f in found if f["value"] is not None]
+    assert len(defined) > 0.99 * tries
+    assert 0.93 <= np.mean([f["low"] <= 0.8 <= f["high"] for f in defined]) <= 0.97
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("kept", intervals.MARGIN)
+def test_equivalence_is_claimed_in_at_most_5_percent_of_cases_at_the_margin(design, kept):
+    random, tries = np.random.default_rng(7), 2000
+    p = [intervals.equivalence(*reversed(stats.slopes(*simulated(random, *design, kept), SCALES))) for _ in range(tries)]
+    assert np.mean(np.array(p) <= 0.05) <= 0.05
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize(("kept", "bend"), [(0.8, np.inf), (0.9, 1.5), (1.2, 1.5), (1.5, 1.0)])
+def test_a_matched_scale_is_unbiased_and_covered(design, kept, bend):
+    truth = 1 / kept if np.isinf(bend) else bend * np.arctanh(np.tanh(1 / bend) / kept)
+    random, tries = np.random.default_rng(9), 400
+    found = [stats.matched_scale(*simulated(random, *design, kept, bend, noise=0.3, differ=0.1), SCALES) for _ in range(tries)]
+    values = np.array([f["value"] for f in found], dtype=float)
+    assert np.isfinite(values).mean() > 0.97 and abs(np.nanmedian(values) / truth - 1) < 0.02
+    covered = [(f["low"] or 0) <= truth <= (np.inf if f["high"] is None else f["high"]) for f in found]
+    assert 0.92 <= np.mean(covered) <= 0.98
+
+
+def test_a_window_ends_where_a_curve_saturates():
+    curve = np.array([-1.1, -1.0, 0.0, 0.5, 1.0, 1.05])
+    assert stats.window(np.tile(curve, (3, 2, 1)), SCALES).tolist() == [False, True, True, True, True, False]
+    assert stats.window(line(1), SCALES).all() and stats.window(-line(1), SCALES).all()
+    assert stats.shape(np.tile(curve, (3, 2, 1)), SCALES)["saturation"] == 1
+
+
+def test_a_slope_is_taken_before_saturation():
+    bent = np.tile(np.clip(SCALES, -1, 1), (4, 3, 1))
+    assert stats.retention(bent, 0.5 * bent, SCALES)["value"] == pytest.approx(0.5)
+    assert stats.estimate(bent, SCALES, stats.window(bent, SCALES))["slope"]["value"] == pytest.approx(1)
+
+
+def test_shape_of_a_line_and_of_a_jump():
+    found = stats.shape(line(0.5), SCALES)
+    assert found["area"]["value"] == pytest.approx(0.5 * (2 + 2)) and found["saturation"] is None
+    assert found["smoothness"] == pytest.approx(1) and found["signs"] == 1 and found["monotonicity"] == 1
+    jump = np.tile(np.where(SCALES >= 0.5, 1.0, 0.0), (2, 2, 1))
+    assert stats.shape(jump, SCALES)["smoothness"] == pytest.approx(0, abs=1e-9)
+
+
+def test_planning_recovers_the_spread_and_inverts_it():
+    random = np.random.default_rng(3)
+    found = stats.spread(*simulated(random, 400, 50, 0.8, noise=0.6, differ=0.2), SCALES)
+    assert found["prompts"] == pytest.approx(0.8 * 0.2, rel=0.15)
+    assert stats.detectable(12, 4, found) > stats.detectable(24, 4, found) > stats.detectable(24, 16, found)
+    assert stats.detectable(1, 1, found) == np.inf
+
+
+def test_slope_of_a_line_and_of_an_even_curve():
+    assert stats.slope(SCALES, 0.3 * SCALES) == pytest.approx(0.3)
+    assert stats.slope(np.array([-1.0, 0, 1]), np.array([1.0, 0, 1])) == pytest.approx(0)
+    assert stats.slope(SCALES, np.ones((4, 7, 6))).shape == (4, 7)
+
+
+def test_estimate():
+    found = stats.estimate(line(0.5, spread=0.2), SCALES)
+    assert found["slope"]["low"] < found["slope"]["value"] < found["slope"]["high"]
+    assert found["effect"][2] == {"value": 0, "low": 0, "high": 0}
+    assert len(found["effect"]) == 6
+
+
+def test_retention_of_itself_is_one():
+    values = line(0.5, spread=0.2, noise=0.1)
+    assert stats.retention(values, values, SCALES) == {"value": 1, "low": 1, "high": 1}
+
+
+def test_retention_is_a_ratio():
+    values = line(0.5, spread=0.2, noise=0.02)
+    assert stats.retention(values, -0.4 * values, SCALES)["high"] == pytest.approx(-0.4)
+    assert stats.retention(values, 3 * values, SCALES) == pytest.approx(stats.retention(7 * values, 21 * values, SCALES))
+
+
+def test_retention_needs_an_effect_on_the_source():
+    assert stats.retention(line(0.01, noise=1), line(1), SCALES) == intervals.UNDEFINED
+    assert stats.retention(0 * line(1), line(1), SCALES) == intervals.UNDEFINED
+    assert stats.matched_scale(0 * line(1), line(1), SCALES)["value"] is None
+
+
+def test_matched_scale_inverts_the_strength():
+    def matched(a, b):
+        return {end: stats.matched_scale(line(a), line(b), SCALES)[end] for end in ("value", "low", "high")}
+
+    assert matched(1, 1) == pytest.approx({"value": 1, "low": 1, "high": 1})
+    assert matched(1, 0.8)["value"] == pytest.approx(1.25)
+    assert matched(-1, -2)["value"] == pytest.approx(0.5)
+
+
+def test_the_matched_scale_of_a_source_is_1_also_where_its_curve_comes_back():
+    hump = np.tile(np.interp(SCALES, [-2, 0, 0.5, 1, 2], [-1, 0, 1, 0.9, 0.2]), (4, 2, 1)) * (1 + 0.1 * np.arange(4)[:, None, None])
+    assert stats.matched_scale(hump, hump, SCALES)["value"] == pytest.approx(1)
+
+
+def test_matched_scale_out_of_reach_is_none():
+    weak = stats.matched_scale(line(1), line(0.3), SCALES)
+    assert weak == {**intervals.UNDEFINED, "reach": {"share": pytest.approx(0.6), "scale": 2.0}}
+    assert stats.matched_scale(line(1), line(-1), SCALES)["value"] is None
+    edge = stats.matched_scale(line(1), line(0.55, spread=0.6, seed=3), SCALES)
+    assert edge["low"] is not None and edge["high"] is None
+
+
+def test_crossing_takes_the_place_nearest_to_1():
+    grid = np.array([0.0, 1, 2])
+    assert stats.crossing(grid, np.array([-1.0, 1, -3])) == pytest.approx(1.25)
+    assert stats.crossing(grid, np.array([-1.0, -1, -0.5])) is None
+    assert stats.crossing(grid, np.array([-1.0, 0, 0])) == pytest.approx(1)
+
+
+def test_monotonicity_is_kendalls_tau():
+    values = effect.change(np.random.default_rng(0).integers(0, 4, size=(6, 3, 6)), ZERO)
+    expected = [np.nan_to_num(kendalltau(SCALES, v).statistic) for v in values.reshape(-1, 6)]
+    assert stats.monotonicity(values, SCALES) == pytest.approx(np.mean(expected))
+
+
+def test_monotonicity_at_the_ends():
+    assert stats.monotonicity(line(1), SCALES) == 1
+    assert stats.monotonicity(line(-1), SCALES) == -1
+    assert stats.monotonicity(0 * line(1), SCALES) == 0
+
+
+@pytest.mark.parametrize(
+    "low, high, equivalent, different, word",
+    [
+        (-0.5, -0.1, 1, 0, "reversed"),
+        (-0.1, 0.2, 1, 0, "dead"),
+        (-0.1, 0.9, 1, 0.01, "weaker"),
+        (0.85, 0.99, 0.01, 0.01, "kept"),
+        (0.8, 1.25, 0.05, 1, "kept"),
+        (0.8, 1.25, 0.06, 1, "unclear"),
+        (0.5, 0.9, 1, 0.01, "weaker"),
+        (1.1, 1.4, 1, 0.01, "stronger"),
+        (1.1, 1.4, 1, 0.06, "unclear"),
+        (-0.2, 1.5, 1, 1, "unclear"),
+        (None, None, 0, 0, "undefined"),
+    ],
+)
+def test_verdict(low, high, equivalent, different, word):
+    value = None if low is None else (low + high) / 2
+    assert stats.verdict({"value": value, "low": low, "high": high}, equivalent, different) == word
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="paired"):
+        stats.retention(line(1), line(1, seeds=2), SCALES)
+    with pytest.raises(ValueError, match="contain 0"):
+        stats.estimate(line(1), SCALES + 0.5)
+    with pytest.raises(ValueError, match="exactly 0"):
+        stats.estimate(line(1) + 1, SCALES)
+    with pytest.raises(ValueError, match="end at"):
+        stats.matched_scale(line(1), line(1), SCALES / 4)
+
+
+def test_change_is_zero_at_scale_zero():
+    assert effect.change(np.array([[[-1.0, 1, 3]]]), 1).tolist() == [[[-2, 0, 2]]]
+
+
+def test_own_directions_come_from_the_other_prompts():
+    features = np.zeros((3, 2, 2, 2))
+    features[0, :, 1] = [1, 0]
+    features[1:, :, 1] = [0, 2]
+    found = effect.own_directions(features, 0)
+    assert found[0].tolist() == pytest.approx([0, 1]) and found[1].tolist() == pytest.approx([0.4472, 0.8944], abs=1e-4)
+
+
+def test_percent_change_is_a_ratio_of_means():
+    assert effect.percent_change(np.array([0.3, 0.3]), np.array([0.1, 0.4])) == pytest.approx(20)
+    assert effect.percent_change(np.array([0.3]), np.array([0.0])) is None
+    assert effect.percent_change(np.array([0.3]), np.array([-0.2])) is None
+
+
+def test_preservation_is_the_cosine_to_the_plain_image():
+    features = np.array([[[[1.0, 0], [1, 0], [0, 1], [2, 2]]]])
+    assert effect.preservation(features, 1) == pytest.approx(np.array([[[1, 1, 0, 0.5**0.5]]]))
+
+
+def test_diversity_is_the_mean_pairwise_distance():
+    x = np.random.default_rng(0).normal(size=(9, 4))
+    pairs = [(a, b) for i, a in enumerate(x) for b in x[:i]]
+    assert image_sets.diversity(x, "euclidean")["value"] == pytest.approx(np.mean([np.linalg.norm(a - b) for a, b in pairs]))
+    assert image_sets.diversity(x)["value"] == pytest.approx(np.mean([1 - effect.cosine(a, b) for a, b in pairs]))
+    assert image_sets.diversity(x)["value"] == pytest.approx(image_sets.diversity(5 * x)["value"])
+    with pytest.raises(ValueError, match="unknown"):
+        image_sets.diversity(x, "manhattan")
+
+
+def test_diversity_interval_is_the_jackknife():
+    x = np.random.default_rng(1).normal(size=(8, 3))
+    without = np.array([image_sets.diversity(np.delete(x, i, 0))["value"] for i in range(8)])
+    error = np.sqrt(7 / 8 * ((without - without.mean()) ** 2).sum())
+    found = image_sets.diversity(x)
+    assert found["high"] - found["value"] == pytest.approx(intervals.quantile(0.95, 7) * error)
+
+
+def test_frechet_closed_forms():
+    random = np.random.default_rng(0)
+    root = random.normal(size=(4, 4))
+    cov, mu = root @ root.T, random.normal(size=4)
+    assert image_sets.frechet(mu, cov, mu, cov) == pytest.approx(0, abs=1e-6)
+    assert image_sets.frechet(mu, cov, mu + 2, cov) == pytest.approx(16)
+    a, b = np.diag([1.0, 4]), np.diag([9.0, 4])
+    assert image_sets.frechet(np.zeros(2), a, np.zeros(2), b) == pytest.approx(4)
+    other = np.diag([1.0, 2, 3, 4])
+    assert image_sets.frechet(mu, cov, mu, other) == pytest.approx(image_sets.frechet(mu, other, mu, cov))

@@ -1,0 +1,225 @@
+"""Plans: what each costs, what it equals at its ends, and that every image depends on its own seed alone."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configs import UserError
+from models.families import Family
+from models.interventions import Annealed, Between, Pink, derived
+from models.noise import vp
+from models.plans import PLANS, named
+from models.prompts import Prompts
+from models.sampler import Denoiser, Member, Plan, Stage, alone, draw_noise, during, finish, levels_of, sample
+
+LEVELS = levels_of("vp", "", 0, [999, 749, 499, 249])
+TEXTS = ["portrait of a person, glasses, brown hair", "portrait of a person, hat, purple background"]
+@pytest.fixture(scope="module")
+def tiny():
+    return Family("tiny", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=["dmd", "lightning"])
+def pair(tiny, request):
+    """A base and a student: one that adds fresh noise, one that does not."""
+    return tiny.member("base"), tiny.member(request.param)
+
+
+def latents(tiny, plan: Plan, seeds=(5, 17), texts=TEXTS) -> torch.Tensor:
+    return finish(plan, draw_noise(seeds, tiny.latent_shape, plan.steps), tiny.encode(list(texts)))
+
+
+# on networks that answer at once
+
+
+class Told(torch.nn.Module):
+    """Answers with a share of its input plus the first number that it is told."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(share), requires_grad=False)
+
+    def forward(self, x, t, tokens, added_cond_kwargs):
+        return SimpleNamespace(sample=self.share * x + tokens[:, 0, 0].reshape(-1, 1, 1, 1))
+
+
+def toys(eta: float = 1.0, start: str = "unit") -> tuple[Member, Member]:
+    base = Member("toy/base", Denoiser(Told(0.9)), levels_of("vp", "trailing", 10), guidance=3.0)
+    return base, Member("toy/student", Denoiser(Told(0.6)), LEVELS, eta=eta, start=start)
+
+
+def prompts(batch: int = 2) -> Prompts:
+    plain = Prompts(torch.linspace(0, 1, 12 * batch).reshape(batch, 3, 4), torch.ones(batch, 4), torch.zeros(batch, 6))
+    return replace(plain, negative=replace(plain, tokens=torch.zeros(batch, 3, 4)))
+
+
+def drawn(text: str, eta: float = 1.0, seeds=(3, 8), rows=(0, 1)) -> torch.Tensor:
+    plan = named(text, *toys(eta))
+    return finish(plan, draw_noise(seeds, (4, 8, 8), plan.steps), prompts()[list(rows)])
+
+
+COSTS = {  # plan: evaluations of the base of 10 steps with guidance, and of the student of 4 without
+    "base": (20, 0), "base(4)": (8, 0), "student": (0, 4), "hybrid(0)": (0, 4), "hybrid(1)": (2, 3), "hybrid(4)": (8, 0), "late(1)": (2, 3),
+    "skip(1)": (0, 3), "only(2)": (2, 3), "renoised(1)": (2, 3), "guided(1)": (1, 3), "guided(5)": (2, 3), "schedule(8)": (4, 3),
+    "interval(0,500)": (15, 0), "attenuate(.5)": (0, 4), "other(.5)": (0, 5), "blend(.5)": (2, 4), "pink(.5)": (0, 4),
+    "few(3)": (0, 3), "cads(.2)": (0, 4), "delta(.8)": (0, 4), "delta(.8,1)": (0, 4),
+}  # fmt: skip
+SAME = {
+    "hybrid(0)": "student", "attenuate(1)": "student", "other(1)": "student", "blend(1)": "student", "delta(1)": "student",
+    "delta(1,2)": "student", "skip(0)": "student", "only(1)": "hybrid(1)", "only(4)": "late(1)", "guided(3)": "hybrid(1)",
+    "schedule(4)": "hybrid(1)", "blend(0)": "renoised(1)", "hybrid(4)": "late(4)", "interval(0,999)": "base", "base(10)": "base",
+}  # fmt: skip
+DIFFERENT = ["hybrid(2)", "only(3)", "guided(1)", "attenuate(.5)", "other(.5)", "blend(.5)", "pink(1)", "cads(.5)", "delta(0)",
+             "delta(0,1)", "skip(1)", "schedule(8)"]  # fmt: skip
+NONE = {
+    "only(0)": "1 … 4", "only(5)": "1 … 4", "delta(1,9)": "1 … 4", "hybrid(1.5)": "whole numbers", "hybrid(5)": "0 … 4",
+    "hybrid(1,2)": r"hybrid\(k\)", "delta(x)": r"delta\(s\[,k\]\)", "cads()": r"cads\(scale\)", "pink(nan)": "pink", "base(0)": "1 … 1000",
+    "interval(5,2)": "low < high", "student(1)": "student", "hybrid(1": r"base\[\(n\)\]", "": "hybrid",
+    "pink(1e9)": "exponent must be from -10 to 10", "pink(100)": "exponent must be", "delta(inf)": r"delta\(s\[,k\]\)",
+    "delta(900)": "s must be", "cads(1e300)": "scale must be", "attenuate(99)": "keep must be", "hybrid(99999999)": "k must be",
+    "few(0)": "1 … 1000", "few(99999999)": "n must be", "guided(0)": "conditional only", "x" * 999: "no plan",
+}  # fmt: skip
+
+
+def test_every_plan_is_tried_here():
+    assert {text.partition("(")[0] for text in COSTS} == PLANS.keys()
+
+
+@pytest.mark.parametrize("text", COSTS)
+def test_a_plan_costs_what_it_says(text):
+    base, student = toys()
+    plan = named(text, base, student)
+    finish(plan, draw_noise([1], (4, 8, 8), plan.steps), prompts(1))
+    counted = (base.denoiser.evaluations, student.denoiser.evaluations)
+    assert counted == COSTS[text] and plan.evaluations == sum(counted)
+
+
+@pytest.mark.parametrize("text", COSTS)
+def test_an_image_depends_on_its_own_seed_alone(text):
+    both = drawn(text)
+    for i, seed in enumerate((3, 8)):
+        assert torch.allclose(drawn(text, seeds=(seed,), rows=(i,)), both[i : i + 1], atol=1e-5)
+    assert torch.equal(drawn(text), both)
+
+
+@pytest.mark.parametrize(("text", "same"), SAME.items())
+def test_the_ends_of_the_lines_meet(text, same):
+    assert torch.equal(drawn(text), drawn(same))
+
+
+def test_the_line_between_them_is_straight():
+    """With fresh noise, x after the first step is alpha' (keep x0 + (1 - keep) x0 of the other) + sigma' noise: PAPER.md's line."""
+    first = lambda text: next(iter(sample(named(text, *toys()), draw_noise([3], (4, 8, 8), 4), prompts(1)))).after  # noqa: E731
+    for name, end in (("blend", "renoised(1)"), ("attenuate", "attenuate(0)")):
+        assert torch.allclose(first(f"{name}(.25)"), 0.25 * first("student") + 0.75 * first(end), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", DIFFERENT)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_plan_changes_something(text, eta):
+    assert not torch.allclose(drawn(text, eta), drawn("student", eta), atol=1e-4)
+
+
+@pytest.mark.parametrize(("text", "says"), NONE.items())
+def test_a_plan_that_is_none(text, says):
+    with pytest.raises(UserError, match=says):
+        named(text, *toys())
+
+
+def test_two_networks_that_are_not_alike():
+    base, student = toys()
+    with pytest.raises(UserError, match="predicts what its base does"):
+        named("delta(1)", base, replace(student, denoiser=Denoiser(Told(1.0), "v")))
+    with pytest.raises(UserError, match="different shapes"):
+        named("delta(1)", base, replace(student, denoiser=Denoiser(torch.nn.Linear(2, 2)))).stages[0].within().__enter__()
+
+
+def test_what_is_held_is_held_beside_what_the_plan_holds():
+    """A control on some steps of a plan that has swapped the weights acts on the swapped ones."""
+    base, student = toys()
+    seen, net = [], student.denoiser.net
+
+    @contextmanager
+    def doubled():
+        before = net.share.data
+        net.share.data = 2 * before
+        yield
+        net.share.data = before
+
+    net.register_forward_pre_hook(lambda *_: seen.append(float(net.share)))
+    finish(during(named("delta(0)", base, student), lambda level: level.t > 500, doubled), draw_noise([1], (4, 8, 8), 4), prompts(1))
+    assert seen == pytest.approx([1.8, 1.8, 0.9, 0.9]) and float(net.share) == pytest.approx(0.6)
+
+
+# the interventions by themselves
+
+
+def test_derived_noise_is_noise_of_its_own():
+    own = draw_noise([1, 2], (4, 16, 16), 0)[:, 0]
+    more, other = derived(own, (4, 16, 16)), derived(own, (4, 16, 16), 7)
+    assert torch.equal(derived(own[1:], (4, 16, 16)), more[1:])
+    assert more.std() == pytest.approx(1, abs=0.05) and not torch.allclose(more, other)
+    assert abs(torch.corrcoef(torch.stack([own[0].flatten(), more[0].flatten()]))[0, 1]) < 0.1
+
+
+def test_pink_noise_has_the_spectrum_that_it_says():
+    white = torch.randn(400, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(Pink(0)(white), white, atol=1e-5)
+    noise = Pink(1.0)(white)
+    assert noise.var() == pytest.approx(1, abs=0.05)
+    power = torch.fft.fft2(noise).abs().square().mean((0, 1))
+    slope = torch.log(power[0, 8] / power[0, 2]) / torch.log(torch.tensor(4.0))
+    assert slope == pytest.approx(-1.0, abs=0.1)
+
+
+def test_cads_fades_with_the_noise_level():
+    """gamma by hand; without rescaling the formula itself, with it the prompt's own mean and deviation."""
+    told, own = prompts(), draw_noise([1, 2], (4, 8, 8), 0)[:, 0]
+    cads = Annealed(0.5, rescale=0.0)
+    assert [round(cads.gamma(vp(t)), 6) for t in (1000 - 1, 900, 750, 600, 100)] == [0, 0, 0.5, 1, 1]
+    assert cads(told, vp(600), own) is told
+    noised = cads(told, vp(750), own)
+    n = (noised.tokens - 0.5**0.5 * told.tokens) / (0.5 * 0.5**0.5)
+    assert torch.allclose(n, derived(own, (3, 4), 10_750), atol=1e-5) and noised.negative is told.negative
+    kept = Annealed(0.5)(told, vp(750), own).tokens
+    assert torch.allclose(kept.mean((1, 2)), told.tokens.mean((1, 2))) and torch.allclose(kept.std((1, 2)), told.tokens.std((1, 2)))
+
+
+def test_the_swap_computes_once_and_gives_back(tiny):
+    base, student = (tiny.member(name).denoiser.net for name in ("base", "dmd"))
+    own = [p.data_ptr() for p in student.parameters()]
+    between = Between(base, student, 0.0)
+    with between():
+        inside = [p.data_ptr() for p in student.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(base.parameters(), student.parameters(), strict=True))
+    with pytest.raises(RuntimeError), between():
+        assert [p.data_ptr() for p in student.parameters()] == inside
+        raise RuntimeError
+    assert [p.data_ptr() for p in student.parameters()] == own
+
+
+# on the embedded family
+
+
+def test_hybrid_of_none_is_the_student_and_of_all_the_base(tiny, pair):
+    base, student = pair
+    assert torch.equal(latents(tiny, named("hybrid(0)", *pair)), latents(tiny, alone(student)))
+    path = Plan("the base on the student's levels", (Stage.of(base, student.levels),))
+    assert torch.equal(latents(tiny, named("hybrid(4)", *pair)), latents(tiny, path))
+
+
+def test_no_delta_is_the_base_s_network_and_all_of_it_the_student(tiny, pair):
+    base, student = pair
+    assert torch.equal(latents(tiny, named("delta(1)", *pair)), latents(tiny, alone(student)))
+    other = replace(student, denoiser=Denoiser(base.denoiser.net))
+    assert torch.equal(latents(tiny, named("delta(0)", *pair)), latents(tiny, alone(other)))
+
+
+@pytest.mark.parametrize("text", ["other(.5)", "cads(.3)", "pink(.5)"])
+def test_an_image_of_the_family_is_the_same_alone(tiny, pair, text):
+    plan = named(text, *pair)
+    both = latents(tiny, plan)
+    assert torch.allclose(latents(tiny, plan, (17,), TEXTS[1:]), both[1:], atol=2e-5)

@@ -1,0 +1,42 @@
+"""Benches: what they report is what happens."""
+
+import json
+
+import numpy as np
+import pytest
+from test_controls import network
+from torch.profiler import ProfilerActivity, profile
+
+from models.architectures import ARCHITECTURES
+from train import dry_run
+from train.bench import memory, prior
+
+
+def allocated(call, folder) -> int:
+    """The most bytes that a call held on the CPU beyond what was there, by torch's own allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    record.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, checkpointing):
+    net, its, cfg = network(), ARCHITECTURES["sdxl"], memory.Config(layers="full")
+    real = allocated(lambda: dry_run.update(net, its, cfg, (4, 8, 8), "vp", checkpointing), tmp_path)
+    seen = dry_run.follow(network().to("meta"), its, cfg, (4, 8, 8), "vp", checkpointing)
+    assert seen["peak"] - seen["network"] == pytest.approx(real, rel=0.05)
+
+
+def test_kernel_distance_by_its_definition():
+    """Sums over different images, one by one; about 0 between halves of one set and more where one half is moved."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    kernel = lambda x, y: (x @ y / 3 + 1) ** 3  # noqa: E731
+    within = lambda x: np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])  # noqa: E731
+    across = np.mean([kernel(x, y) for x in a for y in b])
+    assert prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
+    many = rng.normal(size=(800, 3))
+    assert abs(prior.distance(many[:400], many[400:])) < 0.1 < prior.distance(many[:400], many[400:] + 0.5)

@@ -1,0 +1,176 @@
+"""What training will load, evaluate, take and hold, from configs alone: every tensor of a step is followed on torch's `meta` device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from configs import UserError
+from controls.lora import create, detach, parameters, strength
+from models import budget, devices, forecast
+from models.architectures import Architecture, blank
+from models.evaluators import chosen
+from models.families import DTYPES, Family, FamilyCard, split
+from models.forecast import Moment, Peak, flash
+from models.noise import LAWS, comparable
+from models.sampler import Denoiser, Member
+from train.checkpoint import progress
+from train.run import Training, check
+from train.validation import SEEDS
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe asks of a member, and what it holds."""
+
+    before: float  # evaluations before the first step
+    each: float  # and per latent and step, a backward pass counted as two
+    rows: int = 0  # latents that the network is asked for at once before the first step
+    kept: int = 0  # latents that are trained on, with what was seen of them
+    pictures: int = 0  # that pass the VAE before the first step
+    learning: bool = False  # whether gradients pass the VAE
+    evaluators: tuple[str, ...] = ()  # that look at pictures
+
+
+def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
+    """Prints what is loaded, network evaluations, time, the control's size, memory at its fullest. Raises UserError as a run would."""
+    check(cfg)
+    accelerator, (name, member) = devices.start(cfg), split(cfg.member)
+    if not accelerator.is_main_process:
+        return
+    family = Family(name, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=True)
+    bare, card = family.member(member), family.card
+    its, left, latents = cost(bare), cfg.steps - gone(cfg), cfg.batch * cfg.accumulate * accelerator.num_processes
+    again = f"; {cfg.steps - left} are done, what comes before the first is done again" if left < cfg.steps else ""
+    print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
+    asked = its.before + its.each * left * latents * (4 / 3 if cfg.checkpointing else 1)
+    calls = {member: asked} | {other: 0.0 for _, other in map(split, cfg.watch)}
+    print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, its)))
+    net = torch.nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
+    create(net, "control", cfg.layers, cfg.scope, cfg.rank)
+    weights = parameters(net, "control")
+    print(f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in {len(weights) // 2} layers")
+    control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
+    detach(net)
+    step = follow(net, family.architecture, cfg, family.latent_shape, bare.law, cfg.checkpointing)
+    print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
+
+
+def gone(cfg: Training) -> int:
+    """How many steps a run that goes on has done; 0 where none can."""
+    try:
+        return 0 if cfg.overwrite else progress(Path(cfg.out) / cfg.name / "state.pt")
+    except UserError:  # the run itself says what is wrong
+        return 0
+
+
+def looking(cfg: Training, card: FamilyCard, its: Cost) -> list[str]:
+    """The evaluators that training loads."""
+    return list(dict.fromkeys([*its.evaluators, *(chosen(card)[:1] if cfg.watch else [])]))
+
+
+def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict[str, Tensor]) -> list[Moment]:
+    """What is held together before the first step, in one, when a strip is drawn, when others are watched.
+
+    step: its bytes beside the network, those of the control included.
+    """
+    card, dtype, (_, own) = family.card, family.dtype, split(cfg.member)
+    (vae, encoders), nets = forecast.shared(card, dtype), forecast.networks(card, [own], dtype, cfg.quantize)
+    watched = forecast.networks(card, [name for _, name in map(split, cfg.watch)], dtype)
+    others = {name: size for name, size in watched.items() if name not in nets}
+    beside, aside, reading = vae | others, nets | others, encoders  # the network; the VAE; either before the first step
+    if cfg.memory.offload and family.device.type != "cpu":
+        beside, aside, reading = {}, {}, {}  # what is at work is alone
+    eyes, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
+    always = forecast.program(family.device) | {name: budget.evaluator_need(card, name).memory for name in eyes}
+    always["what is trained on"] = kept
+    trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
+
+    def asked(name: str, images: int) -> dict[str, float]:
+        return forecast.evaluating(card, forecast.guided(card, [name], min(images, family.drawing.size)), dtype)
+
+    def decoded(images: int, learning: bool = False) -> dict[str, float]:
+        return vae | forecast.decoding(card, min(images, family.decoding.size), family.memory, learning)
+
+    early = reading | {"what is trained on, in parts": kept}
+    found = [
+        Moment("before the first step", always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype)),
+        Moment("in a step", always | nets | beside | {"control, optimizer, activations": step}
+               | (decoded(cfg.batch, True) if its.learning else {})),
+        Moment("when a strip is drawn", always | trained | nets | beside | asked(own, len(cfg.sample_seeds))),
+        Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
+    ]  # fmt: skip
+    if its.pictures:
+        found.append(Moment("when pictures pass the VAE", always | early | aside | decoded(its.pictures)))
+    if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
+        found.append(Moment("when the network is packed", forecast.program(family.device) | forecast.networks(card, [own], dtype)))
+    images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
+    net = {name: card.base if its.lora else name for name, its in card.members.items()}
+    for _, name in map(split, cfg.watch):
+        added = trained | ({} if net[name] == net[own] else forecast.sums(control, dtype))
+        found += [
+            Moment(f"when {name} is watched", always | nets | beside | added | asked(name, images)),
+            Moment(f"when {name} is watched", always | aside | added | decoded(images) | forecast.seeing(card, eyes, images)),
+        ]
+    return found
+
+
+class Step(Protocol):
+    """What decides the size of a step."""
+
+    batch: int  # latents at once
+    rank: int  # of the control
+    layers: str  # its layer set
+    scope: str  # and how far that reaches
+
+
+@contextmanager
+def training(
+    net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool
+) -> Iterator[Callable[[], None]]:
+    """Gives a step as train/slider.py makes it, with the optimizer's moments and the weights' moving average.
+
+    shape: (C, H, W) of a latent.
+    """
+    create(net, "slider", cfg.layers, cfg.scope, cfg.rank)
+    if checkpointing:
+        net.enable_gradient_checkpointing()
+    weights = parameters(net, "slider")
+    average, optimizer = [weight.detach().clone() for weight in weights], torch.optim.AdamW(weights, 1e-3)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad()
+    x, told, noise = torch.zeros((cfg.batch, *shape), device=net.device), blank(its, net, cfg.batch), LAWS[law][0](500.0)
+
+    def step() -> None:
+        with strength(net, slider=1.0):
+            comparable(x, Denoiser(net, call=its.call)(x, noise, told), noise, law).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [weight.detach() for weight in weights], 0.1)
+
+    try:
+        yield step
+    finally:
+        net.disable_gradient_checkpointing()
+        detach(net)
+
+
+def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> None:
+    """One such step."""
+    with training(net, its, cfg, shape, law, checkpointing) as step:
+        step()
+
+
+def follow(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> dict[str, int]:
+    """The bytes of the bare network, and the most that lived during a step."""
+    with Peak(net) as peak, flash(), torch.device(net.device):  # what a network makes without saying where, is made there
+        network = peak.live
+        update(net, its, cfg, shape, law, checkpointing)
+    return {"network": network, "peak": peak.most}
