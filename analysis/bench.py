@@ -66,15 +66,15 @@ def bare(drawings: Drawings, plan) -> tuple[float, float]:
         return rows
 
     def look(rows: torch.Tensor) -> torch.Tensor:
-        for eye in drawings.eyes.values():
-            eye.features(images[rows])
+        for evaluator in drawings.evaluators.values():
+            evaluator.features(images[rows])
         return rows
 
     def decode(rows: torch.Tensor) -> torch.Tensor:
         return family.decode(latents[rows])
 
-    unet, vae, eyes = (seconds(lambda work=work: family.drawing.of(work, count)) for work in (steps, decode, look))
-    return unet, vae + eyes
+    unet, vae, evaluators = (seconds(lambda work=work: family.drawing.of(work, count)) for work in (steps, decode, look))
+    return unet, vae + evaluators
 
 
 def seconds(work: Callable) -> float:

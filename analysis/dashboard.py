@@ -23,7 +23,7 @@ SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel p
         ("lines", "effect on each member", "watch/effect/<member>"),
         ("lines", "retention on each member", "watch/retention/<member>/value"),
         ("lines", "gradient norm before clipping", "gradient"),
-        ("lines", "learning rate", "rate"),
+        ("lines", "learning rate", "learning_rate"),
     ],
     "Transfer": [
         ("images", "retention", "transfer/heat/<evaluator>"),

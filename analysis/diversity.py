@@ -26,7 +26,7 @@ from analysis.pages.html import number
 from configs import UserError, entry, load, releases, tracking
 from controls import intervals
 from models import budget, devices, forecast, promptsets
-from models.evaluators import UNIT, Evaluator, chosen, evaluators
+from models.evaluators import UNIT, Evaluator, chosen, load_evaluators
 from models.families import DTYPES, Family, Memory
 from models.promptsets import PromptSet
 from models.sampler import Plan, draw_noise, finish, sample
@@ -35,7 +35,7 @@ FEW = ["base", "base(4)", "student", "hybrid(1)", "hybrid(2)", "late(1)", "skip(
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
-FREE = ("plans", "students", "labels", "neighbours", "batch", "memory", "plan", "wandb", "out")  # what a continued run may change
+FREE = ("plans", "students", "labels", "neighbours", "batch_size", "memory", "dry_run", "wandb", "out")  # what a continued run may change
 
 
 @dataclass
@@ -53,10 +53,10 @@ class Config:
     reference: str = ""  # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
     labels: list[str] = field(default_factory=list)  # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
     neighbours: int = 5  # k of precision, recall, density and coverage
-    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
-    plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
+    dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/diversity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -85,14 +85,14 @@ def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
     start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
-    told = promptsets.read(cfg.prompts or family.card.prompts)
-    cfg.prompts, cfg.labels, seeds = told.texts, cfg.labels or family.card.prompts, told.numbers(cfg.seeds, cfg.seed)
-    plans = ways(cfg.plans, cfg.students, family if cfg.plan else Family(cfg.family, bare=True))
-    if cfg.plan:
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
+    prompts = promptsets.read(cfg.prompts or family.card.prompts)
+    cfg.prompts, cfg.labels, seeds = prompts.texts, cfg.labels or family.card.prompts, prompts.numbers(cfg.seeds, cfg.seed)
+    plans = ways(cfg.plans, cfg.students, family if cfg.dry_run else Family(cfg.family, bare=True))
+    if cfg.dry_run:
         images = len(cfg.prompts) * cfg.seeds + cfg.captions
         print(f"{len(plans)} ways to draw, {images} images each")
-        calls = budget.asked((plan_of(family, Job(*way, "").target), images) for way in plans)
+        calls = budget.nfe_by_member((plan_of(family, Job(*way, "").target), images) for way in plans)
         names, turns = chosen(family.card, cfg.evaluators), in_memory(in_turn([Job(*way, "") for way in plans], family.card), family.card)
         print(budget.forecast(family.card, calls, family.dtype, family.device, names))
         most, reading = max(cfg.seeds, cfg.captions), bool(cfg.captions)
@@ -100,7 +100,7 @@ def main(cfg: Config) -> Path:
         return Path(cfg.out) / cfg.name
     captions, real = against(family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours)
     texts = captions.texts
-    eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
+    evaluators = load_evaluators(family.card, accelerator.device, cfg.evaluators)
     folder = devices.claim(accelerator, cfg, FREE)
 
     parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
@@ -115,17 +115,17 @@ def main(cfg: Config) -> Path:
         kind, _, index = job.part.partition("-")
         plan, k = plan_of(family, job.target), int(index)
         if kind == "prompt":
-            tensors = variety(cfg, family, plan, eyes, seeds, k)
+            tensors = variety(cfg, family, plan, evaluators, seeds, k)
         else:
-            tensors = captioned(cfg, family, plan, eyes, captions, k)
+            tensors = captioned(cfg, family, plan, evaluators, captions, k)
         store.write(folder / job.file, tensors, job.file)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
-    judge = Judge(eyes, cfg.labels, real, cfg.neighbours) if texts else None
-    cells = cells_of(cfg, family.card.base, plans, list(eyes), judge, blocks_of(texts), folder)
-    results = {**wandb_log.header("analysis.diversity", cfg, start), "evaluators": list(eyes), "base": family.card.base,
+    judge = Judge(evaluators, cfg.labels, real, cfg.neighbours) if texts else None
+    cells = cells_of(cfg, family.card.base, plans, list(evaluators), judge, blocks_of(texts), folder)
+    results = {**wandb_log.header("analysis.diversity", cfg, start), "evaluators": list(evaluators), "base": family.card.base,
                "fronts": diversity_page.fronts(cells, family.card.base), "cells": cells}  # fmt: skip
     wandb_log.write(results, folder)
     pictures(seeds[: min(SHOWN, cfg.seeds)], cells, folder)
@@ -151,9 +151,9 @@ def check(cfg: Config) -> None:
 
 
 @torch.no_grad()
-def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], numbers: list[int], p: int) -> dict[str, Tensor]:
+def variety(cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], numbers: list[int], p: int) -> dict[str, Tensor]:
     """How far apart the seeds of one prompt are at each step: numbers and a few pictures."""
-    word, seeds = eyes["clip"].texts([cfg.prompts[p]])[0], numbers[p * cfg.seeds :][: cfg.seeds]
+    word, seeds = evaluators["clip"].texts([cfg.prompts[p]])[0], numbers[p * cfg.seeds :][: cfg.seeds]
 
     def seen(rows: Tensor) -> tuple[list[dict[str, np.ndarray]], Tensor]:
         """Features of x0 at each step, of the finished image at the last, and the small finished pictures."""
@@ -161,10 +161,10 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
         features = []
         for step in sample(plan, noise, family.encode([cfg.prompts[p]] * len(rows))):
             images = family.decode(step.after if step.index + 1 == plan.steps else step.x0)
-            features.append({name: eye.features(images) for name, eye in eyes.items()})
+            features.append({name: evaluator.features(images) for name, evaluator in evaluators.items()})
         return features, sheets.thumbs(images)
 
-    spreads = {name: [Spread("cosine" if name in UNIT else "squared") for _ in range(plan.steps)] for name in eyes}
+    spreads = {name: [Spread("cosine" if name in UNIT else "squared") for _ in range(plan.steps)] for name in evaluators}
     agrees, pictures = np.zeros(plan.steps), []
     for batch, thumbs in family.drawing.of(seen, cfg.seeds):
         pictures.append(thumbs)
@@ -181,25 +181,25 @@ def variety(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator],
 
 
 @torch.no_grad()
-def captioned(cfg: Config, family: Family, plan: Plan, eyes: dict[str, Evaluator], captions: PromptSet, b: int) -> dict[str, Tensor]:
+def captioned(cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], captions: PromptSet, b: int) -> dict[str, Tensor]:
     """One block of the captions, an image each: features, and what it cost, from the words to the pixels, the base's steps included."""
     rows = slice(b, None, blocks_of(captions.texts))
     texts, seeds = captions.texts[rows], captions.numbers(1, cfg.seed + 500_000)[rows]
-    asked = {id(member.denoiser): member.denoiser for member in plan.members}.values()
+    denoisers = {id(member.denoiser): member.denoiser for member in plan.members}.values()
 
     def drawn(rows: Tensor) -> tuple[dict[str, Tensor], float, int]:
         """Features of a batch, its seconds and its evaluations per image."""
-        start, before = time.perf_counter(), sum(denoiser.evaluations for denoiser in asked)
+        start, before = time.perf_counter(), sum(denoiser.nfe for denoiser in denoisers)
         noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
         images = family.decode(finish(plan, noise, family.encode([texts[row] for row in rows])))
         seconds = time.perf_counter() - start
-        features = {name: torch.from_numpy(eye.features(images)).float() for name, eye in eyes.items()}
-        return features, seconds, sum(denoiser.evaluations for denoiser in asked) - before
+        features = {name: torch.from_numpy(evaluator.features(images)).float() for name, evaluator in evaluators.items()}
+        return features, seconds, sum(denoiser.nfe for denoiser in denoisers) - before
 
-    features, seconds, evaluations = zip(*family.drawing.of(drawn, len(texts)), strict=True)
-    words = torch.from_numpy(eyes["clip"].texts(texts)).float()
-    cost = torch.tensor([sum(seconds) / len(texts), np.mean(evaluations)], dtype=torch.float64)
-    return {**{name: torch.cat([part[name] for part in features]) for name in eyes}, "words": words, "cost": cost}
+    features, seconds, nfe = zip(*family.drawing.of(drawn, len(texts)), strict=True)
+    words = torch.from_numpy(evaluators["clip"].texts(texts)).float()
+    cost = torch.tensor([sum(seconds) / len(texts), np.mean(nfe)], dtype=torch.float64)
+    return {**{name: torch.cat([part[name] for part in features]) for name in evaluators}, "words": words, "cost": cost}
 
 
 def blocks_of(texts: list[str]) -> int:
@@ -265,8 +265,8 @@ def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> 
         judge.add(tallies[b % BLOCKS], block)
         costs.append(block["cost"])
         images += len(block["words"])
-    seconds, evaluations = np.median(costs, 0).tolist()
-    return {"quality": judge.jackknife(tallies), "seconds": seconds, "evaluations": evaluations, "captions": images}
+    seconds, nfe = np.median(costs, 0).tolist()
+    return {"quality": judge.jackknife(tallies), "seconds": seconds, "nfe": nfe, "captions": images}
 
 
 def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
@@ -282,22 +282,22 @@ def show(cells: list[dict]) -> None:
     table = Table(title="Diversity (mean pairwise distance over seeds) [95 %], share of the loss that is recovered, cost")
     names = list(cells[0]["diversity"])
     heads = [head for name in names for head in (f"by {name}", "recovery")]
-    for head in ("student", "plan", *heads, "agreement", "Fréchet", "evaluations", "ms"):
+    for head in ("student", "plan", *heads, "agreement", "Fréchet", "nfe", "ms"):
         table.add_column(head)
     for c in cells:
         by = [word for name in names for word in (shown(c["diversity"][name][-1]), shown(c["recovery"][name], 2))]
         frechet, milliseconds = c.get("quality", {}).get("frechet_clip"), 1000 * c["seconds"] if "seconds" in c else None
         table.add_row(c["student"], c["plan"], *by, number(c["agreement"]["value"], 1), number(frechet and frechet["value"], 3),
-                      f"{c['evaluations']:g}" if "evaluations" in c else "", number(milliseconds, 0))  # fmt: skip
+                      f"{c['nfe']:g}" if "nfe" in c else "", number(milliseconds, 0))  # fmt: skip
     Console(width=max(140, Console().width)).print(table)
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     """Logs a table, the key figures, the sheets, and the record as an artifact of type results."""
     cells = results["cells"]
-    columns = ["student", "plan", "diversity", "low", "high", "recovery", "agreement", "evaluations", "seconds"]
+    columns = ["student", "plan", "diversity", "low", "high", "recovery", "agreement", "nfe", "seconds"]
     rows = [[c["student"], c["plan"], *c["diversity"]["clip"][-1].values(), (c["recovery"]["clip"] or {}).get("value"),
-             c["agreement"]["value"], c.get("evaluations"), c.get("seconds")] for c in cells]  # fmt: skip
+             c["agreement"]["value"], c.get("nfe"), c.get("seconds")] for c in cells]  # fmt: skip
     tracker.table("diversity/plans", columns, rows)
     tracker.log({f"diversity/clip/{c['student']}/{c['plan']}": c["diversity"]["clip"][-1]["value"] for c in cells})
     for student in dict.fromkeys(c["student"] for c in cells):

@@ -57,8 +57,8 @@ def numbers(results: dict, control: str) -> dict:
     Targets that are there for comparison only are left out.
     """
     cells = [cell for cell in results["cells"] if cell["control"] == control and not cell.get("reference")]
-    targets = {cell["target"]: {who: {"scale": reading["matched_scale"], "retention": reading["retention"], "verdict": reading["verdict"]}
-                                for who, reading in of.readings(cell).items()} for cell in cells}  # fmt: skip
+    targets = {cell["target"]: {evaluator_name: {"scale": reading["matched_scale"], "retention": reading["retention"], "verdict": reading["verdict"]}
+                                for evaluator_name, reading in of.readings(cell).items()} for cell in cells}  # fmt: skip
     first = cells[0]
     about = {key: first.get(key) for key in ("source", "scales", "prompts", "seeds")}
     how = {key: results.get(key) for key in ("command", "created", "versions")}
@@ -71,9 +71,9 @@ def text(results: dict, control: str) -> str:
     both = cell.get("negative") and cell.get("positive")
     words = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if both else ""
     evaluators = of.evaluators_of([cell])
-    heads = ["on", "use scale", *(f"kept, by {plain(who)}" for who in evaluators)]
+    heads = ["on", "use scale", *(f"kept, by {plain(evaluator_name)}" for evaluator_name in evaluators)]
     rows = [[code(target) + (", trained on it" if target == found["source"] else ""), scale(by[evaluators[0]], found["scales"]),
-             *(f"{ranged(by[who]['retention'])} {plain(by[who]['verdict'])}" for who in evaluators)]
+             *(f"{ranged(by[evaluator_name]['retention'])} {plain(by[evaluator_name]['verdict'])}" for evaluator_name in evaluators)]
             for target, by in found["targets"].items()]  # fmt: skip
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
     versions = ", ".join(plain(f"{name} {version}") for name, version in (found["versions"] or {}).items())

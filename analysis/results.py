@@ -95,7 +95,7 @@ DIVERSITY = {
         "student": str, "plan": str, "steps": STEPS, "diversity": Each(Filled(POINT)), "vendi": Filled(INTERVAL), "agreement": POINT,
         "per_prompt": [{"prompt": str, "vendi": float}], "of_base": Each(INTERVAL), "of_base_first": Each(INTERVAL), "gain": PER_NAME,
         "recovery": PER_NAME, "agreement_gain": Null(INTERVAL), "quality": Maybe(PER_NAME), "seconds": Maybe(float),
-        "evaluations": Maybe(float), **COUNTED,
+        "nfe": Maybe(float), **COUNTED,
     }),
 }  # fmt: skip
 PLACE = {"comparison": str, "first": str, "step": int, "t": float}
@@ -115,7 +115,7 @@ SIMILARITY = {  # what a cell is, and its shape
                 **dict.fromkeys(("cosine", "in", "chance_in", "out", "chance_out"), NUMBER)},
     "point": {"evaluator": str, "control": str, "target": str, "retention": float},
     "predictor": {"predictor": str, "evaluator": str, "points": int, "controls": int, "spearman": INTERVAL, "pearson": INTERVAL,
-                  "foretold": NUMBER, "foretold_without_one": {"value": NUMBER, "without": Null(str)},
+                  "r2_cross_validated": NUMBER, "r2_without_one": {"value": NUMBER, "without": Null(str)},
                   "without_one": {"low": NUMBER, "high": NUMBER, "most": Null(str)}},
 }  # fmt: skip
 SHAPES = {"analysis.transfer": TRANSFER, "analysis.trace": TRACE, "analysis.diversity": DIVERSITY,

@@ -27,7 +27,7 @@ def show(
     for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
         least = stats.detectable(n, k, spread)
         print(f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})")
-    calls = budget.asked((drawings.plan(job.target), each) for job in todo)
+    calls = budget.nfe_by_member((drawings.plan(job.target), each) for job in todo)
     print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
     if not todo:
         print("nothing to draw")

@@ -33,9 +33,9 @@ from analysis.pages import similarity as similarity_page
 from analysis.pages.html import number, ranged
 from configs import ROOT, UserError, entry, load, releases, replacing, tracking
 from controls import formats
-from controls.lora import Control, applied
+from controls.lora import Control, fused
 from models import budget, devices, promptsets
-from models.evaluators import evaluators
+from models.evaluators import load_evaluators
 from models.families import DTYPES, Family, Memory
 from models.sampler import alone
 
@@ -65,10 +65,10 @@ class Config:
     kept: int = 512  # samples kept for intervals, permutations, neighbours, maps between blocks; CKA itself keeps none
     draws: int = 100  # permutations of the prompts for the null
     stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
-    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
-    plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
+    dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/similarity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -81,14 +81,14 @@ def main(cfg: Config) -> Path:
     check(cfg)
     shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
     transfer = retentions(cfg.transfer) if shown else []
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
-    told = promptsets.read(cfg.prompts or family.card.prompts)
-    cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
+    prompts = promptsets.read(cfg.prompts or family.card.prompts)
+    cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
     pairs = pairs_of(cfg, family, control)
     measure, firsts = measure_of(cfg), list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
-    if cfg.plan:
+    if cfg.dry_run:
         print(f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come on top")
-        print(budget.forecast(family.card, evaluations(family, pairs, firsts, len(seeds)), family.dtype, family.device))
+        print(budget.forecast(family.card, nfe(family, pairs, firsts, len(seeds)), family.dtype, family.device))
         return Path(cfg.out) / cfg.name
     fits(family, pairs, shown, cfg.blocks)
     folder = devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
@@ -101,8 +101,8 @@ def main(cfg: Config) -> Path:
         return folder / "report.html"
 
     cells = gather(folder, pairs, shown)
-    for who, rows in points(cells, transfer).items():
-        cells += [{"what": "point", "evaluator": who, **row} for row in rows] + predictors(rows, who, seed=cfg.seed)
+    for evaluator_name, rows in points(cells, transfer).items():
+        cells += [{"what": "point", "evaluator": evaluator_name, **row} for row in rows] + predictors(rows, evaluator_name, seed=cfg.seed)
     wandb_log.write({**wandb_log.header("analysis.similarity", cfg, start), "cells": cells}, folder)
     page = report.build(folder)
     show(cells)
@@ -157,7 +157,7 @@ def fits(family: Family, pairs: list[Pair], controls: list[Control], kind: str) 
     if len(set(names)) < len(names):
         raise UserError(f"controls must be files of different names; got {', '.join(names)}")
     for control in [*controls, *(pair.control for pair in pairs if pair.control)]:
-        with applied(family.member(control.card.member).denoiser.net, control, 1.0, family.card.name):
+        with fused(family.member(control.card.member).denoiser.net, control, 1.0, family.card.name):
             pass
 
 
@@ -198,9 +198,9 @@ def walked(member: str, chunk: Chunk) -> str:
     return f"trajectories/{member}/{chunk.file}"
 
 
-def evaluations(family: Family, pairs: list[Pair], firsts: list[str], images: int) -> Counter[str]:
+def nfe(family: Family, pairs: list[Pair], firsts: list[str], images: int) -> Counter[str]:
     """Network evaluations by member: runs of the first ones and of all second ones, and each pair at the second one's levels."""
-    calls = budget.asked((alone(family.member(name)), images) for name in [*firsts, *(pair.second for pair in pairs)])
+    calls = budget.nfe_by_member((alone(family.member(name)), images) for name in [*firsts, *(pair.second for pair in pairs)])
     for pair in pairs:
         steps = images * len(family.member(pair.second).levels)
         calls += Counter({pair.first: 2 * steps}) + Counter({pair.second: steps})  # on its own run, and on the same inputs
@@ -220,8 +220,8 @@ def measurements(
         texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]
         own = [seed for chunk in todo for seed in chunk.seeds]
         seeds = [own[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
-        eyes = evaluators(family.card, family.device)
-        cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, eyes)
+        evaluators = load_evaluators(family.card, family.device)
+        cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, evaluators)
         wandb_log.picture(pictures, folder / f"images/stitch/{pair.file}.png")
         return cells
 
@@ -255,8 +255,8 @@ def ground(family: Family, todo: list[Chunk], folder: Path) -> Start:
     x0 = torch.cat([store.load(folder / file, file)["x0"][:PROMPT_SEEDS] for file in files]).to(family.device)
     eps = torch.cat([spare_noise(family, base, chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts])
     counts = [len(chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts]
-    told = family.encode([chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)])
-    return Start(told, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), family.drawing)
+    prompts = family.encode([chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)])
+    return Start(prompts, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), family.drawing)
 
 
 def keep(path: Path, cells: list[dict], what: str) -> None:
@@ -294,12 +294,12 @@ def show(cells: list[dict]) -> None:
     found = [c for c in cells if c["what"] == "predictor"]
     if found:
         table = Table(title=f"What predicts retention: {found[0]['points']} points of {found[0]['controls']} controls")
-        for head in ("evaluator", "predictor", "Spearman [95 %]", "one control left out", "R² foretold", "lowest without one"):
+        for head in ("evaluator", "predictor", "Spearman [95 %]", "one control left out", "cross-validated R²", "lowest without one"):
             table.add_column(head)
         for c in found:
             left = f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}"
-            table.add_row(c["evaluator"], c["predictor"], ranged(c["spearman"]), left, number(c["foretold"]),
-                          number(c["foretold_without_one"]["value"]))  # fmt: skip
+            table.add_row(c["evaluator"], c["predictor"], ranged(c["spearman"]), left, number(c["r2_cross_validated"]),
+                          number(c["r2_without_one"]["value"]))  # fmt: skip
         Console(width=max(120, Console().width)).print(table)
 
 
@@ -315,8 +315,8 @@ def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
         tracker.table(f"similarity/cka/{name}/{inputs}", heads, [[block, *row] for block, row in rows.items()])
     found = [c for c in cells if c["what"] == "predictor"]
     if found:
-        tracker.table("similarity/predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "foretold"],
-                      [[c["evaluator"], c["predictor"], c["points"], *c["spearman"].values(), c["foretold"]] for c in found])  # fmt: skip
+        tracker.table("similarity/predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "r2_cross_validated"],
+                      [[c["evaluator"], c["predictor"], c["points"], *c["spearman"].values(), c["r2_cross_validated"]] for c in found])  # fmt: skip
     for row in similarity_page.by_step(cells):
         means = {f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in similarity_page.INPUTS}
         tracker.log({name: value for name, value in means.items() if value is not None})

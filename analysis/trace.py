@@ -26,13 +26,13 @@ from configs import UserError, entry, load, releases, tracking
 from controls import formats
 from controls.lora import Control, fits
 from models import budget, devices, forecast, promptsets
-from models.evaluators import READERS, Evaluator, chosen, evaluators
+from models.evaluators import READERS, Evaluator, chosen, load_evaluators
 from models.families import DTYPES, Family, Memory
 from models.noise import Noise
 from models.sampler import Plan, draw_noise, sample
 
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
-FREE = ("wandb", "out", "batch", "memory", "plan", "tolerance", "threshold", "concepts")  # what a continued run may change
+FREE = ("wandb", "out", "batch_size", "memory", "dry_run", "tolerance", "threshold", "concepts")  # what a continued run may change
 CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
 
 
@@ -55,10 +55,10 @@ class Config:
     negative: str = ""  # what it departs from; empty = what its card says
     bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
-    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
-    plan: bool = False  # --plan: say what will be loaded and asked, and stop; needs no weights
+    dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/trace"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -90,23 +90,23 @@ def main(cfg: Config) -> Path:
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
-    told = promptsets.read(cfg.prompts or family.card.prompts)
-    cfg.prompts, seeds = told.texts, told.numbers(cfg.seeds, cfg.seed)
-    outline = family if cfg.plan else Family(cfg.family, bare=True)
+    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
+    prompts = promptsets.read(cfg.prompts or family.card.prompts)
+    cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
+    outline = family if cfg.dry_run else Family(cfg.family, bare=True)
     plans = ways(cfg.plans, cfg.students, outline)
     jobs = jobs_of(cfg, plans, control is not None)
     folder = Path(cfg.out) / cfg.name
-    if cfg.plan:
+    if cfg.dry_run:
         todo = in_turn([job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card)
         images, names = len(cfg.prompts) * cfg.seeds, chosen(family.card, cfg.evaluators)
         print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
-        calls = budget.asked((plan_of(family, job.target), images) for job in todo)
+        calls = budget.nfe_by_member((plan_of(family, job.target), images) for job in todo)
         print(budget.forecast(family.card, calls, family.dtype, family.device, names))
         turns, controls = in_memory(todo, family.card), [control.tensors] if control else []
         print(forecast.said(lambda: forecast.drawing(family, turns, images, controls, names)))
         return folder
-    eyes = evaluators(family.card, accelerator.device, cfg.evaluators)
+    evaluators = load_evaluators(family.card, accelerator.device, cfg.evaluators)
     for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing
         fits(outline.member(name).denoiser.net, control, family.card.name)
     devices.claim(accelerator, cfg, FREE)
@@ -118,15 +118,15 @@ def main(cfg: Config) -> Path:
     if mine:
         family.encode_all(cfg.prompts)
     for job in one_by_one(mine, family, "trace", not accelerator.is_main_process):
-        draw(cfg, family, plan_of(family, job.target), control, eyes, seeds, job, folder)
+        draw(cfg, family, plan_of(family, job.target), control, evaluators, seeds, job, folder)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return folder / "report.html"
 
-    cells = cells_of(cfg, family.card.base, jobs, eyes, pair, folder)
+    cells = cells_of(cfg, family.card.base, jobs, evaluators, pair, folder)
     pictures(cfg, cells, folder)
     strips(family, seeds, cells, folder)
-    results = {**wandb_log.header("analysis.trace", cfg, start), "evaluators": list(eyes), "base": family.card.base, "prompts": cfg.prompts,
+    results = {**wandb_log.header("analysis.trace", cfg, start), "evaluators": list(evaluators), "base": family.card.base, "prompts": cfg.prompts,
                "shown": min(cfg.shown, len(cfg.prompts)), "control": control.card.name if control else "", "cells": cells}  # fmt: skip
     wandb_log.write(results, folder)
     page = report.build(folder)
@@ -177,7 +177,7 @@ def band(cfg: Config, level: Noise) -> int:
 
 @torch.no_grad()
 def draw(
-    cfg: Config, family: Family, plan: Plan, control: Control | None, eyes: dict[str, Evaluator], seeds: list[int], job: Job, folder: Path
+    cfg: Config, family: Family, plan: Plan, control: Control | None, evaluators: dict[str, Evaluator], seeds: list[int], job: Job, folder: Path
 ) -> None:
     """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
@@ -193,8 +193,8 @@ def draw(
             if not (whole or last):
                 continue
             images = family.decode(step.after if last else step.x0)
-            for name, eye in eyes.items():
-                steps[name].append(torch.from_numpy(eye.features(images)).float())
+            for name, evaluator in evaluators.items():
+                steps[name].append(torch.from_numpy(evaluator.features(images)).float())
             if whole and kept:
                 steps["x0"].append(sheets.thumbs(images[kept]))
                 steps["x"].append(sheets.thumbs(family.decode(step.x[kept])))
@@ -208,30 +208,30 @@ def draw(
     store.write(folder / job.file, tensors, job.file)
 
 
-def cells_of(cfg: Config, base: str, jobs: list[Job], eyes: dict[str, Evaluator], pair: tuple[str, str], folder: Path) -> list[dict]:
+def cells_of(cfg: Config, base: str, jobs: list[Job], evaluators: dict[str, Evaluator], pair: tuple[str, str], folder: Path) -> list[dict]:
     """A cell per student and plan."""
-    features = {job: gather(cfg, job, eyes, folder) for job in jobs}
-    unit = {name: apart(name, features[Job(base, "base", ())][name]) for name in eyes}
+    features = {job: gather(cfg, job, evaluators, folder) for job in jobs}
+    unit = {name: apart(name, features[Job(base, "base", ())][name]) for name in evaluators}
     plain = [f for job, f in features.items() if job.bands == ()]
-    ends = {name: np.concatenate([f[name][:, :, -1].reshape(-1, f[name].shape[-1]) for f in plain]) for name in eyes}
+    ends = {name: np.concatenate([f[name][:, :, -1].reshape(-1, f[name].shape[-1]) for f in plain]) for name in evaluators}
     cells = []
     for student, plan in dict.fromkeys((job.student, job.plan) for job in jobs):
         own = features[Job(student, plan, ())]
         steps = [{"t": t, "share": (i + 1) / len(own["t"])} for i, t in enumerate(own["t"].tolist())]
-        cell = {"student": student, "plan": plan, "steps": steps, **committed(cfg, own, unit), "abandoned": abandoned(cfg, own, eyes, ends),
+        cell = {"student": student, "plan": plan, "steps": steps, **committed(cfg, own, unit), "abandoned": abandoned(cfg, own, evaluators, ends),
                 "images": len(cfg.prompts) * cfg.seeds, "prompts": len(cfg.prompts), "seeds": cfg.seeds}  # fmt: skip
         with_control = {job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)}
         if None in with_control:
-            cell["control"] = {name: followed(eye, name, with_control, pair) for name, eye in eyes.items() if name in READERS}
+            cell["control"] = {name: followed(evaluator, name, with_control, pair) for name, evaluator in evaluators.items() if name in READERS}
         cells.append(cell)
     return cells
 
 
-def gather(cfg: Config, job: Job, eyes: dict, folder: Path) -> dict[str, np.ndarray]:
+def gather(cfg: Config, job: Job, evaluators: dict, folder: Path) -> dict[str, np.ndarray]:
     """A job's features, (P, S, T, d) per evaluator, and its noise levels t (T,)."""
     file = store.load(folder / job.file, job.file)
     shape = (len(cfg.prompts), cfg.seeds)
-    return {**{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in eyes}, "t": file["t"].numpy()}
+    return {**{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in evaluators}, "t": file["t"].numpy()}
 
 
 def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:

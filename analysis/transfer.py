@@ -1,6 +1,6 @@
 """How much of a control's effect survives on other members of the family: python -m analysis.transfer [config=FILE] [key=value ...]
 
-Without arguments: shipped controls of every kind, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --plan says what
+Without arguments: shipped controls of every kind, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --dry-run says what
 it will cost and what it can see, and draws nothing. Any LoRA: controls=[my.safetensors] family=sdxl positive="…" negative="…".
 """
 
@@ -22,7 +22,7 @@ from configs import UserError, entry, load, releases, tracking
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
 from models import devices, promptsets
-from models.evaluators import chosen, evaluators
+from models.evaluators import chosen, load_evaluators
 from models.families import DTYPES, Family, FamilyCard, Memory
 from models.loading import skeleton
 from models.plans import PLANS
@@ -30,7 +30,7 @@ from models.plans import PLANS
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales", "sliderspace": "direction_scales"}  # kind of control: the key that holds its scales; of others, scales
-FREE = ("wandb", "out", "batch", "memory", "cache", "plan", "write_card", "controls", "encoders", "targets", "references", "evaluators",
+FREE = ("wandb", "out", "batch_size", "memory", "cache", "dry_run", "write_card", "controls", "encoders", "targets", "references", "evaluators",
         "scales", *SCALES.values())  # fmt: skip
 
 
@@ -53,10 +53,10 @@ class Config:
     evaluators: list[str] = field(default_factory=list)  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
-    plan: bool = False  # --plan: say images, minutes and the smallest difference that can be seen, and stop
+    dry_run: bool = False  # --dry-run: say images, minutes and the smallest difference that can be seen, and stop
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name
@@ -71,7 +71,7 @@ def main(cfg: Config) -> Path:
     check(cfg)
     drawings, subjects, targets = prepare(cfg, accelerator.device)
     jobs = jobs_of(cfg, subjects, targets)
-    if cfg.plan:
+    if cfg.dry_run:
         session.show(drawings, subjects, targets, jobs, chosen(drawings.family.card, cfg.evaluators), folder)
         return folder
     fit(cfg, drawings, subjects, jobs)
@@ -82,7 +82,7 @@ def main(cfg: Config) -> Path:
         cells, leakage = measurement.cells(targets), measurement.leakage(targets)
         drawings.remember_words()
         pictures(drawings, subjects, targets, cells, folder)
-        about = {**wandb_log.header("analysis.transfer", cfg, start), "evaluators": list(drawings.eyes), "margin": list(intervals.MARGIN)}
+        about = {**wandb_log.header("analysis.transfer", cfg, start), "evaluators": list(drawings.evaluators), "margin": list(intervals.MARGIN)}
         publish(cfg, {**about, "cost": cost, "cells": cells, "leakage": leakage}, folder)
     return folder / "report.html"
 
@@ -103,18 +103,18 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
     """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
-    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.plan, cfg.batch)
+    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
     subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
-    told, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
-    cfg.prompts = told.texts
-    eyes = evaluators(family.card, device, cfg.evaluators, ready=False) if not cfg.plan else {}
+    prompts, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
+    cfg.prompts = prompts.texts
+    evaluators = load_evaluators(family.card, device, cfg.evaluators, load_now=False) if not cfg.dry_run else {}
     controls = {(subject.name, False): subject.control for subject in subjects}
     if cfg.references:
         controls |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
-    drawings = Drawings(family, controls, eyes, told, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
+    drawings = Drawings(family, controls, evaluators, prompts, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
     for subject in subjects:
-        for eye in eyes.values() if subject.words else ():
-            eye.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
+        for evaluator in evaluators.values() if subject.words else ():
+            evaluator.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
     return drawings, subjects, targets
 
 
@@ -214,8 +214,8 @@ def fit(cfg: Config, drawings: Drawings, subjects: list[Subject], jobs: list[Job
     todo = drawings.missing(jobs)
     if not todo:
         return
-    for eye in drawings.eyes.values():
-        eye.features(torch.zeros(1, 3, 64, 64))
+    for evaluator in drawings.evaluators.values():
+        evaluator.features(torch.zeros(1, 3, 64, 64))
     outline = Family(cfg.family, drawings.family.device, drawings.family.dtype, bare=True)
     for subject in subjects:
         fits(outline.member(subject.source).denoiser.net, subject.control, outline.card.name)

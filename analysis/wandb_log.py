@@ -119,10 +119,10 @@ def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
     """Columns and rows of plain values: one row per cell and evaluator."""
     threes = [f"{name}{end}" for name in INTERVALS for end in ("", " low", " high")]
     columns = [*ABOUT, "evaluator", "verdict", *threes, *NUMBERS, *COUNTS]
-    rows = [[*(cell.get(key) for key in ABOUT), who, reading.get("verdict"),
+    rows = [[*(cell.get(key) for key in ABOUT), evaluator_name, reading.get("verdict"),
              *(end for path in INTERVALS.values() for end in ends(reading, path)),
              *(look_up(reading, path) for path in NUMBERS.values()), *(cell.get(key) for key in COUNTS.values())]
-            for cell in cells for who, reading in of.readings(cell).items()]  # fmt: skip
+            for cell in cells for evaluator_name, reading in of.readings(cell).items()]  # fmt: skip
     return columns, rows
 
 

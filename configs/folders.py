@@ -27,7 +27,7 @@ from configs.options import merge
 from configs.runs import plain_name, save
 
 CONFIG, LOCK = "config.yaml", ".lock"
-FREE = ("overwrite", "plan")  # what never decides what a run does
+FREE = ("overwrite", "dry_run")  # what never decides what a run does
 HELD: set[Path] = set()  # folders that this process has claimed
 TEMPORARY = re.compile(r"\.(.+?(\.\w+)?)\.[a-z0-9_]{8}(\.\w+)?")  # as `replacing` names what is not whole yet
 

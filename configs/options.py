@@ -30,6 +30,11 @@ from configs.ranges import check
 
 T = TypeVar("T")
 MOST_BYTES = 16 * 2**20  # of a config file
+FORMER = {  # keys as they were called, and what they are called now
+    "rate": "learning_rate", "accumulate": "gradient_accumulation_steps", "batch": "batch_size", "checkpointing": "gradient_checkpointing",
+    "schedule": "lr_scheduler", "warmup": "lr_warmup_steps", "strength": "guidance_scale lora_scale", "plan": "dry_run",
+    "kind": "prediction_type", "law": "noise_schedule",
+}  # fmt: skip
 
 
 def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
@@ -50,12 +55,12 @@ def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
 
 
 def load(schema: type[T], argv: list[str] | None = None) -> T:
-    """The config of a command: `[config=FILE] [key=value ...]`, or `--help`; `--key` is key=true. Raises UserError as `merge` does."""
+    """The config of a command: `[config=FILE] [key=value ...]`, or `--help`; `--some-key` is some_key=true. Raises UserError as `merge` does."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h", "help"} & set(argv):
         print(usage(schema))
         raise SystemExit(0)
-    argv = [f"{word[2:]}=true" if word.startswith("--") and "=" not in word else word for word in argv]
+    argv = [f"{word[2:].replace('-', '_')}=true" if word.startswith("--") and "=" not in word else word for word in argv]
     for word in argv:
         if "=" not in word:
             raise UserError(f"{word!r} is not of the form key=value; --help lists the keys")
@@ -181,7 +186,9 @@ def _explain(error: OmegaConfBaseException) -> str:
     if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(error.object_type):
         prefix, _, last = key.rpartition(".")
         names = [f"{prefix}.{field.name}".lstrip(".") for field in dataclasses.fields(error.object_type)]
-        near = get_close_matches(key, names, 1) or [n for n in names if n.rpartition(".")[2] == last.strip("-")]
+        former = [f"{prefix}.{name}".lstrip(".") for name in FORMER.get(last, "").split()]
+        near = [name for name in former if name in names] or get_close_matches(key, names, 1)
+        near = near or [n for n in names if n.rpartition(".")[2] == last.strip("-")]
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(names)}")
     return f"{key}: {first}" if key else first
 

@@ -183,7 +183,7 @@ def _fitted(tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module
         note(f"alpha is 0 in {still} of {len(pairs)} layers, which therefore do nothing")
     rank = max(a.shape[0] for a, _, _ in pairs.values())
     usual, _ = Counter(strength for _, _, strength in pairs.values()).most_common(1)[0]
-    usual, found, spots = usual or 1.0, {}, layouts.places(net)
+    usual, found, spots = usual or 1.0, {}, layouts.named_layers(net)
     for layer, (a, b, strength) in pairs.items():
         size_out, *size_in = spots[layer].weight.shape
         wide_a, wide_b = torch.zeros(rank, *size_in), torch.zeros(size_out, rank, *(1 for _ in size_in[1:]))

@@ -83,8 +83,8 @@ def measured(transfer: dict) -> dict[str, str]:
     if not transfer:
         return {}
     try:
-        rows = {target: "; ".join(f"{who}: scale {ranged(found['scale'])}, retention {ranged(found['retention'])}, {found['verdict']}"
-                                  for who, found in readings.items()) for target, readings in transfer["targets"].items()}  # fmt: skip
+        rows = {target: "; ".join(f"{evaluator_name}: scale {ranged(found['scale'])}, retention {ranged(found['retention'])}, {found['verdict']}"
+                                  for evaluator_name, found in readings.items()) for target, readings in transfer["targets"].items()}  # fmt: skip
         return {**{cut(target, 40): shown(row) for target, row in rows.items()}, "measured by": shown(transfer["command"])}
     except (KeyError, TypeError, AttributeError, ValueError):
         return {"measured": "in a way that this version cannot read"}

@@ -32,7 +32,7 @@ CUSTOM = "custom"  # what a card says of layers that are no published set
 INSIDE_ADAPTER = re.compile(r"\.(base_layer|lora_A|lora_B)(\.|$)")
 
 
-def places(net: nn.Module) -> dict[str, nn.Module]:
+def named_layers(net: nn.Module) -> dict[str, nn.Module]:
     """Every linear and convolution layer of the bare network, by the name it has there.
 
     The same dict, name for name and layer for layer, whether or not controls are attached.
@@ -47,7 +47,7 @@ def targets(net: nn.Module, layers: str = "noxattn", scope: str = "c3lier") -> l
     Raises UserError for an unknown set or scope, and when the set means nothing here.
     """
     chosen, reach = _pattern(LAYERS, layers, "layer set"), _pattern(SCOPES, scope, "scope")
-    found = sorted(name for name in places(net) if re.search(chosen, name) and re.search(reach, name))
+    found = sorted(name for name in named_layers(net) if re.search(chosen, name) and re.search(reach, name))
     if not found:
         raise UserError(f"layer set {layers!r} with scope {scope!r} matches no layer of {type(net).__name__}; sets: {', '.join(LAYERS)}")
     return found
@@ -55,7 +55,7 @@ def targets(net: nn.Module, layers: str = "noxattn", scope: str = "c3lier") -> l
 
 def layer_set(net: nn.Module, names: set[str]) -> tuple[str, str]:
     """The published layer set and scope that mean exactly these layers in this network; CUSTOM twice where none does."""
-    spots = places(net)
+    spots = named_layers(net)
     for scope, reach in SCOPES.items():
         for layers, chosen in LAYERS.items():
             if names == {name for name in spots if re.search(chosen, name) and re.search(reach, name)}:

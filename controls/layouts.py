@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from configs import UserError, cut, note
 from controls.algorithms import READABLE, algorithm, pair, split
-from controls.layers import places
+from controls.layers import named_layers
 
 # what stands before a layer's name, with dots in it and with underscores
 DOTTED = ("", "unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model.",
@@ -72,7 +72,7 @@ LAYOUTS = (
 def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """Every known spelling of every layer of a network, and the layers that it means: one, or several where a tool fuses them."""
     table: dict[str, tuple[str, ...]] = {}
-    ours = {name: (name,) for name in places(net)}
+    ours = {name: (name,) for name in named_layers(net)}
     for names in (_processors(net), _zimage(net), _sd3(net), _flux(net), _sgm(net), ours):  # the network's own names win
         for theirs, layers in names.items():
             flat = theirs.replace(".", "_")
@@ -125,7 +125,7 @@ def gather(
     stems = {stem: parts for stem, parts in stems.items() if kinds[stem]}  # the others change nothing
     if not (stems or strange):
         raise UserError("the file holds no layers" if not tensors else "the file holds nothing for the network")
-    table, spots, count = spellings(net), places(net), f"of {len(stems)} layers"
+    table, spots, count = spellings(net), named_layers(net), f"of {len(stems)} layers"
     _named({stem: kind for stem, kind in kinds.items() if kind and kind not in READABLE}, count)
     if strange:
         raise UserError(f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}")
@@ -205,7 +205,7 @@ def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
             place = 2 if getattr(block, "attentions", None) else 1
             prefixes[f"up_blocks.{i}.upsamplers.0.conv."] = f"output_blocks.{count}.{place}.conv."
     found = {}
-    for layer in places(net):
+    for layer in named_layers(net):
         ours = next((prefix for prefix in prefixes if f"{layer}.".startswith(prefix)), None)
         if ours:
             rest = f"{layer}."[len(ours) :].removesuffix(".")
@@ -215,7 +215,7 @@ def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of Flux's own code and of XLabs', which fuse queries, keys, values and more."""
-    found, spots = {}, places(net)
+    found, spots = {}, named_layers(net)
     double = FLUX_DOUBLE | {f"processor.{name}": parts for name, parts in XLABS_DOUBLE.items()}
     single = FLUX_SINGLE | {f"processor.{name}": parts for name, parts in XLABS_SINGLE.items()}
     for theirs, ours, inside in (("double_blocks", "transformer_blocks", double), ("single_blocks", "single_transformer_blocks", single)):
@@ -229,7 +229,7 @@ def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _sd3(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of SD3's own code, which fuses queries, keys and values."""
-    spots, found = places(net), {}
+    spots, found = named_layers(net), {}
     if "pos_embed.proj" not in spots or "context_embedder" not in spots:
         return {}
     for k in range(len(net.transformer_blocks)):
@@ -242,7 +242,7 @@ def _sd3(net: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _zimage(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of Z-Image's own code, which fuses queries, keys and values."""
-    spots, found = places(net), {}
+    spots, found = named_layers(net), {}
     if "all_x_embedder.2-1" not in spots:
         return {}
     for layer in spots:
@@ -259,7 +259,7 @@ def _zimage(net: nn.Module) -> dict[str, tuple[str, ...]]:
 def _processors(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of diffusers before 0.22, where the LoRA was in the attention's processor."""
     found = {}
-    for layer in places(net):
+    for layer in named_layers(net):
         ours = next((part for part in PROJECTIONS if layer.endswith(f".{part}")), None)
         if ours:
             found[f"{layer.removesuffix(ours)}processor.{ours.removesuffix('.0')}"] = (layer,)

@@ -1,7 +1,7 @@
 """Controls: named low-rank pairs that act on a network only where the code says so.
 
 A control adds scale · alpha / rank · B·A to the weight of each of its layers (LoRA, Hu et al. 2021). `attach` puts it in place,
-switched off; `strength` is the dial; `detach` gives the network back as it was. peft computes the branches. `applied` adds a control to the
+switched off; `strength` is the dial; `detach` gives the network back as it was. peft computes the branches. `fused` adds a control to the
 weights instead, for drawing.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
-from controls.layers import places, targets
+from controls.layers import named_layers, targets
 from models.quantized import quantized
 
 if TYPE_CHECKING:  # peft takes seconds to import, which what only reads controls need not wait
@@ -58,7 +58,7 @@ def create(
     Its weights are fp32 whatever the network's type, and depend on the seed alone. The network itself is frozen.
     Raises UserError for a name in use, and as `targets` does.
     """
-    rng, spots, tensors = torch.Generator().manual_seed(seed), places(net), {}
+    rng, spots, tensors = torch.Generator().manual_seed(seed), named_layers(net), {}
     for layer in targets(net, layers, scope):
         a, b = _shapes(spots[layer], rank)
         tensors[f"{layer}.lora_A.weight"] = nn.init.kaiming_uniform_(torch.empty(a), a=math.sqrt(5), generator=rng)
@@ -123,8 +123,8 @@ def strength(net: nn.Module, scales: Mapping[str, float] | None = None, /, **nam
             _switch(layer, *state)
 
 
-def ready(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Callable[[], AbstractContextManager]:
-    """What puts a control at one scale into the weights, as often as it is entered: `on = ready(net, control, 1.5)`, then `with on():`.
+def fusing(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Callable[[], AbstractContextManager]:
+    """What puts a control at one scale into the weights, as often as it is entered: `on = fusing(net, control, 1.5)`, then `with on():`.
 
     Inside, the network is as fast as without, and its gradients do not reach the control. Afterwards the original weights are back, the
     same memory and not a subtraction; the sums are made once and held beside them. In a bf16 network a sum is rounded to bf16, so it
@@ -134,7 +134,7 @@ def ready(net: nn.Module, control: Control, scale: float, family: str | None = N
     if quantized(net):
         raise UserError(f"{control.card.name} cannot be added to the weights of a quantised network: attach it, or load the network whole")
     _check(net, control)
-    spots, factor = places(net), scale * control.card.alpha / control.card.rank
+    spots, factor = named_layers(net), scale * control.card.alpha / control.card.rank
     sums = {}
     for layer in _names(control) if scale else ():
         weight = spots[layer].weight
@@ -156,12 +156,12 @@ def ready(net: nn.Module, control: Control, scale: float, family: str | None = N
 
 
 @contextmanager
-def applied(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Iterator[nn.Module]:
-    """Inside, a control acts on a network at one scale, as part of its weights: see `ready`. Blocks nest, and add up.
+def fused(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Iterator[nn.Module]:
+    """Inside, a control acts on a network at one scale, as part of its weights: see `fusing`. Blocks nest, and add up.
 
     Raises UserError as `attach` does.
     """
-    with ready(net, control, scale, family)():
+    with fusing(net, control, scale, family)():
         yield net
 
 
@@ -263,7 +263,7 @@ def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ..
 
 def _check(net: nn.Module, control: Control) -> None:
     """Raises UserError unless every layer of the control has its place, and its shape, in the network."""
-    name, spots = control.card.name, places(net)
+    name, spots = control.card.name, named_layers(net)
     layers = _names(control)
     count, question = f"of {len(layers)} layers of {name}", "Was it trained on another family?"
     lost = [layer for layer in layers if layer not in spots]

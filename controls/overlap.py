@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from controls.layers import places
+from controls.layers import named_layers
 from controls.lora import Control
 
 
@@ -66,7 +66,7 @@ def subspaces(a: dict[str, Low], b: dict[str, Low]) -> dict | None:
 
 def delta(base: nn.Module, student: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """W_student - W_base of these layers, (out, in) each, fp32 on the CPU."""
-    ours, theirs = places(base), places(student)
+    ours, theirs = named_layers(base), named_layers(student)
     return {name: (theirs[name].weight.detach().cpu().float() - ours[name].weight.detach().cpu().float()).flatten(1) for name in names}
 
 

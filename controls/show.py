@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs import UserError, cut, entry, load, plain, replacing
 from controls import formats
-from controls.lora import applied
+from controls.lora import fused
 from models.families import DTYPES, Family, Memory, split
 
 LEFT, TOP, FONT = 110, 22, 14  # pixels for the names and for the scales, and of their letters
@@ -28,7 +28,7 @@ class Config:
     seed: int = 11  # of the picture
     scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns, for sliders
     lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # columns, for other controls
-    batch: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time
     out: str = "controls.png"  # the picture
@@ -42,14 +42,14 @@ def main(files: list[str], cfg: Config) -> Path:
     for control in map(formats.load, files):
         card = control.card
         family_name, member_name = split(cfg.member or f"{card.family}/{card.member}")
-        family = families.setdefault(family_name, Family(family_name, device, DTYPES[cfg.dtype], cfg.memory, batch=cfg.batch))
+        family = families.setdefault(family_name, Family(family_name, device, DTYPES[cfg.dtype], cfg.memory, batch_size=cfg.batch_size))
         prompt = cfg.prompt or next(iter(family.card.prompts), "")
         family.encode_all([prompt])  # so that the text encoders are gone when the network comes
         member = family.member(member_name)
         scales = cfg.lora_scales if card.kind == "lora" else cfg.scales
         shown = []
         for scale in scales:
-            with torch.no_grad(), applied(member.denoiser.net, control, scale, family.card.name):
+            with torch.no_grad(), fused(member.denoiser.net, control, scale, family.card.name):
                 shown.append(family.draw(member, [prompt], [cfg.seed]))
         rows.append((card.name, scales, torch.cat(shown)))
     return sheet(rows, Path(cfg.out))

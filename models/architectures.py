@@ -27,7 +27,7 @@ class Architecture:
     part: str  # the network's name in the pipeline, and its folder in a repository
     call: Call
     encode: Encode
-    told: Callable[..., dict[str, tuple[int, ...]]]  # from a network's config, the shapes of one prompt's parts
+    conditioning: Callable[..., dict[str, tuple[int, ...]]]  # from a network's config, the shapes of one prompt's parts
     text_length: int = 0  # tokens of a T5 or Qwen prompt where the card says none, the pipeline's default
     absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
     even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
@@ -74,10 +74,10 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
     places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
     places[..., 1] += torch.arange(height, device=x.device)[:, None]
     places[..., 2] += torch.arange(width, device=x.device)
-    told = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
+    conditioning = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
     out = net(
         pack(x), encoder_hidden_states=prompts.tokens, pooled_projections=prompts.pooled, timestep=_clock(x, t) / TRAIN_STEPS,
-        img_ids=places.flatten(0, 1), txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype), guidance=told,
+        img_ids=places.flatten(0, 1), txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype), guidance=conditioning,
     )  # fmt: skip
     return unpack(out.sample, height, width)
 
@@ -102,12 +102,12 @@ def unpack(x: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * height, 2 * width)
 
 
-def guidance_features(w: float, size: int, batch: int) -> Tensor:
+def guidance_features(w: float, size: int, batch_size: int) -> Tensor:
     """LCM's sinusoidal embedding of the guidance scale minus one, (batch, size); as diffusers' get_guidance_scale_embedding."""
     half = size // 2
     angles = w * 1000.0 * torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     features = torch.cat([torch.sin(angles), torch.cos(angles)])
-    return torch.nn.functional.pad(features, (0, size % 2)).expand(batch, size)
+    return torch.nn.functional.pad(features, (0, size % 2)).expand(batch_size, size)
 
 
 def _told(net: nn.Module, x: Tensor, guidance: float | None) -> dict[str, Tensor]:
@@ -152,8 +152,8 @@ def encode_flux(pipe, texts: list[str], negative: list[str] | None, size_px: int
     away = negative or [""]
     tokens, pooled, _ = pipe.encode_prompt([*texts, *away], None, device, **more)
     rows = torch.arange(len(texts)) * (len(away) > 1) + len(texts)
-    told = Prompts(tokens.float(), pooled.float())
-    return Prompts(told.tokens[: len(texts)], told.pooled[: len(texts)], negative=told[rows])
+    conditioning = Prompts(tokens.float(), pooled.float())
+    return Prompts(conditioning.tokens[: len(texts)], conditioning.pooled[: len(texts)], negative=conditioning[rows])
 
 
 def encode_zimage(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, max_sequence_length: int = 512) -> Prompts:
@@ -169,35 +169,35 @@ def _padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.tensor([[k < len(row) for k in range(length)] for row in rows], device=tokens.device)
 
 
-def told_sd(c) -> dict:
+def conditioning_sd(c) -> dict:
     """What each kind of network is told of a prompt: the shapes of tokens, pooled, size and mask, for plans without an encoder."""
     return {"tokens": (77, c.cross_attention_dim)}
 
 
-def told_sdxl(c) -> dict:
+def conditioning_sdxl(c) -> dict:
     pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
     return {"tokens": (77, c.cross_attention_dim), "pooled": (pooled,), "size": (6,)}
 
 
-def told_pixart(c) -> dict:
+def conditioning_pixart(c) -> dict:
     return {"tokens": (120, c.caption_channels), "size": (2,), "mask": (120,)}
 
 
-def told_sd3(c) -> dict:
+def conditioning_sd3(c) -> dict:
     return {"tokens": (77 + 256, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
 
 
-def told_flux(c) -> dict:
+def conditioning_flux(c) -> dict:
     return {"tokens": (256, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
 
 
-def told_zimage(c) -> dict:
+def conditioning_zimage(c) -> dict:
     return {"tokens": (512, c.cap_feat_dim)}
 
 
-def blank(its: Architecture, net: nn.Module, batch: int = 1) -> Prompts:
+def blank(its: Architecture, net: nn.Module, batch_size: int = 1) -> Prompts:
     """Encoded prompts of the right shapes that say nothing, where the network is."""
-    return Prompts(**{part: torch.zeros((batch, *shape), device=net.device) for part, shape in its.told(net.config).items()})
+    return Prompts(**{part: torch.zeros((batch_size, *shape), device=net.device) for part, shape in its.conditioning(net.config).items()})
 
 
 UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
@@ -205,15 +205,15 @@ KOHYA = {"unet_config": None}  # filled with the network's own, by which SGM's n
 
 UNET, TRANSFORMER = partial(Architecture, part="unet", lora=KOHYA), partial(Architecture, part="transformer")
 ARCHITECTURES = {
-    "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, told=told_sdxl,
+    "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, conditioning=conditioning_sdxl,
                  absent=UNSAFE[1:]),
-    "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, told=told_sd, absent=UNSAFE),
-    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart, told=told_pixart,
+    "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, conditioning=conditioning_sd, absent=UNSAFE),
+    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart, conditioning=conditioning_pixart,
                           text_length=120),
-    "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, told=told_sd3,
+    "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, conditioning=conditioning_sd3,
                        text_length=256, absent=UNSAFE[1:]),
-    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, told=told_flux,
+    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, conditioning=conditioning_flux,
                         text_length=512, absent=UNSAFE[1:], even=True, lora={"return_alphas": True}),
-    "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, told=told_zimage,
+    "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, conditioning=conditioning_zimage,
                           text_length=512, even=True),
 }  # fmt: skip

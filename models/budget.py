@@ -167,11 +167,11 @@ def forecast(
     return f"{parts}\nnetwork evaluations: {asked}\ntime: {duration(family, calls, device, dtype)}"
 
 
-def asked(plans: Iterable[tuple["Plan", int]]) -> Counter[str]:
+def nfe_by_member(plans: Iterable[tuple["Plan", int]]) -> Counter[str]:
     """Network evaluations by member of plans, each for so many images."""
     calls = Counter()
     for plan, images in plans:
-        for member, count in plan.asked.items():
+        for member, count in plan.nfe_by_member.items():
             calls[member.rpartition("/")[2]] += images * count
     return calls
 

@@ -29,12 +29,12 @@ class MemberCard:
     subfolder: str | None = ""  # folder of the network inside the repo; empty = unet or transformer, null = the repo itself
     file: str = ""  # a single weights file in the repo or on disk, for the base's architecture; empty = a diffusers folder
     lora: str = ""  # a LoRA file in the repo or on disk: this member is the base with it
-    strength: float = 1.0  # of that LoRA
+    lora_scale: float = 1.0  # of that LoRA
     sha256: str = ""  # of the file, checked when given
     licence: str = ""  # of the weights
     trained_px: int = 0  # side of the images that it was trained on; 0 = the family's
-    kind: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
-    law: Literal["vp", "vp-linear", "flow"] = "vp"  # noise law
+    prediction_type: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
+    noise_schedule: Literal["vp", "vp-linear", "flow"] = "vp"  # how alpha and sigma follow t
     steps: int = 50  # evaluations of a sampling run
     spacing: Literal["leading", "trailing", "linspace"] = "leading"  # timestep spacing; flows take their scheduler's instead
     timesteps: list[float] = field(default_factory=list)  # explicit timesteps, which win over the spacing
@@ -60,7 +60,7 @@ class FamilyCard:
     size_px: int = 1024  # images are square
     text_length: int | None = None  # tokens of a T5 or Qwen prompt; null = the pipeline's default
     encoders: Literal["fp32", "network"] = "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
-    batch: int = 8  # latents at once in training, where the run does not say; a slider's step then takes less than 24 GB if any does
+    batch_size: int = 8  # latents at once in training, where the run does not say; a slider's step then takes less than 24 GB if any does
     base: str = "base"  # the member the others were distilled from
     clip: str = ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
     siglip: str = ""  # evaluator: a SiglipModel, likewise
@@ -85,8 +85,8 @@ def card(name: str) -> FamilyCard:
     if found.base not in found.members:
         raise UserError(f"{path}: base {found.base!r} is not one of its members: {', '.join(found.members)}")
     for member, its in found.members.items():
-        if (its.law == "flow") != (its.kind == "flow"):
-            raise UserError(f"{path}: member {member} has law {its.law} and kind {its.kind}; flow goes with flow")
+        if (its.noise_schedule == "flow") != (its.prediction_type == "flow"):
+            raise UserError(f"{path}: member {member} has noise_schedule {its.noise_schedule} and prediction_type {its.prediction_type}; flow goes with flow")
         if bool(its.file) + bool(its.lora) > 1 or (member == found.base and its.lora):
             raise UserError(f"{path}: member {member} has a file or a lora, not both, and the base has no lora")
         if its.subfolder == "":
@@ -101,8 +101,8 @@ def _schedule(member: MemberCard, where: str) -> None:
     """Raises UserError for noise levels that no run could go through: they fall, and lie where the network was trained."""
     if not 1 <= member.steps <= TRAIN_STEPS:
         raise UserError(f"{where} has steps {member.steps}; there can be 1 … {TRAIN_STEPS}")
-    last = TRAIN_STEPS if member.law == "flow" else TRAIN_STEPS - 1
-    steps = member.timesteps or ([] if member.law == "flow" else timesteps(member.spacing, member.steps))
+    last = TRAIN_STEPS if member.noise_schedule == "flow" else TRAIN_STEPS - 1
+    steps = member.timesteps or ([] if member.noise_schedule == "flow" else timesteps(member.spacing, member.steps))
     if any(not 0 <= t <= last for t in steps):
         raise UserError(f"{where} has timesteps outside of 0 … {last}: {steps}")
     if any(b >= a for a, b in pairwise(steps)):

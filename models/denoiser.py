@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from models.architectures import Call, call_sdxl
-from models.lora_student import Delta, Strength, dial
+from models.lora_student import Delta, Scale, dial
 from models.noise import Noise, to_x0
 from models.prompts import Prompts, concatenate
 
@@ -17,12 +17,12 @@ class Denoiser:
     """A network wrapped into a thing that returns the clean latent x0. Counts what it is asked."""
 
     net: nn.Module
-    kind: str = "eps"  # what the network predicts: eps, v, flow, sample
+    prediction_type: str = "eps"  # what the network predicts: eps, v, flow, sample
     guidance_embedding: float | None = None  # guidance that the network itself is told: LCM the scale minus one, Flux the scale
     call: Call = call_sdxl  # how this kind of network is called, see models/architectures.py
     delta: Delta | None = None  # of a student that is a LoRA over the network
-    strength: Strength = 1.0  # of the delta; a function of the noise level for one that changes from step to step
-    evaluations: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
+    lora_scale: Scale = 1.0  # of the delta; a function of the noise level for one that changes from step to step
+    nfe: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
 
     def __call__(self, x: Tensor, noise: Noise, prompts: Prompts, guidance: float | None = None) -> Tensor:
         """x0 (B, C, H, W) at x; guidance None = conditional only, else x0_neg + guidance (x0 - x0_neg)."""
@@ -31,13 +31,13 @@ class Denoiser:
         if prompts.negative is None:
             raise UserError("guidance needs prompts with a negative side; say guidance=null for conditional only")
         both = self._x0(torch.cat([x, x]), noise, concatenate(prompts.negative, prompts))
-        self.evaluations += 1
+        self.nfe += 1
         negative, positive = both.chunk(2)
         return negative + guidance * (positive - negative)
 
     def _x0(self, x: Tensor, noise: Noise, prompts: Prompts) -> Tensor:
-        self.evaluations += 1
+        self.nfe += 1
         dtype = next(self.net.parameters()).dtype
-        dial(self.net, self.delta, self.strength(noise) if callable(self.strength) else self.strength)
+        dial(self.net, self.delta, self.lora_scale(noise) if callable(self.lora_scale) else self.lora_scale)
         out = self.call(self.net, x.to(dtype), noise.t, prompts.conditional().to(dtype), self.guidance_embedding)
-        return to_x0(x, out.to(x.dtype), noise, self.kind)
+        return to_x0(x, out.to(x.dtype), noise, self.prediction_type)

@@ -50,7 +50,7 @@ def start(cfg: Any, free: tuple[str, ...] | None = None) -> Processes:
     there is not, and as `folders.look` does.
     """
     tracking.check(cfg.wandb)
-    if not cfg.plan:
+    if not cfg.dry_run:
         folders.look(cfg, free)  # before the processes meet, so that none has claimed it yet
     device = "cpu" if _cpu() else torch.accelerator.current_accelerator().type
     heed(os.environ, cfg, device)
@@ -78,7 +78,7 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
     compiled, backend = cfg.memory.compile or "no", settings.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("no", compiled):
         raise UserError(f"accelerate's dynamo_backend={backend} is not heeded; give memory.compile={backend}, or dynamo_backend=no")
-    batches, steps = getattr(cfg, "accumulate", 1), settings.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    batches, steps = getattr(cfg, "gradient_accumulation_steps", 1), settings.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", str(batches)):
         raise UserError(f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have accumulate={batches}")
 

@@ -269,12 +269,12 @@ class Attributes:
         return direction
 
 
-def finite(features: np.ndarray, who: str, images: Tensor | None = None) -> np.ndarray:
+def finite(features: np.ndarray, evaluator_name: str, images: Tensor | None = None) -> np.ndarray:
     """The features of images, or of a text. Raises UserError, which names whose fault it is, where they are not finite."""
     if not np.isfinite(features).all():
         if images is not None and not torch.isfinite(images).all():
             raise UserError("the pictures are not finite: a smaller scale, or dtype=fp32, may do, or weights are damaged")
-        raise UserError(f"{who} gives numbers that are not finite: its weights are damaged")
+        raise UserError(f"{evaluator_name} gives numbers that are not finite: its weights are damaged")
     return features
 
 
@@ -295,14 +295,14 @@ def chosen(card: FamilyCard, names: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(names or [name for name in there if name in READERS]))
 
 
-def evaluators(
-    card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] = (), ready: bool = True
+def load_evaluators(
+    card: FamilyCard, device: str | torch.device = "cpu", names: Sequence[str] = (), load_now: bool = True
 ) -> dict[str, Evaluator]:
     """A card's evaluators by name, or all of them that read words; the first is the primary one.
 
-    ready: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and for what cannot be loaded.
+    load_now: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and for what cannot be loaded.
     """
     found = {name: EVALUATORS[name](getattr(card, name), device) for name in chosen(card, names)}
-    for eye in found.values() if ready else ():
-        eye.features(torch.zeros(1, 3, 64, 64))
+    for evaluator in found.values() if load_now else ():
+        evaluator.features(torch.zeros(1, 3, 64, 64))
     return found

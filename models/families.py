@@ -17,8 +17,8 @@ from models.cards import FamilyCard, MemberCard, card, split
 from models.loading import fetch, file_of, latent_shape, network, one_line, place, published_scheduler, skeleton, source
 from models.lora_student import Delta
 from models.lora_student import read as delta_of
-from models.noise import BETAS, CLEAN, LAWS, Noise, ancestral
-from models.offload import Memory, Turns, compiled, release, trim
+from models.noise import BETAS, CLEAN, NOISE_SCHEDULES, Noise, ancestral
+from models.offload import Memory, Offloader, compiled, release, trim
 from models.prompts import Prompts, stacked
 from models.quantized import quantize as pack
 from models.sampler import Denoiser, Member, alone, draw_noise, finish, levels_of
@@ -44,7 +44,7 @@ class Family:
 
     def __init__(
         self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None,
-        bare: bool = False, batch: int = 0,
+        bare: bool = False, batch_size: int = 0,
     ):  # fmt: skip
         """bare: networks have no weights, for a plan of what a run will ask of them. batch: images drawn at once; 0 = as many as usual
         at their size, see models/batches.py. Raises UserError as `card` does."""
@@ -52,8 +52,8 @@ class Family:
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
-        self.turns, self.home = Turns(self.device), torch.device("cpu") if self.memory.offload else self.device
-        self.drawing, self.decoding = Batches.drawn(batch, self.card.size_px), Batches.decoded(self.card.size_px)
+        self.turns, self.home = Offloader(self.device), torch.device("cpu") if self.memory.offload else self.device
+        self.drawing, self.decoding = Batches.drawn(batch_size, self.card.size_px), Batches.decoded(self.card.size_px)
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
         self._encoded: dict[tuple[str, str | None], Prompts] = {}
@@ -244,39 +244,39 @@ class Family:
             note(f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at {self.card.size_px}: its images may suffer")
         self._agrees(name, member)
         net, delta = self._network(name, member, quantize)
-        denoiser = Denoiser(net, member.kind, member.guidance_embedding, self.architecture.call, delta, member.strength)
+        denoiser = Denoiser(net, member.prediction_type, member.guidance_embedding, self.architecture.call, delta, member.lora_scale)
         return Member(
             name=f"{self.card.name}/{name}",
             denoiser=denoiser,
             levels=self._levels(member),
-            law=member.law,
+            noise_schedule=member.noise_schedule,
             eta=ancestral if member.ancestral else member.eta,
             guidance=member.guidance,
-            final=CLEAN if member.final == "clean" else LAWS[member.law][0](0),
+            final=CLEAN if member.final == "clean" else NOISE_SCHEDULES[member.noise_schedule][0](0),
             start=member.start,
-            shifted=partial(self._flow, member) if member.law == "flow" else None,
+            shifted=partial(self._flow, member) if member.noise_schedule == "flow" else None,
         )
 
     def _agrees(self, name: str, member: MemberCard) -> None:
         """Raises UserError where the scheduler beside a member's own network says that it was trained on other noise than the card."""
-        if member.law == "flow" or member.file or member.lora:
+        if member.noise_schedule == "flow" or member.file or member.lora:
             return
         repo, revision, _ = source(self.card, member)
         try:
             config = published_scheduler(repo, revision)
         except UserError:  # many repositories have none
             return
-        first, last, power = BETAS[member.law]
+        first, last, power = BETAS[member.noise_schedule]
         betas = {"beta_start": first, "beta_end": last, "beta_schedule": "scaled_linear" if power < 1 else "linear"}
         other = {key: config[key] for key, value in betas.items() if key in config and config[key] != value}
         if config.get("rescale_betas_zero_snr"):
             raise UserError(f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero (rescale_betas_zero_snr), which is "
                             "not supported: here its first step would be told a picture that still shines through")  # fmt: skip
         if other:
-            raise UserError(f"{self.card.name}/{name} was trained on other noise than law {member.law}: {other}")
-        says = PREDICTIONS.get(config.get("prediction_type", ""), member.kind)
-        if says != member.kind:
-            note(f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says {member.kind}, which is done")
+            raise UserError(f"{self.card.name}/{name} was trained on other noise than noise_schedule {member.noise_schedule}: {other}")
+        says = PREDICTIONS.get(config.get("prediction_type", ""), member.prediction_type)
+        if says != member.prediction_type:
+            note(f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says {member.prediction_type}, which is done")
 
     def _network(self, name: str, member: MemberCard, quantize: str) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""
@@ -308,8 +308,8 @@ class Family:
 
     def _levels(self, member: MemberCard) -> tuple[Noise, ...]:
         """A member's schedule."""
-        if member.law != "flow" or member.timesteps:
-            return levels_of(member.law, member.spacing, member.steps, member.timesteps)
+        if member.noise_schedule != "flow" or member.timesteps:
+            return levels_of(member.noise_schedule, member.spacing, member.steps, member.timesteps)
         return self._flow(member, member.steps)
 
     def _flow(self, member: MemberCard, steps: int) -> tuple[Noise, ...]:

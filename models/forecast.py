@@ -77,7 +77,7 @@ def networks(card: FamilyCard, names: Iterable[str], dtype: torch.dtype, quantiz
 
 
 def sums(tensors: dict[str, Tensor], dtype: torch.dtype, count: int = 1) -> dict[str, float]:
-    """What `ready` holds beside so many networks for a control: its layers' weights, and in fp32 those of the largest, three at once."""
+    """What `fusing` holds beside so many networks for a control: its layers' weights, and in fp32 those of the largest, three at once."""
     halves = {key.rsplit(".lora_", 1)[0]: tensor.shape for key, tensor in tensors.items() if ".lora_A." in key}
     sizes = [tensors[f"{layer}.lora_B.weight"].shape[0] * shape[1:].numel() for layer, shape in halves.items()]
     return {"weights with the control": count * sum(sizes) * dtype.itemsize + 3 * max(sizes, default=0) * torch.float32.itemsize}

@@ -15,6 +15,7 @@ from models.cards import FamilyCard, MemberCard
 from models.loading import file_hash, one_line, place
 
 PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence", "trained_px")  # of a card: where, not how
+FORMER = {"prediction_type": "kind", "noise_schedule": "law", "lora_scale": "strength"}  # keys as the first hashes wrote them
 PARTS = ("model_index.json", "config.json")  # a file that every repo of its kind has
 
 
@@ -35,7 +36,7 @@ def identity(card: FamilyCard, member: str) -> str:
 def manner(member: MemberCard) -> dict:
     """How a member is run, not where its files are, and only what is not the default: a new key of cards leaves hashes as they are."""
     usual = asdict(MemberCard())
-    return {key: value for key, value in asdict(member).items() if key not in PLACES and value != usual[key]}
+    return {FORMER.get(key, key): value for key, value in asdict(member).items() if key not in PLACES and value != usual[key]}
 
 
 @cache
@@ -64,7 +65,7 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
 def fingerprint(net: nn.Module) -> str:
     """The sha256 of the bare network's parameters as fp32.
 
-    The same with controls attached or not (though not inside `applied`), for fp16 weights loaded as fp32, and after quantising.
+    The same with controls attached or not (though not inside `fused`), for fp16 weights loaded as fp32, and after quantising.
     """
     if hasattr(net, "fingerprint"):  # noted when it was quantised
         return net.fingerprint

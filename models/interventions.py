@@ -43,7 +43,7 @@ class Pink:
 
 
 @dataclass(frozen=True)
-class Annealed:
+class CADS:
     """CADS: noise on the prompts that fades with the noise level. Sadat et al. 2024, arXiv 2310.17347, eqs. 2 to 4.
 
     y <- sqrt(gamma) y + scale sqrt(1 - gamma) n, then brought back to its own mean and deviation. gamma is 1 for t below `low`,
@@ -74,7 +74,7 @@ class Annealed:
         return self.rescale * scaled + (1 - self.rescale) * new
 
 
-class Between:
+class WeightInterpolation:
     """A network with the weights base + share (network - base), as a context: computed once, then a swap of pointers.
 
     Weights that the base lacks (LCM's guidance embedding) stay. Raises UserError for a weight of another shape.

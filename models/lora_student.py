@@ -14,7 +14,7 @@ from models.architectures import Architecture
 from models.noise import Noise
 
 HALVES = (".lora_A.weight", ".lora_B.weight")
-Strength = float | Callable[[Noise], float]  # of a delta, the same at every step or by noise level
+Scale = float | Callable[[Noise], float]  # of a delta, the same at every step or by noise level
 
 
 @dataclass

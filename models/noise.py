@@ -1,4 +1,4 @@
-"""Noise levels: every state is x = alpha x0 + sigma eps, whatever the model's law calls its clock."""
+"""Noise levels: every state is x = alpha x0 + sigma eps, whatever the model's noise schedule calls its clock."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class Noise:
-    """One noise level. t is what the network is told; ratio = sigma / alpha is the law-independent measure."""
+    """One noise level. t is what the network is told; ratio = sigma / alpha is the measure that no schedule changes."""
 
     t: float
     alpha: float
@@ -35,23 +35,23 @@ BETAS = {"vp": (0.00085, 0.012, 0.5), "vp-linear": (0.0001, 0.02, 1.0)}
 
 
 @cache
-def _vp_ratios(law: str) -> np.ndarray:
+def _vp_ratios(noise_schedule: str) -> np.ndarray:
     """sigma / alpha of the 1000 training steps."""
-    first, last, power = BETAS[law]
+    first, last, power = BETAS[noise_schedule]
     betas = np.linspace(first**power, last**power, TRAIN_STEPS) ** (1 / power)
     kept = np.cumprod(1 - betas)
     return np.sqrt((1 - kept) / kept)
 
 
-def vp(t: float, law: str = "vp") -> Noise:
+def vp(t: float, noise_schedule: str = "vp") -> Noise:
     """The variance-preserving level at training step t in [0, 999]; between steps sigma / alpha is linear, as in diffusers' Euler."""
-    ratio = float(np.interp(t, np.arange(TRAIN_STEPS), _vp_ratios(law)))
+    ratio = float(np.interp(t, np.arange(TRAIN_STEPS), _vp_ratios(noise_schedule)))
     return Noise(t, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
 
 
-def vp_at(ratio: float, law: str = "vp") -> Noise:
+def vp_at(ratio: float, noise_schedule: str = "vp") -> Noise:
     """The variance-preserving level with this sigma / alpha; beyond the last training step, the last one."""
-    return vp(float(np.interp(ratio, _vp_ratios(law), np.arange(TRAIN_STEPS))), law)
+    return vp(float(np.interp(ratio, _vp_ratios(noise_schedule), np.arange(TRAIN_STEPS))), noise_schedule)
 
 
 def flow(t: float, shift: float = 1.0) -> Noise:
@@ -67,10 +67,10 @@ def flow_at(ratio: float) -> Noise:
     return Noise(s * TRAIN_STEPS, 1 - s, s)
 
 
-# law: (level at t, level at sigma / alpha)
-LAWS: dict[str, tuple[Callable[[float], Noise], Callable[[float], Noise]]] = {
+# noise schedule: (level at t, level at sigma / alpha)
+NOISE_SCHEDULES: dict[str, tuple[Callable[[float], Noise], Callable[[float], Noise]]] = {
     "vp": (vp, vp_at),
-    "vp-linear": (partial(vp, law="vp-linear"), partial(vp_at, law="vp-linear")),
+    "vp-linear": (partial(vp, noise_schedule="vp-linear"), partial(vp_at, noise_schedule="vp-linear")),
     "flow": (flow, flow_at),
 }
 
@@ -93,21 +93,21 @@ def timesteps(spacing: str, steps: int) -> list[float]:
     raise UserError(f"unknown spacing {spacing!r}; there are leading, trailing, linspace")
 
 
-def to_x0(x: Tensor, out: Tensor, noise: Noise, kind: str) -> Tensor:
+def to_x0(x: Tensor, out: Tensor, noise: Noise, prediction_type: str) -> Tensor:
     """The clean latent that a network's output implies.
 
     x, out: (B, C, H, W). Inverts x = alpha x0 + sigma eps; v as in Salimans & Ho 2022, sec. 4; flow is v = eps - x0.
-    Raises UserError for a kind other than eps, v, flow, sample.
+    Raises UserError for a prediction_type other than eps, v, flow, sample.
     """
-    if kind == "eps":
+    if prediction_type == "eps":
         return (x - noise.sigma * out) / noise.alpha
-    if kind == "v":
+    if prediction_type == "v":
         return noise.alpha * x - noise.sigma * out
-    if kind == "flow":
+    if prediction_type == "flow":
         return x - noise.sigma * out
-    if kind == "sample":
+    if prediction_type == "sample":
         return out
-    raise UserError(f"unknown prediction kind {kind!r}; there are eps, v, flow, sample")
+    raise UserError(f"unknown prediction_type {prediction_type!r}; there are eps, v, flow, sample")
 
 
 def to_eps(x: Tensor, x0: Tensor, noise: Noise) -> Tensor:
@@ -115,12 +115,12 @@ def to_eps(x: Tensor, x0: Tensor, noise: Noise) -> Tensor:
     return (x - noise.alpha * x0) / noise.sigma
 
 
-def comparable(x: Tensor, x0: Tensor, noise: Noise, law: str) -> Tensor:
+def loss_target(x: Tensor, x0: Tensor, noise: Noise, noise_schedule: str) -> Tensor:
     """What losses compare, of what x and a clean latent imply: eps, or of a flow v = eps - x0; (B, C, H, W).
 
     At a flow's first level, pure noise, eps is x whatever x0 may be, and a loss on it would teach nothing.
     """
-    return (x - x0) / noise.sigma if law == "flow" else to_eps(x, x0, noise)
+    return (x - x0) / noise.sigma if noise_schedule == "flow" else to_eps(x, x0, noise)
 
 
 def ancestral(now: Noise, after: Noise) -> float:

@@ -45,7 +45,7 @@ def compiled(net: nn.Module, backend: str) -> None:
 
 
 @dataclass
-class Turns:
+class Offloader:
     """Parts that share a device: the ones that are asked for come, the ones that were there go away."""
 
     device: torch.device

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from configs import UserError
 from configs.ranges import TWO_MEANINGS
-from models.interventions import Annealed, Between, Pink
+from models.interventions import CADS, Pink, WeightInterpolation
 from models.noise import TRAIN_STEPS, Noise
 from models.sampler import Member, Mix, Plan, Stage, alone
 
@@ -82,14 +82,14 @@ def pink(student: Member, exponent: float) -> Plan:
 
 def cads(student: Member, scale: float) -> Plan:
     """The student, told its prompts with noise that fades."""
-    return Plan(f"cads({scale:g})", (Stage(student, student.levels, told=Annealed(scale)),))
+    return Plan(f"cads({scale:g})", (Stage(student, student.levels, conditioning=CADS(scale)),))
 
 
 def delta(base: Member, student: Member, s: float, k: int | None = None) -> Plan:
     """The student with the weights base + s (student - base), in all steps or in step k alone, counted from 1."""
-    if base.denoiser.kind != student.denoiser.kind:
-        raise UserError(f"delta({s:g}) needs a student that predicts what its base does; {student.name} says {student.denoiser.kind}")
-    within = Between(base.denoiser.net, student.denoiser.net, s)
+    if base.denoiser.prediction_type != student.denoiser.prediction_type:
+        raise UserError(f"delta({s:g}) needs a student that predicts what its base does; {student.name} says {student.denoiser.prediction_type}")
+    within = WeightInterpolation(base.denoiser.net, student.denoiser.net, s)
     if k is None:
         return Plan(f"delta({s:g})", (Stage(student, student.levels, within),))
     return _changed(f"delta({s:g},{k})", student, Stage(student, student.levels[_which(k, student) :][:1], within), k)

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs import UserError
 from models.denoiser import Denoiser
 from models.interventions import derived
-from models.noise import CLEAN, LAWS, Noise, timesteps, to_eps
+from models.noise import CLEAN, NOISE_SCHEDULES, Noise, timesteps, to_eps
 from models.prompts import Prompts
 
 Eta = float | Callable[[Noise, Noise], float]
@@ -25,7 +25,7 @@ class Member:
     name: str  # family/member
     denoiser: Denoiser
     levels: tuple[Noise, ...]  # falling; the network is evaluated at each
-    law: str = "vp"
+    noise_schedule: str = "vp"
     eta: Eta = 0.0  # share of fresh noise in an update: 0 DDIM and Euler, 1 LCM and DMD2
     guidance: float | None = None
     final: Noise = CLEAN  # where the last update goes
@@ -34,12 +34,12 @@ class Member:
 
     def in_steps(self, steps: int, spacing: str = "trailing") -> tuple[Noise, ...]:
         """The levels of another number of steps; flows know no spacing but their own."""
-        return self.shifted(steps) if self.shifted else levels_of(self.law, spacing, steps)
+        return self.shifted(steps) if self.shifted else levels_of(self.noise_schedule, spacing, steps)
 
 
-def levels_of(law: str, spacing: str, steps: int, explicit: Sequence[float] = ()) -> tuple[Noise, ...]:
+def levels_of(noise_schedule: str, spacing: str, steps: int, explicit: Sequence[float] = ()) -> tuple[Noise, ...]:
     """The noise levels of a schedule; explicit timesteps win over the spacing."""
-    at = LAWS[law][0]
+    at = NOISE_SCHEDULES[noise_schedule][0]
     return tuple(at(t) for t in (explicit or timesteps(spacing, steps)))
 
 
@@ -51,16 +51,16 @@ class Mix:
     beside: "Member | None" = None  # who else is asked; None = nobody, x0 fades
     another: bool = False  # asked about another seed's initial noise, so only a first step can do this
 
-    def __call__(self, x0: Tensor, x: Tensor, now: Noise, told: Prompts, own: Tensor, law: str) -> Tensor:
-        """x0, x: (B, C, H, W) at `now` in `law`; told: what the network was told; own: the images' initial noise."""
+    def __call__(self, x0: Tensor, x: Tensor, now: Noise, conditioning: Prompts, own: Tensor, noise_schedule: str) -> Tensor:
+        """x0, x: (B, C, H, W) at `now` in `noise_schedule`; conditioning: the network's; own: the images' initial noise."""
         if self.beside is None:
             return self.keep * x0
-        there = now if self.beside.law == law else LAWS[self.beside.law][1](now.ratio)
+        there = now if self.beside.noise_schedule == noise_schedule else NOISE_SCHEDULES[self.beside.noise_schedule][1](now.ratio)
         if self.another:
             x = derived(own, tuple(x.shape[1:])) * (there.sigma if self.beside.start == "sigma" else 1.0)
         else:
-            x = x * (there.alpha / now.alpha)  # the same eps in both laws
-        return self.keep * x0 + (1 - self.keep) * self.beside.denoiser(x, there, told, self.beside.guidance)
+            x = x * (there.alpha / now.alpha)  # the same eps in both schedules
+        return self.keep * x0 + (1 - self.keep) * self.beside.denoiser(x, there, conditioning, self.beside.guidance)
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Stage:
     member: Member
     levels: tuple[Noise, ...]
     within: Callable[[], AbstractContextManager] = nullcontext  # held while the network is asked, e.g. a control at a strength
-    told: Callable[[Prompts, Noise, Tensor], Prompts] | None = None  # (prompts, level, own noise) -> what the network is told instead
+    conditioning: Callable[[Prompts, Noise, Tensor], Prompts] | None = None  # (prompts, level, own noise) -> what the network is told instead
     mix: Mix | None = None  # what is made of x0
 
     @classmethod
     def of(cls, member: Member, levels: Sequence[Noise]) -> "Stage":
-        """The member on another's levels: the same sigma / alpha in the member's own law."""
-        return cls(member, tuple(level if level in member.levels else LAWS[member.law][1](level.ratio) for level in levels))
+        """The member on another's levels: the same sigma / alpha in the member's own noise schedule."""
+        return cls(member, tuple(level if level in member.levels else NOISE_SCHEDULES[member.noise_schedule][1](level.ratio) for level in levels))
 
     @property
     def members(self) -> list[Member]:
@@ -84,7 +84,7 @@ class Stage:
         return [self.member, *([self.mix.beside] if self.mix and self.mix.beside else [])]
 
     @property
-    def asked(self) -> Counter[str]:
+    def nfe_by_member(self) -> Counter[str]:
         """Network evaluations per image, by member."""
         each = Counter()
         for member in self.members:
@@ -106,14 +106,14 @@ class Plan:
         return sum(len(stage.levels) for stage in self.stages)
 
     @property
-    def asked(self) -> Counter[str]:
+    def nfe_by_member(self) -> Counter[str]:
         """Network evaluations per image, guidance's second one included, by member."""
-        return sum((stage.asked for stage in self.stages), Counter())
+        return sum((stage.nfe_by_member for stage in self.stages), Counter())
 
     @property
-    def evaluations(self) -> int:
+    def nfe(self) -> int:
         """The same of all members together."""
-        return self.asked.total()
+        return self.nfe_by_member.total()
 
     @property
     def members(self) -> list[Member]:
@@ -146,16 +146,16 @@ class Step:
     index: int
     member: Member
     noise: Noise
-    x: Tensor  # (B, C, H, W), in the member's law
+    x: Tensor  # (B, C, H, W), in the member's noise schedule
     x0: Tensor  # (B, C, H, W)
-    after: Tensor  # (B, C, H, W), at the next level, in the next member's law
+    after: Tensor  # (B, C, H, W), at the next level, in the next member's noise schedule
 
 
 def update(x: Tensor, x0: Tensor, now: Noise, after: Noise, eta: Eta = 0.0, fresh: Tensor | None = None) -> Tensor:
     """x at the next level: eps = (x - alpha x0) / sigma; eps <- sqrt(1 - eta^2) eps + eta fresh; alpha' x0 + sigma' eps.
 
     Reproduces DDIM and Euler (eta 0), LCM and DMD2 (eta 1), Euler-ancestral (eta = noise.ancestral) and flow Euler.
-    Between laws it converts by itself, for eps means the same in all of them. All tensors (B, C, H, W).
+    Between noise schedules it converts by itself, for eps means the same in all of them. All tensors (B, C, H, W).
     """
     eps = to_eps(x, x0, now)
     eta = eta(now, after) if callable(eta) else eta
@@ -190,11 +190,11 @@ def sample(plan: Plan, noise: Tensor, prompts: Prompts) -> Iterator[Step]:
     for index, (stage, now) in enumerate(todo):
         member = stage.member
         after = todo[index + 1][1] if index + 1 < len(todo) else member.final
-        told = stage.told(prompts, now, own) if stage.told else prompts
+        conditioning = stage.conditioning(prompts, now, own) if stage.conditioning else prompts
         with stage.within():
-            x0 = member.denoiser(x, now, told, member.guidance)
+            x0 = member.denoiser(x, now, conditioning, member.guidance)
             if stage.mix:
-                x0 = stage.mix(x0, x, now, told, own, member.law)
+                x0 = stage.mix(x0, x, now, conditioning, own, member.noise_schedule)
         following = update(x, x0, now, after, member.eta, noise[:, index + 1]) if after.sigma else x0
         yield Step(index, member, now, x, x0, following)
         x = following

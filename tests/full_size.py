@@ -132,7 +132,7 @@ members:
   lightning-lora: {{steps: 2}}
   mine: {{file: {file}, steps: 2, spacing: trailing, start: sigma}}
 """
-SMALL = ["steps=2", "batch=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled", "overwrite=true"]
+SMALL = ["steps=2", "batch_size=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled", "overwrite=true"]
 FEW = ["evaluators=[clip]", "wandb=disabled", "overwrite=true", "prompts=[a man at a desk,a woman in a park]"]
 PARTS = {  # name: what is run, {family} the user's card, {out} the folder of runs
     "slider": ["train/slider.py", "member={family}/base", "name=fp32", "dtype=fp32", "out={out}", *SMALL],
@@ -180,7 +180,7 @@ def run(part: str, cache: Path = CACHE) -> Measured:
             assert done.returncode == 0, Path(log.name).read_text()[-3000:]
 
         if part not in PLANLESS:
-            command(more=["plan=true"])
+            command(more=["dry_run=true"])
         start = time.time()
         command(str(Path(__file__).resolve()), "--measure", str(cache / "peak.json"), more=[])
     said = re.search(r"memory at the most: ([\d.]+) GB.*", Path(log.name).read_text())

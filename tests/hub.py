@@ -233,7 +233,7 @@ def write(cache: Path, name: str) -> FamilyCard:
             if family.architecture == "pixart":  # published before the class had its own name
                 config = folder / its.subfolder / "config.json"
                 config.write_text(config.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
-            if its.law == "flow":
+            if its.noise_schedule == "flow":
                 FlowMatchEulerDiscreteScheduler(**FLOWS[repo]).save_pretrained(folder / "scheduler")
     return family
 

@@ -69,8 +69,8 @@ def cell(control: str, target: str) -> dict:
     number = sum(map(ord, control))
     factor = TARGETS[target] / TARGETS[source]
     pairs = {
-        who: [simulated(factor * strength * unit, number + seed) for factor, seed in ((1, 0), (factor, 10 * (target != source)))]
-        for who, unit in (("clip", 1), ("probe", 12))
+        evaluator_name: [simulated(factor * strength * unit, number + seed) for factor, seed in ((1, 0), (factor, 10 * (target != source)))]
+        for evaluator_name, unit in (("clip", 1), ("probe", 12))
     }
     first, second = (reading(*pair, target == source) for pair in pairs.values())
     return {
@@ -85,9 +85,9 @@ def leakage(names: list[str]) -> list[dict]:
     """One row per evaluator, target, control and attribute."""
     share = lambda a, b: 1.0 if a == b else 0.11 * (len(a) - len(b))  # noqa: E731
     return [
-        {"evaluator": who, "target": f"tiny/{target}", "control": a, "attribute": b, "slope": {"value": 0.02, "low": 0.01, "high": 0.03},
+        {"evaluator": evaluator_name, "target": f"tiny/{target}", "control": a, "attribute": b, "slope": {"value": 0.02, "low": 0.01, "high": 0.03},
          "share": {"value": share(a, b), "low": share(a, b) - 0.1, "high": share(a, b) + 0.1}}
-        for who in ("clip", "probe") for target in ("base", "dmd", "lcm", "lightning") for a in names for b in names
+        for evaluator_name in ("clip", "probe") for target in ("base", "dmd", "lcm", "lightning") for a in names for b in names
     ]  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_images_are_the_same_where_memory_is_short(full):
     latents = finish(alone(family.member("dmd")), draw_noise([1, 2, 3], family.latent_shape, 4), family.encode(["a person"] * 3))
     images = family.decode(latents)
     assert family.decoding.size == 1 and images.shape == (3, 3, 64, 64)
-    assert torch.allclose(images, Family("tiny", batch=1).draw(family.member("dmd"), ["a person"] * 3, [1, 2, 3]), atol=1e-4)
+    assert torch.allclose(images, Family("tiny", batch_size=1).draw(family.member("dmd"), ["a person"] * 3, [1, 2, 3]), atol=1e-4)
     assert torch.allclose(family.to_latents(images)[2:], family.to_latents(images[2:]), atol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_analyses_with_a_small_vae(full, tmp_path, command, words):
 
 @pytest.mark.parametrize(("recipe", "words"), some([TRAINERS[0], *TRAINERS[3:]], 1))
 def test_trainers_with_a_small_vae(full, tmp_path, recipe, words):
-    few = ["steps=1", "batch=2", "sample_every=1", "sample_seeds=[1,2]", "sample_scales=[0,1]"]
+    few = ["steps=1", "batch_size=2", "sample_every=1", "sample_seeds=[1,2]", "sample_scales=[0,1]"]
     words = [*words, *few, f"out={tmp_path}", "wandb=disabled"]
     assert recipe.main(merge(recipe.Config, words)).exists()
 

@@ -9,9 +9,9 @@ import torch
 from analysis import diversity, similarity, trace, transfer
 from configs import merge
 from controls import formats
-from controls.lora import applied
+from controls.lora import fused
 from models import devices
-from models.evaluators import evaluators
+from models.evaluators import load_evaluators
 from models.families import Family
 from models.plans import PLANS, named
 from models.sampler import alone, draw_noise, finish
@@ -22,7 +22,7 @@ DEVICE = torch.device("meta")
 ARGUMENTS = {"k": "1", "[n]": "4", "n": "8", "guidance": "2", "low,high": "0,800", "s,[k]": "0.6,1"}  # of plans; of others one half
 PROMPTS = "prompts=[portrait of a person,'portrait of a person, hat']"
 TRAINERS = [
-    (slider, ["trajectories=2", "watch=[tiny/dmd]", "watch_every=1", "ema=0.9", "checkpointing=true"]),
+    (slider, ["trajectories=2", "watch=[tiny/dmd]", "watch_every=1", "ema=0.9", "gradient_checkpointing=true"]),
     (slider, ["recipe=published", "denoise_steps=3"]),
     (slider, ["member=tiny/dmd", "trajectories=2"]),
     (lora, ["images=4", "prior=1", "prior_images=2"]),
@@ -74,18 +74,18 @@ def test_families_plans_and_evaluators(elsewhere):
     shape, control = family.latent_shape, formats.load("controls/tiny/smile.safetensors")
     written = [f"{name}({ARGUMENTS.get(words, '0.5')})" if words else name for name, (words, _) in PLANS.items()]
     for plan in [*(named(text, base, student) for text in written), *(alone(family.member(name)) for name in ("lcm", "lightning"))]:
-        with applied(plan.members[0].denoiser.net, control, 1.0, "tiny"):
+        with fused(plan.members[0].denoiser.net, control, 1.0, "tiny"):
             found = finish(plan, draw_noise([1, 2], shape, plan.steps, DEVICE), prompts)
         assert found.device == DEVICE and family.decode(found).device.type == "cpu"
     assert family.to_latents(torch.zeros(2, 3, 64, 64)).device == DEVICE
-    for eye in evaluators(family.card, DEVICE).values():
-        assert eye.score(eye.features(torch.zeros(2, 3, 64, 64)), "a smiling person", "a frowning person").shape == (2,)
+    for evaluator in load_evaluators(family.card, DEVICE).values():
+        assert evaluator.score(evaluator.features(torch.zeros(2, 3, 64, 64)), "a smiling person", "a frowning person").shape == (2,)
 
 
 @pytest.mark.slow  # python takes as long on `meta` as elsewhere
 @pytest.mark.parametrize(("recipe", "words"), TRAINERS)
 def test_training(elsewhere, tmp_path, recipe, words):
-    words = [*words, "steps=2", "batch=2", "sample_every=1", "sample_seeds=[1]", "sample_scales=[0,1]", f"out={tmp_path}", "wandb=disabled"]
+    words = [*words, "steps=2", "batch_size=2", "sample_every=1", "sample_seeds=[1]", "sample_scales=[0,1]", f"out={tmp_path}", "wandb=disabled"]
     assert recipe.main(merge(recipe.Config, words)).exists()
 
 
@@ -102,6 +102,6 @@ def test_the_embedded_students(elsewhere, tmp_path, monkeypatch, name):
     adamw = torch.optim.AdamW  # there is no fused one for `meta`
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **words: adamw(*args, **words))
     monkeypatch.setattr(tiny_students, "save_student", lambda *_: None)
-    words = {"steps": 2, "batch": 2, "faces": 40, "trajectories": 80, "device": "meta", "work": str(tmp_path), "weights": WEIGHTS}
+    words = {"steps": 2, "batch_size": 2, "faces": 40, "trajectories": 80, "device": "meta", "work": str(tmp_path), "weights": WEIGHTS}
     getattr(tiny_students, name)(merge(Config, words))
     assert (tmp_path / f"{name}.jsonl").exists()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from analysis import diversity, similarity, trace, transfer
 from configs import merge
 from controls import formats, show
-from controls.lora import applied
-from models.evaluators import evaluators
+from controls.lora import fused
+from models.evaluators import load_evaluators
 from models.families import Family
 from models.plans import named
 from models.sampler import draw_noise, finish
@@ -27,7 +27,7 @@ SMILE = "controls/tiny/smile.safetensors"
 TRAINERS = [
     (slider, ["trajectories=2"]),
     (slider, ["recipe=published", "denoise_steps=3"]),
-    (slider, ["member=tiny/dmd", "trajectories=2", "checkpointing=true"]),
+    (slider, ["member=tiny/dmd", "trajectories=2", "gradient_checkpointing=true"]),
     (image_slider, ["pairs=2"]),
     (lora, ["images=4", "prior=1", "prior_images=2"]),
     (sliderspace, ["directions=2", "trajectories=3"]),
@@ -86,12 +86,12 @@ def drawn(device: str) -> dict[str, torch.Tensor]:
     prompts, made = family.encode(["portrait of a person, hat"] * 2), {}
     for text in ("base", "student", "hybrid(1)", "delta(0.6)", "cads(0.1)"):
         plan = named(text, base, student)
-        with applied(plan.members[0].denoiser.net, control, 1.0, "tiny"):
+        with fused(plan.members[0].denoiser.net, control, 1.0, "tiny"):
             noise = draw_noise([1, 2], family.latent_shape, plan.steps, family.device)
             made[text] = finish(plan, noise, prompts).cpu()
     made["images"] = family.decode(made["base"].to(family.device))
     made["latents"] = family.to_latents(made["images"]).cpu()
-    for name, evaluator in evaluators(family.card, family.device).items():
+    for name, evaluator in load_evaluators(family.card, family.device).items():
         made[name] = torch.as_tensor(evaluator.features(made["images"]))
     return made
 
@@ -118,7 +118,7 @@ def test_show(on, device, tmp_path):
 @pytest.mark.parametrize(("recipe", "words"), TRAINERS)
 def test_training(on, device, recipe, words, tmp_path):
     """The first step's loss and gradient, before any optimizer has made much of little."""
-    words = [*words, "dtype=fp32", "steps=2", "batch=2", "sample_seeds=[1]", "sample_scales=[0]"]
+    words = [*words, "dtype=fp32", "steps=2", "batch_size=2", "sample_seeds=[1]", "sample_scales=[0]"]
     first = []
     for where in ("cpu", device):
         with on(where):

@@ -13,7 +13,7 @@ BRIEF = ["students=[dmd]", "evaluators=[clip,probe]", "seeds=3"]
 CONTROLS = ["controls=[controls/tiny/smile.safetensors,controls/tiny/watercolour.safetensors]", "targets=[base,dmd]", "seeds=2"]
 COCO = "case_number,prompt,evaluation_seed\n" + "".join(f'{k},"portrait of a person",{k * 7}\n' for k in range(50))
 SMALL = {  # file: what makes it small
-    "t1": (transfer, [*CONTROLS, PORTRAITS, "batch=16"]),
+    "t1": (transfer, [*CONTROLS, PORTRAITS, "batch_size=16"]),
     "t1-car": (transfer, ["controls=[controls/tiny/space-1.safetensors]", "targets=[base,dmd]", "seeds=2", PORTRAITS]),
     "t2": (diversity, [*BRIEF, PORTRAITS]),
     "t3": (diversity, [*BRIEF, "prompts=[DATA/coco.csv:2]", "captions_from=[DATA/coco.csv]", "captions=40", "reference=DATA"]),

@@ -17,7 +17,7 @@ from models.architectures import Architecture, blank
 from models.evaluators import chosen
 from models.families import DTYPES, Family, FamilyCard, split
 from models.forecast import Moment, Peak, flash
-from models.noise import LAWS, comparable
+from models.noise import NOISE_SCHEDULES, loss_target
 from models.sampler import Denoiser, Member
 from train.checkpoint import progress
 from train.run import Training, check
@@ -45,10 +45,10 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
         return
     family = Family(name, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=True)
     bare, card = family.member(member), family.card
-    its, left, latents = cost(bare), cfg.steps - gone(cfg), cfg.batch * cfg.accumulate * accelerator.num_processes
+    its, left, latents = cost(bare), cfg.steps - gone(cfg), cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
     again = f"; {cfg.steps - left} are done, what comes before the first is done again" if left < cfg.steps else ""
     print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
-    asked = its.before + its.each * left * latents * (4 / 3 if cfg.checkpointing else 1)
+    asked = its.before + its.each * left * latents * (4 / 3 if cfg.gradient_checkpointing else 1)
     calls = {member: asked} | {other: 0.0 for _, other in map(split, cfg.watch)}
     print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, its)))
     net = torch.nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
@@ -57,7 +57,7 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     print(f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in {len(weights) // 2} layers")
     control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)
-    step = follow(net, family.architecture, cfg, family.latent_shape, bare.law, cfg.checkpointing)
+    step = follow(net, family.architecture, cfg, family.latent_shape, bare.noise_schedule, cfg.gradient_checkpointing)
     print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
 
 
@@ -86,8 +86,8 @@ def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict
     beside, aside, reading = vae | others, nets | others, encoders  # the network; the VAE; either before the first step
     if cfg.memory.offload and family.device.type != "cpu":
         beside, aside, reading = {}, {}, {}  # what is at work is alone
-    eyes, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
-    always = forecast.program(family.device) | {name: budget.evaluator_need(card, name).memory for name in eyes}
+    evaluators, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
+    always = forecast.program(family.device) | {name: budget.evaluator_need(card, name).memory for name in evaluators}
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
 
@@ -101,7 +101,7 @@ def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict
     found = [
         Moment("before the first step", always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype)),
         Moment("in a step", always | nets | beside | {"control, optimizer, activations": step}
-               | (decoded(cfg.batch, True) if its.learning else {})),
+               | (decoded(cfg.batch_size, True) if its.learning else {})),
         Moment("when a strip is drawn", always | trained | nets | beside | asked(own, len(cfg.sample_seeds))),
         Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
     ]  # fmt: skip
@@ -115,7 +115,7 @@ def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict
         added = trained | ({} if net[name] == net[own] else forecast.sums(control, dtype))
         found += [
             Moment(f"when {name} is watched", always | nets | beside | added | asked(name, images)),
-            Moment(f"when {name} is watched", always | aside | added | decoded(images) | forecast.seeing(card, eyes, images)),
+            Moment(f"when {name} is watched", always | aside | added | decoded(images) | forecast.seeing(card, evaluators, images)),
         ]
     return found
 
@@ -123,7 +123,7 @@ def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict
 class Step(Protocol):
     """What decides the size of a step."""
 
-    batch: int  # latents at once
+    batch_size: int  # latents at once
     rank: int  # of the control
     layers: str  # its layer set
     scope: str  # and how far that reaches
@@ -131,14 +131,14 @@ class Step(Protocol):
 
 @contextmanager
 def training(
-    net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool
+    net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], noise_schedule: str, gradient_checkpointing: bool
 ) -> Iterator[Callable[[], None]]:
     """Gives a step as train/slider.py makes it, with the optimizer's moments and the weights' moving average.
 
     shape: (C, H, W) of a latent.
     """
     create(net, "slider", cfg.layers, cfg.scope, cfg.rank)
-    if checkpointing:
+    if gradient_checkpointing:
         net.enable_gradient_checkpointing()
     weights = parameters(net, "slider")
     average, optimizer = [weight.detach().clone() for weight in weights], torch.optim.AdamW(weights, 1e-3)
@@ -146,11 +146,11 @@ def training(
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
-    x, told, noise = torch.zeros((cfg.batch, *shape), device=net.device), blank(its, net, cfg.batch), LAWS[law][0](500.0)
+    x, conditioning, noise = torch.zeros((cfg.batch_size, *shape), device=net.device), blank(its, net, cfg.batch_size), NOISE_SCHEDULES[noise_schedule][0](500.0)
 
     def step() -> None:
         with strength(net, slider=1.0):
-            comparable(x, Denoiser(net, call=its.call)(x, noise, told), noise, law).square().mean().backward()
+            loss_target(x, Denoiser(net, call=its.call)(x, noise, conditioning), noise, noise_schedule).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [weight.detach() for weight in weights], 0.1)
@@ -162,15 +162,15 @@ def training(
         detach(net)
 
 
-def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> None:
+def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], noise_schedule: str, gradient_checkpointing: bool) -> None:
     """One such step."""
-    with training(net, its, cfg, shape, law, checkpointing) as step:
+    with training(net, its, cfg, shape, noise_schedule, gradient_checkpointing) as step:
         step()
 
 
-def follow(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], law: str, checkpointing: bool) -> dict[str, int]:
+def follow(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], noise_schedule: str, gradient_checkpointing: bool) -> dict[str, int]:
     """The bytes of the bare network, and the most that lived during a step."""
     with Peak(net) as peak, flash(), torch.device(net.device):  # what a network makes without saying where, is made there
         network = peak.live
-        update(net, its, cfg, shape, law, checkpointing)
+        update(net, its, cfg, shape, noise_schedule, gradient_checkpointing)
     return {"network": network, "peak": peak.most}

@@ -15,7 +15,7 @@ from configs import UserError, entry, load, note, quoted
 from configs.ranges import RANGES
 from controls.lora import strength
 from models.families import Family, split
-from models.noise import LAWS, TRAIN_STEPS, comparable
+from models.noise import NOISE_SCHEDULES, TRAIN_STEPS, loss_target
 from models.tiny import world
 from train import dry_run
 from train.pictures import read
@@ -35,8 +35,8 @@ class Config(Training):
     positive: str = "portrait of a person, big eyes"  # what more of it is: the card's words for measuring it
     negative: str = "portrait of a person, small eyes"  # what less of it is
     steps: int = 300  # optimizer steps
-    rate: float = 5e-4  # learning rate
-    batch: int = 6  # pairs at once per process, all at one noise level
+    learning_rate: float = 5e-4  # learning rate
+    batch_size: int = 6  # pairs at once per process, all at one noise level
     out: str = "runs/image_slider"  # the run is written to out/name
 
 
@@ -51,7 +51,7 @@ class Pairs:
 
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
-    if cfg.plan:
+    if cfg.dry_run:
         cost = dry_run.Cost(0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs)  # both sides of a pair, there and back
         return dry_run.show(cfg, lambda _: cost)
     family = Family(split(cfg.member)[0])  # its tokenizers and its card; nothing is loaded or written for what is refused here
@@ -61,19 +61,19 @@ def main(cfg: Config) -> Path | None:
     run = Run(cfg, "slider")
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
     prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
-    kept = ("positive", "negative", "data", "steps", "batch", "accumulate", "rate", "seed")
+    kept = ("positive", "negative", "data", "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "seed")
     recipe = {**{key: getattr(cfg, key) for key in kept}, "pairs": latents.shape[1], "scales": pairs.scales}
     with run.training(cfg.prompt, recipe):
         for step in run.steps():
             for generator in run.parts(step):
-                noise = LAWS[run.member.law][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
-                rows = torch.randint(latents.shape[1], (cfg.batch,), generator=generator)
-                eps = torch.randn((cfg.batch, *latents.shape[2:]), generator=generator).to(latents)  # the same for all scales of a pair
+                noise = NOISE_SCHEDULES[run.member.noise_schedule][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
+                rows = torch.randint(latents.shape[1], (cfg.batch_size,), generator=generator)
+                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator).to(latents)  # the same for all scales of a pair
                 for scale, x0 in zip(pairs.scales, latents, strict=True):
                     x = noise.alpha * x0[rows] + noise.sigma * eps
                     with strength(run.net, {cfg.name: scale}):
-                        seen = comparable(x, run.member.denoiser(x, noise, prompts[rows]), noise, run.member.law)
-                        aim = comparable(x, x0[rows], noise, run.member.law)
+                        seen = loss_target(x, run.member.denoiser(x, noise, prompts[rows]), noise, run.member.noise_schedule)
+                        aim = loss_target(x, x0[rows], noise, run.member.noise_schedule)
                         run.backward((seen - aim).square().mean())  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
             run.descend(step)
         return run.save()

@@ -13,14 +13,14 @@ from torch import Tensor
 from configs import UserError, entry, load, note, quoted
 from controls.lora import strength
 from models.cards import card, split
-from models.noise import LAWS, TRAIN_STEPS, comparable
+from models.noise import NOISE_SCHEDULES, TRAIN_STEPS, loss_target
 from models.prompts import Prompts
 from models.sampler import Member, alone
 from models.tiny import world
 from models.tiny.faces import STYLES, styled
 from train import dry_run
 from train.pictures import read
-from train.rollouts import points
+from train.rollouts import rollouts
 from train.run import Run, Training
 
 
@@ -44,19 +44,19 @@ class Config(Training):
 
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
-    if cfg.plan:
+    if cfg.dry_run:
         return dry_run.show(cfg, partial(cost, cfg))
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     run = Run(cfg, "lora")
     latents = run.family.to_latents(images)
     prompts = run.family.encode([*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
-    kept = ("positive", "negative", "data", "images", "token", "prior", "steps", "batch", "accumulate", "rate", "seed")
+    kept = ("positive", "negative", "data", "images", "token", "prior", "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "seed")
     with run.training(cfg.prompt, {key: getattr(cfg, key) for key in kept}):
         for step in run.steps():
             with strength(run.net, {cfg.name: 1.0}):
                 for generator in run.parts(step):
-                    loss = denoising(run.member, latents, prompts, cfg.batch, generator)
+                    loss = denoising(run.member, latents, prompts, cfg.batch_size, generator)
                     run.backward(loss + cfg.prior * memory(generator) if memory else loss)
             run.descend(step)
         return run.save()
@@ -66,9 +66,9 @@ def cost(cfg: Config, member: Member) -> dry_run.Cost:
     """Of the prior runs of the member are kept, x and x0 of every step, and each step asks once more."""
     if not cfg.prior:
         return dry_run.Cost(0, 3, kept=cfg.images, pictures=cfg.images)
-    rows = min(2 * cfg.batch, cfg.prior_images) * (1 if member.guidance is None else 2)
+    rows = min(2 * cfg.batch_size, cfg.prior_images) * (1 if member.guidance is None else 2)
     kept = cfg.images + 2 * cfg.prior_images * len(member.levels)
-    return dry_run.Cost(cfg.prior_images * alone(member).evaluations, 6, rows, kept, cfg.images)
+    return dry_run.Cost(cfg.prior_images * alone(member).nfe, 6, rows, kept, cfg.images)
 
 
 def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
@@ -85,14 +85,14 @@ def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
     return images, [text or cfg.prompt for text in columns["text"]]
 
 
-def denoising(member: Member, latents: Tensor, prompts: Prompts, batch: int, generator: torch.Generator) -> Tensor:
+def denoising(member: Member, latents: Tensor, prompts: Prompts, batch_size: int, generator: torch.Generator) -> Tensor:
     """The plain denoising loss at one noise level; half of the captions carry the token."""
-    noise = LAWS[member.law][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
-    rows = torch.randint(len(latents), (batch,), generator=generator)
-    told = rows + len(latents) * torch.randint(2, (batch,), generator=generator)
-    eps = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
+    noise = NOISE_SCHEDULES[member.noise_schedule][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
+    rows = torch.randint(len(latents), (batch_size,), generator=generator)
+    told = rows + len(latents) * torch.randint(2, (batch_size,), generator=generator)
+    eps = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
     x = noise.alpha * latents[rows] + noise.sigma * eps
-    seen, aim = (comparable(x, x0, noise, member.law) for x0 in (member.denoiser(x, noise, prompts[told]), latents[rows]))
+    seen, aim = (loss_target(x, x0, noise, member.noise_schedule) for x0 in (member.denoiser(x, noise, prompts[told]), latents[rows]))
     return (seen - aim).square().mean()
 
 
@@ -104,18 +104,18 @@ class Memory:
     """
 
     def __init__(self, cfg: Config, run: Run):
-        self.member, self.batch, prompt = run.member, cfg.batch, run.family.encode([cfg.negative])
+        self.member, self.batch_size, prompt = run.member, cfg.batch_size, run.family.encode([cfg.negative])
         self.prompt, which = prompt.conditional(), torch.zeros(cfg.prior_images, dtype=torch.long)
         seen = lambda step, rows: (step.x, self.member.denoiser(step.x, step.noise, self.prompt[which[rows]]))  # noqa: E731
-        self.x, self.x0 = points(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch, seen)  # (N, T, C, H, W)
+        self.x, self.x0 = rollouts(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch_size, seen)  # (N, T, C, H, W)
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The mean squared change at one of the member's own noise levels."""
         level = int(torch.randint(self.x.shape[1], (1,), generator=generator))
-        rows, noise = torch.randint(len(self.x), (self.batch,), generator=generator), self.member.levels[level]
+        rows, noise = torch.randint(len(self.x), (self.batch_size,), generator=generator), self.member.levels[level]
         x, before = self.x[rows, level], self.x0[rows, level]
-        after = self.member.denoiser(x, noise, self.prompt[[0] * self.batch])
-        seen, aim = (comparable(x, x0, noise, self.member.law) for x0 in (after, before))
+        after = self.member.denoiser(x, noise, self.prompt[[0] * self.batch_size])
+        seen, aim = (loss_target(x, x0, noise, self.member.noise_schedule) for x0 in (after, before))
         return (seen - aim).square().mean()
 
 

@@ -14,8 +14,8 @@ See = Callable[[Step, Tensor], tuple[Tensor, ...]]
 
 
 @torch.no_grad()
-def points(
-    family: Family, member: Member, prompts: Prompts, which: Tensor, seed: int, batch: int, see: See
+def rollouts(
+    family: Family, member: Member, prompts: Prompts, which: Tensor, seed: int, batch_size: int, see: See
 ) -> tuple[Tensor, ...]:
     """What `see(step, rows)` returns of runs `rows`, as tensors (N, T, …): run n of N has prompt which[n] and a noise of its own."""
 
@@ -24,4 +24,4 @@ def points(
         steps = [see(step, rows) for step in sample(alone(member), noise, prompts[which[rows]])]
         return [torch.stack(part, 1) for part in zip(*steps, strict=True)]
 
-    return tuple(torch.cat(part) for part in zip(*Batches(batch).of(run, len(which)), strict=True))
+    return tuple(torch.cat(part) for part in zip(*Batches(batch_size).of(run, len(which)), strict=True))

@@ -33,14 +33,14 @@ class Training:
     layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/layers.py
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
-    batch: int = 0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
-    accumulate: int = 1  # such batches per process and optimizer step
-    optimizer: str = "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it rate=1)
-    rate: float = 1e-3  # learning rate
-    schedule: str = "cosine"  # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
-    warmup: int = 0  # steps in which the rate rises from 0
+    batch_size: int = 0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
+    gradient_accumulation_steps: int = 1  # such batches per process and optimizer step
+    optimizer: str = "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it learning_rate=1)
+    learning_rate: float = 1e-3  # learning rate
+    lr_scheduler: str = "cosine"  # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
+    lr_warmup_steps: int = 0  # steps in which the rate rises from 0
     ema: float = 0.0  # decay of the weights' moving average, which is then what is saved; 0 = off
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 0  # of the control, the data and the noise
     sample_every: int = 200  # steps between strips; 0 = only at the end
     sample_scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns of a strip
@@ -52,7 +52,7 @@ class Training:
     dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
     quantize: str = ""  # the network trained on: nf4, 4.5 bits a weight, or int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
-    plan: bool = False  # --plan: say what will be loaded, asked and held, and stop; needs no weights
+    dry_run: bool = False  # --dry-run: say what will be loaded, asked and held, and stop; needs no weights
     out: str = "runs/control"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
@@ -62,7 +62,7 @@ class Run:
     """One control on one member. A recipe asks it for steps, gives it losses, and lets it descend.
 
     `parts(step)` are the random generators of this process's batches of a step. They are numbered over all processes, so that two
-    processes with one batch each learn what one process with accumulate=2 learns.
+    processes with one batch each learn what one process with gradient_accumulation_steps=2 learns.
     """
 
     def __init__(self, cfg: Training, kind: str):
@@ -93,12 +93,12 @@ class Run:
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
         try:
             self.family.bring(self.net)  # or average and optimizer would be made where it waits
-            if cfg.checkpointing:
+            if cfg.gradient_checkpointing:
                 self.net.enable_gradient_checkpointing()
             self.weights = torch.nn.ParameterList(weight for name in self.names for weight in parameters(self.net, name))
             self.average = deepcopy(self.weights).requires_grad_(False)
-            self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.rate)
-            self.schedule = get_scheduler(cfg.schedule, self.optimizer, num_warmup_steps=cfg.warmup, num_training_steps=cfg.steps)
+            self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.learning_rate)
+            self.lr_scheduler = get_scheduler(cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.lr_warmup_steps, num_training_steps=cfg.steps)
             devices.claim(self.accelerator, cfg, FREE)  # last: what is refused has removed and written nothing
             with tracking.start(self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb) as self.tracker:
                 yield
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def state(self) -> dict:
-        return {"weights": self.weights, "average": self.average, "optimizer": self.optimizer, "schedule": self.schedule}
+        return {"weights": self.weights, "average": self.average, "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; a killed run goes on at its last checkpoint."""
@@ -119,13 +119,13 @@ class Run:
 
     def parts(self, step: int) -> Iterator[torch.Generator]:
         """One generator per batch of this process in this step."""
-        for turn in range(self.cfg.accumulate):
+        for turn in range(self.cfg.gradient_accumulation_steps):
             yield seeded(self.cfg.seed, step, turn * self.accelerator.num_processes + self.accelerator.process_index)
 
     def backward(self, loss: Tensor) -> None:
         """Adds a batch's gradient. Inside the `strength` block of the forward pass, for checkpointing runs the network once more."""
-        (loss / self.cfg.accumulate).backward()
-        self.losses.append(loss.detach() / self.cfg.accumulate)
+        (loss / self.cfg.gradient_accumulation_steps).backward()
+        self.losses.append(loss.detach() / self.cfg.gradient_accumulation_steps)
 
     def descend(self, step: int) -> None:
         """One optimizer step on the mean gradient of all processes. When it is not finite: saves the state before it, raises UserError."""
@@ -136,9 +136,9 @@ class Run:
         if not torch.isfinite(norm):
             if self.main:
                 store(self.folder / "state.pt", self.state, step, folders.digest(self.cfg, FREE))
-            raise UserError(f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.rate}")
+            raise UserError(f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.learning_rate}")
         self.optimizer.step()
-        self.schedule.step()
+        self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.cfg.ema, step / (step + 10))
         torch._foreach_lerp_(list(self.average), [weight.detach() for weight in self.weights], 1 - decay)
@@ -150,7 +150,7 @@ class Run:
         """Logs every tenth step; draws a strip when one is due."""
         cfg = self.cfg
         if step % 10 == 0:
-            values = {"loss": loss.item(), "gradient": norm.item(), "rate": self.schedule.get_last_lr()[0]}
+            values = {"loss": loss.item(), "gradient": norm.item(), "learning_rate": self.lr_scheduler.get_last_lr()[0]}
             append(self.folder / "log.jsonl", {"step": step, **values})
             self.tracker.log(values, step=step)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
@@ -196,24 +196,24 @@ class Run:
         print(f"control: {path}")
 
 
-def adamw(weights, rate: float):
-    return torch.optim.AdamW(weights, rate, weight_decay=0.0)
+def adamw(weights, learning_rate: float):
+    return torch.optim.AdamW(weights, learning_rate, weight_decay=0.0)
 
 
-def adamw8bit(weights, rate: float):
+def adamw8bit(weights, learning_rate: float):
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(weights, rate, weight_decay=0.0)
+    return AdamW8bit(weights, learning_rate, weight_decay=0.0)
 
 
-def prodigy(weights, rate: float):
+def prodigy(weights, learning_rate: float):
     """Mishchenko & Defazio 2023; finds the step size itself."""
     from prodigyopt import Prodigy
 
-    return Prodigy(weights, rate, safeguard_warmup=True, use_bias_correction=True)
+    return Prodigy(weights, learning_rate, safeguard_warmup=True, use_bias_correction=True)
 
 
-SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # that one needs rules
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # that one needs rules
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "prodigy": prodigy}
 EXTRAS = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}  # optimizer: its package, and what installs it
 FREE = ("wandb", "out", "memory")  # what a continued run may change
@@ -221,16 +221,16 @@ FREE = ("wandb", "out", "memory")  # what a continued run may change
 
 def check(cfg: Training) -> None:
     """What can be wrong before anything is loaded; fills in the card's batch."""
-    cfg.batch = cfg.batch or card(split(cfg.member)[0]).batch
+    cfg.batch_size = cfg.batch_size or card(split(cfg.member)[0]).batch_size
     if "." in plain_name(cfg.name):
         raise UserError(f"name={cfg.name} cannot name a control: it has a dot")
-    for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.items():
+    for key, known in {"dtype": DTYPES, "optimizer": OPTIMIZERS, "lr_scheduler": LR_SCHEDULERS}.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"no {key} {getattr(cfg, key)!r}; there are {', '.join(known)}")
     package, extra = EXTRAS.get(cfg.optimizer, ("torch", ""))
     if find_spec(package) is None:
         raise UserError(f"optimizer={cfg.optimizer} needs {package}: pip install -e '.[{extra}]'")
     quantized.check(cfg.quantize)
-    for key in ("steps", "rank", "batch"):
+    for key in ("steps", "rank", "batch_size"):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key} must be at least 1; got {getattr(cfg, key)}")

@@ -13,11 +13,11 @@ from torch import Tensor
 from configs import UserError, entry, load, note, quoted
 from controls.lora import strength
 from models.families import Family, split
-from models.noise import Noise, comparable
+from models.noise import Noise, loss_target
 from models.prompts import Prompts
 from models.sampler import Member, Plan, Stage, alone, draw_noise, finish
 from train import dry_run
-from train.rollouts import points
+from train.rollouts import rollouts
 from train.run import Run, Training
 
 
@@ -44,9 +44,12 @@ class Pair:
 
 
 OTHERS = {  # keys of a published prompt file, and what they are here
-    "guidance_scale": "strength", "batch_size": "batch", "resolution": "the family's size_px", "dynamic_resolution": "nothing",
+    "guidance_scale": "one guidance_scale for all pairs",
+    "batch_size": "one batch_size for all pairs",
+    "resolution": "the family's size_px",
+    "dynamic_resolution": "nothing",
     "dynamic_crops": "nothing",
-}  # fmt: skip
+}
 
 
 def smile() -> list[Pair]:
@@ -60,7 +63,7 @@ class Config(Training):
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
     attributes: list[str] = field(default_factory=list)  # put before all four prompts, one after the other, to disentangle
     anchors: list[str] = field(default_factory=list)  # prompts whose pictures must not change
-    strength: float = 0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
+    guidance_scale: float = 0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
     steps: int = 500  # optimizer steps
     recipe: str = "fast"  # fast: points of control-free runs, both sides in turn; published: a fresh run every step, + side only
     trajectories: int = 32  # fast: control-free sampling runs whose x_t are trained on
@@ -74,7 +77,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.recipe not in RECIPES:
         raise UserError(f"no recipe {cfg.recipe!r}; there are {', '.join(RECIPES)}")
     pairs = spread(cfg)
-    if cfg.plan:
+    if cfg.dry_run:
         return dry_run.show(cfg, lambda member: RECIPES[cfg.recipe].cost(cfg, member))
     differing(cfg, pairs)
     run = Run(cfg, "slider")
@@ -83,11 +86,11 @@ def main(cfg: Config) -> Path | None:
         for step in run.steps():
             side = 1 if cfg.recipe == "published" else 1 - 2 * (step % 2)
             for generator in run.parts(step):
-                x, noise, told, neutral, direction = lesson(generator)
+                x, noise, conditioning, neutral, direction = lesson(generator)
                 with strength(run.net, {cfg.name: float(side)}):
-                    seen = comparable(x, run.member.denoiser(x, noise, told), noise, run.member.law)
+                    seen = loss_target(x, run.member.denoiser(x, noise, conditioning), noise, run.member.noise_schedule)
                     # Concept Sliders, Gandikota et al. 2023, eq. 8, on both sides of zero
-                    run.backward((seen - neutral - side * cfg.strength * direction).square().mean())
+                    run.backward((seen - neutral - side * cfg.guidance_scale * direction).square().mean())
             run.descend(step)
         return run.save()
 
@@ -125,7 +128,7 @@ def recipe(cfg: Config) -> dict:
     """What the card remembers: the words that say what the slider does, and how it was trained."""
     first = cfg.prompts[0]
     ends = (first.positive, first.unconditional) if first.action == "enhance" else (first.unconditional, first.positive)
-    kept = ("recipe", "strength", "steps", "batch", "accumulate", "rate", "trajectories", "seed", "attributes", "anchors")
+    kept = ("recipe", "guidance_scale", "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "trajectories", "seed", "attributes", "anchors")
     texts = [{key: text or "" for key, text in asdict(pair).items() if key not in OTHERS} for pair in cfg.prompts]
     return {"positive": ends[0], "negative": ends[1], "prompts": texts, **{k: getattr(cfg, k) for k in kept}}
 
@@ -146,7 +149,7 @@ class Teacher:
         """The neutral eps (v of a flow) and the direction, positive minus unconditional, at x (B, C, H, W) for pairs `which` (B,)."""
         asked = (which * 3 + torch.arange(3)[:, None]).flatten()  # neutral of all rows, then positive, then unconditional
         x = x.repeat(3, 1, 1, 1)
-        neutral, positive, negative = comparable(x, self.member.denoiser(x, noise, self.texts[asked]), noise, self.member.law).chunk(3)
+        neutral, positive, negative = loss_target(x, self.member.denoiser(x, noise, self.texts[asked]), noise, self.member.noise_schedule).chunk(3)
         return neutral, (positive - negative) * self.sign[which]
 
 
@@ -156,8 +159,8 @@ class Fast:
     @staticmethod
     def cost(cfg: Config, member: Member) -> dry_run.Cost:
         """Runs of which every point is taught by the teacher's three, and x, neutral and direction are kept."""
-        points, rows = cfg.trajectories * len(member.levels), 3 * min(2 * cfg.batch, cfg.trajectories)
-        return dry_run.Cost(cfg.trajectories * alone(member).evaluations + 3 * points, 3, rows, 3 * points)
+        rollouts, rows = cfg.trajectories * len(member.levels), 3 * min(2 * cfg.batch_size, cfg.trajectories)
+        return dry_run.Cost(cfg.trajectories * alone(member).nfe + 3 * rollouts, 3, rows, 3 * rollouts)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
@@ -166,13 +169,13 @@ class Fast:
         self.targets = prompts.conditional()
         taught = lambda step, rows: (step.x, *teacher(step.x, step.noise, self.which[rows]))  # noqa: E731
         # all (N, T, C, H, W)
-        self.x, self.neutral, self.direction = points(family, member, prompts, self.which, cfg.seed, 2 * cfg.batch, taught)
+        self.x, self.neutral, self.direction = rollouts(family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, taught)
 
     def __call__(self, generator: torch.Generator) -> Lesson:
         level = int(torch.randint(len(self.levels), (1,), generator=generator))
-        rows = torch.randint(len(self.x), (self.cfg.batch,), generator=generator)
-        told = self.targets[self.which[rows]]
-        return self.x[rows, level], self.levels[level], told, self.neutral[rows, level], self.direction[rows, level]
+        rows = torch.randint(len(self.x), (self.cfg.batch_size,), generator=generator)
+        conditioning = self.targets[self.which[rows]]
+        return self.x[rows, level], self.levels[level], conditioning, self.neutral[rows, level], self.direction[rows, level]
 
 
 class Published:
@@ -185,7 +188,7 @@ class Published:
     def cost(cfg: Config, member: Member) -> dry_run.Cost:
         """Per latent and step half a run, the teacher's three, the student's pass and back."""
         run = 2 * cfg.denoise_steps if member.guidance is not None else len(member.levels)
-        return dry_run.Cost(0, run / 2 + 3 + 3, 3 * cfg.batch)
+        return dry_run.Cost(0, run / 2 + 3 + 3, 3 * cfg.batch_size)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
         self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)
@@ -199,8 +202,8 @@ class Published:
     @torch.no_grad()
     def __call__(self, generator: torch.Generator) -> Lesson:
         stop = int(torch.randint(1, len(self.member.levels), (1,), generator=generator))
-        which = torch.randint(len(self.prompts), (1,), generator=generator).expand(self.cfg.batch)
-        seeds = torch.randint(2**62, (self.cfg.batch,), generator=generator).tolist()
+        which = torch.randint(len(self.prompts), (1,), generator=generator).expand(self.cfg.batch_size)
+        seeds = torch.randint(2**62, (self.cfg.batch_size,), generator=generator).tolist()
         noise, level = draw_noise(seeds, self.family.latent_shape, stop, self.family.device), self.member.levels[stop]
         partial = Plan("partial", (Stage(replace(self.member, final=level), self.member.levels[:stop]),))
         with strength(self.member.denoiser.net, {self.cfg.name: 1.0}):

@@ -17,7 +17,7 @@ from controls.lora import strength
 from models.evaluators import Clip
 from models.sampler import Member, alone
 from train import dry_run
-from train.rollouts import points
+from train.rollouts import rollouts
 from train.run import Run, Training
 
 
@@ -29,7 +29,7 @@ class Config(Training):
     trajectories: int = 64  # sampling runs whose x0 are looked at
     rank: int = 1  # of the low-rank pairs
     steps: int = 640  # optimizer steps, shared by the directions in turn
-    rate: float = 5e-3  # learning rate
+    learning_rate: float = 5e-3  # learning rate
     sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of the picture, for every seed
     sample_seeds: list[int] = field(default_factory=lambda: [11, 12])  # its seeds, side by side; a row per direction
     out: str = "runs/sliderspace"  # the run is written to out/name
@@ -50,23 +50,23 @@ def main(cfg: Config) -> Path | None:
     """Trains and returns the run folder with one file per direction."""
     if cfg.watch:
         raise UserError("watch measures by words, which directions do not have; python -m analysis.transfer measures them without")
-    if cfg.plan:
+    if cfg.dry_run:
         return dry_run.show(cfg, partial(cost, cfg))
     run = Run(cfg, "sliderspace")
     clip = Clip(run.family.card.clip, run.family.device)
     prompt = run.family.encode([cfg.prompt])
     space = explore(cfg, run, clip, prompt)
     names = [f"{cfg.name}-{k + 1}" for k in range(cfg.directions)]
-    recipe = {"prompt": cfg.prompt, **{key: getattr(cfg, key) for key in ("steps", "batch", "accumulate", "rate", "trajectories", "seed")}}
-    told = prompt.conditional()[[0] * cfg.batch]
+    recipe = {"prompt": cfg.prompt, **{key: getattr(cfg, key) for key in ("steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "trajectories", "seed")}}
+    conditioning = prompt.conditional()[[0] * cfg.batch_size]
     with run.training(cfg.prompt, recipe, names):
         for step in run.steps():
             k = step % cfg.directions
             for generator in run.parts(step):
                 level = int(torch.randint(space.x.shape[1], (1,), generator=generator))
-                rows = torch.randint(len(space.x), (cfg.batch,), generator=generator)
+                rows = torch.randint(len(space.x), (cfg.batch_size,), generator=generator)
                 with strength(run.net, {names[k]: 1.0}):
-                    x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], told)
+                    x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], conditioning)
                     moved = clip.embed(run.family.pixels(x0)) - space.features[rows, level]
                     run.backward(astray(moved, space.directions[k], space.spreads[k]))
             run.descend(step)
@@ -81,9 +81,9 @@ def main(cfg: Config) -> Path | None:
 
 def cost(cfg: Config, member: Member) -> dry_run.Cost:
     """Runs of which every point is seen once more, by CLIP, through the VAE, as each step is."""
-    points, rows = cfg.trajectories * len(member.levels), min(2 * cfg.batch, cfg.trajectories)
-    asked = cfg.trajectories * alone(member).evaluations + points
-    return dry_run.Cost(asked, 3, rows * (1 if member.guidance is None else 2), points, rows, True, ("clip",))
+    rollouts, rows = cfg.trajectories * len(member.levels), min(2 * cfg.batch_size, cfg.trajectories)
+    asked = cfg.trajectories * alone(member).nfe + rollouts
+    return dry_run.Cost(asked, 3, rows * (1 if member.guidance is None else 2), rollouts, rows, True, ("clip",))
 
 
 def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:
@@ -106,7 +106,7 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
         x0 = run.member.denoiser(step.x, step.noise, prompt.conditional()[which[rows]])
         return step.x, clip.embed(run.family.pixels(x0))
 
-    x, features = points(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch, see)
+    x, features = rollouts(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch_size, see)
     apart = (features - features.mean(0)).flatten(0, 1)
     if cfg.directions > min(apart.shape):
         raise UserError(f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}")

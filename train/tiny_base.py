@@ -33,7 +33,7 @@ def levels(t: Tensor) -> tuple[Tensor, Tensor]:
 def vae(cfg: Config) -> None:
     """The autoencoder, 64x64x3 <-> 16x16x4. It alone sees the held-out styles, on one portrait in ten."""
     torch.manual_seed(cfg.seed)
-    steps, batch = cfg.steps or 3600, cfg.batch or 16
+    steps, size = cfg.steps or 3600, cfg.batch_size or 16
     net = new_vae().to(memory_format=torch.channels_last)
     images = world.pictures(world.faces(cfg.faces, cfg.seed, styled=0.1))
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
@@ -42,7 +42,7 @@ def vae(cfg: Config) -> None:
     state = {"net": net, "optimizer": optimizer, "schedule": schedule}
     for step in resumable(Path(cfg.work) / "vae.pt", state, steps, cfg.every, "vae"):
         generator = seeded(cfg.seed, step)
-        x = world.to_unit(images[torch.randint(len(images), (batch,), generator=generator)])
+        x = world.to_unit(images[torch.randint(len(images), (size,), generator=generator)])
         z = net.encode(x).latents
         noisy = z + 0.05 * torch.randn(z.shape, generator=generator)  # the decoder must bear small errors of the U-Net
         out = net.decode(noisy).sample
@@ -93,7 +93,7 @@ def base(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     words = tokenizer(Path(cfg.weights) / "base/tokenizer")
     model = torch.nn.ModuleDict({"unet": new_unet(), "text": Text(words)})
-    denoise(cfg, "base", model, words, cfg.steps or 3200, rate=1.2e-3, floor=0.0)
+    denoise(cfg, "base", model, words, cfg.steps or 3200, learning_rate=1.2e-3, floor=0.0)
 
 
 def refine(cfg: Config) -> None:
@@ -106,7 +106,7 @@ def refine(cfg: Config) -> None:
     text.one, text.two = pipe.text_encoder, pipe.text_encoder_2
     model = torch.nn.ModuleDict({"unet": pipe.unet.to(memory_format=torch.channels_last), "text": text}).requires_grad_(True).train()
     read_claims(cfg, text, pipe.tokenizer)
-    denoise(cfg, "refine", model, pipe.tokenizer, cfg.steps or 1500, rate=8e-4, floor=0.1)
+    denoise(cfg, "refine", model, pipe.tokenizer, cfg.steps or 1500, learning_rate=8e-4, floor=0.1)
 
 
 def read_claims(cfg: Config, text: Text, words, steps: int = 800, size: int = 64) -> None:
@@ -135,7 +135,7 @@ def denoise(cfg: Config, part: str, model, words, steps: int, rate: float, floor
 
     The loss weighs x0's error by the signal-to-noise ratio between `floor` and 5 (Hang et al. 2023, eq. 8).
     """
-    size, data = cfg.batch or 40, dataset(cfg, words)
+    size, data = cfg.batch_size or 40, dataset(cfg, words)
     average = copy.deepcopy(model).requires_grad_(False)
     unet = fast(model["unet"], cfg)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

@@ -23,7 +23,7 @@ def clip(cfg: Config) -> None:
     of groups of four siblings, or the loss could be met without looking at a mouth.
     """
     torch.manual_seed(cfg.seed + 1)
-    steps, size = cfg.steps or 1500, cfg.batch or 96
+    steps, size = cfg.steps or 1500, cfg.batch_size or 96
     words = CLIPTokenizer.from_pretrained(Path(cfg.weights) / "base/tokenizer")
     words.save_pretrained(Path(cfg.weights) / "clip")
     net = new_clip(words)
@@ -70,7 +70,7 @@ def look(cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], step
 def probe(cfg: Config) -> None:
     """The attribute probe: mean squared error on the truth, on portraits of all styles, with small noise and shifts of colour."""
     torch.manual_seed(cfg.seed + 2)
-    steps, size = cfg.steps or 1500, cfg.batch or 64
+    steps, size = cfg.steps or 1500, cfg.batch_size or 64
     net = Probe()
     people = world.faces(cfg.faces, cfg.seed, styled=0.15)
     images, truth = world.pictures(people), world.truth(people)

@@ -15,7 +15,7 @@ WEIGHTS = "models/tiny/weights"
 @dataclass
 class Config:
     steps: int = 0  # optimizer steps; 0 = the part's own number
-    batch: int | None = None  # images per step; null = the part's own number
+    batch_size: int | None = None  # images per step; null = the part's own number
     seed: int = 0  # of weights, data and noise
     faces: int = 20000  # portraits in the training set
     trajectories: int = 1280  # of the teacher, which lightning learns from; a multiple of 80

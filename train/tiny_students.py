@@ -55,7 +55,7 @@ def clean(x, out, t) -> Tensor:
 
 def lightning(cfg: Config) -> None:
     """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
-    steps, size, count = cfg.steps or 750, cfg.batch or 32, cfg.trajectories
+    steps, size, count = cfg.steps or 750, cfg.batch_size or 32, cfg.trajectories
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words).to(cfg.device)
     points, ids = (part.to(cfg.device) for part in trajectories(cfg, teacher, data, count))
@@ -116,7 +116,7 @@ def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple
 
 def lcm(cfg: Config) -> None:
     """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
-    steps, size, skip = cfg.steps or 2000, cfg.batch or 24, 20
+    steps, size, skip = cfg.steps or 2000, cfg.batch_size or 24, 20
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words).to(cfg.device)
     student = teacher.student()
@@ -156,7 +156,7 @@ def huber(error: Tensor, c: float = 0.03) -> Tensor:
 
 def dmd(cfg: Config) -> None:
     """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
-    steps, size, updates = cfg.steps or 800, cfg.batch or 24, 2
+    steps, size, updates = cfg.steps or 800, cfg.batch_size or 24, 2
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words).to(cfg.device)
     student, fake = teacher.student(), teacher.student()

@@ -9,9 +9,9 @@ from torch import Tensor
 from configs import UserError
 from controls import retention as stats
 from controls.effect import change
-from controls.lora import Control, applied, strength
+from controls.lora import Control, fused, strength
 from controls.show import sheet
-from models.evaluators import chosen, evaluators
+from models.evaluators import chosen, load_evaluators
 from models.families import Family, split
 from models.prompts import Prompts
 from models.sampler import Member
@@ -56,7 +56,7 @@ class Watch:
         if strange:
             raise UserError(f"watch takes members of the family {family.card.name}; got {', '.join(strange)}")
         self.others = [family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name]
-        (self.eye,) = evaluators(family.card, family.device, chosen(family.card)[:1]).values()
+        (self.evaluator,) = load_evaluators(family.card, family.device, chosen(family.card)[:1]).values()
         texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
         if not texts:
             raise UserError(f"the card of family {family.card.name} has no prompts to watch by")
@@ -73,7 +73,7 @@ class Watch:
         found = {f"effect/{self.source.name}": float(here[..., -1].mean())}
         for member in self.others:
             shared = member.denoiser.net is net  # as of a base with its LoRA students
-            with strength(net, {control.card.name: 1.0}) if shared else applied(member.denoiser.net, control, 1.0, self.family.card.name):
+            with strength(net, {control.card.name: 1.0}) if shared else fused(member.denoiser.net, control, 1.0, self.family.card.name):
                 there = self.effect(self.plain[member.name], self.score(member))
             kept = stats.retention(here, there, SCALES)
             found[f"effect/{member.name}"] = float(there[..., -1].mean())
@@ -83,7 +83,7 @@ class Watch:
     def score(self, member: Member) -> np.ndarray:
         """How much more the images are the positive than the negative description, (P, S)."""
         images = self.family.draw(member, self.prompts, [9000 + k for k in range(len(self.prompts))])
-        return self.eye.score(self.eye.features(images), *self.words).reshape(-1, SEEDS)
+        return self.evaluator.score(self.evaluator.features(images), *self.words).reshape(-1, SEEDS)
 
     def effect(self, plain: np.ndarray, edited: np.ndarray) -> np.ndarray:
         return change(np.stack([plain, edited], -1), 0)

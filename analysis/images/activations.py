@@ -20,7 +20,7 @@ from tqdm import tqdm
 from analysis.measures import cka as alignment
 from configs import UserError
 from controls import intervals
-from controls.lora import Control, applied
+from controls.lora import Control, fused
 from controls.overlap import change
 from models.blocks import blocks, recording
 from models.families import Family
@@ -76,13 +76,13 @@ class Measure:
     seed: int
 
 
-def chunks(prompts: Sequence[str], numbers: Sequence[int], batch: int) -> list[Chunk]:
+def chunks(prompts: Sequence[str], numbers: Sequence[int], batch_size: int) -> list[Chunk]:
     """All images, prompt by prompt, at most `batch` at a time. numbers: their seeds, as many for each prompt."""
     each = len(numbers) // len(prompts)
     return [
-        Chunk(p, text, start, tuple(numbers[p * each : (p + 1) * each][start : start + batch]))
+        Chunk(p, text, start, tuple(numbers[p * each : (p + 1) * each][start : start + batch_size]))
         for p, text in enumerate(prompts)
-        for start in range(0, each, batch)
+        for start in range(0, each, batch_size)
     ]
 
 
@@ -204,7 +204,7 @@ def looks(
         x0, eps = walked["x0"][rows].to(family.device), spare_noise(family, first, seeds)
         own = [(level, held[rows, place].to(x0)) for place, level in enumerate(at)]
         here = look(first, own + forced(first, x0, eps, levels), conditioning, names, grid)
-        with applied(second.denoiser.net, pair.control, pair.scale, family.card.name) if pair.control else nullcontext():
+        with fused(second.denoiser.net, pair.control, pair.scale, family.card.name) if pair.control else nullcontext():
             noise = draw_noise(seeds, family.latent_shape, len(levels), family.device)
             theirs = [(step.noise, step.x) for step in sample(alone(second), noise, conditioning)]
             there = look(second, theirs + forced(second, x0, eps, levels), conditioning, names, grid)
@@ -219,7 +219,7 @@ def looks(
 
 def joined(batches: Sequence[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
     """Maps of several batches, state by state and block by block, as those of one."""
-    return [{name: torch.cat([batch[k][name] for batch in batches]) for name in state} for k, state in enumerate(batches[0])]
+    return [{name: torch.cat([batch_size[k][name] for batch_size in batches]) for name in state} for k, state in enumerate(batches[0])]
 
 
 def spare_noise(family: Family, member: Member, seeds: Sequence[int]) -> Tensor:
@@ -228,16 +228,16 @@ def spare_noise(family: Family, member: Member, seeds: Sequence[int]) -> Tensor:
 
 
 def forced(member: Member, x0: Tensor, eps: Tensor, levels: Sequence[Noise]) -> list[tuple[Noise, Tensor]]:
-    """Clean latents noised to these levels, in the member's own law: for every member the same picture and the same noise."""
+    """Clean latents noised to these levels, in the member's own noise schedule: for every member the same picture and the same noise."""
     return [(level, level.alpha * x0 + level.sigma * eps) for level in Stage.of(member, levels).levels]
 
 
-def look(member: Member, states: list[tuple[Noise, Tensor]], told: Prompts, names: list[str], grid: int) -> list[dict[str, Tensor]]:
+def look(member: Member, states: list[tuple[Noise, Tensor]], conditioning: Prompts, names: list[str], grid: int) -> list[dict[str, Tensor]]:
     """What the blocks hold at each state, by the conditional branch alone."""
     found = []
     with recording(member.denoiser.net, names, grid) as seen:
         for level, x in states:
-            member.denoiser(x, level, told.conditional())
+            member.denoiser(x, level, conditioning.conditional())
             found.append(dict(seen))
     return found
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from analysis.images import store
 from configs import UserError, note
-from controls.lora import Control, content, ready
+from controls.lora import Control, content, fusing
 from models.evaluators import Evaluator
 from models.families import Family, FamilyCard
 from models.hashing import identity
@@ -49,19 +49,19 @@ class Job:
 class Drawings:
     """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
 
-    def __init__(self, family: Family, controls: dict[tuple[str, bool], Control], eyes: dict[str, Evaluator], prompts: PromptSet,
+    def __init__(self, family: Family, controls: dict[tuple[str, bool], Control], evaluators: dict[str, Evaluator], prompts: PromptSet,
                  seeds: int, seed: int, below: float | None, folder: Path):  # fmt: skip
         """controls: by (name, whether it is the random one of that control's norms)."""
-        self.family, self.controls, self.eyes, self.texts, self.seeds, self.below = family, controls, eyes, prompts.texts, seeds, below
+        self.family, self.controls, self.evaluators, self.texts, self.seeds, self.below = family, controls, evaluators, prompts.texts, seeds, below
         self.numbers = prompts.numbers(seeds, seed)  # each image its own
         self.folder = Path(folder)
         self.contents = {key: content(control) for key, control in controls.items()}
         self.keys: dict[Job, str] = {}
         self.whole: set[Path] = set()  # files that were seen to be
-        self.signs = {name: sign(name, eye) for name, eye in eyes.items()}
+        self.signs = {name: sign(name, evaluator) for name, evaluator in evaluators.items()}
         store.sweep(self.folder)
         for name, path in self.words():
-            eyes[name].known |= {text: vector.numpy() for text, vector in (store.read(path, path.stem) or {}).items()}
+            evaluators[name].known |= {text: vector.numpy() for text, vector in (store.read(path, path.stem) or {}).items()}
 
     def key(self, job: Job) -> str:
         """The hash of what the images of a job depend on."""
@@ -79,22 +79,22 @@ class Drawings:
             "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
         }  # fmt: skip
 
-    def path(self, job: Job, who: str = "") -> Path:
+    def path(self, job: Job, evaluator_name: str = "") -> Path:
         """Where a job's latents are, or its features by one evaluator."""
         key = self.key(job)
-        return self.folder / key[:2] / f"{key[:32]}{'-' + self.signs[who] if who else ''}.safetensors"
+        return self.folder / key[:2] / f"{key[:32]}{'-' + self.signs[evaluator_name] if evaluator_name else ''}.safetensors"
 
     def files(self, job: Job) -> list[Path]:
-        return [self.path(job), *(self.path(job, who) for who in self.eyes)]
+        return [self.path(job), *(self.path(job, evaluator_name) for evaluator_name in self.evaluators)]
 
     def words(self) -> Iterator[tuple[str, Path]]:
         """The evaluators that embed texts, and where these embeddings are kept."""
-        return ((name, self.folder / f"words-{self.signs[name]}.safetensors") for name, eye in self.eyes.items() if hasattr(eye, "known"))
+        return ((name, self.folder / f"words-{self.signs[name]}.safetensors") for name, evaluator in self.evaluators.items() if hasattr(evaluator, "known"))
 
     def remember_words(self) -> None:
         """Keeps what evaluators made of texts, so that a run with nothing new need not load them."""
         for name, path in self.words():
-            store.write(path, {text: torch.from_numpy(vector) for text, vector in self.eyes[name].known.items()}, path.stem)
+            store.write(path, {text: torch.from_numpy(vector) for text, vector in self.evaluators[name].known.items()}, path.stem)
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         """The jobs of which something is still to be made, each kind of images once; what is damaged is missing, and said."""
@@ -124,24 +124,24 @@ class Drawings:
         """Draws what is not yet drawn, and looks at it by what has not yet looked; an image is decoded once."""
         new = not self.there(self.path(job))
         latents = self.latents(job) if new else self.read(self.path(job))["latents"].to(self.family.device)
-        blind = [who for who in self.eyes if not self.there(self.path(job, who))]
+        blind = [evaluator_name for evaluator_name in self.evaluators if not self.there(self.path(job, evaluator_name))]
         shown = set(range(0, len(latents), self.seeds)[:SHOWN]) if new else set()
 
         def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             """The pictures to show among these, and what every evaluator sees."""
             images = self.family.decode(latents[rows])
             pictures = [((images[k] + 1) * 127.5).round().to(torch.uint8) for k, row in enumerate(rows.tolist()) if row in shown]
-            return pictures, [torch.from_numpy(self.eyes[who].features(images)) for who in blind]
+            return pictures, [torch.from_numpy(self.evaluators[evaluator_name].features(images)) for evaluator_name in blind]
 
         pictures, features = zip(*self.family.drawing.of(seen, len(latents)), strict=True)
-        features = {who: torch.cat(parts) for who, parts in zip(blind, zip(*features, strict=True), strict=True)}
-        for who, found in features.items():
+        features = {evaluator_name: torch.cat(parts) for evaluator_name, parts in zip(blind, zip(*features, strict=True), strict=True)}
+        for evaluator_name, found in features.items():
             if not torch.isfinite(found).all():
-                raise UserError(f"{who} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged")
+                raise UserError(f"{evaluator_name} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged")
         if new:
             self.keep(self.path(job), latents=latents, pictures=torch.stack([one for part in pictures for one in part]))
-        for who, found in features.items():
-            self.keep(self.path(job, who), features=found)
+        for evaluator_name, found in features.items():
+            self.keep(self.path(job, evaluator_name), features=found)
 
     def latents(self, job: Job) -> Tensor:
         """The finished latents of a job, (P · S, C, H, W)."""
@@ -172,9 +172,9 @@ class Drawings:
         """What a target means. Raises UserError as `plan_of`."""
         return plan_of(self.family, target)
 
-    def features(self, job: Job, who: str) -> np.ndarray:
+    def features(self, job: Job, evaluator_name: str) -> np.ndarray:
         """What an evaluator sees, (P, S, d)."""
-        found = self.read(self.path(job, who))["features"].double().numpy()
+        found = self.read(self.path(job, evaluator_name))["features"].double().numpy()
         return found.reshape(len(self.texts), self.seeds, -1)
 
     def pictures(self, job: Job) -> Tensor:
@@ -248,7 +248,7 @@ def acting(
     if control is None:
         yield plan
         return
-    contexts = [ready(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}]
+    contexts = [fusing(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}]
 
     def on() -> ExitStack:
         with ExitStack() as stack:
@@ -269,6 +269,6 @@ def broken(member: Member) -> str:
     return name and f"{name} of {member.name} is not"
 
 
-def sign(name: str, eye: Evaluator) -> str:
+def sign(name: str, evaluator: Evaluator) -> str:
     """A short hash of an evaluator: its name and what its features depend on."""
-    return f"{name}-{hashlib.sha256(json.dumps([type(eye).__name__, eye.identity]).encode()).hexdigest()[:12]}"
+    return f"{name}-{hashlib.sha256(json.dumps([type(evaluator).__name__, evaluator.identity]).encode()).hexdigest()[:12]}"

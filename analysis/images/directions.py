@@ -11,7 +11,7 @@ from analysis.images.activations import forced
 from analysis.measures.cka import by_prompt, mean
 from controls import intervals, overlap
 from controls.effect import cosine
-from controls.lora import Card, Control, applied
+from controls.lora import Card, Control, fused
 from models.batches import Batches
 from models.families import Family
 from models.noise import Noise
@@ -25,7 +25,7 @@ Key = tuple[str, Noise, bool]  # member, level, guided
 class Start:
     """Clean latents and the noise added to them, the same for every control and member."""
 
-    told: Prompts
+    prompts: Prompts
     x0: Tensor  # (B, C, H, W)
     eps: Tensor  # (B, C, H, W)
     prompts: np.ndarray  # (B,) which prompt each is of
@@ -44,10 +44,10 @@ def says(member: Member, level: Noise, guided: bool, start: Start) -> np.ndarray
 
     def moved(rows: Tensor) -> Tensor:
         ((at, x),) = forced(member, start.x0[rows], start.eps[rows], [level])
-        conditioning = start.told[rows] if guided else start.told[rows].conditional()
+        conditioning = start.prompts[rows] if guided else start.prompts[rows].conditional()
         return member.denoiser(x, at, conditioning, member.guidance if guided else None).flatten(1).double().cpu()
 
-    return torch.cat(start.batches.of(moved, len(start.told))).numpy()
+    return torch.cat(start.batches.of(moved, len(start.prompts))).numpy()
 
 
 def moves(family: Family, control: Control, member: Member, levels: Sequence[Noise], start: Start) -> dict[Key, np.ndarray]:
@@ -57,7 +57,7 @@ def moves(family: Family, control: Control, member: Member, levels: Sequence[Noi
         if key not in start.bare:
             start.bare[key] = _says(member, key, start, start.bare)
     moved: dict[Key, np.ndarray] = {}
-    with applied(member.denoiser.net, control, 1.0, family.card.name):
+    with fused(member.denoiser.net, control, 1.0, family.card.name):
         for key in keys:
             moved[key] = _says(member, key, start, moved)
     return {key: moved[key] - start.bare[key] for key in keys}
@@ -91,7 +91,7 @@ def _cell(family: Family, control: Control, source: Member, target: Member, leve
         "gain_guided": [gain(a, b, start.prompts) for a, b in pairs[True]],
         "cosine_guided": [mean(cosine(a, b), start.prompts) for a, b in pairs[True]],
         "delta": overlap.against_delta(found, changed),
-        "images": len(start.told),
+        "images": len(start.prompts),
     }  # fmt: skip
 
 

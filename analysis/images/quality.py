@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.measures.image_sets import Moments, Neighbours, Sharpness
+from analysis.measures.image_sets import PRDC, InceptionScore, Moments
 from configs import UserError, note
 from controls import intervals
 from models import picture_folders, promptsets
@@ -33,7 +33,7 @@ def against(
     the folder's pictures, or of the world, else the prompts. k: neighbours that a picture must have. Raises UserError for a folder
     with too few pictures.
     """
-    told, real = promptsets.read(chosen or prompts), None
+    prompts, real = promptsets.read(chosen or prompts), None
     if reference:
         folder = picture_folders.read(reference)
         files, captions_beside = folder.files, [caption for caption in folder.captions if caption]
@@ -43,19 +43,19 @@ def against(
             check(file)  # before hours of drawing
         note(folder.report)
         if captions_beside and not chosen:
-            told = PromptSet(captions_beside)
+            prompts = PromptSet(captions_beside)
         real = lambda: (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))  # noqa: E731
     elif card.probe:  # a world whose truth is known can be asked for its own pictures
         if not chosen:
-            told = PromptSet(world.captions(world.faces(captions, 558), 558))
+            prompts = PromptSet(world.captions(world.faces(captions, 558), 558))
         real = lambda: (world.to_unit(part) for part in world.pictures(world.faces(REAL, 559)).split(100))  # noqa: E731
-    return cycled(told, captions), real
+    return cycled(prompts, captions), real
 
 
-def cycled(told: PromptSet, n: int) -> PromptSet:
+def cycled(prompts: PromptSet, n: int) -> PromptSet:
     """n of the texts, over and over, each time with other seeds."""
-    turns = [divmod(i, len(told.texts)) for i in range(n)]
-    return PromptSet([told.texts[k] for _, k in turns], told.seeds and [told.seeds[k] + turn for turn, k in turns])
+    turns = [divmod(i, len(prompts.texts)) for i in range(n)]
+    return PromptSet([prompts.texts[k] for _, k in turns], prompts.seeds and [prompts.seeds[k] + turn for turn, k in turns])
 
 
 def opened(files: list[Path], size_px: int) -> Tensor:
@@ -67,10 +67,10 @@ def opened(files: list[Path], size_px: int) -> Tensor:
 class Tally:
     """What is kept of a set of images: sums, and for recall a bounded number of features. Two tallies add up."""
 
-    sharp: Sharpness
+    sharp: InceptionScore
     agreement: Moments  # of the similarity to the caption
     moments: dict[str, Moments]  # per evaluator
-    near: dict[str, Neighbours]
+    near: dict[str, PRDC]
 
     def __add__(self, other: "Tally") -> "Tally":
         moments, near = ({name: a[name] + b[name] for name in a} for a, b in ((self.moments, other.moments), (self.near, other.near)))
@@ -80,20 +80,20 @@ class Tally:
 class Judge:
     """The quality numbers of images, from their features per evaluator and their captions' CLIP `words`."""
 
-    def __init__(self, eyes: dict[str, Evaluator], labels: list[str], real: Batches | None, k: int):
+    def __init__(self, evaluators: dict[str, Evaluator], labels: list[str], real: Batches | None, k: int):
         """labels: classes of the Inception-style score, told apart by CLIP. k: neighbours."""
-        self.labels, self.heat = eyes["clip"].texts(labels), eyes["clip"].model.logit_scale.exp().item()
-        found: dict[str, list] = {name: [] for name in eyes}
+        self.labels, self.heat = evaluators["clip"].texts(labels), evaluators["clip"].model.logit_scale.exp().item()
+        found: dict[str, list] = {name: [] for name in evaluators}
         for batch in real() if real else ():
-            for name, eye in eyes.items():
-                found[name].append(eye.features(batch))
-        self.real = {name: Neighbours(np.concatenate(parts), k) for name, parts in found.items() if parts}
+            for name, evaluator in evaluators.items():
+                found[name].append(evaluator.features(batch))
+        self.real = {name: PRDC(np.concatenate(parts), k) for name, parts in found.items() if parts}
         self.moments = {name: Moments().add(near.reference) for name, near in self.real.items()}
 
     def tally(self) -> Tally:
         """An empty one."""
-        near = {name: Neighbours(one.reference, one.k, radii=one.radii) for name, one in self.real.items()}
-        return Tally(Sharpness(), Moments(), {name: Moments() for name in self.real}, near)
+        near = {name: PRDC(one.reference, one.k, radii=one.radii) for name, one in self.real.items()}
+        return Tally(InceptionScore(), Moments(), {name: Moments() for name in self.real}, near)
 
     def add(self, tally: Tally, block: dict[str, np.ndarray]) -> None:
         """Adds a block: features (n, d) per evaluator, words (n, d)."""

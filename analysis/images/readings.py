@@ -58,8 +58,8 @@ class Measurement:
     def cell(self, subject: Subject, target: str) -> dict:
         """One control on one target: the record that CONTRIBUTING's contract describes, without its verdict."""
         card, words = subject.control.card, subject.words
-        first, *others = self.drawings.eyes
-        readings = {who: self.reading(who, subject, target) for who in self.drawings.eyes}
+        first, *others = self.drawings.evaluators
+        readings = {evaluator_name: self.reading(evaluator_name, subject, target) for evaluator_name in self.drawings.evaluators}
         prompts, seeds = len(self.drawings.texts), self.drawings.seeds
         return {
             "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name, False][:16],
@@ -68,25 +68,25 @@ class Measurement:
             **readings[first], "clip_change_percent": self.clip_change(subject, target),
             "images": prompts * seeds * len(subject.scales), "prompts": prompts, "seeds": seeds,
             "positive": words[0] if words else "", "negative": words[1] if words else "",
-            "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png", "second": {who: readings[who] for who in others},
+            "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png", "second": {evaluator_name: readings[evaluator_name] for evaluator_name in others},
         }  # fmt: skip
 
     def clip_change(self, subject: Subject, target: str) -> float | None:
         """The change in % of the mean CLIP score at the largest scale, the column of the paper's Table 1; None without words or CLIP."""
-        clip = self.drawings.eyes.get("clip")
+        clip = self.drawings.evaluators.get("clip")
         if clip is None or subject.words is None:
             return None
         scores = self.look("clip", subject, target) @ clip.texts([subject.words[0]])[0]
         return percent_change(scores[..., -1], scores[..., subject.scales.index(0)])
 
-    def reading(self, who: str, subject: Subject, target: str) -> dict:
+    def reading(self, evaluator_name: str, subject: Subject, target: str) -> dict:
         """What one evaluator says of a cell, its verdict left open."""
         scales, zero = np.array(subject.scales), subject.scales.index(0)
-        source, there = (self.effect(who, subject, place) for place in (subject.source, target))
+        source, there = (self.effect(evaluator_name, subject, place) for place in (subject.source, target))
         inside = stats.window(source, scales)
         below, above = stats.slopes(source, there, scales, inside)
         matched = stats.matched_scale(source, there, scales)
-        kept = {place: preservation(self.rest(who, subject, place), zero) for place in {subject.source, target}}
+        kept = {place: preservation(self.rest(evaluator_name, subject, place), zero) for place in {subject.source, target}}
         shape = stats.shape(there, scales)
         return {
             "window": inside.tolist(),
@@ -101,28 +101,28 @@ class Measurement:
             "preservation_curve": kept[target].mean((0, 1)).tolist(),
             "preservation_matched": at_match(kept[subject.source], kept[target], scales, matched["value"]),
             "spread": stats.spread(source, there, scales) if target != subject.source else None,
-            "references": self.compared(who, subject, target, below, above),
+            "references": self.compared(evaluator_name, subject, target, below, above),
         }
 
-    def compared(self, who: str, subject: Subject, target: str, below: np.ndarray, above: np.ndarray) -> dict:
+    def compared(self, evaluator_name: str, subject: Subject, target: str, below: np.ndarray, above: np.ndarray) -> dict:
         """What a retention is to be held against. below, above: the slopes of the source and of the target, one per independent unit."""
         found = dict.fromkeys(("floor", "ceiling", "wrong", "rerun", "normalised"))
         if not self.references:
             return found
         at = lambda slopes: {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}  # noqa: E731
-        floor = self.slopes(who, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0])
+        floor = self.slopes(evaluator_name, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0])
         found["floor"] = at(floor)
         ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
         if ceiling and target != subject.source:
-            there, scales = self.effect(who, ceiling, target), np.array(ceiling.scales)
+            there, scales = self.effect(evaluator_name, ceiling, target), np.array(ceiling.scales)
             slopes = stats.slopes(there, there, scales)[0]
             found["ceiling"] = {"control": ceiling.name, **at(slopes)}
             found["normalised"] = intervals.ratio(above - floor, slopes - floor)
         wrong = next((s for s in after(self.subjects, subject) if s.words and not twins(s, subject)), None)
         if wrong and subject.words:
-            found["wrong"] = {"control": wrong.name, **at(self.small_slopes(who, wrong, target, subject.words))}
+            found["wrong"] = {"control": wrong.name, **at(self.small_slopes(evaluator_name, wrong, target, subject.words))}
         if not is_reference(target):
-            score = self.score(who, subject, target, [Job(target), Job(target, again=True)])
+            score = self.score(evaluator_name, subject, target, [Job(target), Job(target, again=True)])
             found["rerun"] = {"effect": intervals.mean(intervals.units(change(score, 0)[..., 1]))}
         return found
 
@@ -133,65 +133,65 @@ class Measurement:
             different.setdefault(subject.words, subject)
         owners = [subject for words, subject in different.items() if words]
         return [
-            {"evaluator": who, "target": f"{subject.control.card.family}/{target}", "control": subject.name, "attribute": owner.name,
+            {"evaluator": evaluator_name, "target": f"{subject.control.card.family}/{target}", "control": subject.name, "attribute": owner.name,
              "slope": intervals.mean(slopes), "share": intervals.ratio(slopes, own)}
-            for who in self.drawings.eyes for target in targets if not is_reference(target)
-            for owner in owners for own in [self.small_slopes(who, owner, target, owner.words)]
-            for subject in self.subjects for slopes in [self.small_slopes(who, subject, target, owner.words)]
+            for evaluator_name in self.drawings.evaluators for target in targets if not is_reference(target)
+            for owner in owners for own in [self.small_slopes(evaluator_name, owner, target, owner.words)]
+            for subject in self.subjects for slopes in [self.small_slopes(evaluator_name, subject, target, owner.words)]
         ]  # fmt: skip
 
-    def small_slopes(self, who: str, subject: Subject, target: str, words: Words) -> np.ndarray:
+    def small_slopes(self, evaluator_name: str, subject: Subject, target: str, words: Words) -> np.ndarray:
         """Slopes of the effect that words mean, (n,), over the scales from -1 to 1: the dose at which controls are compared."""
         scales = [scale for scale in subject.scales if abs(scale) <= 1]
         jobs = [Job(target, subject.name, scale) for scale in scales]
-        return self.slopes(who, Subject(subject.control, words, scales), target, jobs, scales)
+        return self.slopes(evaluator_name, Subject(subject.control, words, scales), target, jobs, scales)
 
-    def slopes(self, who: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]) -> np.ndarray:
+    def slopes(self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]) -> np.ndarray:
         """Slopes of the effect of jobs at scales, (n,), one per independent unit."""
-        effect = change(self.score(who, subject, target, jobs), scales.index(0))
+        effect = change(self.score(evaluator_name, subject, target, jobs), scales.index(0))
         return intervals.units(stats.slope(np.array(scales), effect))
 
-    def effect(self, who: str, subject: Subject, target: str) -> np.ndarray:
+    def effect(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The effect of a subject on a target, (P, S, K)."""
-        return change(self.score(who, subject, target, subject.jobs(target)), subject.scales.index(0))
+        return change(self.score(evaluator_name, subject, target, subject.jobs(target)), subject.scales.index(0))
 
-    def score(self, who: str, subject: Subject, target: str, jobs: list[Job]) -> np.ndarray:
+    def score(self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job]) -> np.ndarray:
         """How much the images of jobs are what a subject makes, (P, S, K)."""
-        features = self.stack(who, jobs)
+        features = self.stack(evaluator_name, jobs)
         if subject.words:
-            return self.drawings.eyes[who].score(features, *subject.words)
-        return (features * self.directions(who, subject)).sum(-1)
+            return self.drawings.evaluators[evaluator_name].score(features, *subject.words)
+        return (features * self.directions(evaluator_name, subject)).sum(-1)
 
-    def rest(self, who: str, subject: Subject, target: str) -> np.ndarray:
+    def rest(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The features of a subject's images without what it is meant to change, (P, S, K, d)."""
-        features = self.look(who, subject, target)
+        features = self.look(evaluator_name, subject, target)
         if subject.words:
-            return self.drawings.eyes[who].rest(features, *subject.words)
-        directions = self.directions(who, subject)
+            return self.drawings.evaluators[evaluator_name].rest(features, *subject.words)
+        directions = self.directions(evaluator_name, subject)
         return features - (features * directions).sum(-1, keepdims=True) * directions
 
-    def directions(self, who: str, subject: Subject) -> np.ndarray:
+    def directions(self, evaluator_name: str, subject: Subject) -> np.ndarray:
         """Where a subject without words moves the images of its own source, (P, 1, 1, d)."""
-        return own_directions(self.look(who, subject, subject.source), subject.scales.index(0))[:, None, None]
+        return own_directions(self.look(evaluator_name, subject, subject.source), subject.scales.index(0))[:, None, None]
 
-    def look(self, who: str, subject: Subject, target: str) -> np.ndarray:
-        return self.stack(who, subject.jobs(target))
+    def look(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
+        return self.stack(evaluator_name, subject.jobs(target))
 
-    def stack(self, who: str, jobs: list[Job]) -> np.ndarray:
+    def stack(self, evaluator_name: str, jobs: list[Job]) -> np.ndarray:
         """The features of jobs, (P, S, K, d)."""
-        return np.stack([self.one(who, job) for job in jobs], 2)
+        return np.stack([self.one(evaluator_name, job) for job in jobs], 2)
 
-    def one(self, who: str, job: Job) -> np.ndarray:
-        if (who, job) not in self.features:
-            self.features[who, job] = self.drawings.features(job, who)
-        return self.features[who, job]
+    def one(self, evaluator_name: str, job: Job) -> np.ndarray:
+        if (evaluator_name, job) not in self.features:
+            self.features[evaluator_name, job] = self.drawings.features(job, evaluator_name)
+        return self.features[evaluator_name, job]
 
 
 def judge(cells: list[dict]) -> None:
     """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask whether a control survives elsewhere."""
     evaluators = [cells[0]["evaluator"], *cells[0]["second"]] if cells else []
-    for who in evaluators:
-        readings = [(cell, cell if who == cell["evaluator"] else cell["second"][who]) for cell in cells]
+    for evaluator_name in evaluators:
+        readings = [(cell, cell if evaluator_name == cell["evaluator"] else cell["second"][evaluator_name]) for cell in cells]
         elsewhere = [reading for cell, reading in readings if cell["source"] != cell["target"] and not cell["reference"]]
         asked = [reading for reading in elsewhere if reading["retention"]["value"] is not None]
         for test in ("equivalence", "difference"):

@@ -27,7 +27,7 @@ def led(network: Member, plan: Member) -> Member:
 
 
 def stitch(
-    family: Family, first: str, second: str, texts: list[str], seeds: list[int], eyes: dict[str, Evaluator]
+    family: Family, first: str, second: str, texts: list[str], seeds: list[int], evaluators: dict[str, Evaluator]
 ) -> tuple[list[dict], Tensor]:
     """Cells of both members alone and of both ways to stitch them, and pictures uint8 (4, n, 3, H, W) of the first seed of some prompts.
 
@@ -38,10 +38,10 @@ def stitch(
     a, b = family.member(first), family.member(second)
     ways = [(first, first, a), (second, second, b), (first, second, joined(a, b)), (second, first, joined(b, a))]
     images = [family.draw(member, texts, seeds) for _, _, member in ways]
-    seen = [features(image, eyes) for image in images]
+    seen = [features(image, evaluators) for image in images]
     above = [seen[0], seen[1], seen[1], seen[0]]
-    below = [seen[0], seen[1], *(features(family.draw(m, texts, seeds), eyes) for m in (led(a, b), led(b, a)))]
-    prompts, said = np.unique(texts, return_inverse=True)[1], eyes["clip"].texts(texts)
+    below = [seen[0], seen[1], *(features(family.draw(m, texts, seeds), evaluators) for m in (led(a, b), led(b, a)))]
+    prompts, said = np.unique(texts, return_inverse=True)[1], evaluators["clip"].texts(texts)
     cells = []
     for (down, up, _), images_seen, up_seen, down_seen in zip(ways, seen, above, below, strict=True):
         to_up, to_down = distances(images_seen, up_seen), distances(images_seen, down_seen)
@@ -50,16 +50,16 @@ def stitch(
             "agreement": mean(cosine(images_seen["clip"], said), prompts),
             "to_up": {name: mean(far, prompts) for name, far in to_up.items()},
             "to_down": {name: mean(far, prompts) for name, far in to_down.items()},
-            "nearer": {name: mean(to_up[name] - to_down[name], prompts) for name in eyes},
+            "nearer": {name: mean(to_up[name] - to_down[name], prompts) for name in evaluators},
             "between": {name: mean(far, prompts) for name, far in distances(up_seen, down_seen).items()},
         })  # fmt: skip
     firsts = [texts.index(text) for text in dict.fromkeys(texts)][:SHOWN]
     return cells, torch.stack([_bytes(image[firsts]) for image in images])
 
 
-def features(images: Tensor, eyes: dict[str, Evaluator]) -> dict[str, np.ndarray]:
+def features(images: Tensor, evaluators: dict[str, Evaluator]) -> dict[str, np.ndarray]:
     """What every evaluator sees in images, (B, d) each."""
-    return {who: eye.features(images) for who, eye in eyes.items()}
+    return {evaluator_name: evaluator.features(images) for evaluator_name, evaluator in evaluators.items()}
 
 
 def distances(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

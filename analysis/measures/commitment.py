@@ -60,18 +60,18 @@ def committed(cfg: Settings, own: dict, unit: dict[str, float]) -> dict:
     return found
 
 
-def abandoned(cfg: Settings, own: dict, eyes: dict[str, Evaluator], ends: dict[str, np.ndarray]) -> dict:
+def abandoned(cfg: Settings, own: dict, evaluators: dict[str, Evaluator], ends: dict[str, np.ndarray]) -> dict:
     """Where a concept's score of x0 falls before the end: the share of images, and the deepest falls with their steps.
 
     By the attribute probe where there is one, in its own units; else by the first evaluator that reads words, in units of the middle 90 %
     of all finished images.
     """
-    name = next((name for name in ("probe", *eyes) if name in eyes and name in READERS), "")
+    name = next((name for name in ("probe", *evaluators) if name in evaluators and name in READERS), "")
     falls, rises, examples = [], [], []
     for word, positive, negative in map(concept, cfg.concepts if name else ()):
-        score = eyes[name].score(own[name], positive, negative)                                  # (P, S, T)
+        score = evaluators[name].score(own[name], positive, negative)                                  # (P, S, T)
         if name != "probe":
-            low, high = np.quantile(eyes[name].score(ends[name], positive, negative), (0.05, 0.95))
+            low, high = np.quantile(evaluators[name].score(ends[name], positive, negative), (0.05, 0.95))
             score = (score - low) / (high - low)
         peak = score.max(-1)
         falls.append((peak - score[..., -1] >= cfg.threshold) & (peak >= 0.5))
@@ -86,12 +86,12 @@ def abandoned(cfg: Settings, own: dict, eyes: dict[str, Evaluator], ends: dict[s
     return {"evaluator": name, "falls": share[0], "rises_and_falls": share[1], "count": len(examples), "examples": examples[:EXAMPLES]}
 
 
-def followed(eye: Evaluator, name: str, states: dict, pair: tuple[str, str]) -> dict:
+def followed(evaluator: Evaluator, name: str, states: dict, pair: tuple[str, str]) -> dict:
     """The effect of a control on x0 at each step, when half of it is there, and what is left of it when it is on in some bands alone.
 
     half: of each prompt's own mean curve, then averaged over prompts.
     """
-    score = {bands: eye.score(found[name], *pair) for bands, found in states.items()}
+    score = {bands: evaluator.score(found[name], *pair) for bands, found in states.items()}
     effect = score[None] - score[()]                                                             # (P, S, T)
     by_prompt, steps = effect.mean(1), states[()]["t"]                                           # (P, T), (T,)
     half = (by_prompt >= 0.5 * by_prompt[:, -1:]).argmax(-1)                                     # (P,)

@@ -1,6 +1,6 @@
 """Metrics over sets of images, from features: diversity and distance between two sets.
 
-`Spread`, `Moments` and `Sharpness` take features batch by batch and hold sums, so that their memory does not grow with the number of
+`Spread`, `Moments` and `InceptionScore` take features batch by batch and hold sums, so that their memory does not grow with the number of
 images and their time is linear in it; what they give is exact.
 """
 
@@ -143,22 +143,22 @@ class Spread:
 
 
 @dataclass
-class Sharpness:
+class InceptionScore:
     """An Inception-style score from class probabilities, added batch by batch: exp of the mean KL(p(y|x) | p(y)). Salimans et al. 2016."""
 
     n: int = 0
     total: np.ndarray | float = 0.0  # (classes,)
     entropy: float = 0.0  # sum of Σ p log p
 
-    def add(self, probabilities: np.ndarray) -> "Sharpness":
+    def add(self, probabilities: np.ndarray) -> "InceptionScore":
         """probabilities: (n, classes), rows that sum to 1. Returns self."""
         p = np.asarray(probabilities, dtype=np.float64)
         self.n, self.total = self.n + len(p), self.total + p.sum(0)
         self.entropy += float((p * np.log(np.clip(p, 1e-300, None))).sum())
         return self
 
-    def __add__(self, other: "Sharpness") -> "Sharpness":
-        return Sharpness(self.n + other.n, self.total + other.total, self.entropy + other.entropy)
+    def __add__(self, other: "InceptionScore") -> "InceptionScore":
+        return InceptionScore(self.n + other.n, self.total + other.total, self.entropy + other.entropy)
 
     def score(self) -> float:
         """1 where all images look alike to the classifier, the number of classes where each is sure and all are met."""
@@ -174,7 +174,7 @@ def radii(features: np.ndarray, k: int) -> np.ndarray:
 
 
 @dataclass
-class Neighbours:
+class PRDC:
     """Precision, recall, density and coverage of images against a reference, added batch by batch.
 
     Holds the reference (R, d) and, for recall, which needs the images' own neighbourhoods, no more than the first R images.
@@ -195,7 +195,7 @@ class Neighbours:
         self.radii = radii(self.reference, self.k) if self.radii is None else self.radii
         self.met = np.zeros(len(self.reference), dtype=bool) if self.met is None else self.met
 
-    def add(self, features: np.ndarray) -> "Neighbours":
+    def add(self, features: np.ndarray) -> "PRDC":
         """features: (n, d). Returns self."""
         within = _squares(self.reference, features) <= self.radii[:, None] ** 2                  # (R, n)
         room = len(self.reference) - self.n
@@ -204,10 +204,10 @@ class Neighbours:
         self.met = self.met | within.any(1)
         return self
 
-    def __add__(self, other: "Neighbours") -> "Neighbours":
+    def __add__(self, other: "PRDC") -> "PRDC":
         """Both sets of images against the same reference."""
         counts = (self.n + other.n, self.inside + other.inside, self.balls + other.balls)
-        return Neighbours(self.reference, self.k, *counts, self.first + other.first, self.radii, self.met | other.met)
+        return PRDC(self.reference, self.k, *counts, self.first + other.first, self.radii, self.met | other.met)
 
     def scores(self) -> dict[str, float]:
         """The four numbers. Raises ValueError where there are no more than k images."""

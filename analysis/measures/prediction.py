@@ -35,11 +35,11 @@ def points(cells: list[dict], transfer: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for cell in transfer:
         key = (cell["control"], cell["source"], cell["target"])
-        for who, reading in {cell.get("evaluator", "first"): cell, **cell.get("second", {})}.items():
+        for evaluator_name, reading in {cell.get("evaluator", "first"): cell, **cell.get("second", {})}.items():
             if key in directions and reading["retention"]["value"] is not None:
                 values = {name: of(directions[key]) for name, of in PREDICTORS.items()}
                 row = {"control": key[0], "source": key[1], "target": key[2], "retention": reading["retention"]["value"], **values}
-                found.setdefault(who, []).append(row)
+                found.setdefault(evaluator_name, []).append(row)
     return found
 
 
@@ -58,8 +58,8 @@ def _cell(rows: list[dict], name: str, evaluator: str, draws: int, seed: int) ->
     return {
         "what": "predictor", "evaluator": evaluator, "predictor": name, "points": len(rows), "controls": len(set(groups)),
         "spearman": bootstrap(spearman, x, y, groups, draws, seed), "pearson": bootstrap(pearson, x, y, groups, draws, seed),
-        "without_one": without_one(spearman, x, y, groups), "foretold": foretold(x, y, groups),
-        "foretold_without_one": foretold_without_one(x, y, groups),
+        "without_one": without_one(spearman, x, y, groups), "r2_cross_validated": r2_cross_validated(x, y, groups),
+        "r2_without_one": r2_without_one(x, y, groups),
     }  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def without_one(measure: Callable, x: np.ndarray, y: np.ndarray, groups: np.ndar
     return {"low": min(left.values()), "high": max(left.values()), "most": most}
 
 
-def foretold(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float | None:
-    """R² of retentions foretold by a line through the other groups, against their mean: 1 perfect, 0 no use; None below four groups."""
+def r2_cross_validated(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float | None:
+    """Cross-validated R² of a line through the other groups' retentions, against their mean: 1 perfect, 0 no use; None below four groups."""
     kinds = np.unique(groups)
     if len(kinds) < 4:
         return None
@@ -116,9 +116,9 @@ def foretold(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float | None:
     return float(1 - missed / blind) if blind > 0 else None
 
 
-def foretold_without_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict:
-    """The lowest `foretold` when one group is not there at all, and which: a line that a single group holds up falls here."""
-    left = {kind: foretold(x[groups != kind], y[groups != kind], groups[groups != kind]) for kind in sorted(set(groups.tolist()))}
+def r2_without_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict:
+    """The lowest cross-validated R² when one group is not there at all, and which: a line that a single group holds up falls here."""
+    left = {kind: r2_cross_validated(x[groups != kind], y[groups != kind], groups[groups != kind]) for kind in sorted(set(groups.tolist()))}
     left = {kind: value for kind, value in left.items() if value is not None}
     lowest = min(left, key=left.get) if left else None
     return {"value": left.get(lowest), "without": lowest}

@@ -93,7 +93,7 @@ def fronts(cells: list[dict], base: str) -> dict[str, list[str]]:
 
 def dominates(a: dict, b: dict) -> bool:
     """Whether plan a is nowhere worse than b and somewhere better."""
-    marks = lambda c: (c["diversity"]["clip"][-1]["value"], c["agreement"]["value"], -c.get("evaluations", 0))  # noqa: E731
+    marks = lambda c: (c["diversity"]["clip"][-1]["value"], c["agreement"]["value"], -c.get("nfe", 0))  # noqa: E731
     pairs = list(zip(marks(a), marks(b), strict=True))
     return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
@@ -159,11 +159,11 @@ def pareto(results: dict, student: str) -> str:
     group.sort(key=lambda c: -last(c, "clip")["value"])
     front = [c for c in group if c["plan"] in results["fronts"][student]]
     ranks = [front.index(c) + 1 if c in front else 0 for c in group]
-    points = [(c["plan"], last(c, "clip")["value"], c["agreement"]["value"], c.get("evaluations", 1), rank)
+    points = [(c["plan"], last(c, "clip")["value"], c["agreement"]["value"], c.get("nfe", 1), rank)
               for c, rank in zip(group, ranks, strict=True)]  # fmt: skip
     drawn = figure(student, scatter(points, "diversity by clip", "agreement with the prompt", f"{student}: diversity and agreement"))
     rows = [[f"{rank} {name}", number(x, 3), number(y, 1), f"{cost:g}"] for name, x, y, cost, rank in points if rank]
-    return drawn + figure(f"{student}: the front", table(["plan", "diversity", "agreement", "evaluations"], rows))
+    return drawn + figure(f"{student}: the front", table(["plan", "diversity", "agreement", "nfe"], rows))
 
 
 def sweep(cells: list[dict], students: list[str], base: str, kind: str, name: str) -> str:
@@ -184,9 +184,9 @@ def quality(cells: list[dict], student: str, base: str) -> str:
     if not group:
         return ""
     keys = list(group[0]["quality"])
-    cost = lambda c: [f"{c['evaluations']:g}", number(1000 * c["seconds"], 0)]  # noqa: E731
+    cost = lambda c: [f"{c['nfe']:g}", number(1000 * c["seconds"], 0)]  # noqa: E731
     rows = [[c["plan"], *(shown(c["quality"][key]) for key in keys), *cost(c)] for c in group]
-    return f"<h3>{escape(student)}</h3>" + table(["plan", *(key.replace("_", ", ") for key in keys), "evaluations", "ms"], rows)
+    return f"<h3>{escape(student)}</h3>" + table(["plan", *(key.replace("_", ", ") for key in keys), "nfe", "ms"], rows)
 
 
 def everything(cells: list[dict], names: list[str]) -> str:

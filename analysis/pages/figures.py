@@ -27,7 +27,7 @@ def control_section(group: list[dict], folder: Path, name: str, colours: dict[st
     """
     control, source = group[0]["control"], group[0]["source"]
     about = f"{group[0].get('kind', 'control')}, trained on {source}" + _words(group[0])
-    charts = "\n".join([*(chart_figure(group, who, colours) for who in evaluators_of(group)), forest_figure(group, margin)])
+    charts = "\n".join([*(chart_figure(group, evaluator_name, colours) for evaluator_name in evaluators_of(group)), forest_figure(group, margin)])
     return (
         f'<section aria-labelledby="{name}">\n<h3 id="{name}">{escape(control)}</h3>\n<p class="note">{escape(about)}</p>\n'
         f'<div class="charts">\n{charts}\n</div>\n{sheets(group, folder)}\n'

@@ -120,36 +120,36 @@ def share_sentence(steps: list[dict]) -> str:
 
 def stitch_sentence(c: dict) -> str:
     """Whose image a stitched network draws."""
-    who = next(iter(c["to_up"]))
-    up, down = c["to_up"][who], c["to_down"][who]
-    apart = {-1: "nearer to", 0: "about as near to", 1: "farther from"}[side(c["nearer"][who], 0.0)]
+    evaluator_name = next(iter(c["to_up"]))
+    up, down = c["to_up"][evaluator_name], c["to_down"][evaluator_name]
+    apart = {-1: "nearer to", 0: "about as near to", 1: "farther from"}[side(c["nearer"][evaluator_name], 0.0)]
     than = "as" if apart.endswith("near to") else "than"
-    return (f"Stitched, {c['down']} below and {c['up']} above: by {who} {apart} what {c['up']} draws alone ({ranged(up)}) {than} to what "
-            f"{c['down']} draws in the same plan ({ranged(down)}); the two lie {number(c['between'][who]['value'])} apart. Agreement with "
+    return (f"Stitched, {c['down']} below and {c['up']} above: by {evaluator_name} {apart} what {c['up']} draws alone ({ranged(up)}) {than} to what "
+            f"{c['down']} draws in the same plan ({ranged(down)}); the two lie {number(c['between'][evaluator_name]['value'])} apart. Agreement with "
             f"the prompt {ranged(c['agreement'])}.")  # fmt: skip
 
 
 def predictor_sentences(found: Cells) -> list[str]:
     """Per evaluator how many predictors can be told from none, and the one whose line foretells left-out controls best."""
     sentences = []
-    for who in dict.fromkeys(c["evaluator"] for c in of(found, "predictor")):
-        ours = [c for c in of(found, "predictor", evaluator=who) if c["foretold_without_one"]["value"] is not None]
+    for evaluator_name in dict.fromkeys(c["evaluator"] for c in of(found, "predictor")):
+        ours = [c for c in of(found, "predictor", evaluator=evaluator_name) if c["r2_without_one"]["value"] is not None]
         if not ours:
-            sentences.append(f"By {who} there are too few controls with a retention to say what predicts it.")
+            sentences.append(f"By {evaluator_name} there are too few controls with a retention to say what predicts it.")
             continue
         best, sure = best_of(ours), [c for c in ours if c["spearman"]["low"] * c["spearman"]["high"] > 0]
-        robust = best["foretold_without_one"]["value"]
+        robust = best["r2_without_one"]["value"]
         use = "" if robust > 0 else ", so none foretells a control that it has not seen"
-        sentences.append(f"What predicts retention by {who} ({best['points']} points of only {best['controls']} controls): {len(sure)} of "
+        sentences.append(f"What predicts retention by {evaluator_name} ({best['points']} points of only {best['controls']} controls): {len(sure)} of "
                          f"{len(ours)} numbers have a rank correlation whose interval leaves out 0; the best for an unseen control is "
-                         f"“{best['predictor']}”, Spearman {ranged(best['spearman'])}, R² {number(best['foretold'])}, "
-                         f"and {number(robust)} when {best['foretold_without_one']['without']} is not there{use}.")  # fmt: skip
+                         f"“{best['predictor']}”, Spearman {ranged(best['spearman'])}, R² {number(best['r2_cross_validated'])}, "
+                         f"and {number(robust)} when {best['r2_without_one']['without']} is not there{use}.")  # fmt: skip
     return sentences
 
 
 def best_of(predictors: Cells) -> dict:
     """The predictor whose line foretells left-out controls best, and does not owe that to a single control."""
-    return max(predictors, key=lambda c: -math.inf if c["foretold_without_one"]["value"] is None else c["foretold_without_one"]["value"])
+    return max(predictors, key=lambda c: -math.inf if c["r2_without_one"]["value"] is None else c["r2_without_one"]["value"])
 
 
 def comparison_section(found: Cells, name: str) -> str:
@@ -217,9 +217,9 @@ def stitching_section(found: Cells, folder: Path) -> str:
     """Pictures and scores of stitched networks."""
     if not found:
         return ""
-    who = list(found[0]["to_up"])
-    heads = ["below + above", "agreement with the prompt"] + [f"{w}: to {part} alone" for w in who for part in ("above", "below")]
-    rows = [[f"{c['down']} + {c['up']}", ranged(c["agreement"], 3), *(ranged(c[key][w]) for w in who for key in ("to_up", "to_down"))]
+    evaluator_name = list(found[0]["to_up"])
+    heads = ["below + above", "agreement with the prompt"] + [f"{w}: to {part} alone" for w in evaluator_name for part in ("above", "below")]
+    rows = [[f"{c['down']} + {c['up']}", ranged(c["agreement"], 3), *(ranged(c[key][w]) for w in evaluator_name for key in ("to_up", "to_down"))]
             for c in {(c["down"], c["up"]): c for c in found}.values()]  # fmt: skip
     names = dict.fromkeys(c["comparison"] for c in found)
     pictures = "\n".join(stitch_figure([c for c in found if c["comparison"] == name], folder) for name in names)
@@ -254,17 +254,17 @@ def direction_map(found: Cells) -> str:
     """Controls and targets in rows; direction and gain per step in columns, weights beside the delta, retention by each evaluator."""
     chosen = of(found, "direction")
     kept = {(p["evaluator"], p["control"], p["target"]): p["retention"] for p in of(found, "point")}
-    who, steps = list(dict.fromkeys(key[0] for key in kept)), max(len(c["cosine"]) for c in chosen)
+    evaluator_name, steps = list(dict.fromkeys(key[0] for key in kept)), max(len(c["cosine"]) for c in chosen)
     kinds = {"direction": ("cosine", signed), "gain": ("gain", around_one), "gain, guided": ("gain_guided", around_one)}
     titles = "".join(f'<th colspan="{steps}">{title}</th><th></th>' for title in kinds)
     under = ("".join(f"<th>{s + 1}</th>" for s in range(steps)) + "<th></th>") * len(kinds)
     rows = []
     for c in chosen:
         row = "".join(cells(c[key] + [None] * (steps - len(c[key])), shade) for key, shade in kinds.values())
-        last = cell(c["delta"]["cosine"], signed, 3) + "".join(cell(kept.get((w, c["control"], c["target"])), around_one) for w in who)
+        last = cell(c["delta"]["cosine"], signed, 3) + "".join(cell(kept.get((w, c["control"], c["target"])), around_one) for w in evaluator_name)
         rows.append(f'<th scope="row">{escape(c["control"])} → {escape(c["target"].rpartition("/")[2])}</th>{row}{last}')
-    ends = "<th>cos with delta</th>" + "".join(f"<th>retention, {escape(w)}</th>" for w in who)
-    return heat([f"<th></th>{titles}{ends}", f"<th>step</th>{under}{'<th></th>' * (1 + len(who))}"], rows)
+    ends = "<th>cos with delta</th>" + "".join(f"<th>retention, {escape(w)}</th>" for w in evaluator_name)
+    return heat([f"<th></th>{titles}{ends}", f"<th>step</th>{under}{'<th></th>' * (1 + len(evaluator_name))}"], rows)
 
 
 def overlap_map(pairs: Cells) -> str:
@@ -297,18 +297,18 @@ def prediction(found: Cells) -> str:
         return f'<h3>What predicts retention</h3>\n<p class="note">Not asked: there were no retentions to read. {MAKE} makes them.</p>'
     rows = [[c["predictor"], c["evaluator"], f"{c['points']} / {c['controls']}", ranged(c["spearman"]), ranged(c["pearson"]),
              f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} ({c['without_one']['most'] or DASH})",
-             number(c["foretold"]), f"{number(c['foretold_without_one']['value'])} ({c['foretold_without_one']['without'] or DASH})"]
+             number(c["r2_cross_validated"]), f"{number(c['r2_without_one']['value'])} ({c['r2_without_one']['without'] or DASH})"]
             for c in ours]  # fmt: skip
     plots = []
-    for who in dict.fromkeys(c["evaluator"] for c in ours):
-        best = best_of(of(found, "predictor", evaluator=who))["predictor"]
+    for evaluator_name in dict.fromkeys(c["evaluator"] for c in ours):
+        best = best_of(of(found, "predictor", evaluator=evaluator_name))["predictor"]
         dots = [(f"{p['control']} on {p['target']}", p["target"].rpartition("/")[2], p[best], p["retention"])
-                for p in of(found, "point", evaluator=who) if p[best] is not None]  # fmt: skip
-        plots.append(figure(f"retention by {who} over “{best}”", scatter(dots, best, f"retention by {who} over {best}")))
+                for p in of(found, "point", evaluator=evaluator_name) if p[best] is not None]  # fmt: skip
+        plots.append(figure(f"retention by {evaluator_name} over “{best}”", scatter(dots, best, f"retention by {evaluator_name} over {best}")))
     heads = ["predictor", "by", "points / controls", "Spearman [95 %]", "Pearson [95 %]", "Spearman without one control (moves most)",
-             "R² foretold", "lowest without one control"]  # fmt: skip
+             "cross-validated R²", "lowest without one control"]  # fmt: skip
     return (f"<h3>What predicts retention</h3>\n<p>One number of a control and a target against its retention there. Intervals draw whole "
-            f"controls; R² foretold is of a line through the other controls, and 0 or less is no better than their mean.</p>\n"
+            f"controls; cross-validated R² is of a line through the other controls, and 0 or less is no better than their mean.</p>\n"
             f'<div class="charts">\n{chr(10).join(plots)}\n</div>\n{plain(heads, rows)}')  # fmt: skip
 
 

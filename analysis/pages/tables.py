@@ -64,7 +64,7 @@ def heat_cell(cell: dict | None, kind: str = "") -> str:
     kept, verdict = cell["retention"], escape(cell["verdict"])
     ends = f"<small>{brackets(kept)}</small>" if kept["value"] is not None else ""
     word = f" {MARKS.get(verdict, '')} {verdict}" if is_verdict(cell) else ""
-    others = "".join(f"<small>{escape(f'{who} {_second(cell, reading)}')}</small>" for who, reading in cell.get("second", {}).items())
+    others = "".join(f"<small>{escape(f'{evaluator_name} {_second(cell, reading)}')}</small>" for evaluator_name, reading in cell.get("second", {}).items())
     style = f' style="{shade(kept["value"])}"'
     return f"<td{_class(kind)}{style}><strong>{number(kept['value'])}</strong>{word}{ends}{others}{clip}</td>"
 
@@ -85,9 +85,9 @@ def shade(value: float | None) -> str:
 
 def leakage(rows: list[dict], home: str) -> str:
     """Control × attribute matrices, one per target and evaluator, with the choice of one of them."""
-    targets, who = (list(dict.fromkeys(row[key] for row in rows)) for key in ("target", "evaluator"))
-    select = _select("target", "on", {t: short(t, home) for t in targets}) + _select("evaluator", "by", {w: w for w in who})
-    parts = [matrix([r for r in rows if (r["target"], r["evaluator"]) == (t, w)], t, w, home) for w in who for t in targets]
+    targets, evaluator_name = (list(dict.fromkeys(row[key] for row in rows)) for key in ("target", "evaluator"))
+    select = _select("target", "on", {t: short(t, home) for t in targets}) + _select("evaluator", "by", {w: w for w in evaluator_name})
+    parts = [matrix([r for r in rows if (r["target"], r["evaluator"]) == (t, w)], t, w, home) for w in evaluator_name for t in targets]
     return f'<div data-choices>\n<p class="choose">{select}</p>\n{chr(10).join(parts)}\n</div>'
 
 
@@ -148,16 +148,16 @@ def _reference_row(cell: dict, rows: int) -> str:
 
 def numbers_table(group: list[dict]) -> str:
     """All numbers of one control: a row per member and evaluator."""
-    pairs = [(cell, who, reading) for cell in group for who, reading in readings(cell).items()]
+    pairs = [(cell, evaluator_name, reading) for cell in group for evaluator_name, reading in readings(cell).items()]
     columns = {name: [read(cell, reading) or DASH for cell, _, reading in pairs] for name, read in COLUMNS.items()}
     columns = {name: column for name, column in columns.items() if set(column) != {DASH}}
     columns |= {f"at {signed(s)}": [ranged(r["effect"][k], 3) for _, _, r in pairs] for k, s in enumerate(group[0]["scales"])}
     head = "".join(f'<th scope="col">{name}</th>' for name in ("on", "by", *columns))
     rows = [
-        f'<tr><th scope="row">{escape(where(cell))}</th><td class="by">{escape(who)}</td>'
+        f'<tr><th scope="row">{escape(where(cell))}</th><td class="by">{escape(evaluator_name)}</td>'
         + "".join(f"<td>{escape(f)}</td>" for f in fields)
         + "</tr>"
-        for (cell, who, _), fields in zip(pairs, zip(*columns.values(), strict=True), strict=True)
+        for (cell, evaluator_name, _), fields in zip(pairs, zip(*columns.values(), strict=True), strict=True)
     ]
     table = f'<table class="numbers">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table>'
     return scrolled(table, f"Every number of {group[0]['control']}")

@@ -96,7 +96,7 @@ def reached(reach: dict) -> str:
 
 def dissent(cell: dict) -> str:
     """The evaluators that give another verdict: " (by probe weaker)"."""
-    others = [f"by {who} {reading['verdict']}" for who, reading in cell.get("second", {}).items() if reading["verdict"] != cell["verdict"]]
+    others = [f"by {evaluator_name} {reading['verdict']}" for evaluator_name, reading in cell.get("second", {}).items() if reading["verdict"] != cell["verdict"]]
     return f" ({', '.join(others)})" if others else ""
 
 

@@ -191,13 +191,13 @@ def test_correlations_are_those_of_scipy():
 def test_a_line_foretells_what_is_linear_and_nothing_else():
     rng, groups = np.random.default_rng(7), np.repeat(np.arange(10), 3).astype(str)
     x = rng.normal(size=30)
-    assert prediction.foretold(x, 2 * x + 1, groups) == pytest.approx(1, abs=1e-12)
-    assert np.mean([prediction.foretold(x, rng.normal(size=30), groups) for _ in range(30)]) < 0
+    assert prediction.r2_cross_validated(x, 2 * x + 1, groups) == pytest.approx(1, abs=1e-12)
+    assert np.mean([prediction.r2_cross_validated(x, rng.normal(size=30), groups) for _ in range(30)]) < 0
     # what holds inside controls only is of no use for a control not seen
     inner = np.tile([-1.0, 0.0, 1.0], 10)
-    assert prediction.foretold(inner, inner * 0.1 + np.repeat(rng.normal(size=10), 3) * 5, groups) < 0.05
+    assert prediction.r2_cross_validated(inner, inner * 0.1 + np.repeat(rng.normal(size=10), 3) * 5, groups) < 0.05
     pair = np.isin(groups, ["3", "4"])  # two groups hold the line up: each foretells the other, and alone it foretells nothing
     held, y = np.where(pair, 50.0, x), np.where(pair, 30.0, rng.normal(size=30))
-    alone = prediction.foretold_without_one(held, y, groups)
-    assert prediction.foretold(held, y, groups) > 0.9 and alone["without"] in ("3", "4") and alone["value"] < 0.2
-    assert prediction.foretold(x[:9], x[:9], groups[:9]) is None and prediction.bootstrap(np.dot, x[:9], x[:9], groups[:9])["low"] is None
+    alone = prediction.r2_without_one(held, y, groups)
+    assert prediction.r2_cross_validated(held, y, groups) > 0.9 and alone["without"] in ("3", "4") and alone["value"] < 0.2
+    assert prediction.r2_cross_validated(x[:9], x[:9], groups[:9]) is None and prediction.bootstrap(np.dot, x[:9], x[:9], groups[:9])["low"] is None

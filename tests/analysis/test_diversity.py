@@ -18,7 +18,7 @@ from analysis.images import quality
 from analysis.measures.image_sets import diversity as whole
 from analysis.pages import diversity as diversity_page
 from configs import ROOT, UserError, entry, load, merge
-from models.evaluators import evaluators
+from models.evaluators import load_evaluators
 from models.families import Family, card
 from models.plans import named
 from models.sampler import draw_noise, finish
@@ -59,7 +59,7 @@ def test_record(run, results):
 
 def test_what_an_image_costs_is_counted(results):
     costs = {"base": 20, "base(4)": 8, "student": 4, "hybrid(1)": 5}
-    assert {c["plan"]: c["evaluations"] for c in results["cells"]} == costs
+    assert {c["plan"]: c["nfe"] for c in results["cells"]} == costs
 
 
 def test_the_ends_of_recovery_and_of_the_share_of_the_base(results):
@@ -78,11 +78,11 @@ def test_the_first_step_of_a_hybrid_is_the_base_s(results):
 def test_the_numbers_are_those_of_the_images(results):
     """Drawn again in one go and measured from the n × n table."""
     family = Family("tiny", dtype=torch.float32)
-    plan, eye = named("hybrid(1)", family.member("base"), family.member("dmd")), evaluators(family.card)["clip"]
+    plan, evaluator = named("hybrid(1)", family.member("base"), family.member("dmd")), load_evaluators(family.card)["clip"]
     with torch.no_grad():
         noise = draw_noise([2003, 2004, 2005], family.latent_shape, plan.steps)
         images = family.decode(finish(plan, noise, family.encode(PROMPTS[1:] * 3)))
-    found = whole(eye.features(images))
+    found = whole(evaluator.features(images))
     stored = cell(results, "dmd", "hybrid(1)")["per_prompt"][1]["clip"]
     assert stored == pytest.approx(found, rel=1e-4)
 
@@ -92,7 +92,7 @@ def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, res
         (run / f"features/{lost}.safetensors").unlink()
     diversity.main(merge(Config, [*SMALL, f"out={run.parent}", "plans=[hybrid(1),base(4),skip(1)]"]))
     after = json.loads((run / "results.json").read_text())
-    assert cell(after, "dmd", "skip(1)")["evaluations"] == 3
+    assert cell(after, "dmd", "skip(1)")["nfe"] == 3
     for before in results["cells"]:
         now = cell(after, before["student"], before["plan"])
         assert all(now[key] == before[key] for key in before if key != "seconds")
@@ -113,7 +113,7 @@ def test_page(run, results):
 
 def test_the_front_holds_what_nothing_dominates():
     make = lambda plan, d, a, e: {"student": "s", "plan": plan, "diversity": {"clip": [{"value": d}]}, "agreement": {"value": a},  # noqa: E731
-                                  "evaluations": e}  # fmt: skip
+                                  "nfe": e}  # fmt: skip
     cells = [make("dear", 3, 3, 9), make("cheap", 2, 3, 4), make("worse", 2, 2, 4), make("varied", 4, 1, 9)]
     assert diversity_page.fronts(cells, "base") == {"s": ["dear", "cheap", "varied"]}
 
@@ -127,7 +127,7 @@ def test_without_a_loss_there_is_no_recovery():
 def test_what_is_kept_of_the_captions_does_not_grow_with_them():
     """Blocks of 16 go one by one into 8 tallies; after 80 blocks these hold what they held after 16."""
     family = Family("tiny", dtype=torch.float32)
-    judge = quality.Judge(evaluators(family.card), PROMPTS, lambda: iter(torch.rand(2, 8, 3, 64, 64)), 2)
+    judge = quality.Judge(load_evaluators(family.card), PROMPTS, lambda: iter(torch.rand(2, 8, 3, 64, 64)), 2)
     random, sizes, tallies = np.random.default_rng(0), [], [judge.tally() for _ in range(8)]
     for b in range(80):
         judge.add(tallies[b % 8], {"clip": random.random((16, 64)), "words": random.random((16, 64)), "probe": random.random((16, 28))})

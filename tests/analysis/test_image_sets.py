@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from analysis.measures import image_sets
-from analysis.measures.image_sets import Moments, Neighbours, Sharpness, Spread
+from analysis.measures.image_sets import PRDC, InceptionScore, Moments, Spread
 from controls.intervals import quantile
 
 
@@ -34,7 +34,7 @@ def test_squared_spread_is_the_variance_and_its_jackknife():
 @pytest.mark.parametrize(("kind", "images"), [("cosine", 8), ("cosine", 20), ("squared", 60)])
 def test_the_jackknife_covers_the_truth(kind, images):
     """Normal features around a common middle, as images of one prompt are; a variance of few is skewed."""
-    random, middle, width = np.random.default_rng(3), np.eye(8)[0] * 2, np.array([1, 2, 1, 0.5, 0.5, 0.5, 0.3, 0.3])
+    random, middle, width = np.random.default_rng(3), np.evaluator(8)[0] * 2, np.array([1, 2, 1, 0.5, 0.5, 0.5, 0.3, 0.3])
     truth = Spread(kind).add(middle + width * random.normal(size=(200_000, 8))).distance()["value"]
     found = [Spread(kind).add(middle + width * random.normal(size=(images, 8))).distance() for _ in range(1000)]
     assert 0.92 <= np.mean([f["low"] <= truth <= f["high"] for f in found]) <= 0.98
@@ -49,10 +49,10 @@ def test_the_jackknife_is_cautious_where_no_image_is_special():
 
 def test_vendi_closed_forms():
     assert Spread().add(np.ones((7, 3))).vendi() == pytest.approx(1)
-    assert Spread().add(5 * np.eye(7)).vendi() == pytest.approx(7)
-    assert Spread().add(np.repeat(np.eye(4), [3, 3, 3, 3], 0)).vendi() == pytest.approx(4)
+    assert Spread().add(5 * np.evaluator(7)).vendi() == pytest.approx(7)
+    assert Spread().add(np.repeat(np.evaluator(4), [3, 3, 3, 3], 0)).vendi() == pytest.approx(4)
     shares = np.array([0.5, 0.25, 0.25])  # unequal shares: exp of their entropy
-    assert Spread().add(np.repeat(np.eye(3), [4, 2, 2], 0)).vendi() == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert Spread().add(np.repeat(np.evaluator(3), [4, 2, 2], 0)).vendi() == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def test_vendi_is_that_of_the_kernel():
@@ -80,12 +80,12 @@ def test_frechet_of_two_shifted_scaled_sets():
 
 
 def test_sharpness_closed_forms():
-    assert Sharpness().add(np.full((5, 4), 0.25)).score() == pytest.approx(1)
-    assert Sharpness().add(np.eye(4)).add(np.eye(4)).score() == pytest.approx(4)
+    assert InceptionScore().add(np.full((5, 4), 0.25)).score() == pytest.approx(1)
+    assert InceptionScore().add(np.evaluator(4)).add(np.evaluator(4)).score() == pytest.approx(4)
     p = np.random.default_rng(0).dirichlet(np.ones(3), 50)
     by_hand = np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p]))
-    assert Sharpness().add(p[:20]).add(p[20:]).score() == pytest.approx(by_hand)
-    assert (Sharpness().add(p[:20]) + Sharpness().add(p[20:])).score() == pytest.approx(by_hand)
+    assert InceptionScore().add(p[:20]).add(p[20:]).score() == pytest.approx(by_hand)
+    assert (InceptionScore().add(p[:20]) + InceptionScore().add(p[20:])).score() == pytest.approx(by_hand)
 
 
 def brute(reference, images, k):
@@ -102,24 +102,24 @@ def brute(reference, images, k):
 @pytest.mark.parametrize("k", [1, 3])
 def test_neighbours_against_plain_loops(k):
     reference, images = some(30, 3), some(25, 3, seed=1) * 0.7 + 0.5
-    found = Neighbours(reference, k).add(images[:10]).add(images[10:]).scores()
+    found = PRDC(reference, k).add(images[:10]).add(images[10:]).scores()
     assert found == pytest.approx(brute(reference, images, k))
     assert 0 < found["recall"] < 1 and 0 < found["precision"]
-    apart = [Neighbours(reference, k).add(part) for part in (images[:10], images[10:])]
+    apart = [PRDC(reference, k).add(part) for part in (images[:10], images[10:])]
     assert (apart[0] + apart[1]).scores() == pytest.approx(found)
 
 
 def test_neighbours_at_the_ends():
     reference = some(20)
-    same = Neighbours(reference, 3).add(reference.copy()).scores()
+    same = PRDC(reference, 3).add(reference.copy()).scores()
     assert same["precision"] == same["recall"] == same["coverage"] == 1 and same["density"] >= 1
-    far = Neighbours(reference, 3).add(reference + 100).scores()
+    far = PRDC(reference, 3).add(reference + 100).scores()
     assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
     with pytest.raises(ValueError, match="k = 20"):
-        Neighbours(reference, 20)
+        PRDC(reference, 20)
 
 
-@pytest.mark.parametrize("make", [Spread, Moments, Sharpness, lambda: Neighbours(some(50, 32), 3)])
+@pytest.mark.parametrize("make", [Spread, Moments, InceptionScore, lambda: PRDC(some(50, 32), 3)])
 def test_memory_does_not_grow_with_the_number_of_images(make):
     """What is held after 20 and after 200 batches is the same, and ten times as many take no more than some thirty times as long."""
 

@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on(run):
 @pytest.mark.slow
 def test_a_smaller_batch_changes_nothing(run, tmp_path):
     before = cells(run)
-    similarity.main(merge(similarity.Config, [*SMALL, "controls=[]", "stitch_seeds=0", "batch=2", f"out={tmp_path}"]))
+    similarity.main(merge(similarity.Config, [*SMALL, "controls=[]", "stitch_seeds=0", "batch_size=2", f"out={tmp_path}"]))
     after = similarity_page.of(cells(tmp_path / "default"), "block")
     for ours, theirs in zip(similarity_page.of(before, "block"), after, strict=True):
         assert ours["cka"]["value"] == pytest.approx(theirs["cka"]["value"], abs=1e-3)

@@ -125,7 +125,7 @@ def test_a_second_run_loads_no_evaluator(run, monkeypatch):
 
 
 def test_the_batch_does_not_matter(run, tmp_path):
-    assert alike(measure(tmp_path, "batch=3")["cells"], run[1]["cells"])
+    assert alike(measure(tmp_path, "batch_size=3")["cells"], run[1]["cells"])
 
 
 def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys):
@@ -254,7 +254,7 @@ def test_the_card_is_written_into_the_file_on_request(tmp_path, run):
 
 
 def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
-    transfer.main(merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "plan=true"]))
+    transfer.main(merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "dry_run=true"]))
     said = capsys.readouterr().out
     assert f"to draw: {4 * SETS} images, {16 * SETS} network evaluations" in said
     assert "minutes" in said and "2 prompts x 2 seeds: sees a retention that differs from 1 by" in said
@@ -299,7 +299,7 @@ def bad_controls(folder):
         (["targets=['dmd:hybrid(9)']"], "0 … 4"),
         (["targets=['dmd:mixed(1)']"], "hybrid"),
         (["below=0"], "noise level"),
-        (["batch=-1"], "batch must be"),
+        (["batch_size=-1"], "batch must be"),
         (["negative=a frown", "controls=[controls/tiny/space-1.safetensors]"], "positive"),
         (["scales=[1,2]"], "0"),
         (["controls=[missing.safetensors]"], "missing.safetensors"),

@@ -185,8 +185,8 @@ def test_every_cell_is_in_the_table_by_both_evaluators(found, results):
     rows = {(row["control"], row["target"], row["evaluator"]): row for row in found.table("transfer/cells")}
     assert len(rows) == len(CONTROLS) * len(TARGETS) * len(UNIT)
     for cell in results["cells"]:
-        for who, reading in of.readings(cell).items():
-            row = rows[cell["control"], cell["target"], who]
+        for evaluator_name, reading in of.readings(cell).items():
+            row = rows[cell["control"], cell["target"], evaluator_name]
             assert row["verdict"] == reading["verdict"] and row["reference"] is cell["reference"]
             for name, interval in {"retention": reading["retention"], "matched scale": reading["matched_scale"],
                                    "floor": reading["references"]["floor"]["share"]}.items():  # fmt: skip
@@ -244,7 +244,7 @@ def test_an_older_record_leaves_out_what_it_lacks(tmp_path, results):
 
 
 def test_every_logged_key_is_documented_and_every_documented_one_logged(found, tmp_path):
-    words = ["steps=1", "batch=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "watch=[tiny/dmd]", "watch_every=1",
+    words = ["steps=1", "batch_size=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "watch=[tiny/dmd]", "watch_every=1",
              "watch_prompts=1", "wandb=offline", f"out={tmp_path}"]  # fmt: skip
     slider.main(merge(slider.Config, words))
     watched = json.loads((tmp_path / "smile/watch.jsonl").read_text())  # also what could not be told and was not logged

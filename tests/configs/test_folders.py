@@ -93,7 +93,7 @@ def test_overwrite_never_removes_what_is_not_ours(module, words, tmp_path, capsy
 
 
 REFUSED = {
-    slider: ["layers=ful", "scope=all", "member=tiny/turbo", "member=nowhere/base", "optimizer=sgd", "schedule=cosign", "steps=0", "rank=0",
+    slider: ["layers=ful", "scope=all", "member=tiny/turbo", "member=nowhere/base", "optimizer=sgd", "lr_scheduler=cosign", "steps=0", "rank=0",
              "quantize=int3", "watch=[tiny/turbo]", "watch=[sdxl/base]", "sample_seeds=[]", "seed=18446744073709551616", "seed=-1",
              "name=training", "recipe=slow", "prompts=[]", "prompts=nowhere.yaml"],
     lora: ["layers=ful", "data=tiny:oil", "data=nowhere/at/all"],
@@ -129,7 +129,7 @@ def test_a_missing_package_is_said_before_anything_is_removed(tmp_path, monkeypa
 
 
 def test_a_plan_claims_no_folder(tmp_path, capsys):
-    slider.main(load(slider.Config, ["name=mine", f"out={tmp_path}", "--plan"]))
+    slider.main(load(slider.Config, ["name=mine", f"out={tmp_path}", "--dry-run"]))
     assert "control:" in capsys.readouterr().out and not tree(tmp_path)
 
 

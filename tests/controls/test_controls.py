@@ -17,16 +17,16 @@ from controls.layers import LAYERS, targets
 from controls.lora import (
     Card,
     Control,
-    applied,
     attach,
     content,
     create,
     detach,
     extract,
     fits,
+    fused,
+    fusing,
     parameters,
     random_like,
-    ready,
     strength,
 )
 from models.hashing import fingerprint
@@ -186,11 +186,11 @@ def test_applied_agrees_with_strength_and_gives_the_weights_back():
     net = network()
     smile, age = trained(network(), "smile", 1), trained(network(), "age", 2)
     bare, weights = output(net), {name: (p.data_ptr(), p.detach().clone()) for name, p in net.named_parameters()}
-    with applied(net, smile, -1.5, "tiny"), applied(net, age, 0.7):
+    with fused(net, smile, -1.5, "tiny"), fused(net, age, 0.7):
         added = output(net)
-    with applied(net, smile, 0.0):
+    with fused(net, smile, 0.0):
         assert torch.equal(output(net), bare)
-    with pytest.raises(RuntimeError), applied(net, smile, 1.0):
+    with pytest.raises(RuntimeError), fused(net, smile, 1.0):
         raise RuntimeError
     assert all(p.data_ptr() == weights[name][0] and torch.equal(p, weights[name][1]) for name, p in net.named_parameters())
     attach(net, smile), attach(net, age)
@@ -200,14 +200,14 @@ def test_applied_agrees_with_strength_and_gives_the_weights_back():
 
 def test_ready_is_entered_as_often_as_one_likes():
     net, smile = network(), trained(network(), "smile", 1)
-    on, bare = ready(net, smile, 1.0), output(net)
+    on, bare = fusing(net, smile, 1.0), output(net)
     with on():
         first = output(net)
     assert torch.equal(output(net), bare) and not torch.equal(first, bare)
     with on():
         assert torch.equal(output(net), first)
     with pytest.raises(UserError, match="family"):
-        ready(net, smile, 1.0, family="elsewhere")
+        fusing(net, smile, 1.0, family="elsewhere")
 
 
 def test_a_random_control_has_the_norms_and_not_the_directions():

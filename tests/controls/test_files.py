@@ -284,7 +284,7 @@ def test_plain_words_and_options_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").mkdir()
     files = ["x.safetensors", "step=1.safetensors", "k=v.pt", "runs/a=1", "a=b"]
-    options = ["name=x", "memory.offload=true", "--plan", "positive=a, b", "prompt=" + "x" * 5000]
+    options = ["name=x", "memory.offload=true", "--dry-run", "positive=a, b", "prompt=" + "x" * 5000]
     assert plain([*files, *options]) == (files, options)
 
 

@@ -92,7 +92,7 @@ def test_sgm_names_as_diffusers_reads_checkpoints(changes):
     weights = {key: value for key, value in net.state_dict().items() if key.rsplit(".", 1)[0] in names}
     theirs = {f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}": value for key, value in weights.items()}
     back = convert_ldm_unet_checkpoint(theirs, dict(net.config))
-    assert names.keys() == layouts.places(net).keys() and back.keys() == weights.keys()
+    assert names.keys() == layouts.named_layers(net).keys() and back.keys() == weights.keys()
     assert all(torch.equal(back[key], weights[key]) for key in weights)
 
 
@@ -145,7 +145,7 @@ def test_fluxs_own_names_as_diffusers_reads_checkpoints(tmp_path, spell):
     """diffusers' reader of Flux's checkpoints sends the rows of every layer, within blocks and outside, where our table does."""
     with torch.device("meta"):  # it knows one width alone, the real one
         net = flux(attention_head_dim=128, num_attention_heads=24, num_layers=1, num_single_layers=1)
-    spots, theirs, rng = layouts.places(net), {}, torch.Generator().manual_seed(0)
+    spots, theirs, rng = layouts.named_layers(net), {}, torch.Generator().manual_seed(0)
     names = {name: layers for name, layers in layouts._flux(net).items() if "processor" not in name}  # XLabs' are other names of the same
     for name, layers in names.items():
         theirs[f"{spell(name)}.lora_A.weight"] = torch.ones(1, spots[layers[0]].weight.shape[1])
@@ -169,8 +169,8 @@ def test_a_control_of_all_of_flux_in_diffusers_is_ours(tmp_path):
     told = {"encoder_hidden_states": text, "pooled_projections": torch.ones(1, 6), "timestep": torch.ones(1), "guidance": torch.ones(1),
             "img_ids": ids, "txt_ids": ids[:3]}  # fmt: skip
     parts = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
-    for k, layers in enumerate((sorted(layouts.places(net)), ["norm_out.linear", "x_embedder"])):
-        shapes = {layer: layouts.places(net)[layer].weight.shape for layer in layers}
+    for k, layers in enumerate((sorted(layouts.named_layers(net)), ["norm_out.linear", "x_embedder"])):
+        shapes = {layer: layouts.named_layers(net)[layer].weight.shape for layer in layers}
         tensors = {f"{layer}.lora_A.weight": torch.randn(2, n, generator=rng) for layer, (_, n) in shapes.items()}
         tensors |= {f"{layer}.lora_B.weight": 0.1 * torch.randn(n, 2, generator=rng) for layer, (n, _) in shapes.items()}
         control = Control(Card("lora", f"flux-{k}", "flux", "dev", 2, 1.0, "full", "c3lier"), tensors)

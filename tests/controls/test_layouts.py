@@ -56,7 +56,7 @@ def bare(stem: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_tables_shapes(net):
-    spots = layouts.places(net)
+    spots = layouts.named_layers(net)
     assert spots[Q].weight.shape == (32, 32) and spots[CONV].weight.shape == (32, 32, 3, 3)
 
 
@@ -65,7 +65,7 @@ def test_the_tables_shapes(net):
 
 def fused(net, names: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
     """A rank-1 LoRA of all layers under other names, A of ones: B is what it adds to every column."""
-    spots, rng = layouts.places(net), torch.Generator().manual_seed(0)
+    spots, rng = layouts.named_layers(net), torch.Generator().manual_seed(0)
     rows = {name: sum(spots[layer].weight.shape[0] for layer in layers) for name, layers in names.items()}
     found = {f"{name}.lora_B.weight": torch.randn(rows[name], 1, generator=rng) for name in names}
     return found | {f"{name}.lora_A.weight": torch.ones(1, *spots[layers[0]].weight.shape[1:]) for name, layers in names.items()}
@@ -77,7 +77,7 @@ def test_other_transformers_own_names_as_diffusers_reads_checkpoints(adopt, kind
     net = hub.transformer(kind, 0)
     names = {"sd3": layouts._sd3, "zimage": layouts._zimage}[kind](net)
     renamed = {layer for layers in names.values() for layer in layers}
-    names |= {layer: (layer,) for layer in layouts.places(net) if layer not in renamed}
+    names |= {layer: (layer,) for layer in layouts.named_layers(net) if layer not in renamed}
     theirs = fused(net, names)
     stems = {key: key.rsplit(".lora_", 1) for key in theirs}
     control = adopt({f"{spell(stem)}.lora_{half}": theirs[key] for key, (stem, half) in stems.items()}, net=net)
@@ -89,7 +89,7 @@ def test_other_transformers_own_names_as_diffusers_reads_checkpoints(adopt, kind
         converted = convert_sd3_transformer_checkpoint_to_diffusers({**weights, **blank, **norms, "pos_embed": torch.ones(1)})
     else:
         converted = convert_z_image_transformer_checkpoint_to_diffusers(dict(weights))
-    spots = layouts.places(net)
+    spots = layouts.named_layers(net)
     assert set(change(control)) == set(spots)
     assert all(torch.equal(control.tensors[f"{layer}.lora_B.weight"].flatten(1), converted[f"{layer}.weight"]) for layer in spots)
 
@@ -310,7 +310,7 @@ SETS = [("full", "c3lier"), ("noxattn", "c3lier"), ("xattn-strict", "lierla"), (
 @pytest.mark.parametrize(("layers", "scope"), SETS)
 def test_a_files_layers_are_called_by_their_set(net, layers, scope, adopt):
     names = targets(net, layers, scope)
-    spots, tensors = layouts.places(net), {}
+    spots, tensors = layouts.named_layers(net), {}
     for name in names:
         rows, *columns = spots[name].weight.shape
         tensors |= {f"unet.{name}.lora_A.weight": random(1, *columns), f"unet.{name}.lora_B.weight": random(rows, 1)}

@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from analysis.images import directions
 from configs import ROOT, UserError
 from controls import formats, overlap
-from controls.lora import Control, applied
+from controls.lora import Control, fused
 from models.blocks import blocks, coarse, recording, stitched
 from models.families import Family
 
@@ -195,6 +195,6 @@ def test_recording_sees_a_control(family, call):
     with recording(net, ["mid_block"]) as seen:
         call(net)
         bare = seen["mid_block"]
-        with applied(net, SMILE, 1.0, "tiny"):
+        with fused(net, SMILE, 1.0, "tiny"):
             call(net)
     assert not torch.allclose(seen["mid_block"], bare, atol=1e-4)

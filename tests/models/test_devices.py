@@ -47,7 +47,7 @@ def test_a_setting_that_is_not_heeded_is_refused_by_name(monkeypatch, tmp_path, 
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["dtype=bf16"], "cpu"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "cuda"),
         ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["memory.compile=eager"], "cpu"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ["accumulate=4"], "cpu"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, ["gradient_accumulation_steps=4"], "cpu"),
     ],
 )
 def test_a_setting_that_the_config_says_too_is_taken(settings, words, device):
@@ -77,7 +77,7 @@ class Config:
     out: str = sys.argv[1]
     dtype: str = "auto"
     memory: Memory = field(default_factory=Memory)
-    plan: bool = False
+    dry_run: bool = False
     overwrite: bool = False
     wandb: str = "disabled"
 

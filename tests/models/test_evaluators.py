@@ -20,7 +20,7 @@ from transformers import (
 
 from configs import UserError
 from models.cards import card
-from models.evaluators import EVALUATORS, READERS, Clip, Dino, Siglip, evaluators
+from models.evaluators import EVALUATORS, READERS, Clip, Dino, Siglip, load_evaluators
 
 TEXTS = ["a cat", "a dog"]
 
@@ -57,50 +57,50 @@ def unit(x: torch.Tensor) -> np.ndarray:
 @torch.no_grad()
 def test_siglip_is_transformers_own(cache):
     repo, revision = card("sdxl").siglip.split("@")
-    eye, model = Siglip(f"{repo}@{revision}"), SiglipModel.from_pretrained(repo, revision=revision)
+    evaluator, model = Siglip(f"{repo}@{revision}"), SiglipModel.from_pretrained(repo, revision=revision)
     ours, files = pictures()
     processed = SiglipImageProcessor.from_pretrained(repo, revision=revision)(files, return_tensors="pt")
     seen = unit(model.get_image_features(**processed).pooler_output)
-    assert np.allclose(eye.features(ours), seen, atol=1e-5)
+    assert np.allclose(evaluator.features(ours), seen, atol=1e-5)
     words = hub.t5_words()(TEXTS, padding="max_length", max_length=hub.LENGTH, return_tensors="pt").input_ids
     read = unit(model.get_text_features(words).pooler_output)
-    assert np.allclose(eye.texts(TEXTS), read, atol=1e-5)
-    assert np.allclose(eye.score(seen, *TEXTS), seen @ (read[0] - read[1]), atol=1e-5)
+    assert np.allclose(evaluator.texts(TEXTS), read, atol=1e-5)
+    assert np.allclose(evaluator.score(seen, *TEXTS), seen @ (read[0] - read[1]), atol=1e-5)
 
 
 @torch.no_grad()
 def test_dino_is_transformers_own(cache):
     repo, revision = card("sdxl").dino.split("@")
-    eye, model = Dino(f"{repo}@{revision}"), Dinov2Model.from_pretrained(repo, revision=revision)
+    evaluator, model = Dino(f"{repo}@{revision}"), Dinov2Model.from_pretrained(repo, revision=revision)
     ours, files = pictures()
     processed = BitImageProcessor.from_pretrained(repo, revision=revision)(files, return_tensors="pt")
     assert processed.pixel_values.shape[-1] == 28  # cropped
-    assert np.allclose(eye.features(ours), unit(model(**processed).pooler_output), atol=1e-5)
+    assert np.allclose(evaluator.features(ours), unit(model(**processed).pooler_output), atol=1e-5)
     with pytest.raises(UserError, match="dino sees pictures but reads no words"):
-        eye.score(eye.features(ours), *TEXTS)
-    assert eye.rest(eye.features(ours), *TEXTS).shape == (3, 32)
+        evaluator.score(evaluator.features(ours), *TEXTS)
+    assert evaluator.rest(evaluator.features(ours), *TEXTS).shape == (3, 32)
 
 
 def test_larger_pictures_are_resized_as_pil_does_it(cache):
-    eye = Siglip(card("sdxl").siglip)
+    evaluator = Siglip(card("sdxl").siglip)
     ours, files = pictures(96)
     small = [torch.from_numpy(np.array(file.resize((32, 32), Image.BICUBIC))).permute(2, 0, 1) / 255 for file in files]
-    assert (eye.prepare(ours) * eye.std + eye.mean - torch.stack(small)).abs().max() < 2 / 255
+    assert (evaluator.prepare(ours) * evaluator.std + evaluator.mean - torch.stack(small)).abs().max() < 2 / 255
 
 
 def test_an_old_config_says_sizes_as_numbers(cache):
-    eye = Dino(card("sdxl").dino)
-    eye.pixels |= {"size": 32, "crop_size": 28}
-    assert (eye.resize_px, eye.size_px) == (32, 28)
+    evaluator = Dino(card("sdxl").dino)
+    evaluator.pixels |= {"size": 32, "crop_size": 28}
+    assert (evaluator.resize_px, evaluator.size_px) == (32, 28)
 
 
 def test_the_card_and_the_caller_choose(cache):
     family = card("sdxl")
     assert set(READERS) < set(EVALUATORS)
-    assert list(evaluators(family, names=["dino", "siglip"])) == ["dino", "siglip"]
-    assert {name: type(eye) for name, eye in evaluators(card("tiny")).items()}.keys() == {"clip", "probe"}
+    assert list(load_evaluators(family, names=["dino", "siglip"])) == ["dino", "siglip"]
+    assert {name: type(evaluator) for name, evaluator in load_evaluators(card("tiny")).items()}.keys() == {"clip", "probe"}
     with pytest.raises(UserError, match="family tiny has no evaluator 'dino'; it has clip, probe"):
-        evaluators(card("tiny"), names=["dino"])
+        load_evaluators(card("tiny"), names=["dino"])
     with pytest.raises(UserError, match="cannot load the evaluator nobody/nothing: it is not in the cache"):
         Clip("nobody/nothing").features(torch.zeros(1, 3, 8, 8))
 
@@ -110,7 +110,7 @@ def test_an_extra_that_is_not_installed(monkeypatch, name, package):
     for part in (package, f"{package}.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(UserError, match=rf"needs {package}: pip install -e '.\[{name}\]'"):
-        evaluators(card("sdxl"), names=[name])
+        load_evaluators(card("sdxl"), names=[name])
 
 
 def test_extras_are_handed_what_they_expect(monkeypatch):
@@ -133,7 +133,7 @@ def test_extras_are_handed_what_they_expect(monkeypatch):
     made = SimpleNamespace(FeatureExtractorInceptionV3=lambda name, features: asked)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", made)
     ours, _ = pictures()
-    found = {name: eye.features(ours) for name, eye in evaluators(card("sdxl"), names=["dreamsim", "inception"]).items()}
+    found = {name: evaluator.features(ours) for name, evaluator in load_evaluators(card("sdxl"), names=["dreamsim", "inception"]).items()}
     assert seen["dreamsim"].shape[-2:] == (224, 224) and 0 <= seen["dreamsim"].min() and seen["dreamsim"].max() <= 1
     assert seen["inception"].dtype == torch.uint8 and seen["inception"].shape == ours.shape
     assert np.allclose(np.linalg.norm(found["dreamsim"], axis=-1), 1) and found["inception"].shape == (3, 3)
@@ -141,14 +141,14 @@ def test_extras_are_handed_what_they_expect(monkeypatch):
 
 @pytest.mark.parametrize(("name", "says"), [("clip", "clip gives numbers"), ("probe", "the attribute probe gives numbers")])
 def test_damaged_weights_are_told_from_damaged_pictures(name, says):
-    eye, pictures = evaluators(card("tiny"), names=[name])[name], torch.zeros(2, 3, 64, 64)
+    evaluator, pictures = load_evaluators(card("tiny"), names=[name])[name], torch.zeros(2, 3, 64, 64)
     with pytest.raises(UserError, match="the pictures are not finite"):
-        eye.features(pictures * float("nan"))
-    net = eye.model if name == "clip" else eye.probe
+        evaluator.features(pictures * float("nan"))
+    net = evaluator.model if name == "clip" else evaluator.probe
     for weight in net.parameters():
         weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match=f"{says} that are not finite: its weights are damaged"):
-        eye.features(pictures)
+        evaluator.features(pictures)
     if name == "clip":
         with pytest.raises(UserError, match="clip gives numbers that are not finite"):
-            eye.texts(["a person"])
+            evaluator.texts(["a person"])

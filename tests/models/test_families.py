@@ -32,7 +32,7 @@ from models.sampler import Plan, Stage, alone, draw_noise, finish
 
 TEXTS = ["portrait of a person, glasses", "portrait of a person, hat"]
 SEEDS = [5, 17]
-SCHEDULERS = {kind.__name__: kind for kind in (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LCMScheduler)}
+SCHEDULERS = {prediction_type.__name__: prediction_type for prediction_type in (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LCMScheduler)}
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +97,10 @@ SDXL = {  # the published recipes: timesteps, kind, eta, guidance, first x, last
 @pytest.mark.parametrize("name", SDXL)
 def test_the_members_of_sdxl_are_sampled_as_published(sdxl, name):
     member = sdxl.member(name)
-    found = ([level.t for level in member.levels], member.denoiser.kind, member.eta, member.guidance, member.start, member.final)
+    found = ([level.t for level in member.levels], member.denoiser.prediction_type, member.eta, member.guidance, member.start, member.final)
     assert found == SDXL[name]
     assert member.denoiser.guidance_embedding == (7.0 if name == "lcm" else None)
-    assert member.name == f"sdxl/{name}" and member.law == "vp"
+    assert member.name == f"sdxl/{name}" and member.noise_schedule == "vp"
 
 
 @pytest.mark.parametrize(("name", "parts"), [("tiny/dmd", ("tiny", "dmd")), ("my/card.yaml/base", ("my/card.yaml", "base"))])
@@ -126,8 +126,8 @@ def test_unknown_names_are_told_the_known_ones(tiny):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{base: {law: edm}}", "law.*'vp', 'vp-linear', 'flow'"),
-        ("{base: {kind: epsilon}}", "kind.*'eps', 'v', 'flow', 'sample'"),
+        ("{base: {noise_schedule: edm}}", "noise_schedule.*'vp', 'vp-linear', 'flow'"),
+        ("{base: {prediction_type: epsilon}}", "prediction_type.*'eps', 'v', 'flow', 'sample'"),
         ("{base: {final: one}}", "final.*'clean', 'first'"),
         ("{base: {stepz: 4}}", "did you mean .*steps"),
         ("{student: {}}", "base 'base' is not one of its members: student"),
@@ -215,7 +215,7 @@ def test_weights_that_are_not_there_are_not_replaced_by_others(own, member):
 def test_noise_that_no_law_has_is_refused(own):
     with pytest.raises(UserError, match="rescale_betas_zero_snr"):
         own(rescale_betas_zero_snr=True).member("base")
-    with pytest.raises(UserError, match="other noise than law vp: .*0.02"):
+    with pytest.raises(UserError, match="other noise than noise_schedule vp: .*0.02"):
         own(rescale_betas_zero_snr=False, beta_end=0.02).member("base")
 
 

@@ -14,7 +14,7 @@ from test_controls import network, trained
 
 from analysis.images.cache import Job, in_memory, in_turn
 from configs import merge
-from controls.lora import ready
+from controls.lora import fusing
 from models import budget, forecast
 from models.architectures import ARCHITECTURES, blank
 from models.cards import card
@@ -58,7 +58,7 @@ def test_decoding_is_what_torch_allocates(tmp_path, learning):
 def test_a_controls_sums_are_those_it_holds():
     net, smile = network(), trained(network(), "smile", 1, layers="full")
     before = {weight.data_ptr() for weight in net.parameters()}
-    with ready(net, smile, 1.0)():
+    with fusing(net, smile, 1.0)():
         sums = [weight for weight in net.parameters() if weight.data_ptr() not in before]
         held, largest = sum(weight.nbytes for weight in sums), max(weight.nbytes for weight in sums)
     assert forecast.total(forecast.sums(smile.tensors, torch.float32)) == held + 3 * largest
@@ -109,7 +109,7 @@ def test_what_takes_turns_is_not_held_together(tiny):
 
 
 def test_a_plan_counts_what_a_resumed_run_still_does(tmp_path, capsys):
-    words = ["steps=8", "batch=1", "trajectories=2", f"out={tmp_path}", "plan=true"]
+    words = ["steps=8", "batch_size=1", "trajectories=2", f"out={tmp_path}", "dry_run=true"]
     slider.main(merge(slider.Config, words))
     assert "smile on tiny/base: 8 steps of 1 latents\n" in capsys.readouterr().out
     (tmp_path / "smile").mkdir()
@@ -124,7 +124,7 @@ def test_a_plan_counts_what_a_resumed_run_still_does(tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "when"), [
     ([], "in a step"), (["watch=[tiny/dmd]", "watch_prompts=12"], "when dmd is watched"),
-    (["sample_seeds=[1,2,3,4,5,6]", "batch=1"], "strip"),
+    (["sample_seeds=[1,2,3,4,5,6]", "batch_size=1"], "strip"),
 ])  # fmt: skip
 def test_moments_of_training(words, when):
     cfg, family = merge(slider.Config, words), Family("tiny", dtype=torch.float32, bare=True)
@@ -176,10 +176,10 @@ def test_an_unknown_config_is_said_and_stops_no_plan(tmp_path, monkeypatch):
     assert forecast.said(lambda: forecast.drawing(family, [], 1, [], [])).startswith("memory at the most: unknown (cannot load ")
 
 
-@pytest.mark.parametrize(("words", "batch"), [
-    ([], 8), (["member=sdxl/base"], 2), (["member=flux/dev"], 1), (["member=sdxl/base", "batch=5"], 5),
+@pytest.mark.parametrize(("words", "batch_size"), [
+    ([], 8), (["member=sdxl/base"], 2), (["member=flux/dev"], 1), (["member=sdxl/base", "batch_size=5"], 5),
 ])  # fmt: skip
-def test_the_batch_is_the_familys_where_the_run_does_not_say(words, batch):
+def test_the_batch_is_the_familys_where_the_run_does_not_say(words, batch_size):
     cfg = merge(slider.Config, words)
     check(cfg)
-    assert cfg.batch == batch
+    assert cfg.batch_size == batch_size

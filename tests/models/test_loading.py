@@ -107,7 +107,7 @@ def test_another_revision_than_the_pinned_one_is_used_with_a_warning(cache, tmp_
     ({"extends": "sd21", "sise_px": 64}, "unknown key 'sise_px'; did you mean 'size_px'"),
     ({"extends": "sd12"}, "no family 'sd12': there are flux, pixart"),
     ({"extends": "sd21", "architecture": "sd4"}, "no architecture 'sd4'; there are sdxl, sd,"),
-    ({"extends": "sd21", "members": {"mine": {"law": "flow"}}}, "member mine has law flow and kind eps"),
+    ({"extends": "sd21", "members": {"mine": {"noise_schedule": "flow"}}}, "member mine has noise_schedule flow and prediction_type eps"),
     ({"extends": "sd21", "members": {"mine": {"file": "a", "lora": "b"}}}, "a file or a lora, not both"),
     ({"extends": "sd21", "members": {"base": {"lora": "b"}}}, "the base has no lora"),
 ])  # fmt: skip
@@ -138,7 +138,7 @@ def test_a_member_on_disk_is_a_card_of_a_few_lines(cache, tmp_path):
     sampled = {"steps": 4, "spacing": "trailing"}
     found = family(tmp_path, {"extends": "sd21", "size_px": 64, "members": {
         "mine": {"file": str(tmp_path / "mine.safetensors"), **sampled},
-        "mine-lora": {"lora": str(tmp_path / "mine-lora.safetensors"), "strength": 0.5, **sampled},
+        "mine-lora": {"lora": str(tmp_path / "mine-lora.safetensors"), "lora_scale": 0.5, **sampled},
     }})  # fmt: skip
     assert list(found.card.members) == ["base", "v", "turbo", "mine", "mine-lora"] and found.card.name == "sd21"
     assert torch.equal(found.member("mine").denoiser.net.conv_in.weight, net.conv_in.weight.half().float())

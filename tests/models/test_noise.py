@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from configs import UserError
-from models.noise import CLEAN, LAWS, TRAIN_STEPS, Noise, ancestral, flow, flow_at, timesteps, to_eps, to_x0, vp, vp_at
+from models.noise import CLEAN, NOISE_SCHEDULES, TRAIN_STEPS, Noise, ancestral, flow, flow_at, timesteps, to_eps, to_x0, vp, vp_at
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 VP_KINDS = {  # what a network of each kind should answer, from x0, eps and the level
@@ -39,10 +39,10 @@ def test_between_training_steps_vp_is_diffusers_euler():
     assert np.allclose(ratios, scheduler.sigmas[:-1], rtol=1e-4)  # diffusers works in float32 next to 1
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("noise_schedule", NOISE_SCHEDULES)
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 4.2, 14.0])
-def test_a_level_is_found_by_its_ratio(law, ratio):
-    at, at_ratio = LAWS[law]
+def test_a_level_is_found_by_its_ratio(noise_schedule, ratio):
+    at, at_ratio = NOISE_SCHEDULES[noise_schedule]
     level = at_ratio(ratio)
     assert level.ratio == pytest.approx(ratio, rel=1e-4)
     assert at(level.t).ratio == pytest.approx(level.ratio)
@@ -57,7 +57,7 @@ def test_the_laws_keep_their_promise():
 def test_pure_noise_and_its_neighbours():
     assert flow(1000) == Noise(1000.0, 0.0, 1.0) and flow(1000).ratio == math.inf
     assert flow_at(math.inf) == flow(1000)
-    assert vp_at(math.inf) == vp(999)  # SDXL's law does not reach pure noise
+    assert vp_at(math.inf) == vp(999)  # SDXL's schedule does not reach pure noise
     assert CLEAN.ratio == 0
 
 
@@ -106,12 +106,12 @@ def test_unknown_spacing():
         timesteps("karras", 4)
 
 
-@pytest.mark.parametrize("kind", VP_KINDS)
+@pytest.mark.parametrize("prediction_type", VP_KINDS)
 @pytest.mark.parametrize("t", [0, 1, 249, 749, 999])
-def test_x0_comes_back_from_every_kind(kind, t):
+def test_x0_comes_back_from_every_kind(prediction_type, t):
     (x0, eps), noise = pair(), vp(t)
     x = noise.alpha * x0 + noise.sigma * eps
-    found = to_x0(x, VP_KINDS[kind](x0, eps, noise), noise, kind)
+    found = to_x0(x, VP_KINDS[prediction_type](x0, eps, noise), noise, prediction_type)
     assert torch.allclose(found, x0) and torch.allclose(to_eps(x, found, noise), eps)
 
 

@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_map
 
 from configs import UserError, load, merge
 from controls import formats
-from controls.lora import applied
+from controls.lora import fused
 from models import budget, families, quantized
 from models import offload as memory
 from models.families import Family, Memory
-from models.offload import Turns, compiled
+from models.offload import Offloader, compiled
 from models.sampler import alone, draw_noise, finish
 from train import slider, sliderspace
 
@@ -43,8 +43,8 @@ def test_the_same_pictures(plain, memory):
 
 def test_text_encoders_network_and_vae_take_turns(monkeypatch):
     family, come = Family("tiny", memory=Memory(offload=True)), []
-    bring = Turns.bring
-    monkeypatch.setattr(Turns, "bring", lambda turns, parts: come.append(list(parts)) or bring(turns, parts))
+    bring = Offloader.bring
+    monkeypatch.setattr(Offloader, "bring", lambda turns, parts: come.append(list(parts)) or bring(turns, parts))
     drawn(family)
     encoders, net, vae = list(family.encoders().values()), family.member("dmd").denoiser.net, family.pipe.vae
     assert [parts for k, parts in enumerate(come) if not k or parts != come[k - 1]] == [encoders, [net], [vae]]
@@ -65,7 +65,7 @@ class Part(torch.nn.Linear):
 def test_one_leaves_before_the_next_comes():
     log = []
     text, more, net = (Part(name, log) for name in ("text", "more", "net"))
-    turns = Turns(torch.device("cuda"))
+    turns = Offloader(torch.device("cuda"))
     turns.comes_when_called(net)
     turns.bring([text, more])
     net(torch.zeros(1, 1))
@@ -119,7 +119,7 @@ def test_the_budget_is_a_command(capsys):
     assert [line.split()[0] for line in lines] == ["part", "text_encoder", "text_encoder_2", "vae", "base", "dmd", "together"]
 
 
-class Types(Turns):
+class Types(Offloader):
     """Numbers of 64 bits in place of a device and 32 away from it: what meets without having come fails here as it does on a GPU."""
 
     def __init__(self, device=None):
@@ -135,12 +135,12 @@ def test_a_control_in_the_weights_travels_with_them():
     """Whether the network is there or away when the control comes, and wherever it is sent meanwhile."""
     net, whole, smile, turns = network(), network().double(), trained(network(), "smile", 1), Types()
     bare, weights = output(whole), {name: weight.clone() for name, weight in net.named_parameters()}
-    with applied(whole, smile, 1.0):
+    with fused(whole, smile, 1.0):
         moved = output(whole)
     turns.comes_when_called(net)
     for start in ([], [net]):
         turns.bring(start)
-        with applied(net, smile, 1.0):
+        with fused(net, smile, 1.0):
             assert torch.allclose(output(net), moved, atol=1e-5)
             turns.bring([])
             assert torch.allclose(output(net), moved, atol=1e-5)
@@ -154,7 +154,7 @@ SMALL = ["steps=4", "sample_seeds=[1]", "sample_scales=[0,1]", "save_every=2", "
 
 def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkeypatch):
     """Beside its average, its optimizer and watched members, with strips between, killed and continued."""
-    words = [*SMALL, "batch=2", "trajectories=3", "ema=0.5", "sample_every=1", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=1"]
+    words = [*SMALL, "batch_size=2", "trajectories=3", "ema=0.5", "sample_every=1", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=1"]
     stays = formats.load(slider.main(merge(slider.Config, [*words, f"out={tmp_path}/stays"])))
     monkeypatch.setattr(families, "Turns", Types)
     words += [f"out={tmp_path}/waits", "memory.offload=true"]
@@ -180,7 +180,7 @@ def killing(call, after: int):
 
 def test_network_and_vae_are_together_where_gradients_pass_both(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "Turns", Types)
-    words = ["directions=2", "trajectories=4", "batch=1", "memory.offload=true", f"out={tmp_path}"]
+    words = ["directions=2", "trajectories=4", "batch_size=1", "memory.offload=true", f"out={tmp_path}"]
     folder = sliderspace.main(merge(sliderspace.Config, [*SMALL, *words]))
     assert formats.load(folder / "space-2.safetensors").tensors
 

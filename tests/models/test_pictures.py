@@ -20,7 +20,7 @@ from train import image_slider, lora
 from train.image_slider import Config, pictures
 from train.pictures import read
 
-SHORT = ["steps=2", "batch=2", "sample_every=0", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled"]
+SHORT = ["steps=2", "batch_size=2", "sample_every=0", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled"]
 
 
 def paint(path, colour, size=(32, 32)):
@@ -334,7 +334,7 @@ def test_a_lora_trains_on_a_folder_and_with_its_prior(tmp_path):
 
 
 def test_the_prior_term_is_zero_until_the_control_acts():
-    cfg = merge(lora.Config, ["prior_images=2", "batch=2", "out=/nowhere", "member=tiny/dmd"])
+    cfg = merge(lora.Config, ["prior_images=2", "batch_size=2", "out=/nowhere", "member=tiny/dmd"])
     family = Family("tiny")
     memory = lora.Memory(cfg, SimpleNamespace(family=family, member=family.member("dmd")))
     assert memory(torch.Generator().manual_seed(0)) < 1e-8

@@ -9,7 +9,7 @@ import torch
 
 from configs import UserError
 from models.families import Family
-from models.interventions import Annealed, Between, Pink, derived
+from models.interventions import CADS, Pink, WeightInterpolation, derived
 from models.noise import vp
 from models.plans import PLANS, named
 from models.prompts import Prompts
@@ -93,8 +93,8 @@ def test_a_plan_costs_what_it_says(text):
     base, student = toys()
     plan = named(text, base, student)
     finish(plan, draw_noise([1], (4, 8, 8), plan.steps), prompts(1))
-    counted = (base.denoiser.evaluations, student.denoiser.evaluations)
-    assert counted == COSTS[text] and plan.evaluations == sum(counted)
+    counted = (base.denoiser.nfe, student.denoiser.nfe)
+    assert counted == COSTS[text] and plan.nfe == sum(counted)
 
 
 @pytest.mark.parametrize("text", COSTS)
@@ -177,21 +177,21 @@ def test_pink_noise_has_the_spectrum_that_it_says():
 
 def test_cads_fades_with_the_noise_level():
     """gamma by hand; without rescaling the formula itself, with it the prompt's own mean and deviation."""
-    told, own = prompts(), draw_noise([1, 2], (4, 8, 8), 0)[:, 0]
-    cads = Annealed(0.5, rescale=0.0)
+    conditioning, own = prompts(), draw_noise([1, 2], (4, 8, 8), 0)[:, 0]
+    cads = CADS(0.5, rescale=0.0)
     assert [round(cads.gamma(vp(t)), 6) for t in (1000 - 1, 900, 750, 600, 100)] == [0, 0, 0.5, 1, 1]
-    assert cads(told, vp(600), own) is told
-    noised = cads(told, vp(750), own)
-    n = (noised.tokens - 0.5**0.5 * told.tokens) / (0.5 * 0.5**0.5)
-    assert torch.allclose(n, derived(own, (3, 4), 10_750), atol=1e-5) and noised.negative is told.negative
-    kept = Annealed(0.5)(told, vp(750), own).tokens
-    assert torch.allclose(kept.mean((1, 2)), told.tokens.mean((1, 2))) and torch.allclose(kept.std((1, 2)), told.tokens.std((1, 2)))
+    assert cads(conditioning, vp(600), own) is conditioning
+    noised = cads(conditioning, vp(750), own)
+    n = (noised.tokens - 0.5**0.5 * conditioning.tokens) / (0.5 * 0.5**0.5)
+    assert torch.allclose(n, derived(own, (3, 4), 10_750), atol=1e-5) and noised.negative is conditioning.negative
+    kept = CADS(0.5)(conditioning, vp(750), own).tokens
+    assert torch.allclose(kept.mean((1, 2)), conditioning.tokens.mean((1, 2))) and torch.allclose(kept.std((1, 2)), conditioning.tokens.std((1, 2)))
 
 
 def test_the_swap_computes_once_and_gives_back(tiny):
     base, student = (tiny.member(name).denoiser.net for name in ("base", "dmd"))
     own = [p.data_ptr() for p in student.parameters()]
-    between = Between(base, student, 0.0)
+    between = WeightInterpolation(base, student, 0.0)
     with between():
         inside = [p.data_ptr() for p in student.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(base.parameters(), student.parameters(), strict=True))

@@ -9,8 +9,8 @@ from torch import nn
 
 from configs import UserError, entry, load, merge
 from controls import formats
-from controls.layers import places, targets
-from controls.lora import applied, attach, create, detach, extract, parameters, strength
+from controls.layers import named_layers, targets
+from controls.lora import attach, create, detach, extract, fused, parameters, strength
 from models import budget, quantized
 from models.cards import card
 from models.families import Family
@@ -79,7 +79,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(kind):
 def test_controls_come_and_go_as_on_the_whole_network(kind):
     net, whole, smile = quantize(network(), kind, CPU), network(), trained(network(), "smile", 1, layers="full")
     before, bare = list(net.named_modules()), output(net)
-    assert targets(net, "full") == targets(whole, "full") and places(net).keys() == places(whole).keys()
+    assert targets(net, "full") == targets(whole, "full") and named_layers(net).keys() == named_layers(whole).keys()
     attach(net, smile, family="tiny")
     assert torch.equal(output(net), bare)
     assert all(torch.equal(tensor, smile.tensors[key]) for key, tensor in extract(net, "smile").items())
@@ -87,7 +87,7 @@ def test_controls_come_and_go_as_on_the_whole_network(kind):
         assert not torch.equal(output(net), bare)
     detach(net)
     assert list(net.named_modules()) == before and torch.equal(output(net), bare)
-    with pytest.raises(UserError, match="smile cannot be added to the weights of a quantised network"), applied(net, smile, 1.0):
+    with pytest.raises(UserError, match="smile cannot be added to the weights of a quantised network"), fused(net, smile, 1.0):
         pass
 
 
@@ -122,7 +122,7 @@ def test_loading_asks_for_the_whole_on_the_cpu_and_for_less_on_the_device(kind, 
     assert (first, second) == ("cpu", "meta") and small < whole
 
 
-SMALL = ["steps=3", "batch=2", "trajectories=3", "sample_every=0", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled"]
+SMALL = ["steps=3", "batch_size=2", "trajectories=3", "sample_every=0", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled"]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_slider_trained_on_it_is_one_of_the_whole_network(kind, slid, tmp_path
     assert packed.card.base_hash == slid.card.base_hash and packed.card.recipe == {**slid.card.recipe, "quantize": kind}
     ours, theirs = (torch.cat([c.tensors[key].flatten() for key in sorted(c.tensors) if "lora_B" in key]) for c in (packed, slid))
     assert torch.cosine_similarity(ours, theirs, dim=0) > (0.5 if kind == "nf4" else 0.9)
-    with applied(Family("tiny").member("base").denoiser.net, packed, 1.0, "tiny"):
+    with fused(Family("tiny").member("base").denoiser.net, packed, 1.0, "tiny"):
         pass
 
 

@@ -20,7 +20,7 @@ from diffusers import (
 from analysis import transfer
 from configs import ROOT, UserError
 from controls import formats
-from controls.lora import applied, attach, detach, strength
+from controls.lora import attach, detach, fused, strength
 from models.cards import CARDS, card
 from models.families import Family
 from models.loading import source
@@ -226,7 +226,7 @@ def test_the_strength_of_a_delta_is_a_dial_also_per_step(families):
     noise = draw_noise(SEEDS, family.latent_shape, 4)
 
     def drawn(dial) -> torch.Tensor:
-        turned = replace(student, denoiser=replace(student.denoiser, strength=dial))
+        turned = replace(student, denoiser=replace(student.denoiser, lora_scale=dial))
         with torch.no_grad():
             return finish(alone(turned), noise, told)
 
@@ -244,7 +244,7 @@ def test_a_control_acts_on_a_delta_as_on_weights_with_the_delta_in_them(families
     family = families("sdxl")
     student, plain = family.member(STUDENT), latents(family, STUDENT)
     control = formats.load(trained(family, "base", tmp_path))
-    with applied(student.denoiser.net, control, 1.0, "sdxl"):
+    with fused(student.denoiser.net, control, 1.0, "sdxl"):
         merged = latents(family, STUDENT)
     attach(student.denoiser.net, control, "mine", "sdxl")
     with strength(student.denoiser.net, mine=1.0):
@@ -259,7 +259,7 @@ def test_a_control_acts_on_a_delta_as_on_weights_with_the_delta_in_them(families
 
 def trained(family: Family, member: str, folder, **more) -> str:
     """One step of the slider trainer on a member; the path of the control."""
-    short = {"steps": 1, "batch": 1, "trajectories": 1, "rank": 2, "alpha": 2.0, "rate": 0.05, "sample_scales": [0.0, 1.0]}
+    short = {"steps": 1, "batch_size": 1, "trajectories": 1, "rank": 2, "alpha": 2.0, "learning_rate": 0.05, "sample_scales": [0.0, 1.0]}
     pair = [slider.Pair("a cat", "a big cat", "a small cat")]
     short |= {"member": f"{family.path}/{member}", "out": str(folder), "sample_seeds": [1], **more}
     cfg = slider.Config(name=f"big-{member}", prompts=pair, **short)
@@ -279,12 +279,12 @@ def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines,
         assert (control.card.family, control.card.member) == (name, source_member)
         assert any(tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key)  # it has learnt
         plain = latents(family, student)
-        with applied(net, control, 1.0, name):
+        with fused(net, control, 1.0, name):
             assert not torch.equal(latents(family, student), plain)
         assert torch.equal(latents(family, student), plain)
     page = transfer.main(transfer.Config(
         name=name, family=str(family.path), controls=[str(files[0])], targets=[student], prompts=TEXTS, seeds=2, scales=[0.0, 1.0],
-        references=False, batch=2, out=str(tmp_path / "transfer"), cache=str(tmp_path / "cache"),
+        references=False, batch_size=2, out=str(tmp_path / "transfer"), cache=str(tmp_path / "cache"),
     ))  # fmt: skip
     (cell,) = json.loads((page.parent / "results.json").read_text())["cells"]
     assert (cell["source"], cell["target"]) == (f"{name}/{base}", f"{name}/{student}")
@@ -302,7 +302,7 @@ def test_a_slider_of_a_quantised_network_is_one_of_the_whole(families, tmp_path,
     assert packed.card.base_hash == whole.card.base_hash and packed.tensors.keys() == whole.tensors.keys()
     ours, theirs = (torch.cat([c.tensors[key].flatten() for key in sorted(c.tensors) if "lora_B" in key]) for c in (packed, whole))
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.5
-    with applied(family.member(member).denoiser.net, packed, 1.0, name):
+    with fused(family.member(member).denoiser.net, packed, 1.0, name):
         assert latents(family, member).isfinite().all()
 
 
@@ -319,14 +319,14 @@ def test_a_slider_is_trained_on_every_other_student_too(families, tmp_path, name
     control = formats.load(trained(family, member, tmp_path))
     assert (control.card.member, any(tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key)) == (member, True)
     plain = latents(family, member)
-    with applied(family.member(member).denoiser.net, control, 1.0, name):
+    with fused(family.member(member).denoiser.net, control, 1.0, name):
         assert not torch.equal(latents(family, member), plain)
     assert torch.equal(latents(family, member), plain)
 
 
 def agrees_with_diffusers(family: Family, pipe, student: str, file, cache) -> None:
     """The file, loaded by diffusers alone, does what we say it does."""
-    with applied(family.member(student).denoiser.net, formats.load(file), 1.0):
+    with fused(family.member(student).denoiser.net, formats.load(file), 1.0):
         ours = latents(family, student)
     kind = family.architecture
     before = getattr(pipe, kind.part)

@@ -81,9 +81,9 @@ class TestParity:
         assert torch.allclose(ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=5), atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize(("spacing", "start"), [("leading", "unit"), ("trailing", "sigma"), ("linspace", "sigma")])
-    @pytest.mark.parametrize("kind", EULERS)
-    def test_euler(self, tiny, pipe, kind, spacing, start, guidance):
-        build, eta = EULERS[kind]
+    @pytest.mark.parametrize("prediction_type", EULERS)
+    def test_euler(self, tiny, pipe, prediction_type, spacing, start, guidance):
+        build, eta = EULERS[prediction_type]
         scheduler = build(**BETAS, timestep_spacing=spacing, steps_offset=int(spacing == "leading"))
         ours = our_latents(tiny, sampler(tiny, guidance, spacing, 4, start=start, eta=eta))
         assert torch.allclose(ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=4), atol=1e-4, rtol=0)
@@ -123,8 +123,8 @@ def states() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize(("kind", "name"), [("eps", "epsilon"), ("v", "v_prediction"), ("sample", "sample")])
-def test_update_is_a_step_of_ddim(kind, name, eta):
+@pytest.mark.parametrize(("prediction_type", "name"), [("eps", "epsilon"), ("v", "v_prediction"), ("sample", "sample")])
+def test_update_is_a_step_of_ddim(prediction_type, name, eta):
     """DDIM's eta 1 is DDPM, and the same share of fresh noise as Euler-ancestral's."""
     x, out, fresh = states()
     scheduler = DDIMScheduler(**DDIM, prediction_type=name, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
@@ -132,14 +132,14 @@ def test_update_is_a_step_of_ddim(kind, name, eta):
     levels = [*levels_of("vp", "leading", 5), vp(0)]
     for now, after in zip(levels, levels[1:], strict=False):
         theirs = scheduler.step(out, int(now.t), x, eta=eta, variance_noise=fresh if eta else None)
-        x0 = to_x0(x, out, now, kind)
+        x0 = to_x0(x, out, now, prediction_type)
         ours = update(x, x0, now, after, ancestral if eta else 0.0, fresh)
         assert torch.allclose(x0, theirs.pred_original_sample, rtol=1e-5, atol=1e-5)
-        assert torch.allclose(ours, theirs.prev_sample, rtol=1e-5, atol=1e-4 if kind == "sample" else 1e-5)  # /sigma, float32 near t = 0
+        assert torch.allclose(ours, theirs.prev_sample, rtol=1e-5, atol=1e-4 if prediction_type == "sample" else 1e-5)  # /sigma, float32 near t = 0
 
 
-@pytest.mark.parametrize(("kind", "name"), [("eps", "epsilon"), ("v", "v_prediction")])
-def test_update_is_a_step_of_euler_at_another_scale(kind, name):
+@pytest.mark.parametrize(("prediction_type", "name"), [("eps", "epsilon"), ("v", "v_prediction")])
+def test_update_is_a_step_of_euler_at_another_scale(prediction_type, name):
     """x_VE = x_VP sqrt(1 + ratio^2)."""
     x, out, _ = states()
     scheduler = EulerDiscreteScheduler(**BETAS, prediction_type=name, timestep_spacing="trailing")
@@ -147,7 +147,7 @@ def test_update_is_a_step_of_euler_at_another_scale(kind, name):
     levels = [*levels_of("vp", "trailing", 4), CLEAN]
     for t, now, after in zip(scheduler.timesteps, levels, levels[1:], strict=False):
         theirs = scheduler.step(out, t, x * (1 + now.ratio**2) ** 0.5).prev_sample / (1 + after.ratio**2) ** 0.5
-        assert torch.allclose(update(x, to_x0(x, out, now, kind), now, after), theirs, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(update(x, to_x0(x, out, now, prediction_type), now, after), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -205,9 +205,9 @@ def prompts(batch: int = 2) -> Prompts:
     return replace(plain, negative=plain)
 
 
-def members(guidance: float | None = None, law: str = "vp", kind: str = "eps") -> tuple[Member, Member]:
+def members(guidance: float | None = None, noise_schedule: str = "vp", prediction_type: str = "eps") -> tuple[Member, Member]:
     """A base, guided or not, and a four-step student of it."""
-    base = Member("toy/base", Denoiser(Counting(0.9), kind), levels_of(law, "leading", 10), law, guidance=guidance)
+    base = Member("toy/base", Denoiser(Counting(0.9), prediction_type), levels_of(noise_schedule, "leading", 10), noise_schedule, guidance=guidance)
     return base, Member("toy/student", Denoiser(Counting(0.6)), levels_of("vp", "", 0, DMD2), eta=1.0)
 
 
@@ -224,7 +224,7 @@ def test_the_base_makes_exactly_k_evaluations(plan, k, guidance):
     each = 1 if guidance is None else 2  # classifier-free guidance asks twice
     finish(made, noise(), prompts())
     assert made.steps == 4
-    assert (base.denoiser.evaluations, student.denoiser.evaluations) == (each * k, 4 - k)
+    assert (base.denoiser.nfe, student.denoiser.nfe) == (each * k, 4 - k)
     assert (base.denoiser.net.images, student.denoiser.net.images) == (2 * each * k, 2 * (4 - k))
     first, second = (base, student) if plan is hybrid else (student, base)
     assert first.denoiser.net.told + second.denoiser.net.told == pytest.approx(DMD2)  # whoever runs, the student's levels
@@ -234,7 +234,7 @@ def test_the_base_makes_exactly_k_evaluations(plan, k, guidance):
 def test_skip_leaves_the_first_k_out(k):
     _, student = members()
     steps = list(sample(skip(student, k), noise(), prompts()))
-    assert student.denoiser.evaluations == len(steps) == 4 - k
+    assert student.denoiser.nfe == len(steps) == 4 - k
     assert student.denoiser.net.told == DMD2[k:]
     assert torch.equal(steps[0].x, noise()[:, 0])
 
@@ -307,7 +307,7 @@ def test_what_is_missing_is_said():
         finish(alone(base), noise(10), prompts().conditional())
 
 
-# hand-overs between noise laws, with a denoiser that knows the answer
+# hand-overs between noise schedules, with a denoiser that knows the answer
 
 
 class Knowing:
@@ -330,10 +330,10 @@ KNOWING = {
 }
 
 
-@pytest.mark.parametrize("law", ["vp", "flow"])
-def test_a_hand_over_keeps_the_noise_level(law):
-    """sigma / alpha stays, and x is the same x0 and eps in the other law's scale: x_VP = x_VE / sqrt(1 + ratio^2)."""
-    given, taken = (KNOWING["lcm"], KNOWING["flow"]) if law == "flow" else (KNOWING["flow"], KNOWING["lcm"])
+@pytest.mark.parametrize("noise_schedule", ["vp", "flow"])
+def test_a_hand_over_keeps_the_noise_level(noise_schedule):
+    """sigma / alpha stays, and x is the same x0 and eps in the other schedule's scale: x_VP = x_VE / sqrt(1 + ratio^2)."""
+    given, taken = (KNOWING["lcm"], KNOWING["flow"]) if noise_schedule == "flow" else (KNOWING["flow"], KNOWING["lcm"])
     levels = [level for level in given.levels if 0 < level.ratio < 14]
     stage = Stage.of(taken, levels)
     assert [level.ratio for level in stage.levels] == pytest.approx([level.ratio for level in levels])

@@ -22,11 +22,11 @@ def allocated(call, folder) -> int:
     return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, checkpointing):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, gradient_checkpointing):
     net, its, cfg = network(), ARCHITECTURES["sdxl"], memory.Config(layers="full")
-    real = allocated(lambda: dry_run.update(net, its, cfg, (4, 8, 8), "vp", checkpointing), tmp_path)
-    seen = dry_run.follow(network().to("meta"), its, cfg, (4, 8, 8), "vp", checkpointing)
+    real = allocated(lambda: dry_run.update(net, its, cfg, (4, 8, 8), "vp", gradient_checkpointing), tmp_path)
+    seen = dry_run.follow(network().to("meta"), its, cfg, (4, 8, 8), "vp", gradient_checkpointing)
     assert seen["peak"] - seen["network"] == pytest.approx(real, rel=0.05)
 
 

@@ -166,7 +166,7 @@ def test_a_step_in_bf16_whole_and_packed(shrunk, monkeypatch):
     net = deepcopy(shrunk.member("base").denoiser.net)
     monkeypatch.setattr(memory, "subject", lambda: (net, 64, 8))
     rows = {name: measure() for name, measure in memory.steps([32], [2], "nf4", 1)}
-    assert [row["checkpointing"] for row in rows.values() if "checkpointing" in row] == [False, True] * 3
+    assert [row["gradient_checkpointing"] for row in rows.values() if "gradient_checkpointing" in row] == [False, True] * 3
     assert rows["packing in nf4"]["packed_gb"] < rows["packing in nf4"]["whole_gb"]
     peaks = [row["peak_gb"] for name, row in rows.items() if name.endswith("forecast")]
     assert peaks[1] < peaks[0]  # with checkpointing

@@ -10,7 +10,7 @@ from configs import UserError, merge
 from controls import formats
 from train import sliderspace
 
-SMALL = ["directions=2", "trajectories=4", "batch=2", "steps=40", "member=tiny/dmd", "sample_every=0", "sample_seeds=[1]", "wandb=disabled"]
+SMALL = ["directions=2", "trajectories=4", "batch_size=2", "steps=40", "member=tiny/dmd", "sample_every=0", "sample_seeds=[1]", "wandb=disabled"]
 
 
 @pytest.fixture(scope="module")

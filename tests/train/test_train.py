@@ -18,7 +18,7 @@ from train import lora, slider
 from train.checkpoint import resumable, seeded
 from train.run import Run
 
-SMALL = ["steps=6", "batch=2", "trajectories=3", "sample_every=0", "save_every=2", "sample_seeds=[1]", "sample_scales=[0,1]",
+SMALL = ["steps=6", "batch_size=2", "trajectories=3", "sample_every=0", "save_every=2", "sample_seeds=[1]", "sample_scales=[0,1]",
          "wandb=disabled"]  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def test_a_slider_killed_at_random_points_continues_bit_for_bit(tmp_path, monkey
     assert same(trained(tmp_path), whole)
 
 
-@pytest.mark.parametrize(("optimizer", "extra", "rate"), [("prodigy", "prodigyopt", 1.0), ("adamw8bit", "bitsandbytes", 1e-3)])
-def test_the_extras_train_and_continue(tmp_path, monkeypatch, optimizer, extra, rate):
+@pytest.mark.parametrize(("optimizer", "extra", "learning_rate"), [("prodigy", "prodigyopt", 1.0), ("adamw8bit", "bitsandbytes", 1e-3)])
+def test_the_extras_train_and_continue(tmp_path, monkeypatch, optimizer, extra, learning_rate):
     pytest.importorskip(extra)
-    words = [f"optimizer={optimizer}", f"rate={rate}", "steps=4"]
+    words = [f"optimizer={optimizer}", f"learning_rate={learning_rate}", "steps=4"]
     undisturbed = trained(tmp_path / "whole", *words)
     assert interrupted(monkeypatch, lambda: trained(tmp_path / "killed", *words), 10)
     assert any(tensor.any() for name, tensor in undisturbed.items() if "lora_B" in name)
@@ -161,7 +161,7 @@ def test_a_published_prompt_file_is_read_and_what_is_ignored_is_said(tmp_path, c
     (pair,) = slider.spread(merge(slider.Config, tmp_path / "prompts.yaml"))
     said = capsys.readouterr().out
     assert pair == slider.Pair("", "high detail", "blurry", "") and said.count("\n") == 1
-    for words in ("'guidance_scale=4' (here: strength)", "'batch_size=1' (here: batch)", "'resolution=512'", "'dynamic_resolution=False'"):
+    for words in ("'guidance_scale=4' (here: one guidance_scale for all pairs)", "'batch_size=1' (here: one batch_size for all pairs)", "'resolution=512'", "'dynamic_resolution=False'"):
         assert words in said
 
 
@@ -182,7 +182,7 @@ def test_pairs_that_are_none(pair, says):
 
 
 def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
-    one = trained(tmp_path / "one", "accumulate=2")
+    one = trained(tmp_path / "one", "gradient_accumulation_steps=2")
     words = [*SMALL, f"out={tmp_path}/two"]
     # torchrun, for on a CPU `accelerate launch --num_processes=2` starts one process
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531", "train/slider.py", *words]
@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_state_before_it(tmp_path, 
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path):
-    plain, thrifty = trained(tmp_path / "a", "steps=2"), trained(tmp_path / "b", "steps=2", "checkpointing=true")
+    plain, thrifty = trained(tmp_path / "a", "steps=2"), trained(tmp_path / "b", "steps=2", "gradient_checkpointing=true")
     assert all(torch.allclose(plain[name], thrifty[name], atol=1e-5) for name in plain)
 
 
@@ -250,10 +250,10 @@ def test_the_average_lags_behind(tmp_path, whole):
         (slider, "member=tiny/turbo", "lightning"),
         (slider, "layers=everything", "noxattn"),
         (slider, "optimizer=sgd", "prodigy"),
-        (slider, "schedule=cosign", "constant"),
+        (slider, "lr_scheduler=cosign", "constant"),
         (slider, "recipe=slow", "published"),
         (slider, "watch=[sdxl/turbo]", "tiny"),
-        (slider, "accumulate=0", "at least 1"),
+        (slider, "gradient_accumulation_steps=0", "at least 1"),
         (slider, "name=smile.2", "dot"),
         (lora, "images=0", "at least 1"),
         (lora, "data=tiny:oil", "watercolour"),

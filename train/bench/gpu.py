@@ -173,7 +173,7 @@ def pictures(cfg: Config) -> Rows:
 
 
 def training(cfg: Config) -> Rows:
-    """A slider's training step: whole and packed, measured and foretold."""
+    """A slider's training step: whole and packed, measured and forecast."""
     return memory.steps(cfg.sizes_px, cfg.train_batches, cfg.quantize, cfg.repeats)
 
 

@@ -27,7 +27,7 @@ SDXL = ARCHITECTURES["sdxl"]
 @dataclass
 class Config:
     sizes_px: list[int] = field(default_factory=lambda: [512, 1024])  # of the images
-    batch: int = 1  # latents at once
+    batch_size: int = 1  # latents at once
     rank: int = 4  # of the slider
     layers: str = "noxattn"  # its layer set
     scope: str = "c3lier"  # and how far that reaches
@@ -36,12 +36,12 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Follows a step of every size with and without checkpointing, prints the table."""
-    cases = [(size_px, checkpointing) for size_px in cfg.sizes_px for checkpointing in (False, True)]
+    cases = [(size_px, gradient_checkpointing) for size_px in cfg.sizes_px for gradient_checkpointing in (False, True)]
     net = unet("meta")
     found = []
-    for size_px, checkpointing in cases:
-        seen = follow(net, SDXL, cfg, latent(size_px), "vp", checkpointing)
-        found.append({"size_px": size_px, "checkpointing": checkpointing, **seen})
+    for size_px, gradient_checkpointing in cases:
+        seen = follow(net, SDXL, cfg, latent(size_px), "vp", gradient_checkpointing)
+        found.append({"size_px": size_px, "gradient_checkpointing": gradient_checkpointing, **seen})
     for row in found:
         row["nf4"] = round(row["peak"] - saved(net))
     with replacing(Path(cfg.out) / "results.json") as new:
@@ -72,13 +72,13 @@ def saved(net: nn.Module) -> float:
 
 
 def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> Rows:
-    """A step (forward, backward, optimizer) of each size and batch: measured, measured when packed, foretold.
+    """A step (forward, backward, optimizer) of each size and batch: measured, measured when packed, forecast.
 
     sizes_px: empty = the size of the network's images, and half of it. kind: of packing; empty = none.
     """
     net, side, factor = subject()
-    cases = [(size_px, batch, checkpointing) for size_px in sizes_px or (side // 2, side)
-             for batch in batches for checkpointing in (False, True)]  # fmt: skip
+    cases = [(size_px, batch_size, gradient_checkpointing) for size_px in sizes_px or (side // 2, side)
+             for batch_size in batches for gradient_checkpointing in (False, True)]  # fmt: skip
     for case in cases:
         yield label(*case), lambda case=case: measured(net, factor, repeats, *case)
     if kind:
@@ -86,7 +86,7 @@ def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> R
         for case in cases:
             yield f"{label(*case)}, {kind}", lambda case=case: measured(net, factor, repeats, *case, True)
     for case in cases:
-        yield f"{label(*case)}, forecast", lambda case=case: foretold(net, factor, *case)
+        yield f"{label(*case)}, forecast", lambda case=case: forecast(net, factor, *case)
 
 
 def subject() -> tuple[nn.Module, int, int]:
@@ -96,30 +96,30 @@ def subject() -> tuple[nn.Module, int, int]:
     return Family("tiny").member("base").denoiser.net, 64, 4
 
 
-def label(size_px: int, batch: int, checkpointing: bool) -> str:
-    return f"{size_px} px, batch {batch}{', checkpointing' if checkpointing else ''}"
+def label(size_px: int, batch_size: int, gradient_checkpointing: bool) -> str:
+    return f"{size_px} px, batch {batch_size}{', checkpointing' if gradient_checkpointing else ''}"
 
 
 def measured(
-    net: nn.Module, factor: int, repeats: int, size_px: int, batch: int, checkpointing: bool, packed=False
+    net: nn.Module, factor: int, repeats: int, size_px: int, batch_size: int, gradient_checkpointing: bool, packed=False
 ) -> Row:
     """Seconds of a step, and the most memory that was held. Raises UserError where packing has failed."""
     if packed and not quantized(net):
         raise UserError("the network is not packed")
     shape = (4, size_px // factor, size_px // factor)
-    with training(net, SDXL, Config(batch=batch), shape, "vp", checkpointing) as step:
+    with training(net, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing) as step:
         seconds, _ = clocked(step, [], repeats)
-        return {"size_px": size_px, "batch": batch, "checkpointing": checkpointing, "seconds": seconds,
+        return {"size_px": size_px, "batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "seconds": seconds,
                 "peak_gb": peak_gb()}  # fmt: skip
 
 
-def foretold(net: nn.Module, factor: int, size_px: int, batch: int, checkpointing: bool) -> Row:
+def forecast(net: nn.Module, factor: int, size_px: int, batch_size: int, gradient_checkpointing: bool) -> Row:
     """The same by a network without weights on `meta`."""
     with torch.device("meta"):
         blank = type(net).from_config(net.config).to(net.dtype).eval().requires_grad_(False)
     shape = (4, size_px // factor, size_px // factor)
-    seen = follow(blank, SDXL, Config(batch=batch), shape, "vp", checkpointing)
-    return {"size_px": size_px, "batch": batch, "checkpointing": checkpointing, "peak_gb": seen["peak"] / 1e9}
+    seen = follow(blank, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing)
+    return {"size_px": size_px, "batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "peak_gb": seen["peak"] / 1e9}
 
 
 def packing(net: nn.Module, kind: str) -> Row:
@@ -137,11 +137,11 @@ def size_gb(net: nn.Module) -> float:
 def show(rows: list[dict]) -> None:
     """Prints the estimate of every case."""
     table = Table(title="Memory of one training step of a slider on SDXL's U-Net, GiB")
-    for head in ("pixels", "checkpointing", "network", "control, optimizer, activations", "peak", "peak with nf4"):
+    for head in ("pixels", "gradient_checkpointing", "network", "control, optimizer, activations", "peak", "peak with nf4"):
         table.add_column(head, justify="right")
     for row in rows:
         sizes = [row["network"], row["peak"] - row["network"], row["peak"], row["nf4"]]
-        table.add_row(str(row["size_px"]), "yes" if row["checkpointing"] else "no", *(f"{size / 2**30:.2f}" for size in sizes))
+        table.add_row(str(row["size_px"]), "yes" if row["gradient_checkpointing"] else "no", *(f"{size / 2**30:.2f}" for size in sizes))
     Console(width=140).print(table)
 
 

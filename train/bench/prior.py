@@ -15,7 +15,7 @@ from rich.table import Table
 
 from configs import entry, load, merge, replacing, versions
 from controls import formats
-from controls.lora import Control, applied
+from controls.lora import Control, fused
 from models.evaluators import Attributes, Clip
 from models.families import Family, split
 from models.tiny import world
@@ -61,9 +61,9 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
     cases = {"without token": (texts, people),
              "with token": ([f"{recipe.token} {text}" for text in texts],
                             [styled(face, recipe.data.partition(":")[2]) for face in people])}  # fmt: skip
-    for case, (told, true) in cases.items():
-        with applied(member.denoiser.net, control, 1.0, name) if control else nullcontext():
-            images = family.draw(member, told, list(range(cfg.images)))
+    for case, (prompts, true) in cases.items():
+        with fused(member.denoiser.net, control, 1.0, name) if control else nullcontext():
+            images = family.draw(member, prompts, list(range(cfg.images)))
         obeyed = [np.mean(list(checks(claims(text), seen).values())) for text, seen in zip(texts, probe.features(images), strict=True)]
         pairs = zip(np.array_split(clip.features(images), BLOCKS),
                     np.array_split(clip.features(world.to_unit(world.pictures(true))), BLOCKS), strict=True)  # fmt: skip

@@ -16,8 +16,8 @@ from rich.table import Table
 from configs import entry, load, merge, replacing, versions
 from controls import formats, retention
 from controls.effect import change
-from controls.lora import applied
-from models.evaluators import evaluators
+from controls.lora import fused
+from models.evaluators import load_evaluators
 from models.families import Family, card, split
 from train import slider
 
@@ -61,8 +61,8 @@ def train(cfg: Config, recipe: str, steps: int) -> dict:
     finally:
         hook.remove()
     seconds, asked = time.time() - start, merge(slider.Config, cfg.config)
-    batch = asked.batch or card(split(asked.member)[0]).batch
-    return {"control": str(path), "steps": steps, "seconds": seconds, "evaluations": counted / steps / batch}
+    batch_size = asked.batch_size or card(split(asked.member)[0]).batch_size
+    return {"control": str(path), "steps": steps, "seconds": seconds, "nfe": counted / steps / batch_size}
 
 
 def effects(cfg: Config, path: str) -> dict:
@@ -71,13 +71,13 @@ def effects(cfg: Config, path: str) -> dict:
     family = Family(control.card.family)
     member, words = family.member(control.card.member), (control.card.recipe["positive"], control.card.recipe["negative"])
     texts = [prompt for prompt in family.card.prompts for _ in range(cfg.seeds)]
-    eyes, images = evaluators(family.card), []
+    evaluators, images = load_evaluators(family.card), []
     for scale in SCALES:
-        with applied(member.denoiser.net, control, float(scale), family.card.name):
+        with fused(member.denoiser.net, control, float(scale), family.card.name):
             images.append(family.draw(member, texts, [5000 + k for k in range(len(texts))]))
     found = {}
-    for name, eye in eyes.items():
-        score = np.stack([eye.score(eye.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1)
+    for name, evaluator in evaluators.items():
+        score = np.stack([evaluator.score(evaluator.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1)
         found[name] = retention.estimate(change(score, 1), SCALES)["slope"]
     return found
 
@@ -86,12 +86,12 @@ def show(rows: dict[str, dict]) -> None:
     """Prints seconds, evaluations and effect of each training."""
     names = list(next(iter(rows.values()))["effect"])
     table = Table(title="Evaluations: U-Net forwards per sample and step; effect: slope per unit of scale [95 %]")
-    for head in ("recipe", "steps", "seconds", "ms per step", "evaluations", *(f"effect by {name}" for name in names)):
+    for head in ("recipe", "steps", "seconds", "ms per step", "nfe", *(f"effect by {name}" for name in names)):
         table.add_column(head)
     for name, row in rows.items():
         effect = [f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in row["effect"].values()]
         table.add_row(name, str(row["steps"]), f"{row['seconds']:.0f}", f"{1000 * row['seconds'] / row['steps']:.0f}",
-                      f"{row['evaluations']:.1f}", *effect)  # fmt: skip
+                      f"{row['nfe']:.1f}", *effect)  # fmt: skip
     Console(width=140).print(table)
 
 

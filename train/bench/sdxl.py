@@ -126,21 +126,21 @@ def compilation(family: Family, repeats: int, backend: str) -> Rows:
         first = now() - start
         # without the share inside the network: what clocks it would be compiled too
         seconds, _ = clocked(lambda: family.draw(member, [TEXT], [0]), [], repeats)
-        return {"batch": 1, "first_seconds": first, "seconds": seconds, "peak_gb": peak_gb()}
+        return {"batch_size": 1, "first_seconds": first, "seconds": seconds, "peak_gb": peak_gb()}
 
     yield "student, eager", lambda: images("")
     yield f"student, compiled by {backend}", lambda: images(backend)
 
 
 @torch.no_grad()
-def timed(family: Family, plan: Plan, repeats: int, batch: int = 1) -> Row:
+def timed(family: Family, plan: Plan, repeats: int, batch_size: int = 1) -> Row:
     """Seconds per image from the text to the picture, and the share of them inside the network."""
 
     def images() -> None:
-        noise = draw_noise(range(batch), family.latent_shape, plan.steps, family.device)
-        family.decode(finish(plan, noise, family.encode([TEXT] * batch)))
+        noise = draw_noise(range(batch_size), family.latent_shape, plan.steps, family.device)
+        family.decode(finish(plan, noise, family.encode([TEXT] * batch_size)))
 
-    return drawn(images, plan, repeats, batch)
+    return drawn(images, plan, repeats, batch_size)
 
 
 @torch.no_grad()
@@ -168,22 +168,22 @@ def theirs(family: Family, member: Member, repeats: int) -> Row:
 
 
 @torch.no_grad()
-def decoding(family: Family, repeats: int, batch: int) -> Row:
+def decoding(family: Family, repeats: int, batch_size: int) -> Row:
     """Seconds per image of the VAE's decoder, and what memory each takes beside all that lies there."""
     vae = family.pipe.vae
-    latents = torch.randn(batch, *family.latent_shape, device=family.device, dtype=vae.dtype)
+    latents = torch.randn(batch_size, *family.latent_shape, device=family.device, dtype=vae.dtype)
     seconds, _ = clocked(lambda: vae.decode(latents), [], repeats)
-    row = {"batch": batch, "seconds": seconds / batch, "peak_gb": peak_gb()}
+    row = {"batch_size": batch_size, "seconds": seconds / batch_size, "peak_gb": peak_gb()}
     if torch.cuda.is_available():
-        row["peak_gb_per_image"] = (row["peak_gb"] - torch.cuda.memory_allocated() / 1e9) / batch
+        row["peak_gb_per_image"] = (row["peak_gb"] - torch.cuda.memory_allocated() / 1e9) / batch_size
     return row
 
 
-def drawn(images: Callable[[], None], plan: Plan, repeats: int, batch: int = 1) -> Row:
+def drawn(images: Callable[[], None], plan: Plan, repeats: int, batch_size: int = 1) -> Row:
     """The figures of a piece of work that draws a batch of images by a plan."""
     nets = {id(member.denoiser.net): member.denoiser.net for member in plan.members}
     seconds, inside = clocked(images, list(nets.values()), repeats)
-    return {"batch": batch, "nfe": plan.evaluations, "seconds": seconds / batch,
+    return {"batch_size": batch_size, "nfe": plan.nfe, "seconds": seconds / batch_size,
             "in_network": inside / seconds, "peak_gb": peak_gb()}  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def peak_gb() -> float | None:
 def show(results: dict) -> None:
     """Prints the table."""
     table = Table(title=f"{results['hardware']}, {results['size_px']} pixels, one image at a time")
-    for head in ("what", "evaluations", "seconds", "inside the network", "peak GB"):
+    for head in ("what", "nfe", "seconds", "inside the network", "peak GB"):
         table.add_column(head)
     for name, row in results["rows"].items():
         memory = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"

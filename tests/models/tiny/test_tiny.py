@@ -12,7 +12,7 @@ from train.tiny_parts import Config
 
 
 def test_each_part_has_its_own_numbers_where_none_are_given():
-    assert merge(Config, {}).batch is None
+    assert merge(Config, {}).batch_size is None
 
 
 def test_same_face_same_bytes_other_attribute_other_picture():
