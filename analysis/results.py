@@ -12,6 +12,7 @@ from analysis.pages.words import WORDS
 from configs import UserError, quoted
 from configs.errors import cut
 
+SCHEMA = 2  # of every record; 1 had one evaluator's readings in the cell itself
 LARGEST = 1e15  # of numbers, so that charts can be drawn of their differences
 
 
@@ -42,7 +43,7 @@ class Only(dict):
 
 @dataclass(frozen=True)
 class Filled:
-    """A list that is not empty."""
+    """A list or a mapping that is not empty."""
 
     shape: Any
 
@@ -69,8 +70,8 @@ TRANSFER = {
     **ABOUT, "config": Maybe({"prompts": Maybe([str])}), "margin": Maybe([float]),
     "cost": Maybe({"drawn": int, "cached": int, "seconds": float}),
     "cells": Filled({
-        "control": str, "source": str, "target": str, "evaluator": str, "scales": Filled(float), **READING, **COUNTED,
-        "second": Maybe(Each(READING)), "kind": Maybe(str), "hash": Maybe(str), "reference": Maybe(bool), "below": SOME,
+        "control": str, "source": str, "target": str, "scales": Filled(float), "readings": Filled(Each(READING)), **COUNTED,
+        "kind": Maybe(str), "hash": Maybe(str), "reference": Maybe(bool), "below": SOME,
         "positive": Maybe(str), "negative": Maybe(str), "picture": Maybe(Null(str)), "clip_change_percent": SOME,
     }),
     "leakage": Maybe([{"evaluator": str, "target": str, "control": str, "attribute": str, "share": Null(INTERVAL)}]),
@@ -140,7 +141,7 @@ def read(folder: Path, command: str = "") -> dict:
 
 
 def loaded(folder: Path, command: str = "") -> dict:
-    """A results.json as plain values, with cells of schema 1. Raises UserError."""
+    """A results.json as plain values, with cells of our schema. Raises UserError."""
     path = Path(folder) / "results.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
@@ -149,8 +150,8 @@ def loaded(folder: Path, command: str = "") -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({str(error)[:100]}); run {command or 'what made it'} again") from None
     cells = found.get("cells") if isinstance(found, dict) else None
-    if not cells or not isinstance(cells, list) or found.get("schema") != 1 or isinstance(found["schema"], bool):
-        raise UserError(f"{path} has no cells of schema 1: it is not the record of {command or 'one of our analyses'}")
+    if not cells or not isinstance(cells, list) or found.get("schema") != SCHEMA or isinstance(found["schema"], bool):
+        raise UserError(f"{path} has no cells of schema {SCHEMA}: it is not the record of {command or 'one of our analyses'}, or an older one; run it again")
     return found
 
 
@@ -202,6 +203,9 @@ def check(found: Any, shape: Any, where: str) -> None:
         _wrong(isinstance(found, dict), where, "keys and values", found)
         for key, value in found.items():
             check(value, shape.shape, _key(where, key))
+    elif isinstance(shape, Filled) and isinstance(shape.shape, Each):
+        _wrong(isinstance(found, dict) and bool(found), where, "keys and values, at least one", found)
+        check(found, shape.shape, where)
     elif isinstance(shape, (list, Filled)):
         _wrong(isinstance(found, list) and (found or isinstance(shape, list)), where, "a list of something", found)
         for k, value in enumerate(found):

@@ -6,6 +6,7 @@ from pathlib import Path
 from analysis import results
 from analysis.images.cache import Drawings, Job, in_memory, in_turn
 from analysis.images.readings import Subject
+from analysis.pages.words import led
 from configs import UserError
 from controls import retention as stats
 from models import budget, forecast
@@ -40,8 +41,8 @@ def show(
 def known(folder: Path) -> tuple[dict, str]:
     """How far retentions vary: as in the run that stands in the folder, else as is typical."""
     try:
-        spreads = [cell["spread"] for cell in results.read(folder, "analysis.transfer")["cells"]
-                   if cell.get("spread") and not cell.get("reference")]
+        cells = map(led, results.read(folder, "analysis.transfer")["cells"])
+        spreads = [cell["spread"] for cell in cells if cell.get("spread") and not cell.get("reference")]
     except UserError:
         spreads = []
     if not spreads:

@@ -42,7 +42,8 @@ from models.sampler import alone
 SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
 Job = tuple[str, Callable[[], list[dict] | dict[str, Tensor]]]  # a file of the run folder, and what makes its cells or tensors
-RETENTION = {"control": str, "source": str, "target": str, "retention": {"value": results.NUMBER}}
+RETENTION = {"control": str, "source": str, "target": str,
+             "readings": results.Each({"retention": {"value": results.NUMBER}})}  # fmt: skip
 
 
 @dataclass
@@ -168,8 +169,7 @@ def retentions(folder: str) -> list[dict]:
         print(f"no {path}, so nothing to predict; python -m analysis.transfer config=configs/transfer/all.yaml makes it")
         return []
     cells = results.loaded(Path(folder), "analysis.transfer")["cells"]
-    second = {"second": results.Maybe(results.Each({"retention": RETENTION["retention"]}))}
-    results.check(cells, [{**RETENTION, **second}], f"{path}: cells")
+    results.check(cells, [RETENTION], f"{path}: cells")
     return cells
 
 

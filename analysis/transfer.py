@@ -237,8 +237,8 @@ def pictures(drawings: Drawings, subjects: list[Subject], targets: list[str], ce
 def show(cells: list[dict]) -> None:
     """Prints the table in the shape of the paper's T1: controls in rows, members in columns."""
     targets = list(dict.fromkeys(cell["target"] for cell in cells))
-    others = " and ".join(cells[0]["second"])
-    title = f"Retention [95 %] by {cells[0]['evaluator']}, verdict; then by {others}; then matched scale, % change of the CLIP score"
+    first, *others = cells[0]["readings"]
+    title = f"Retention [95 %] by {first}, verdict; then by {' and '.join(others)}; then matched scale, % change of the CLIP score"
     table = Table(title=title, show_lines=True)
     for head in ("control", *(f"-> {target.partition('/')[2]}" for target in targets)):
         table.add_column(head)
@@ -250,10 +250,11 @@ def show(cells: list[dict]) -> None:
 
 def lines(cell: dict) -> Iterator[str]:
     """The lines of one printed cell."""
-    yield f"{html.ranged(cell['retention'])} {'' if cell['reference'] else cell['verdict']}"
-    for name, second in cell["second"].items():
-        yield f"{html.ranged(second['retention'])} {name}"
-    yield f"scale {html.number(cell['matched_scale']['value'])}, CLIP {html.percent(cell['clip_change_percent'])}"
+    (_, first), *others = cell["readings"].items()
+    yield f"{html.ranged(first['retention'])} {'' if cell['reference'] else first['verdict']}"
+    for name, reading in others:
+        yield f"{html.ranged(reading['retention'])} {name}"
+    yield f"scale {html.number(first['matched_scale']['value'])}, CLIP {html.percent(cell['clip_change_percent'])}"
 
 
 if __name__ == "__main__":

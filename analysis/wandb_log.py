@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analysis.pages import words as of
 from analysis.pages.html import short
+from analysis.results import SCHEMA
 from configs import command, replacing, versions
 from configs.tracking import Tracker
 
@@ -35,7 +36,7 @@ LOSS, GAIN, UNKNOWN = (217, 95, 14), (49, 130, 189), (225, 225, 225)  # of the h
 def header(recipe: str, cfg: Any, start: float) -> dict:
     """What every record begins with: who made it, of what config, with which versions, when, in how many seconds since `start`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"schema": 1, "recipe": recipe, "command": command(), "versions": versions(), "created": now,
+    return {"schema": SCHEMA, "recipe": recipe, "command": command(), "versions": versions(), "created": now,
             "seconds": round(time.time() - start, 1), "config": asdict(cfg)}  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     """
     if tracker.run is None:
         return
-    cells, folder = results["cells"], Path(folder)
+    cells, folder = list(map(of.led, results["cells"])), Path(folder)
     for step, cell in product(range(max(len(c["scales"]) for c in cells)), cells):  # before all else, for W&B's steps only go up
         if step < len(cell["scales"]) and cell.get("picture") and (folder / cell["picture"]).is_file():
             key, scale = f"images/{cell['control']}/{cell['target']}", cell["scales"][step]
@@ -93,7 +94,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
         tracker.images({f"transfer/heat/{evaluator}": (heat_map(cells, evaluator), f"retention by {evaluator}")})
     for (control, source), group in of.groups(cells).items():
         curves = {cell["target"]: [point["value"] for point in cell["effect"]] for cell in group}
-        title = f"effect of {control}, trained on {source}, by {group[0]['evaluator']}"
+        title = f"effect of {control}, trained on {source}, by {of.evaluators_of(group)[0]}"
         tracker.curves(f"curves/{control}", group[0]["scales"], curves, title, "scale")
     found = {f"{name}/{c['control']}/{c['target']}": look_up(c, path) for c in cells for name, path in SUMMARY.items()}
     tracker.summary({key: value for key, value in found.items() if value is not None})

@@ -72,12 +72,11 @@ def cell(control: str, target: str) -> dict:
         evaluator_name: [simulated(factor * strength * unit, number + seed) for factor, seed in ((1, 0), (factor, 10 * (target != source)))]
         for evaluator_name, unit in (("clip", 1), ("probe", 12))
     }
-    first, second = (reading(*pair, target == source) for pair in pairs.values())
     return {
         "control": control, "kind": "slider", "source": f"tiny/{source}", "target": f"tiny/{target}", "reference": target == "base:few(4)",
-        "evaluator": "clip", "scales": SCALES, **first, "clip_change_percent": 17.8, "images": 288, "prompts": 12, "seeds": 4,
+        "scales": SCALES, "readings": {name: reading(*pair, target == source) for name, pair in pairs.items()}, "clip_change_percent": 17.8, "images": 288, "prompts": 12, "seeds": 4,
         "positive": "person, smiling", "negative": "person, sad", "below": None,
-        "picture": f"images/{number}/{target.replace(':', '-')}.png", "second": {"probe": second},
+        "picture": f"images/{number}/{target.replace(':', '-')}.png",
     }  # fmt: skip
 
 
@@ -94,7 +93,7 @@ def leakage(names: list[str]) -> list[dict]:
 def results(controls: tuple[str, ...] = tuple(CONTROLS)) -> dict:
     """The record, as analysis.transfer writes it."""
     return {
-        "schema": 1, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
+        "schema": 2, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
         "seconds": 61.5, "config": {"prompts": ["portrait of a person", "a man", "a woman", "an old man", "a child"], "seeds": 4},
         "evaluators": ["clip", "probe"], "margin": [0.8, 1.25], "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
         "cells": [cell(control, target) for control in controls for target in TARGETS], "leakage": leakage(list(controls)),

@@ -25,7 +25,7 @@ Key = tuple[str, Noise, bool]  # member, level, guided
 class Start:
     """Clean latents and the noise added to them, the same for every control and member."""
 
-    prompts: Prompts
+    conditioning: Prompts
     x0: Tensor  # (B, C, H, W)
     eps: Tensor  # (B, C, H, W)
     prompts: np.ndarray  # (B,) which prompt each is of
@@ -44,10 +44,10 @@ def says(member: Member, level: Noise, guided: bool, start: Start) -> np.ndarray
 
     def moved(rows: Tensor) -> Tensor:
         ((at, x),) = forced(member, start.x0[rows], start.eps[rows], [level])
-        conditioning = start.prompts[rows] if guided else start.prompts[rows].conditional()
+        conditioning = start.conditioning[rows] if guided else start.conditioning[rows].conditional()
         return member.denoiser(x, at, conditioning, member.guidance if guided else None).flatten(1).double().cpu()
 
-    return torch.cat(start.batches.of(moved, len(start.prompts))).numpy()
+    return torch.cat(start.batches.of(moved, len(start.conditioning))).numpy()
 
 
 def moves(family: Family, control: Control, member: Member, levels: Sequence[Noise], start: Start) -> dict[Key, np.ndarray]:
@@ -91,7 +91,7 @@ def _cell(family: Family, control: Control, source: Member, target: Member, leve
         "gain_guided": [gain(a, b, start.prompts) for a, b in pairs[True]],
         "cosine_guided": [mean(cosine(a, b), start.prompts) for a, b in pairs[True]],
         "delta": overlap.against_delta(found, changed),
-        "images": len(start.prompts),
+        "images": len(start.conditioning),
     }  # fmt: skip
 
 

@@ -58,17 +58,15 @@ class Measurement:
     def cell(self, subject: Subject, target: str) -> dict:
         """One control on one target: the record that CONTRIBUTING's contract describes, without its verdict."""
         card, words = subject.control.card, subject.words
-        first, *others = self.drawings.evaluators
         readings = {evaluator_name: self.reading(evaluator_name, subject, target) for evaluator_name in self.drawings.evaluators}
         prompts, seeds = len(self.drawings.texts), self.drawings.seeds
         return {
             "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name, False][:16],
             "source": f"{card.family}/{card.member}", "target": f"{card.family}/{target}", "reference": is_reference(target),
-            "evaluator": first, "scales": subject.scales, "below": self.drawings.below,
-            **readings[first], "clip_change_percent": self.clip_change(subject, target),
+            "scales": subject.scales, "below": self.drawings.below, "readings": readings, "clip_change_percent": self.clip_change(subject, target),
             "images": prompts * seeds * len(subject.scales), "prompts": prompts, "seeds": seeds,
             "positive": words[0] if words else "", "negative": words[1] if words else "",
-            "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png", "second": {evaluator_name: readings[evaluator_name] for evaluator_name in others},
+            "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png",
         }  # fmt: skip
 
     def clip_change(self, subject: Subject, target: str) -> float | None:
@@ -189,9 +187,8 @@ class Measurement:
 
 def judge(cells: list[dict]) -> None:
     """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask whether a control survives elsewhere."""
-    evaluators = [cells[0]["evaluator"], *cells[0]["second"]] if cells else []
-    for evaluator_name in evaluators:
-        readings = [(cell, cell if evaluator_name == cell["evaluator"] else cell["second"][evaluator_name]) for cell in cells]
+    for evaluator_name in cells[0]["readings"] if cells else ():
+        readings = [(cell, cell["readings"][evaluator_name]) for cell in cells]
         elsewhere = [reading for cell, reading in readings if cell["source"] != cell["target"] and not cell["reference"]]
         asked = [reading for reading in elsewhere if reading["retention"]["value"] is not None]
         for test in ("equivalence", "difference"):

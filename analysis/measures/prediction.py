@@ -35,7 +35,7 @@ def points(cells: list[dict], transfer: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for cell in transfer:
         key = (cell["control"], cell["source"], cell["target"])
-        for evaluator_name, reading in {cell.get("evaluator", "first"): cell, **cell.get("second", {})}.items():
+        for evaluator_name, reading in cell["readings"].items():
             if key in directions and reading["retention"]["value"] is not None:
                 values = {name: of(directions[key]) for name, of in PREDICTORS.items()}
                 row = {"control": key[0], "source": key[1], "target": key[2], "retention": reading["retention"]["value"], **values}

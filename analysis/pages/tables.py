@@ -64,7 +64,7 @@ def heat_cell(cell: dict | None, kind: str = "") -> str:
     kept, verdict = cell["retention"], escape(cell["verdict"])
     ends = f"<small>{brackets(kept)}</small>" if kept["value"] is not None else ""
     word = f" {MARKS.get(verdict, '')} {verdict}" if is_verdict(cell) else ""
-    others = "".join(f"<small>{escape(f'{evaluator_name} {_second(cell, reading)}')}</small>" for evaluator_name, reading in cell.get("second", {}).items())
+    others = "".join(f"<small>{escape(f'{evaluator_name} {_second(cell, reading)}')}</small>" for evaluator_name, reading in list(readings(cell).items())[1:])
     style = f' style="{shade(kept["value"])}"'
     return f"<td{_class(kind)}{style}><strong>{number(kept['value'])}</strong>{word}{ends}{others}{clip}</td>"
 

@@ -24,6 +24,7 @@ OPEN = 6  # up to this many controls their sentences are shown at once; beyond, 
 
 def render(results: dict, folder: Path) -> str:
     """The page as text. folder: where the pictures' paths start."""
+    results = {**results, "cells": list(map(of.led, results["cells"]))}
     cells = results["cells"]
     groups, colours, margin = of.groups(cells), colours_of(of.members_of(cells)), results.get("margin", list(MARGIN))
     names = {key: f"control-{i}" for i, key in enumerate(groups, 1)}

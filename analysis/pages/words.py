@@ -5,6 +5,11 @@ from analysis.pages.html import number, ranged, short, signed
 WORDS = ("kept", "weaker", "stronger", "dead", "reversed", "unclear", "undefined")  # the verdicts, best news first
 
 
+def led(cell: dict) -> dict:
+    """A cell with what its first evaluator reads in the cell itself, as pages and tables show it."""
+    return {**cell, **next(iter(cell["readings"].values()))}
+
+
 def is_own(cell: dict) -> bool:
     """Whether a cell is its control's on its own source."""
     return cell["source"] == cell["target"]
@@ -35,12 +40,12 @@ def members_of(cells: list[dict]) -> list[str]:
 
 def evaluators_of(cells: list[dict]) -> list[str]:
     """The evaluators, the primary one first."""
-    return list(dict.fromkeys([cells[0]["evaluator"], *(name for c in cells for name in c.get("second", {}))]))
+    return list(dict.fromkeys(name for c in cells for name in c["readings"]))
 
 
 def readings(cell: dict) -> dict[str, dict]:
     """What each evaluator says of a cell: effect, slope, retention, verdict, monotonicity, matched_scale …"""
-    return {cell["evaluator"]: cell, **cell.get("second", {})}
+    return cell["readings"]
 
 
 def references(reading: dict) -> dict[str, dict]:
@@ -96,7 +101,8 @@ def reached(reach: dict) -> str:
 
 def dissent(cell: dict) -> str:
     """The evaluators that give another verdict: " (by probe weaker)"."""
-    others = [f"by {evaluator_name} {reading['verdict']}" for evaluator_name, reading in cell.get("second", {}).items() if reading["verdict"] != cell["verdict"]]
+    verdicts = {name: reading["verdict"] for name, reading in cell["readings"].items()}
+    others = [f"by {name} {verdict}" for name, verdict in verdicts.items() if verdict != cell["verdict"]]
     return f" ({', '.join(others)})" if others else ""
 
 

@@ -47,7 +47,7 @@ def cell(results: dict, student: str, plan: str) -> dict:
 
 
 def test_record(run, results):
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     found = {(c["student"], c["plan"]) for c in results["cells"]}
     assert found == {("base", "base"), ("base", "base(4)"), ("dmd", "student"), ("dmd", "hybrid(1)")}
     for c in results["cells"]:
@@ -181,7 +181,7 @@ def test_a_page_of_nothing(tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["diversity_page", "trace_page"])
+@pytest.mark.parametrize("module", ["diversity", "trace", "similarity", "transfer"])
 def test_the_pages_load_no_torch(module):
-    code = f"import sys, analysis.{module}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, analysis.pages.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -28,6 +28,12 @@ def made() -> dict:
     return results()
 
 
+@pytest.fixture(scope="module")
+def cells(made) -> list[dict]:
+    """As a page shows them."""
+    return list(map(words.led, made["cells"]))
+
+
 @pytest.fixture
 def folder(made, tmp_path: Path) -> Path:
     """A run folder as analysis.transfer leaves it."""
@@ -49,8 +55,8 @@ def test_page_holds_every_control_and_value(folder):
     html = path.read_text()
     said = text_of(html)
     assert path == folder / "report.html" and "$" not in html
-    for c in report.read(folder)["cells"]:
-        for reading in (c, c["second"]["probe"]):
+    for c in map(words.led, report.read(folder)["cells"]):
+        for reading in c["readings"].values():
             fine = [c["slope"], *reading["effect"], reading["shape"]["area"]]
             for value in [*map(page.ranged, (reading["retention"], reading["matched_scale"])), *(page.ranged(i, 3) for i in fine)]:
                 assert value in html, value
@@ -82,10 +88,10 @@ def test_same_results_same_page(folder):
 def test_an_old_record_leaves_parts_out(made, folder):
     old = {key: value for key, value in copy.deepcopy(made).items() if key not in ("leakage", "cost", "margin")}
     for c in old["cells"]:
-        for reading in (c, c["second"]["probe"]):
+        for reading in (c, *c["readings"].values()):
             for key in OLD & reading.keys():
                 del reading[key]
-            reading["matched_scale"].pop("reach")
+            reading.get("matched_scale", {}).pop("reach", None)
     html = built(old, folder)
     assert "smile: kept on dmd" in text_of(html) and "Leakage" not in html and "Drawn again" not in html and "None" not in html
 
@@ -93,8 +99,9 @@ def test_an_old_record_leaves_parts_out(made, folder):
 def test_undefined_and_unreached_numbers_are_dashes(made, folder):
     found = copy.deepcopy(made)
     empty = {"value": None, "low": None, "high": None}
-    missing = {"clip_change_percent": None, "picture": None, "preservation_matched": None, "spread": None}
-    found["cells"][1] |= {"retention": empty, "matched_scale": empty | {"reach": None}, "verdict": "undefined", **missing}
+    found["cells"][1] |= {"clip_change_percent": None, "picture": None}
+    unread = {"preservation_matched": None, "spread": None, "verdict": "undefined"}
+    found["cells"][1]["readings"]["clip"] |= {"retention": empty, "matched_scale": empty | {"reach": None}, **unread}
     found["leakage"][1]["share"] = None
     html = built(found, folder)
     assert "None" not in html and "No pictures were kept" in html and "smile: undefined" in html
@@ -103,7 +110,7 @@ def test_undefined_and_unreached_numbers_are_dashes(made, folder):
 def test_a_control_without_effect_is_one_line(made, folder):
     found = copy.deepcopy(made)
     for c in found["cells"][: len(TARGETS)]:
-        for reading in (c, c["second"]["probe"]):
+        for reading in c["readings"].values():
             nothing = [dict.fromkeys(intervals.UNDEFINED, 0.0)] * len(SCALES)
             reading |= {"verdict": "undefined", "retention": intervals.UNDEFINED, "effect": nothing}
     assert built(found, folder).count("smile: undefined") == 1
@@ -120,6 +127,7 @@ def test_many_controls_are_one_line_each(made, folder):
 def headline(verdict: str, **matched) -> str:
     """The sentence of a cell with this verdict and matched scale."""
     c = {"control": "smile", "source": "tiny/base", "target": "tiny/dmd", "verdict": verdict, "scales": SCALES,
+         "readings": {"clip": {"verdict": verdict}},
          "retention": {"value": 0.93, "low": 0.88, "high": 0.98}, "matched_scale": {"value": None, "low": None, "high": None, **matched}}
     return words.headline(c)  # fmt: skip
 
@@ -135,22 +143,22 @@ def test_headline_says_what_to_do():
     assert "at most 99 %" in headline("kept", reach={"share": 0.998, "scale": 2.0})
     assert headline("kept", reach=None).endswith("; no scale to match, since its effect at +1 on base cannot be told from none")
     assert headline("kept").endswith("; no scale up to +2 reaches the source's effect")
-    c = {"verdict": "kept", "second": {"probe": {"verdict": "weaker"}, "other": {"verdict": "kept"}}}
+    c = {"verdict": "kept", "readings": {"clip": {"verdict": "kept"}, "probe": {"verdict": "weaker"}, "other": {"verdict": "kept"}}}
     assert words.dissent(c) == " (by probe weaker)"
 
 
-def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(made):
-    assert words.members_of(made["cells"]) == [f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")]
-    assert words.tally(made["cells"]) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
-    few = next(c for c in made["cells"] if c["reference"])
+def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(cells):
+    assert words.members_of(cells) == [f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")]
+    assert words.tally(cells) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
+    few = next(c for c in cells if c["reference"])
     assert few["verdict"] not in tables.heat_cell(few) and page.number(few["retention"]["value"]) in tables.heat_cell(few)
-    table = tables.heat_map(made["cells"])
+    table = tables.heat_map(cells)
     assert table.count('scope="col" class="apart"') == 1 and table.count('<td class="apart"') == len(CONTROLS)
     assert table.count("from dmd") == 1 and "from base" not in table
 
 
 def test_bad_folders_are_one_line(tmp_path):
-    for text in (None, "{", "[]", '{"schema": 2, "cells": [1]}', '{"schema": 1, "cells": []}'):
+    for text in (None, "{", "[]", '{"schema": 1, "cells": [1]}', '{"schema": 2, "cells": []}'):
         if text is not None:
             (tmp_path / "results.json").write_text(text)
         with pytest.raises(configs.UserError, match=r"^[^\n]+$"):
@@ -174,8 +182,8 @@ def test_ticks_and_labels():
     assert np.diff(places).min() > 13.9 and places == sorted(places)
 
 
-def test_the_window_and_the_margin_are_where_their_scales_are(made):
-    own = made["cells"][0]
+def test_the_window_and_the_margin_are_where_their_scales_are(cells):
+    own = cells[0]
     assert own["window"] == [False, True, True, True, True, False]
     svg = page.chart(SCALES, {"base": own["effect"]}, "x", window=own["window"])
     x, width = (float(re.search(rf'class="window".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
@@ -183,8 +191,8 @@ def test_the_window_and_the_margin_are_where_their_scales_are(made):
     assert (x, x + width) == pytest.approx((dots[1], dots[4]), abs=0.2)
 
 
-def test_retentions_stand_on_one_axis_with_the_margin(made):
-    group = [c for c in made["cells"] if c["control"] == "smile"]
+def test_retentions_stand_on_one_axis_with_the_margin(cells):
+    group = [c for c in cells if c["control"] == "smile"]
     svg = figures.forest([c for c in group if not words.is_own(c)], [0.5, 1.5])
     x, width = (float(re.search(rf'class="margin".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
     found = [float(v) for v in re.findall(r'<path class="first" transform="translate\(([\d.]+)', svg)]

@@ -29,6 +29,8 @@ def example(shape, text: str = "word"):
         return {key: example(inner, text) for key, inner in shape.items()}
     if isinstance(shape, results.Each):
         return {name: example(shape.shape, text) for name in dict.fromkeys((text, "clip"))}
+    if isinstance(shape, results.Filled) and isinstance(shape.shape, results.Each):
+        return example(shape.shape, text)
     if isinstance(shape, list | results.Filled):
         return [example(shape[0] if isinstance(shape, list) else shape.shape, text) for _ in range(2)]
     return shape[0] if isinstance(shape, tuple) else {str: text, bool: True, int: 2, float: 0.5}[shape]
@@ -36,12 +38,10 @@ def example(shape, text: str = "word"):
 
 def record(command: str, text: str = "word") -> dict:
     """A record of a command in which each part fits the others."""
-    found = {**example(results.SHAPES[command], text), "schema": 1, "recipe": command}
+    found = {**example(results.SHAPES[command], text), "schema": 2, "recipe": command}
     if command == "analysis.transfer":
         for cell, target in zip(found["cells"], (text, f"{text}/other"), strict=True):
             cell |= {"scales": [-1.0, 1.0], "target": target, "source": text, "reference": False, "picture": f"images/{target}.png"}
-            cell["second"].pop(text)
-            cell["evaluator"] = text
     elif command == "analysis.trace":
         found["evaluators"] = [text, "clip"]
         for cell in found["cells"]:
@@ -106,18 +106,19 @@ def test_a_record_of_an_older_version_names_no_recipe(tmp_path, command):
 
 BROKEN = {  # what is done to a record, and what the line says of it
     "analysis.transfer": [
-        (lambda r: r.pop("cells"), "no cells of schema 1"),
-        (lambda r: r.update(cells=[]), "no cells of schema 1"),
-        (lambda r: r.update(schema=2), "no cells of schema 1"),
+        (lambda r: r.pop("cells"), "no cells of schema 2"),
+        (lambda r: r["cells"][0].update(readings={}), "readings must be keys and values, at least one"),
+        (lambda r: r.update(cells=[]), "no cells of schema 2"),
+        (lambda r: r.update(schema=1), "no cells of schema 2"),
         (lambda r: r.update(recipe="analysis.magic"), "made by 'analysis.magic'"),
         (lambda r: r["cells"].append(3), r"cells\[2\] must be keys and values; got 3"),
-        (lambda r: r["cells"][1].pop("retention"), r"cells\[1\].retention is not there"),
-        (lambda r: r["cells"][1]["retention"].pop("low"), r"cells\[1\].retention.low is not there"),
-        (lambda r: r["cells"][0]["effect"][1].update(value="x"), r"cells\[0\].effect\[1\].value must be a number; got \"x\""),
-        (lambda r: r["cells"][0]["second"]["clip"].update(verdict="splendid"), r"second.clip.verdict must be one of kept"),
+        (lambda r: r["cells"][1]["readings"]["clip"].pop("retention"), r"cells\[1\].readings.clip.retention is not there"),
+        (lambda r: r["cells"][1]["readings"]["clip"]["retention"].pop("low"), r"cells\[1\].readings.clip.retention.low is not there"),
+        (lambda r: r["cells"][0]["readings"]["clip"]["effect"][1].update(value="x"), r"cells\[0\].readings.clip.effect\[1\].value must be a number; got \"x\""),
+        (lambda r: r["cells"][0]["readings"]["clip"].update(verdict="splendid"), r"readings.clip.verdict must be one of kept"),
         (lambda r: r["cells"][0].update(scales=[]), "scales must be a list of something"),
         (lambda r: r["cells"][0].update(scales=[0.5]), "its parts do not belong together"),
-        (lambda r: r["cells"][0].update(effect=r["cells"][0]["effect"] * 2), "its parts do not belong together"),
+        (lambda r: r["cells"][0]["readings"]["clip"]["effect"].append({"value": 0.1, "low": 0.0, "high": 0.2}), "its parts do not belong together"),
         (lambda r: r["cells"][0].update(images=-1), "images must be a count"),
         (lambda r: r["cells"][0].update(images=10**400), "images must be a count"),
         (lambda r: r.update(seconds=float("nan")), "not JSON .NaN"),

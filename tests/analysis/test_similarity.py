@@ -26,17 +26,17 @@ SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3"
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("similarity")
     kept = (("smile", "dmd", 0.9), ("smile", "lcm", 1.0), ("crayon", "dmd", 0.1), ("crayon", "lcm", None))
-    retained = [{"control": c, "source": "tiny/base", "target": f"tiny/{t}", "evaluator": "clip", "retention": {"value": v}}
+    retained = [{"control": c, "source": "tiny/base", "target": f"tiny/{t}", "readings": {"clip": {"retention": {"value": v}}}}
                 for c, t, v in kept]  # fmt: skip
     (out / "transfer").mkdir()
-    (out / "transfer/results.json").write_text(json.dumps({"schema": 1, "cells": retained}))
+    (out / "transfer/results.json").write_text(json.dumps({"schema": 2, "cells": retained}))
     similarity.main(merge(similarity.Config, [*SMALL, CONTROLS, f"out={out}", f"transfer={out}/transfer"]))
     return out / "default"
 
 
 def cells(folder) -> list[dict]:
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == 1 and results["command"]
+    assert results["schema"] == 2 and results["command"]
     return results["cells"]
 
 

@@ -39,7 +39,7 @@ def results(run):
 
 
 def test_record(run, results):
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert [(c["student"], c["plan"]) for c in results["cells"]] == [("base", "base"), ("dmd", "student"), ("dmd", "hybrid(1)")]
     for c in results["cells"]:
         for name in ("clip", "probe"):

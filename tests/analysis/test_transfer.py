@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from analysis import transfer
 from analysis.images import cache as draw
 from analysis.images.readings import floor_of, judge
+from analysis.pages.words import led
 from configs import ROOT, UserError, entry, load, merge
 from controls import formats
 from controls.lora import content
@@ -32,7 +33,8 @@ SETS = 3 * 3 + 3 + 2  # three targets at three scales, their floors, and second 
 def measure(out, *words, cache=None) -> dict:
     """The record of a small run into a folder."""
     transfer.main(merge(transfer.Config, [*SMALL, f"out={out}", f"cache={cache or out}/cache", *words]))
-    return json.loads((out / "default/results.json").read_text())
+    record = json.loads((out / "default/results.json").read_text())
+    return {**record, "cells": list(map(led, record["cells"]))}
 
 
 def alike(a, b) -> bool:
@@ -52,12 +54,12 @@ def run(tmp_path_factory):
 
 def test_record_and_page(run):
     out, results = run
-    assert results["schema"] == 1 and results["cost"]["drawn"] == 4 * SETS and results["cost"]["cached"] == 0
+    assert results["schema"] == 2 and results["cost"]["drawn"] == 4 * SETS and results["cost"]["cached"] == 0
     assert [cell["target"] for cell in results["cells"]] == ["tiny/dmd", "tiny/lightning", "tiny/base:few(4)"]
     for cell in results["cells"]:
         assert cell.keys() >= CELL and len(cell["effect"]) == 3 and cell["images"] == 12
         assert cell["effect"][1] == {"value": 0, "low": 0, "high": 0}
-        assert (out / "default" / cell["picture"]).is_file() and set(cell["second"]) == {"probe"}
+        assert (out / "default" / cell["picture"]).is_file() and list(cell["readings"]) == ["clip", "probe"]
     own = results["cells"][0]
     assert own["source"] == own["target"] and own["retention"]["value"] in (1.0, None)
     assert "smile" in (out / "default/report.html").read_text()
@@ -65,7 +67,7 @@ def test_record_and_page(run):
 
 def test_references(run):
     for cell in run[1]["cells"]:
-        probe = cell["second"]["probe"]
+        probe = cell["readings"]["probe"]
         assert abs(probe["references"]["floor"]["slope"]["value"]) < 0.3 * probe["slope"]["value"]
         rerun = cell["references"]["rerun"]
         assert (rerun is None) == cell["reference"] and (rerun is None or rerun["effect"]["value"] == 0)
@@ -216,7 +218,7 @@ def test_two_processes_measure_what_one_does(run, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29547", "-m", "analysis.transfer", *words]
     done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert alike(json.loads((tmp_path / "default/results.json").read_text())["cells"], run[1]["cells"])
+    assert alike(list(map(led, json.loads((tmp_path / "default/results.json").read_text())["cells"])), run[1]["cells"])
 
 
 def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_direction(tmp_path, run):
@@ -239,7 +241,7 @@ def test_below_a_noise_level_a_control_does_less(tmp_path, run):
     words = ["references=false", "targets=[dmd,'dmd:hybrid(1)']"]
     whole, part, none = (measure(tmp_path / f"{below}", *words, f"below={below}", cache=run[0]) for below in ("null", 8.0, 0.001))
     assert whole["cells"][0]["effect"] == run[1]["cells"][0]["effect"] and part["cells"][0]["below"] == 8
-    size = lambda found: found["cells"][0]["second"]["probe"]["effect"][2]["value"]  # noqa: E731
+    size = lambda found: found["cells"][0]["readings"]["probe"]["effect"][2]["value"]  # noqa: E731
     assert size(none) == 0 < size(part) < size(whole)
     assert part["cells"][1]["target"] == "tiny/dmd:hybrid(1)" and part["cells"][1]["source"] == "tiny/dmd"
 
@@ -263,16 +265,17 @@ def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
 
 def test_verdicts_are_corrected_over_the_cells_that_ask():
     def reading(p):
-        return {"retention": {"value": 1.0, "low": 0.9, "high": 1.1}, "equivalence": {"p": p}, "difference": {"p": 1.0}}
+        retention = {"value": 1.0, "low": 0.9, "high": 1.1}
+        return {"readings": {"clip": {"retention": retention, "equivalence": {"p": p}, "difference": {"p": 1.0}}}}
 
-    cell = {"evaluator": "clip", "second": {}, "source": "a", "target": "b", "reference": False}
+    cell = {"source": "a", "target": "b", "reference": False}
     cells = [{**cell, **reading(0.02)}, {**cell, **reading(0.04)}, {**cell, **reading(0.0), "target": "a"},
              {**cell, **reading(0.03), "reference": True}]  # fmt: skip
     judge(cells)
-    assert [c["equivalence"]["p_holm"] for c in cells] == [0.04, 0.04, 0.0, 0.03]
-    assert [c["verdict"] for c in cells] == ["kept", "kept", "kept", "kept"]
+    assert [led(c)["equivalence"]["p_holm"] for c in cells] == [0.04, 0.04, 0.0, 0.03]
+    assert [led(c)["verdict"] for c in cells] == ["kept", "kept", "kept", "kept"]
     judge(cells := [{**cell, **reading(0.03)}, {**cell, **reading(0.04)}])
-    assert [c["verdict"] for c in cells] == ["unclear", "unclear"]
+    assert [led(c)["verdict"] for c in cells] == ["unclear", "unclear"]
 
 
 class Trap:
@@ -299,7 +302,7 @@ def bad_controls(folder):
         (["targets=['dmd:hybrid(9)']"], "0 … 4"),
         (["targets=['dmd:mixed(1)']"], "hybrid"),
         (["below=0"], "noise level"),
-        (["batch_size=-1"], "batch must be"),
+        (["batch_size=-1"], "batch_size must be"),
         (["negative=a frown", "controls=[controls/tiny/space-1.safetensors]"], "positive"),
         (["scales=[1,2]"], "0"),
         (["controls=[missing.safetensors]"], "missing.safetensors"),

@@ -51,12 +51,14 @@ def reading(source: np.ndarray, target: np.ndarray) -> dict:
 
 def cell(control: str, target: str, number: int) -> dict:
     strength, share = CONTROLS[control], TARGETS[target]
-    first, second = (reading(simulated(strength * unit, number), simulated(strength * unit * share, number if share == 1 else 90 + number))
-                     for unit in UNIT.values())  # fmt: skip
+    readings = {
+        name: reading(simulated(strength * unit, number), simulated(strength * unit * share, number if share == 1 else 90 + number))
+        for name, unit in UNIT.items()
+    }
     return {
-        "control": control, "kind": "slider", "source": "tiny/base", "target": target, "reference": ":" in target, "evaluator": "clip",
-        "scales": SCALES, **first, "clip_change_percent": 17.8, "images": 288, "prompts": 12, "seeds": 4, "positive": "a smile",
-        "negative": "a frown", "below": None, "picture": f"images/{control}/{target.replace('/', '-')}.png", "second": {"probe": second},
+        "control": control, "kind": "slider", "source": "tiny/base", "target": target, "reference": ":" in target,
+        "scales": SCALES, "readings": readings, "clip_change_percent": 17.8, "images": 288, "prompts": 12, "seeds": 4, "positive": "a smile",
+        "negative": "a frown", "below": None, "picture": f"images/{control}/{target.replace('/', '-')}.png",
     }  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def transfer_record() -> dict:
     some = {"value": 0.1, "low": 0.05, "high": 0.15}
     leakage = [{"evaluator": "clip", "target": "tiny/base", "control": a, "attribute": b, "slope": some, "share": some}
                for a in CONTROLS for b in CONTROLS if a != b]  # fmt: skip
-    return {"schema": 1, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
+    return {"schema": 2, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
             "seconds": 61.5, "config": {"family": "tiny", "seeds": 4}, "evaluators": list(UNIT), "margin": [0.8, 1.25], "cells": cells,
             "leakage": leakage}  # fmt: skip
 
@@ -157,7 +159,8 @@ def merged(into: dict, items) -> dict:
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    return transfer_record()
+    record = transfer_record()
+    return {**record, "cells": list(map(of.led, record["cells"]))}
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +237,14 @@ def test_artifacts_and_lineage(found):
 
 
 def test_an_older_record_leaves_out_what_it_lacks(tmp_path, results):
-    cells = [{key: c[key] for key in ("control", "kind", "source", "target", "evaluator", "scales", "effect", "slope", "retention",
-                                      "matched_scale", "verdict")} for c in results["cells"]]  # fmt: skip
+    cells = [{key: c[key] for key in ("control", "kind", "source", "target", "scales")}
+             | {"readings": {name: {key: found[key] for key in ("effect", "slope", "retention", "matched_scale", "verdict")}
+                             for name, found in c["readings"].items()}} for c in results["cells"]]  # fmt: skip
     with tracking.start(tmp_path, {}, "analysis.transfer", "smile", mode="offline") as tracker:
-        wandb_log.track({"schema": 1, "cells": cells}, tmp_path, tracker)
+        wandb_log.track({"schema": 2, "cells": cells}, tmp_path, tracker)
         assert not tracker.warned
     found = Recorded(tmp_path)
-    assert len(found.table("transfer/cells")) == len(cells) and "transfer/leakage" not in found.keys
+    assert len(found.table("transfer/cells")) == len(cells) * len(UNIT) and "transfer/leakage" not in found.keys
 
 
 def test_every_logged_key_is_documented_and_every_documented_one_logged(found, tmp_path):
