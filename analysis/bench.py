@@ -1,7 +1,9 @@
-"""What drawing costs beyond the networks themselves: python -m analysis.bench [key=value ...], or make bench-transfer
+"""What drawing costs beyond the networks themselves: python -m analysis.bench [key=value ...], or make
+bench-transfer
 
-Draws one control on every member as the transfer validator does, and asks the bare networks for the same number of evaluations in the same
-batches. The overhead is everything else: putting the control into the weights, noise, updates, files.
+Draws one control on every member as the transfer validator does, and asks the bare networks for the same
+number of evaluations in the same batches. The overhead is everything else: putting the control into the
+weights, noise, updates, files.
 """
 
 import tempfile
@@ -32,7 +34,15 @@ def main(cfg: Config) -> None:
         words = [f"controls=[{cfg.control}]", f"seeds={cfg.seeds}", f"cache={folder}", "references=false"]
         drawings, (subject,), targets = transfer.prepare(merge(transfer.Config, words), torch.device("cpu"))
         table = Table(title="Seconds per drawing; overhead over U-Net, VAE and evaluators")
-        for head in ("member", "images", "drawn in", "networks alone", "of which U-Net", "images per second", "overhead"):
+        for head in (
+            "member",
+            "images",
+            "drawn in",
+            "networks alone",
+            "of which U-Net",
+            "images per second",
+            "overhead",
+        ):
             table.add_column(head)
         for target in targets:
             job, plan = Job(target, subject.name, 1.0), drawings.plan(target)
@@ -46,14 +56,23 @@ def main(cfg: Config) -> None:
                 parts.append(bare(drawings, plan))
             total, (unet, rest) = min(whole), (min(part) for part in zip(*parts, strict=True))
             count = len(drawings.numbers)
-            table.add_row(target, str(count), f"{total:.2f}", f"{unet + rest:.2f}", f"{unet:.2f}", f"{count / total:.1f}",
-                          f"{100 * (total / (unet + rest) - 1):.1f} %")  # fmt: skip
+            table.add_row(
+                target,
+                str(count),
+                f"{total:.2f}",
+                f"{unet + rest:.2f}",
+                f"{unet:.2f}",
+                f"{count / total:.1f}",
+                f"{100 * (total / (unet + rest) - 1):.1f} %",
+            )
     Console(width=110).print(table)
 
 
 @torch.no_grad()
 def bare(drawings: Drawings, plan) -> tuple[float, float]:
-    """Seconds of the U-Net's evaluations of a plan, and of VAE and evaluators, for as many images as a drawing has."""
+    """Seconds of the U-Net's evaluations of a plan, and of VAE and evaluators, for as many images as a
+    drawing has.
+    """
     family, count = drawings.family, len(drawings.numbers)
     latents = draw_noise(range(count), family.latent_shape, 1, family.device)[:, 0]
     images = torch.zeros(count, 3, family.card.size_px, family.card.size_px)
@@ -73,7 +92,9 @@ def bare(drawings: Drawings, plan) -> tuple[float, float]:
     def decode(rows: torch.Tensor) -> torch.Tensor:
         return family.decode(latents[rows])
 
-    unet, vae, evaluators = (seconds(lambda work=work: family.drawing.of(work, count)) for work in (steps, decode, look))
+    unet, vae, evaluators = (
+        seconds(lambda work=work: family.drawing.of(work, count)) for work in (steps, decode, look)
+    )
     return unet, vae + evaluators
 
 

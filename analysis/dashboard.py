@@ -1,7 +1,8 @@
-"""Saves a layout of panels for this toolkit's W&B keys as a view of the project: python -m analysis.dashboard [config=FILE] [key=value ...]
+"""Saves a layout of panels for this toolkit's W&B keys as a view of the project: python -m analysis.dashboard
+[config=FILE] [key=value ...]
 
-The panels are for the controls and members of one transfer run, which `python -m analysis.transfer` makes. Needs a login at W&B and the
-extra `dashboard`. What the keys mean stands in README.md.
+The panels are for the controls and members of one transfer run, which `python -m analysis.transfer` makes.
+Needs a login at W&B and the extra `dashboard`. What the keys mean stands in README.md.
 """
 
 import os
@@ -16,7 +17,9 @@ from analysis import results
 from analysis.pages import words as of
 from configs import UserError, entry, load, tracking
 
-SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>, <evaluator>
+# title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>,
+# <evaluator>
+SECTIONS = {
     "Training": [
         ("lines", "loss", "loss"),
         ("images", "strips: seeds in rows, scales in columns", "samples"),
@@ -30,7 +33,11 @@ SECTIONS = {  # title: rows of (kind of panel, its title, its keys); one panel p
         ("table", "cells", "transfer/cells"),
         ("table", "leakage", "transfer/leakage"),
         ("bars", "retention of <control>", "retention/<control>/<target>"),
-        ("bars", "scale of <control> that matches the source's effect at 1", "matched_scale/<control>/<target>"),
+        (
+            "bars",
+            "scale of <control> that matches the source's effect at 1",
+            "matched_scale/<control>/<target>",
+        ),
         ("curves", "effect of <control>", "curves/<control>_table"),
     ],
     "Images": [("images", "<control>, a step per scale", "images/<control>/<target>")],
@@ -56,14 +63,18 @@ def main(cfg: Config) -> None:
     """Builds the view and saves it; W&B prints its address."""
     toolkit()
     if not tracking.logged_in():
-        raise UserError("not logged in to W&B: run `wandb login` once, or set WANDB_API_KEY; a dashboard is kept by the server alone")
+        raise UserError(
+            "not logged in to W&B: run `wandb login` once, or set WANDB_API_KEY; a dashboard is kept by the server alone"
+        )
     cells = results.read(Path(cfg.run), "analysis.transfer")["cells"]
     import wandb
 
     try:
         entity = cfg.entity or os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
         layout(cells, entity, cfg.project or tracking.project(), cfg.name).save()
-    except Exception as error:  # of the network, the login, the server: W&B has many, and none of them is ours to unwind
+    except (
+        Exception
+    ) as error:  # of the network, the login, the server: W&B has many, and none of them is ours to unwind
         raise UserError(f"W&B did not save the dashboard: {type(error).__name__}: {error}") from None
 
 
@@ -80,9 +91,15 @@ def toolkit() -> tuple[Any, Any]:
 def layout(cells: list[dict], entity: str, project: str, name: str) -> Any:
     """A workspace that is not saved yet, with panels for the controls, targets and evaluators of these cells."""
     panels, workspaces = toolkit()
-    sections = [workspaces.Section(name=title, panels=list(drawn(rows, cells, kinds(panels))), is_open=True,
-                                   layout_settings=workspaces.SectionLayoutSettings(columns=COLUMNS[title], rows=4))
-                for title, rows in SECTIONS.items()]  # fmt: skip
+    sections = [
+        workspaces.Section(
+            name=title,
+            panels=list(drawn(rows, cells, kinds(panels))),
+            is_open=True,
+            layout_settings=workspaces.SectionLayoutSettings(columns=COLUMNS[title], rows=4),
+        )
+        for title, rows in SECTIONS.items()
+    ]
     return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections)
 
 
@@ -96,8 +113,12 @@ def drawn(rows: list[tuple[str, str, str]], cells: list[dict], make: dict[str, C
 def filled(pattern: str, cells: list[dict], control: str = "") -> list[str]:
     """The keys that a pattern stands for; a member is a target without a plan of its own."""
     targets = list(dict.fromkeys(cell["target"] for cell in cells))
-    names = {"<target>": targets, "<member>": [t for t in targets if ":" not in t], "<evaluator>": of.evaluators_of(cells),
-             "<control>": [control]}  # fmt: skip
+    names = {
+        "<target>": targets,
+        "<member>": [t for t in targets if ":" not in t],
+        "<evaluator>": of.evaluators_of(cells),
+        "<control>": [control],
+    }
     here = {mark: values for mark, values in names.items() if mark in pattern}
     fillings = [dict(zip(here, values, strict=True)) for values in product(*here.values())]
     # all in one pass, for a name may look like a mark
@@ -105,17 +126,24 @@ def filled(pattern: str, cells: list[dict], control: str = "") -> list[str]:
 
 
 def kinds(panels: Any) -> dict[str, Callable[[str, list[str]], Any]]:
-    """Kind to a function of title and keys that makes the panel; curves are as wandb.plot.line_series draws them."""
+    """Kind to a function of title and keys that makes the panel; curves are as wandb.plot.line_series draws
+    them.
+    """
     fields = {name: name for name in ("step", "lineKey", "lineVal")}
     return {
         "lines": lambda title, keys: panels.LinePlot(title=title, y=keys),
         "bars": lambda title, keys: panels.BarPlot(title=title, metrics=keys),
-        "images": lambda title, keys: panels.MediaBrowser(title=title, media_keys=keys, num_columns=len(keys)),
+        "images": lambda title, keys: panels.MediaBrowser(
+            title=title, media_keys=keys, num_columns=len(keys)
+        ),
         "table": lambda title, keys: panels.WeavePanelSummaryTable(table_name=keys[0]),
         "curves": lambda title, keys: panels.CustomChart(
-            query={"summaryTable": {"tableKey": keys[0]}}, chart_name="wandb/lineseries/v0", chart_fields=fields,
-            chart_strings={"title": title, "xname": "scale"}),
-    }  # fmt: skip
+            query={"summaryTable": {"tableKey": keys[0]}},
+            chart_name="wandb/lineseries/v0",
+            chart_fields=fields,
+            chart_strings={"title": title, "xname": "scale"},
+        ),
+    }
 
 
 if __name__ == "__main__":

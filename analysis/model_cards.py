@@ -1,4 +1,6 @@
-"""What a transfer run measured, as a model card per control, and as the same numbers in the control's own header."""
+"""What a transfer run measured, as a model card per control, and as the same numbers in the control's own
+header.
+"""
 
 import re
 from dataclasses import replace
@@ -23,7 +25,10 @@ intervals."""
 
 
 def write(results: dict, folder: Path) -> list[Path]:
-    """cards/<control>.md of every control in a run folder; returns their paths. Raises UserError for a name that would lead elsewhere."""
+    """cards/<control>.md of every control in a run folder; returns their paths.
+
+    Raises UserError for a name that would lead elsewhere.
+    """
     paths = []
     for control in dict.fromkeys(cell["control"] for cell in results["cells"]):
         paths.append(Path(folder) / f"cards/{plain_name(control, 'control')}.md")
@@ -33,13 +38,16 @@ def write(results: dict, folder: Path) -> list[Path]:
 
 
 def into_header(results: dict, path: Path) -> None:
-    """Writes the numbers into the card of a control's file; its tensors and the rest of its header stay as they are.
+    """Writes the numbers into the card of a control's file; its tensors and the rest of its header stay as
+    they are.
 
     Raises UserError as `carded` does, and for a control that the run did not measure.
     """
     card, measured = carded(path), list(dict.fromkeys(cell["control"] for cell in results["cells"]))
     if card.name not in measured:
-        raise UserError(f"{path} is {card.name}, which this run did not measure: it measured {', '.join(measured)}")
+        raise UserError(
+            f"{path} is {card.name}, which this run did not measure: it measured {', '.join(measured)}"
+        )
     formats.relabel(replace(card, transfer=numbers(results, card.name)), path)
 
 
@@ -52,13 +60,23 @@ def carded(path: Path) -> Card:
 
 
 def numbers(results: dict, control: str) -> dict:
-    """What to know before using a control: per target and evaluator the scale, the retention and the verdict; and how it was measured.
+    """What to know before using a control: per target and evaluator the scale, the retention and the verdict;
+    and how it was measured.
 
     Targets that are there for comparison only are left out.
     """
     cells = [cell for cell in results["cells"] if cell["control"] == control and not cell.get("reference")]
-    targets = {cell["target"]: {evaluator_name: {"scale": reading["matched_scale"], "retention": reading["retention"], "verdict": reading["verdict"]}
-                                for evaluator_name, reading in of.readings(cell).items()} for cell in cells}  # fmt: skip
+    targets = {
+        cell["target"]: {
+            evaluator_name: {
+                "scale": reading["matched_scale"],
+                "retention": reading["retention"],
+                "verdict": reading["verdict"],
+            }
+            for evaluator_name, reading in of.readings(cell).items()
+        }
+        for cell in cells
+    }
     first = cells[0]
     about = {key: first.get(key) for key in ("source", "scales", "prompts", "seeds")}
     how = {key: results.get(key) for key in ("command", "created", "versions")}
@@ -72,9 +90,17 @@ def text(results: dict, control: str) -> str:
     words = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if both else ""
     evaluators = of.evaluators_of([cell])
     heads = ["on", "use scale", *(f"kept, by {plain(evaluator_name)}" for evaluator_name in evaluators)]
-    rows = [[code(target) + (", trained on it" if target == found["source"] else ""), scale(by[evaluators[0]], found["scales"]),
-             *(f"{ranged(by[evaluator_name]['retention'])} {plain(by[evaluator_name]['verdict'])}" for evaluator_name in evaluators)]
-            for target, by in found["targets"].items()]  # fmt: skip
+    rows = [
+        [
+            code(target) + (", trained on it" if target == found["source"] else ""),
+            scale(by[evaluators[0]], found["scales"]),
+            *(
+                f"{ranged(by[evaluator_name]['retention'])} {plain(by[evaluator_name]['verdict'])}"
+                for evaluator_name in evaluators
+            ),
+        ]
+        for target, by in found["targets"].items()
+    ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
     versions = ", ".join(plain(f"{name} {version}") for name, version in (found["versions"] or {}).items())
     (low, high), scales = found["margin"], ", ".join(f"{s:g}" for s in found["scales"])
@@ -99,7 +125,11 @@ with {versions}.
 
 def plain(text: str) -> str:
     """A text in one line, in which Markdown and HTML find nothing of theirs."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(text).split())).replace("&", "&amp;").replace("\\<", "&lt;")
+    return (
+        re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(text).split()))
+        .replace("&", "&amp;")
+        .replace("\\<", "&lt;")
+    )
 
 
 def code(text: str) -> str:
@@ -115,7 +145,9 @@ def scale(reading: dict, scales: list[float]) -> str:
     if matched["value"] is not None:
         return ranged(matched)
     reach = matched.get("reach")
-    return f"none up to {scales[-1]:g}" + (f"; at {reach['scale']:.2g} it has {reach['share']:.0%} of the effect" if reach else "")
+    return f"none up to {scales[-1]:g}" + (
+        f"; at {reach['scale']:.2g} it has {reach['share']:.0%} of the effect" if reach else ""
+    )
 
 
 @cache
@@ -124,7 +156,9 @@ def family_of(name: str) -> families.FamilyCard:
 
 
 def front(results: dict, cell: dict) -> str:
-    """YAML for Hugging Face; base_model only where the network is on the Hub and not a folder of this project."""
+    """YAML for Hugging Face; base_model only where the network is on the Hub and not a folder of this
+    project.
+    """
     tags = ["lora", *(["concept-slider"] if cell.get("kind") == "slider" else []), "distilled-control"]
     found = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     family, member = family_of(results["config"]["family"]), families.split(cell["source"])[1]

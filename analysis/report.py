@@ -1,7 +1,7 @@
 """A run folder to one page, report.html, that needs nothing else: python -m analysis.report [FOLDER]
 
-FOLDER: of a run of transfer (default: runs/transfer/default), trace, diversity or similarity. Reads results.json and the pictures it
-names. Images are embedded, charts are inline SVG, and no network is loaded.
+FOLDER: of a run of transfer (default: runs/transfer/default), trace, diversity or similarity. Reads
+results.json and the pictures it names. Images are embedded, charts are inline SVG, and no network is loaded.
 """
 
 import sys
@@ -12,8 +12,14 @@ from analysis.pages import diversity, similarity, trace, transfer
 from analysis.results import read
 from configs.errors import cut
 
-PAGES = {"analysis.transfer": transfer, "analysis.trace": trace, "analysis.diversity": diversity, "analysis.similarity": similarity}
-# what drawing a page raises where parts of a record are right by themselves, as `read` sees, but not beside each other
+PAGES = {
+    "analysis.transfer": transfer,
+    "analysis.trace": trace,
+    "analysis.diversity": diversity,
+    "analysis.similarity": similarity,
+}
+# what drawing a page raises where parts of a record are right by themselves, as `read` sees, but not beside
+# each other
 MISFITS = (LookupError, TypeError, ValueError, ArithmeticError, StopIteration, RecursionError)
 
 
@@ -28,7 +34,8 @@ def main() -> None:
 
 
 def build(folder: Path) -> Path:
-    """Writes report.html into the run folder of any analysis from its results.json and images, and returns its path.
+    """Writes report.html into the run folder of any analysis from its results.json and images, and returns
+    its path.
 
     Raises UserError where results.json is missing, broken or of another schema.
     """

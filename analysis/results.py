@@ -1,6 +1,8 @@
-"""results.json read back: a record is what its page is drawn from in every key, or one line says which key is not. Imports no torch.
+"""results.json read back: a record is what its page is drawn from in every key, or one line says which key is
+not. Imports no torch.
 
-A shape says what a value may be: a type, a tuple of words, [shape] for a list, {key: shape} for a mapping that may hold more.
+A shape says what a value may be: a type, a tuple of words, [shape] for a list, {key: shape} for a mapping
+that may hold more.
 """
 
 import json
@@ -57,68 +59,182 @@ ABOUT = {"command": Maybe(str), "versions": Maybe(Each(str)), "created": Maybe(s
 P = Maybe({"p": SOME, "p_holm": SOME})
 COMPARED = Maybe(Null({"share": Null(INTERVAL), "control": Maybe(str)}))
 READING = {  # what one evaluator says of a cell of a transfer
-    "effect": Filled(POINT), "slope": INTERVAL, "retention": INTERVAL, "verdict": WORDS,
-    "matched_scale": {"value": NUMBER, "low": NUMBER, "high": NUMBER, "reach": Maybe(Null({"share": float, "scale": float}))},
-    "window": Maybe([bool]), "monotonicity": SOME, "preservation": SOME, "equivalence": P, "difference": P,
+    "effect": Filled(POINT),
+    "slope": INTERVAL,
+    "retention": INTERVAL,
+    "verdict": WORDS,
+    "matched_scale": {
+        "value": NUMBER,
+        "low": NUMBER,
+        "high": NUMBER,
+        "reach": Maybe(Null({"share": float, "scale": float})),
+    },
+    "window": Maybe([bool]),
+    "monotonicity": SOME,
+    "preservation": SOME,
+    "equivalence": P,
+    "difference": P,
     "shape": Maybe({"area": Maybe(INTERVAL), "saturation": SOME, "signs": SOME, "smoothness": SOME}),
     "preservation_matched": Maybe(Null({"source": float, "target": float, "difference": INTERVAL})),
     "spread": Maybe(Null({"prompts": float, "seeds": float})),
-    "references": Maybe(Null(Only(floor=COMPARED, ceiling=COMPARED, wrong=COMPARED, normalised=Maybe(Null(INTERVAL)),
-                                  rerun=Maybe(Null({"effect": INTERVAL}))))),
-}  # fmt: skip
+    "references": Maybe(
+        Null(
+            Only(
+                floor=COMPARED,
+                ceiling=COMPARED,
+                wrong=COMPARED,
+                normalised=Maybe(Null(INTERVAL)),
+                rerun=Maybe(Null({"effect": INTERVAL})),
+            )
+        )
+    ),
+}
 TRANSFER = {
-    **ABOUT, "config": Maybe({"prompts": Maybe([str])}), "margin": Maybe([float]),
+    **ABOUT,
+    "config": Maybe({"prompts": Maybe([str])}),
+    "margin": Maybe([float]),
     "cost": Maybe({"drawn": int, "cached": int, "seconds": float}),
-    "cells": Filled({
-        "control": str, "source": str, "target": str, "scales": Filled(float), "readings": Filled(Each(READING)), **COUNTED,
-        "kind": Maybe(str), "hash": Maybe(str), "reference": Maybe(bool), "below": SOME,
-        "positive": Maybe(str), "negative": Maybe(str), "picture": Maybe(Null(str)), "clip_change_percent": SOME,
-    }),
-    "leakage": Maybe([{"evaluator": str, "target": str, "control": str, "attribute": str, "share": Null(INTERVAL)}]),
-}  # fmt: skip
+    "cells": Filled(
+        {
+            "control": str,
+            "source": str,
+            "target": str,
+            "scales": Filled(float),
+            "readings": Filled(Each(READING)),
+            **COUNTED,
+            "kind": Maybe(str),
+            "hash": Maybe(str),
+            "reference": Maybe(bool),
+            "below": SOME,
+            "positive": Maybe(str),
+            "negative": Maybe(str),
+            "picture": Maybe(Null(str)),
+            "clip_change_percent": SOME,
+        }
+    ),
+    "leakage": Maybe(
+        [{"evaluator": str, "target": str, "control": str, "attribute": str, "share": Null(INTERVAL)}]
+    ),
+}
 STEPS = Filled({"t": float, "share": float})
 HALF = {"share": INTERVAL, "t": INTERVAL}
 TRACE = {
-    **ABOUT, "config": {"tolerance": float, "bands": [float]}, "evaluators": Filled(str), "base": str, "prompts": [str], "shown": int,
+    **ABOUT,
+    "config": {"tolerance": float, "bands": [float]},
+    "evaluators": Filled(str),
+    "base": str,
+    "prompts": [str],
+    "shown": int,
     "control": str,
-    "cells": Filled({
-        "student": str, "plan": str, "steps": STEPS, "distance": Each(Filled(POINT)), "commitment": Each(HALF),
-        "abandoned": {"evaluator": str, "falls": Null(INTERVAL), "rises_and_falls": Null(INTERVAL), "picture": Maybe(str),
-                      "examples": [{"concept": str, "prompt": str, "score": [float]}]},
-        "control": Maybe(Each({"effect": Filled(POINT), "half": HALF, "parts": [{"bands": Filled(int), "share": INTERVAL}]})),
-        **COUNTED,
-    }),
-}  # fmt: skip
+    "cells": Filled(
+        {
+            "student": str,
+            "plan": str,
+            "steps": STEPS,
+            "distance": Each(Filled(POINT)),
+            "commitment": Each(HALF),
+            "abandoned": {
+                "evaluator": str,
+                "falls": Null(INTERVAL),
+                "rises_and_falls": Null(INTERVAL),
+                "picture": Maybe(str),
+                "examples": [{"concept": str, "prompt": str, "score": [float]}],
+            },
+            "control": Maybe(
+                Each(
+                    {
+                        "effect": Filled(POINT),
+                        "half": HALF,
+                        "parts": [{"bands": Filled(int), "share": INTERVAL}],
+                    }
+                )
+            ),
+            **COUNTED,
+        }
+    ),
+}
 PER_NAME = Each(Null(INTERVAL))
 DIVERSITY = {
-    **ABOUT, "config": Maybe({}), "evaluators": Filled(str), "base": str, "fronts": Each([str]),
-    "cells": Filled({
-        "student": str, "plan": str, "steps": STEPS, "diversity": Each(Filled(POINT)), "vendi": Filled(INTERVAL), "agreement": POINT,
-        "per_prompt": [{"prompt": str, "vendi": float}], "of_base": Each(INTERVAL), "of_base_first": Each(INTERVAL), "gain": PER_NAME,
-        "recovery": PER_NAME, "agreement_gain": Null(INTERVAL), "quality": Maybe(PER_NAME), "seconds": Maybe(float),
-        "nfe": Maybe(float), **COUNTED,
-    }),
-}  # fmt: skip
+    **ABOUT,
+    "config": Maybe({}),
+    "evaluators": Filled(str),
+    "base": str,
+    "fronts": Each([str]),
+    "cells": Filled(
+        {
+            "student": str,
+            "plan": str,
+            "steps": STEPS,
+            "diversity": Each(Filled(POINT)),
+            "vendi": Filled(INTERVAL),
+            "agreement": POINT,
+            "per_prompt": [{"prompt": str, "vendi": float}],
+            "of_base": Each(INTERVAL),
+            "of_base_first": Each(INTERVAL),
+            "gain": PER_NAME,
+            "recovery": PER_NAME,
+            "agreement_gain": Null(INTERVAL),
+            "quality": Maybe(PER_NAME),
+            "seconds": Maybe(float),
+            "nfe": Maybe(float),
+            **COUNTED,
+        }
+    ),
+}
 PLACE = {"comparison": str, "first": str, "step": int, "t": float}
 SIMILARITY = {  # what a cell is, and its shape
     "block": {
-        **PLACE, "inputs": ("forced", "own"), "block": str, "cka": INTERVAL, "null": {"high": NUMBER, "p": NUMBER}, "samples": int,
-        "seed_variance": INTERVAL, "seed_share": [NUMBER], "neighbours": NUMBER, "neighbours_chance": NUMBER, "standardised": NUMBER,
-        "procrustes": NUMBER, "procrustes_permuted": NUMBER,
+        **PLACE,
+        "inputs": ("forced", "own"),
+        "block": str,
+        "cka": INTERVAL,
+        "null": {"high": NUMBER, "p": NUMBER},
+        "samples": int,
+        "seed_variance": INTERVAL,
+        "seed_share": [NUMBER],
+        "neighbours": NUMBER,
+        "neighbours_chance": NUMBER,
+        "standardised": NUMBER,
+        "procrustes": NUMBER,
+        "procrustes_permuted": NUMBER,
     },
     "weights": {"comparison": str, "block": str, "change": NUMBER},
     "cross": {**PLACE, "cka": Filled(Filled(NUMBER))},
-    "stitch": {"comparison": str, "down": str, "up": str, "agreement": INTERVAL,
-               **dict.fromkeys(("to_up", "to_down", "between", "nearer"), Each(INTERVAL))},
-    "direction": {"control": str, "target": str, "cosine": Filled(INTERVAL), "gain": [INTERVAL], "gain_guided": [INTERVAL],
-                  "delta": {"cosine": NUMBER}},
-    "overlap": {"one": str, "two": str, "same": bool, "same_start": bool,
-                **dict.fromkeys(("cosine", "in", "chance_in", "out", "chance_out"), NUMBER)},
+    "stitch": {
+        "comparison": str,
+        "down": str,
+        "up": str,
+        "agreement": INTERVAL,
+        **dict.fromkeys(("to_up", "to_down", "between", "nearer"), Each(INTERVAL)),
+    },
+    "direction": {
+        "control": str,
+        "target": str,
+        "cosine": Filled(INTERVAL),
+        "gain": [INTERVAL],
+        "gain_guided": [INTERVAL],
+        "delta": {"cosine": NUMBER},
+    },
+    "overlap": {
+        "one": str,
+        "two": str,
+        "same": bool,
+        "same_start": bool,
+        **dict.fromkeys(("cosine", "in", "chance_in", "out", "chance_out"), NUMBER),
+    },
     "point": {"evaluator": str, "control": str, "target": str, "retention": float},
-    "predictor": {"predictor": str, "evaluator": str, "points": int, "controls": int, "spearman": INTERVAL, "pearson": INTERVAL,
-                  "r2_cross_validated": NUMBER, "r2_without_one": {"value": NUMBER, "without": Null(str)},
-                  "without_one": {"low": NUMBER, "high": NUMBER, "most": Null(str)}},
-}  # fmt: skip
+    "predictor": {
+        "predictor": str,
+        "evaluator": str,
+        "points": int,
+        "controls": int,
+        "spearman": INTERVAL,
+        "pearson": INTERVAL,
+        "r2_cross_validated": NUMBER,
+        "r2_without_one": {"value": NUMBER, "without": Null(str)},
+        "without_one": {"low": NUMBER, "high": NUMBER, "most": Null(str)},
+    },
+}
 SHAPES = {"analysis.transfer": TRANSFER, "analysis.trace": TRACE, "analysis.diversity": DIVERSITY,
           "analysis.similarity": {**ABOUT, "config": Maybe({})}}  # fmt: skip
 
@@ -126,12 +242,15 @@ SHAPES = {"analysis.transfer": TRANSFER, "analysis.trace": TRACE, "analysis.dive
 def read(folder: Path, command: str = "") -> dict:
     """The record of a run folder, with the `recipe` that made it.
 
-    command: the one that must have made it; empty = any of them. Raises UserError where there is none, or not that one's.
+    command: the one that must have made it; empty = any of them. Raises UserError where there is none, or not
+    that one's.
     """
     found, path = loaded(folder, command), Path(folder) / "results.json"
     recipe = found["recipe"] = recipe_of(found)
     if recipe not in SHAPES or command not in ("", recipe):
-        raise UserError(f"{path} was made by {quoted(recipe)}; give a folder that python -m {command or ' or '.join(SHAPES)} made")
+        raise UserError(
+            f"{path} was made by {quoted(recipe)}; give a folder that python -m {command or ' or '.join(SHAPES)} made"
+        )
     where = f"{path}: "
     check(found, SHAPES[recipe], where)
     for k, cell in enumerate(found["cells"] if recipe == "analysis.similarity" else ()):
@@ -148,28 +267,45 @@ def loaded(folder: Path, command: str = "") -> dict:
     except FileNotFoundError:
         raise UserError(f"no {path}; python -m {command or 'analysis.transfer'} makes one") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({str(error)[:100]}); run {command or 'what made it'} again") from None
+        raise UserError(
+            f"{path} is not JSON ({str(error)[:100]}); run {command or 'what made it'} again"
+        ) from None
     cells = found.get("cells") if isinstance(found, dict) else None
-    if not cells or not isinstance(cells, list) or found.get("schema") != SCHEMA or isinstance(found["schema"], bool):
-        raise UserError(f"{path} has no cells of schema {SCHEMA}: it is not the record of {command or 'one of our analyses'}, or an older one; run it again")
+    if (
+        not cells
+        or not isinstance(cells, list)
+        or found.get("schema") != SCHEMA
+        or isinstance(found["schema"], bool)
+    ):
+        raise UserError(
+            f"{path} has no cells of schema {SCHEMA}: it is not the record of {command or 'one of our analyses'}, or an older one; run it again"
+        )
     return found
 
 
 def recipe_of(found: dict) -> str:
     """The command that made a record; older ones do not name theirs."""
     kind = found["cells"][0]
-    return str(found.get("recipe") or ("analysis.similarity" if isinstance(kind, dict) and "what" in kind else "analysis.transfer"))
+    return str(
+        found.get("recipe")
+        or ("analysis.similarity" if isinstance(kind, dict) and "what" in kind else "analysis.transfer")
+    )
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of a run folder. Raises UserError for one that leads out of it, by its name or by a link."""
+    """The path of a file of a run folder.
+
+    Raises UserError for one that leads out of it, by its name or by a link.
+    """
     folder = Path(folder).resolve()
     try:
         path = (folder / name).resolve()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} can hold no {quoted(name)}: {error}") from None
     if Path(name).is_absolute() or not path.is_relative_to(folder) or path == folder:
-        raise UserError(f"{quoted(name)} is not a file of {folder}: a record names what lies in its own folder")
+        raise UserError(
+            f"{quoted(name)} is not a file of {folder}: a record names what lies in its own folder"
+        )
     return path
 
 
@@ -207,7 +343,12 @@ def check(found: Any, shape: Any, where: str) -> None:
         _wrong(isinstance(found, dict) and bool(found), where, "keys and values, at least one", found)
         check(found, shape.shape, where)
     elif isinstance(shape, (list, Filled)):
-        _wrong(isinstance(found, list) and (found or isinstance(shape, list)), where, "a list of something", found)
+        _wrong(
+            isinstance(found, list) and (found or isinstance(shape, list)),
+            where,
+            "a list of something",
+            found,
+        )
         for k, value in enumerate(found):
             check(value, shape[0] if isinstance(shape, list) else shape.shape, f"{where}[{k}]")
     elif isinstance(shape, tuple):

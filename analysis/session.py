@@ -11,30 +11,49 @@ from configs import UserError
 from controls import retention as stats
 from models import budget, forecast
 
-# of a retention, between prompts and between seeds: root mean squares over all shipped controls on the embedded family (LOG.md)
+# of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
+# embedded family (LOG.md)
 TYPICAL = {"prompts": 0.07, "seeds": 0.33}
 
 
 def show(
-    drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job], evaluators: Sequence[str], folder: Path
+    drawings: Drawings,
+    subjects: list[Subject],
+    targets: list[str],
+    jobs: list[Job],
+    evaluators: Sequence[str],
+    folder: Path,
 ) -> None:
-    """Prints the smallest difference of a retention from 1 that the design tells from none, then images, network evaluations, minutes.
+    """Prints the smallest difference of a retention from 1 that the design tells from none, then images,
+    network evaluations, minutes.
 
-    Then memory at its fullest. The drawings' family is bare: it needs configs and no weights, and UserError says which one cannot be had.
+    Then memory at its fullest. The drawings' family is bare: it needs configs and no weights, and UserError
+    says which one cannot be had.
     """
-    todo, family, each, prompts, seeds = drawings.missing(jobs), drawings.family, len(drawings.numbers), len(drawings.texts), drawings.seeds
+    todo, family, each, prompts, seeds = (
+        drawings.missing(jobs),
+        drawings.family,
+        len(drawings.numbers),
+        len(drawings.texts),
+        drawings.seeds,
+    )
     spread, whence = known(folder)
     print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
     for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
         least = stats.detectable(n, k, spread)
-        print(f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})")
+        print(
+            f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})"
+        )
     calls = budget.nfe_by_member((drawings.plan(job.target), each) for job in todo)
     print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
     if not todo:
         print("nothing to draw")
         return
     print(budget.forecast(family.card, calls, family.dtype, family.device, evaluators))
-    controls, turns = [control.tensors for control in drawings.controls.values()], in_memory(in_turn(todo, family.card), family.card)
+    controls, turns = (
+        [control.tensors for control in drawings.controls.values()],
+        in_memory(in_turn(todo, family.card), family.card),
+    )
     print(forecast.said(lambda: forecast.drawing(family, turns, each, controls, evaluators, apart=True)))
 
 

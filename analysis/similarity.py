@@ -2,8 +2,8 @@
 
     python -m analysis.similarity [config=FILE] [key=value ...]
 
-Without arguments: tiny/base against each of its students, and all shipped controls; some minutes on a CPU. With control=FILE: members
-without against themselves with that control.
+Without arguments: tiny/base against each of its students, and all shipped controls; some minutes on a CPU.
+With control=FILE: members without against themselves with that control.
 """
 
 import hashlib
@@ -25,7 +25,16 @@ from tqdm import tqdm
 
 from analysis import report, results, wandb_log
 from analysis.images import store
-from analysis.images.activations import Chunk, Measure, Pair, chunks, compare, shared_blocks, spare_noise, walk
+from analysis.images.activations import (
+    Chunk,
+    Measure,
+    Pair,
+    chunks,
+    compare,
+    shared_blocks,
+    spare_noise,
+    walk,
+)
 from analysis.images.directions import Start, directions, overlaps
 from analysis.images.stitching import stitch
 from analysis.measures.prediction import points, predictors
@@ -39,9 +48,13 @@ from models.evaluators import load_evaluators
 from models.families import DTYPES, Family, Memory
 from models.sampler import alone
 
-SHIPPED = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))]
+SHIPPED = [
+    path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))
+]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
-Job = tuple[str, Callable[[], list[dict] | dict[str, Tensor]]]  # a file of the run folder, and what makes its cells or tensors
+Job = tuple[
+    str, Callable[[], list[dict] | dict[str, Tensor]]
+]  # a file of the run folder, and what makes its cells or tensors
 RETENTION = {"control": str, "source": str, "target": str,
              "readings": results.Each({"retention": {"value": results.NUMBER}})}  # fmt: skip
 
@@ -51,24 +64,41 @@ class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
     source: str = ""  # the member the others are compared with; empty = the family's base
-    targets: list[str] = field(default_factory=list)  # members compared with it; empty = all others; with control: these with it
-    control: str = ""  # a control file: members without it against themselves with it, instead of member against member
+    targets: list[str] = field(
+        default_factory=list
+    )  # members compared with it; empty = all others; with control: these with it
+    control: str = (
+        ""  # a control file: members without it against themselves with it, instead of member against member
+    )
     scale: float = 1.0  # of that control
-    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files whose weights and directions are compared; [] = none
+    controls: list[str] = field(
+        default_factory=lambda: SHIPPED
+    )  # control files whose weights and directions are compared; [] = none
     transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
-    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
+    prompts: list[str] = field(
+        default_factory=list
+    )  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 16  # images per prompt
     seed: int = 1000  # the first image seed, and that of permutations
-    blocks: str = "parts"  # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
-    grid: int = 1  # CKA: an activation is averaged to grid x grid positions; 1 = over all positions; memory grows as its 4th power
+    blocks: str = (
+        "parts"  # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
+    )
+    # CKA: an activation is averaged to grid x grid positions; 1 = over all positions; memory grows as its 4th
+    # power
+    grid: int = 1
     spread_grid: int = 4  # variance over seeds: of maps of so many positions per side
     neighbours: int = 10  # k of the mutual nearest neighbours
-    kept: int = 512  # samples kept for intervals, permutations, neighbours, maps between blocks; CKA itself keeps none
+    # samples kept for intervals, permutations, neighbours, maps between blocks; CKA itself keeps none
+    kept: int = 512
     draws: int = 100  # permutations of the prompts for the null
     stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
-    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
+    # suffice
+    batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    memory: Memory = field(
+        default_factory=Memory
+    )  # what to do without, at the price of time; a continued run may change it
     dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/similarity"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
@@ -80,16 +110,28 @@ def main(cfg: Config) -> Path:
     """Compares, prints the tables and returns the path of the page."""
     start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
-    shown, control = [formats.load(path) for path in cfg.controls if not cfg.control], formats.load(cfg.control) if cfg.control else None
+    shown, control = (
+        [formats.load(path) for path in cfg.controls if not cfg.control],
+        formats.load(cfg.control) if cfg.control else None,
+    )
     transfer = retentions(cfg.transfer) if shown else []
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
+    family = Family(
+        cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size
+    )
     prompts = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
     pairs = pairs_of(cfg, family, control)
-    measure, firsts = measure_of(cfg), list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])]))
+    measure, firsts = (
+        measure_of(cfg),
+        list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])])),
+    )
     if cfg.dry_run:
-        print(f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come on top")
-        print(budget.forecast(family.card, nfe(family, pairs, firsts, len(seeds)), family.dtype, family.device))
+        print(
+            f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come on top"
+        )
+        print(
+            budget.forecast(family.card, nfe(family, pairs, firsts, len(seeds)), family.dtype, family.device)
+        )
         return Path(cfg.out) / cfg.name
     fits(family, pairs, shown, cfg.blocks)
     folder = devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
@@ -97,18 +139,27 @@ def main(cfg: Config) -> Path:
     todo = chunks(cfg.prompts, seeds, family.drawing.size)
     work(walks(family, firsts, todo), folder, "sampling", accelerator)
     quiet = not accelerator.is_main_process
-    work(measurements(cfg, family, pairs, shown, todo, measure, folder, quiet), folder, "measuring", accelerator)
+    work(
+        measurements(cfg, family, pairs, shown, todo, measure, folder, quiet),
+        folder,
+        "measuring",
+        accelerator,
+    )
     if not accelerator.is_main_process:
         return folder / "report.html"
 
     cells = gather(folder, pairs, shown)
     for evaluator_name, rows in points(cells, transfer).items():
-        cells += [{"what": "point", "evaluator": evaluator_name, **row} for row in rows] + predictors(rows, evaluator_name, seed=cfg.seed)
+        cells += [{"what": "point", "evaluator": evaluator_name, **row} for row in rows] + predictors(
+            rows, evaluator_name, seed=cfg.seed
+        )
     wandb_log.write({**wandb_log.header("analysis.similarity", cfg, start), "cells": cells}, folder)
     page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; report: {page}")
-    with tracking.start(folder, asdict(cfg), "analysis.similarity", control.card.name if control else cfg.family, cfg.wandb) as tracker:
+    with tracking.start(
+        folder, asdict(cfg), "analysis.similarity", control.card.name if control else cfg.family, cfg.wandb
+    ) as tracker:
         track(cells, folder, tracker)
     return page
 
@@ -122,7 +173,9 @@ def check(cfg: Config) -> None:
     if cfg.spread_grid < cfg.grid or cfg.spread_grid % cfg.grid:
         raise UserError(f"spread_grid must be a multiple of grid; got {cfg.spread_grid} and {cfg.grid}")
     if not 0 <= cfg.stitch_seeds <= cfg.seeds:
-        raise UserError(f"stitch_seeds must be 0 … {cfg.seeds}, the seeds of a prompt; got {cfg.stitch_seeds}")
+        raise UserError(
+            f"stitch_seeds must be 0 … {cfg.seeds}, the seeds of a prompt; got {cfg.stitch_seeds}"
+        )
 
 
 def pairs_of(cfg: Config, family: Family, control: Control | None) -> list[Pair]:
@@ -130,7 +183,9 @@ def pairs_of(cfg: Config, family: Family, control: Control | None) -> list[Pair]
     source = cfg.source or family.card.base
     named = [name for name in (source, *cfg.targets) if name not in family.card.members]
     if named:
-        raise UserError(f"no member {named[0]!r} in family {family.card.name}: there are {', '.join(family.card.members)}")
+        raise UserError(
+            f"no member {named[0]!r} in family {family.card.name}: there are {', '.join(family.card.members)}"
+        )
     if control:
         return [Pair(name, name, control, cfg.scale) for name in cfg.targets or [source]]
     targets = cfg.targets or [name for name in family.card.members if name != source]
@@ -163,10 +218,14 @@ def fits(family: Family, pairs: list[Pair], controls: list[Control], kind: str) 
 
 
 def retentions(folder: str) -> list[dict]:
-    """The cells of a run of analysis.transfer; none, and a line that says how to make them, where there is no such run."""
+    """The cells of a run of analysis.transfer; none, and a line that says how to make them, where there is no
+    such run.
+    """
     path = Path(folder) / "results.json"
     if not path.is_file():
-        print(f"no {path}, so nothing to predict; python -m analysis.transfer config=configs/transfer/all.yaml makes it")
+        print(
+            f"no {path}, so nothing to predict; python -m analysis.transfer config=configs/transfer/all.yaml makes it"
+        )
         return []
     cells = results.loaded(Path(folder), "analysis.transfer")["cells"]
     results.check(cells, [RETENTION], f"{path}: cells")
@@ -199,16 +258,29 @@ def walked(member: str, chunk: Chunk) -> str:
 
 
 def nfe(family: Family, pairs: list[Pair], firsts: list[str], images: int) -> Counter[str]:
-    """Network evaluations by member: runs of the first ones and of all second ones, and each pair at the second one's levels."""
-    calls = budget.nfe_by_member((alone(family.member(name)), images) for name in [*firsts, *(pair.second for pair in pairs)])
+    """Network evaluations by member: runs of the first ones and of all second ones, and each pair at the
+    second one's levels.
+    """
+    calls = budget.nfe_by_member(
+        (alone(family.member(name)), images) for name in [*firsts, *(pair.second for pair in pairs)]
+    )
     for pair in pairs:
         steps = images * len(family.member(pair.second).levels)
-        calls += Counter({pair.first: 2 * steps}) + Counter({pair.second: steps})  # on its own run, and on the same inputs
+        calls += Counter({pair.first: 2 * steps}) + Counter(
+            {pair.second: steps}
+        )  # on its own run, and on the same inputs
     return calls
 
 
 def measurements(
-    cfg: Config, family: Family, pairs: list[Pair], controls: list[Control], todo: list[Chunk], measure: Measure, folder: Path, quiet: bool
+    cfg: Config,
+    family: Family,
+    pairs: list[Pair],
+    controls: list[Control],
+    todo: list[Chunk],
+    measure: Measure,
+    folder: Path,
+    quiet: bool,
 ) -> list[Job]:
     """Comparisons, stitched networks and controls: one job and one JSON file of cells each."""
 
@@ -235,7 +307,9 @@ def measurements(
     files = files_of(pairs, controls)
     jobs: list[Job] = [(files[f"compare/{pair.file}"], partial(comparison, pair)) for pair in pairs]
     if cfg.stitch_seeds:
-        jobs += [(files[f"stitch/{pair.file}"], partial(stitches, pair)) for pair in pairs if not pair.control]
+        jobs += [
+            (files[f"stitch/{pair.file}"], partial(stitches, pair)) for pair in pairs if not pair.control
+        ]
     jobs += [(files[f"control/{control.card.name}"], partial(direction, control)) for control in controls]
     return jobs + ([(files["overlap"], partial(overlaps, controls))] if controls else [])
 
@@ -243,7 +317,10 @@ def measurements(
 def files_of(pairs: list[Pair], controls: list[Control]) -> dict[str, str]:
     """Where in the run folder the cells of each job are, in the order of the record."""
     names = [f"{job}/{pair.file}" for job in ("compare", "stitch") for pair in pairs]
-    return {name: f"cells/{name}.json" for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]}
+    return {
+        name: f"cells/{name}.json"
+        for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]
+    }
 
 
 @torch.no_grad()
@@ -255,7 +332,9 @@ def ground(family: Family, todo: list[Chunk], folder: Path) -> Start:
     x0 = torch.cat([store.load(folder / file, file)["x0"][:PROMPT_SEEDS] for file in files]).to(family.device)
     eps = torch.cat([spare_noise(family, base, chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts])
     counts = [len(chunk.seeds[:PROMPT_SEEDS]) for chunk in firsts]
-    prompts = family.encode([chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)])
+    prompts = family.encode(
+        [chunk.text for chunk, count in zip(firsts, counts, strict=True) for _ in range(count)]
+    )
     return Start(prompts, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), family.drawing)
 
 
@@ -263,7 +342,9 @@ def keep(path: Path, cells: list[dict], what: str) -> None:
     """Writes cells as JSON that knows what it is of and whether it is whole, as `store` does with tensors."""
     text = json.dumps(cells, allow_nan=False)
     with replacing(path) as new:
-        new.write_text(json.dumps({"what": what, "sha256": hashlib.sha256(text.encode()).hexdigest(), "cells": text}))
+        new.write_text(
+            json.dumps({"what": what, "sha256": hashlib.sha256(text.encode()).hexdigest(), "cells": text})
+        )
 
 
 def kept(path: Path, what: str) -> list[dict] | None:
@@ -283,42 +364,122 @@ def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dic
 
 def show(cells: list[dict]) -> None:
     """Prints CKA and the variance over seeds per comparison and step, then what predicts retention."""
-    table = Table(title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first (means over blocks)")
-    for head in ("comparison", "step", "t", "CKA, same inputs", "lowest block", "CKA, own", "seed variance, own", "seeds' share"):
+    table = Table(
+        title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first (means over blocks)"
+    )
+    for head in (
+        "comparison",
+        "step",
+        "t",
+        "CKA, same inputs",
+        "lowest block",
+        "CKA, own",
+        "seed variance, own",
+        "seeds' share",
+    ):
         table.add_column(head)
     for row in similarity_page.by_step(cells):
-        table.add_row(row["comparison"], str(row["step"] + 1), f"{row['t']:.0f}", number(row["forced"]), f"{row['lowest']} "
-                      f"{number(row['lowest_cka'])}", number(row["own"]), number(row["seed_variance"]),
-                      " against ".join(number(row["shares"][side]) for side in (1, 0)))  # fmt: skip
+        table.add_row(
+            row["comparison"],
+            str(row["step"] + 1),
+            f"{row['t']:.0f}",
+            number(row["forced"]),
+            f"{row['lowest']} {number(row['lowest_cka'])}",
+            number(row["own"]),
+            number(row["seed_variance"]),
+            " against ".join(number(row["shares"][side]) for side in (1, 0)),
+        )
     Console(width=max(120, Console().width)).print(table)
     found = [c for c in cells if c["what"] == "predictor"]
     if found:
-        table = Table(title=f"What predicts retention: {found[0]['points']} points of {found[0]['controls']} controls")
-        for head in ("evaluator", "predictor", "Spearman [95 %]", "one control left out", "cross-validated R²", "lowest without one"):
+        table = Table(
+            title=f"What predicts retention: {found[0]['points']} points of {found[0]['controls']} controls"
+        )
+        for head in (
+            "evaluator",
+            "predictor",
+            "Spearman [95 %]",
+            "one control left out",
+            "cross-validated R²",
+            "lowest without one",
+        ):
             table.add_column(head)
         for c in found:
             left = f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}"
-            table.add_row(c["evaluator"], c["predictor"], ranged(c["spearman"]), left, number(c["r2_cross_validated"]),
-                          number(c["r2_without_one"]["value"]))  # fmt: skip
+            table.add_row(
+                c["evaluator"],
+                c["predictor"],
+                ranged(c["spearman"]),
+                left,
+                number(c["r2_cross_validated"]),
+                number(c["r2_without_one"]["value"]),
+            )
         Console(width=max(120, Console().width)).print(table)
 
 
 def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
-    """Logs every kind of cell as a table, the maps of CKA as tables blocks x steps, stitched pictures, the record as an artifact."""
+    """Logs every kind of cell as a table, the maps of CKA as tables blocks x steps, stitched pictures, the
+    record as an artifact.
+    """
     blocks = [c for c in cells if c["what"] == "block"]
-    columns = ["comparison", "inputs", "block", "step", "cka", "null high", "standardised", "procrustes", "neighbours", "seed variance"]
-    tracker.table("similarity/blocks", columns, [[c["comparison"], c["inputs"], c["block"], c["step"], c["cka"]["value"], c["null"]["high"],
-                  c["standardised"], c["procrustes"], c["neighbours"], c["seed_variance"]["value"]] for c in blocks])  # fmt: skip
+    columns = [
+        "comparison",
+        "inputs",
+        "block",
+        "step",
+        "cka",
+        "null high",
+        "standardised",
+        "procrustes",
+        "neighbours",
+        "seed variance",
+    ]
+    tracker.table(
+        "similarity/blocks",
+        columns,
+        [
+            [
+                c["comparison"],
+                c["inputs"],
+                c["block"],
+                c["step"],
+                c["cka"]["value"],
+                c["null"]["high"],
+                c["standardised"],
+                c["procrustes"],
+                c["neighbours"],
+                c["seed_variance"]["value"],
+            ]
+            for c in blocks
+        ],
+    )
     for name, inputs in dict.fromkeys((c["comparison"], c["inputs"]) for c in blocks):
         steps, rows = similarity_page.table(blocks, name, inputs, lambda c: c["cka"]["value"])
         heads = ["block", *(f"step {s + 1}" for s in steps)]
-        tracker.table(f"similarity/cka/{name}/{inputs}", heads, [[block, *row] for block, row in rows.items()])
+        tracker.table(
+            f"similarity/cka/{name}/{inputs}", heads, [[block, *row] for block, row in rows.items()]
+        )
     found = [c for c in cells if c["what"] == "predictor"]
     if found:
-        tracker.table("similarity/predictors", ["evaluator", "predictor", "points", "spearman", "low", "high", "r2_cross_validated"],
-                      [[c["evaluator"], c["predictor"], c["points"], *c["spearman"].values(), c["r2_cross_validated"]] for c in found])  # fmt: skip
+        tracker.table(
+            "similarity/predictors",
+            ["evaluator", "predictor", "points", "spearman", "low", "high", "r2_cross_validated"],
+            [
+                [
+                    c["evaluator"],
+                    c["predictor"],
+                    c["points"],
+                    *c["spearman"].values(),
+                    c["r2_cross_validated"],
+                ]
+                for c in found
+            ],
+        )
     for row in similarity_page.by_step(cells):
-        means = {f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in similarity_page.INPUTS}
+        means = {
+            f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key]
+            for key in similarity_page.INPUTS
+        }
         tracker.log({name: value for name, value in means.items() if value is not None})
     for path in sorted((folder / "images/stitch").glob("*.png")):
         caption = "in columns: first, second, first's down half with second's up half, the reverse"

@@ -1,8 +1,8 @@
 """What a model believes at every step: python -m analysis.trace [config=FILE] [key=value ...]
 
-Without arguments: the base and the students of `tiny`, alone and as hybrid(1), with the smile slider; some minutes on a CPU. Makes sheets
-of x_t and x0 over the steps, an animation, and a page with a scrubber; measures when a member commits to its image, what it begins and
-abandons, and at which steps a control acts.
+Without arguments: the base and the students of `tiny`, alone and as hybrid(1), with the smile slider; some
+minutes on a CPU. Makes sheets of x_t and x0 over the steps, an animation, and a page with a scrubber;
+measures when a member commits to its image, what it begins and abandons, and at which steps a control acts.
 """
 
 import time
@@ -32,32 +32,63 @@ from models.noise import Noise
 from models.sampler import Plan, draw_noise, sample
 
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
-FREE = ("wandb", "out", "batch_size", "memory", "dry_run", "tolerance", "threshold", "concepts")  # what a continued run may change
-CONCEPTS = [f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}" for thing in ("glasses", "beard", "hat")]
+FREE = (
+    "wandb",
+    "out",
+    "batch_size",
+    "memory",
+    "dry_run",
+    "tolerance",
+    "threshold",
+    "concepts",
+)  # what a continued run may change
+CONCEPTS = [
+    f"{thing}: portrait of a person, {thing} | portrait of a person, no {thing}"
+    for thing in ("glasses", "beard", "hat")
+]
 
 
 @dataclass
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    students: list[str] = field(default_factory=list)  # members to trace beside the base; empty = all of the family
-    plans: list[str] = field(default_factory=lambda: ["base(4)", "hybrid(1)"])  # besides base and student, as models/sampler.py writes them
-    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
+    students: list[str] = field(
+        default_factory=list
+    )  # members to trace beside the base; empty = all of the family
+    plans: list[str] = field(
+        default_factory=lambda: ["base(4)", "hybrid(1)"]
+    )  # besides base and student, as models/sampler.py writes them
+    prompts: list[str] = field(
+        default_factory=list
+    )  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt, at least 2
     seed: int = 3000  # the first image seed
-    tolerance: float = 0.25  # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
-    concepts: list[str] = field(default_factory=lambda: list(CONCEPTS))  # what may be abandoned, name: positive | negative
-    threshold: float = 0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
+    # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
+    tolerance: float = 0.25
+    concepts: list[str] = field(
+        default_factory=lambda: list(CONCEPTS)
+    )  # what may be abandoned, name: positive | negative
+    threshold: float = (
+        0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
+    )
     control: str = "controls/tiny/smile.safetensors"  # a control file whose effect is followed; empty = none
     scale: float = 1.0  # of the control
-    evaluators: list[str] = field(default_factory=list)  # of the family's card: clip, siglip, probe, …; empty = all that read words
+    evaluators: list[str] = field(
+        default_factory=list
+    )  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what the control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    bands: list[float] = field(default_factory=lambda: [875.0, 625.0, 375.0])  # t at which runs are cut to put a control on a part of them
+    bands: list[float] = field(
+        default_factory=lambda: [875.0, 625.0, 375.0]
+    )  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
-    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
+    # suffice
+    batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    memory: Memory = field(
+        default_factory=Memory
+    )  # what to do without, at the price of time; a continued run may change it
     dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/trace"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
@@ -90,7 +121,9 @@ def main(cfg: Config) -> Path:
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
-    family = Family(cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
+    family = Family(
+        cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size
+    )
     prompts = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
     outline = family if cfg.dry_run else Family(cfg.family, bare=True)
@@ -98,7 +131,9 @@ def main(cfg: Config) -> Path:
     jobs = jobs_of(cfg, plans, control is not None)
     folder = Path(cfg.out) / cfg.name
     if cfg.dry_run:
-        todo = in_turn([job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card)
+        todo = in_turn(
+            [job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card
+        )
         images, names = len(cfg.prompts) * cfg.seeds, chosen(family.card, cfg.evaluators)
         print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
         calls = budget.nfe_by_member((plan_of(family, job.target), images) for job in todo)
@@ -126,13 +161,22 @@ def main(cfg: Config) -> Path:
     cells = cells_of(cfg, family.card.base, jobs, evaluators, pair, folder)
     pictures(cfg, cells, folder)
     strips(family, seeds, cells, folder)
-    results = {**wandb_log.header("analysis.trace", cfg, start), "evaluators": list(evaluators), "base": family.card.base, "prompts": cfg.prompts,
-               "shown": min(cfg.shown, len(cfg.prompts)), "control": control.card.name if control else "", "cells": cells}  # fmt: skip
+    results = {
+        **wandb_log.header("analysis.trace", cfg, start),
+        "evaluators": list(evaluators),
+        "base": family.card.base,
+        "prompts": cfg.prompts,
+        "shown": min(cfg.shown, len(cfg.prompts)),
+        "control": control.card.name if control else "",
+        "cells": cells,
+    }
     wandb_log.write(results, folder)
     page = report.build(folder)
     show(cells)
     print(f"{time.time() - start:.0f} seconds; page: {page}")
-    with tracking.start(folder, asdict(cfg), "analysis.trace", results["control"] or family.card.name, cfg.wandb) as tracker:
+    with tracking.start(
+        folder, asdict(cfg), "analysis.trace", results["control"] or family.card.name, cfg.wandb
+    ) as tracker:
         track(results, folder, tracker)
     return page
 
@@ -153,21 +197,37 @@ def check(cfg: Config) -> None:
 
 
 def words(cfg: Config, control: Control) -> tuple[str, str]:
-    """The positive and negative descriptions by which a control is measured. Raises UserError for a control without them."""
-    pair = tuple(given or control.card.recipe.get(key, "") for key, given in (("positive", cfg.positive), ("negative", cfg.negative)))
+    """The positive and negative descriptions by which a control is measured.
+
+    Raises UserError for a control without them.
+    """
+    pair = tuple(
+        given or control.card.recipe.get(key, "")
+        for key, given in (("positive", cfg.positive), ("negative", cfg.negative))
+    )
     if not all(pair):
         raise UserError(f"{control.card.name} does not say what it makes: give positive=… and negative=…")
     return pair
 
 
 def jobs_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list[Job]:
-    """Every plan without and with the control; on the members alone also with the control in one band, the first ones, the last ones."""
+    """Every plan without and with the control; on the members alone also with the control in one band, the
+    first ones, the last ones.
+    """
     count = len(cfg.bands) + 1
-    one, first, rest = ([tuple(range(*ends)) for ends in zip(a, b, strict=True)] for a, b in (
-        (range(count), range(1, count + 1)), ([0] * (count - 1), range(1, count)), (range(1, count), [count] * (count - 1))))  # fmt: skip
+    one, first, rest = (
+        [tuple(range(*ends)) for ends in zip(a, b, strict=True)]
+        for a, b in (
+            (range(count), range(1, count + 1)),
+            ([0] * (count - 1), range(1, count)),
+            (range(1, count), [count] * (count - 1)),
+        )
+    )
     parts = dict.fromkeys([*one, *first, *rest])
     jobs = [Job(*key, bands) for key in plans for bands in ((), None)[: 1 + controlled]]
-    return jobs + [Job(*key, bands) for key in plans if controlled and key[1] in ("base", "student") for bands in parts]
+    return jobs + [
+        Job(*key, bands) for key in plans if controlled and key[1] in ("base", "student") for bands in parts
+    ]
 
 
 def band(cfg: Config, level: Noise) -> int:
@@ -177,11 +237,23 @@ def band(cfg: Config, level: Noise) -> int:
 
 @torch.no_grad()
 def draw(
-    cfg: Config, family: Family, plan: Plan, control: Control | None, evaluators: dict[str, Evaluator], seeds: list[int], job: Job, folder: Path
+    cfg: Config,
+    family: Family,
+    plan: Plan,
+    control: Control | None,
+    evaluators: dict[str, Evaluator],
+    seeds: list[int],
+    job: Job,
+    folder: Path,
 ) -> None:
-    """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone), and the shown pictures."""
+    """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end
+    alone), and the shown pictures.
+    """
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
-    whole, levels = job.bands is None or not job.bands, [level for stage in plan.stages for level in stage.levels]
+    whole, levels = (
+        job.bands is None or not job.bands,
+        [level for stage in plan.stages for level in stage.levels],
+    )
     holds = None if job.bands is None else lambda level: band(cfg, level) in job.bands
 
     def seen(rows: Tensor) -> dict[str, Tensor]:
@@ -208,21 +280,45 @@ def draw(
     store.write(folder / job.file, tensors, job.file)
 
 
-def cells_of(cfg: Config, base: str, jobs: list[Job], evaluators: dict[str, Evaluator], pair: tuple[str, str], folder: Path) -> list[dict]:
+def cells_of(
+    cfg: Config,
+    base: str,
+    jobs: list[Job],
+    evaluators: dict[str, Evaluator],
+    pair: tuple[str, str],
+    folder: Path,
+) -> list[dict]:
     """A cell per student and plan."""
     features = {job: gather(cfg, job, evaluators, folder) for job in jobs}
     unit = {name: apart(name, features[Job(base, "base", ())][name]) for name in evaluators}
     plain = [f for job, f in features.items() if job.bands == ()]
-    ends = {name: np.concatenate([f[name][:, :, -1].reshape(-1, f[name].shape[-1]) for f in plain]) for name in evaluators}
+    ends = {
+        name: np.concatenate([f[name][:, :, -1].reshape(-1, f[name].shape[-1]) for f in plain])
+        for name in evaluators
+    }
     cells = []
     for student, plan in dict.fromkeys((job.student, job.plan) for job in jobs):
         own = features[Job(student, plan, ())]
         steps = [{"t": t, "share": (i + 1) / len(own["t"])} for i, t in enumerate(own["t"].tolist())]
-        cell = {"student": student, "plan": plan, "steps": steps, **committed(cfg, own, unit), "abandoned": abandoned(cfg, own, evaluators, ends),
-                "images": len(cfg.prompts) * cfg.seeds, "prompts": len(cfg.prompts), "seeds": cfg.seeds}  # fmt: skip
-        with_control = {job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)}
+        cell = {
+            "student": student,
+            "plan": plan,
+            "steps": steps,
+            **committed(cfg, own, unit),
+            "abandoned": abandoned(cfg, own, evaluators, ends),
+            "images": len(cfg.prompts) * cfg.seeds,
+            "prompts": len(cfg.prompts),
+            "seeds": cfg.seeds,
+        }
+        with_control = {
+            job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)
+        }
         if None in with_control:
-            cell["control"] = {name: followed(evaluator, name, with_control, pair) for name, evaluator in evaluators.items() if name in READERS}
+            cell["control"] = {
+                name: followed(evaluator, name, with_control, pair)
+                for name, evaluator in evaluators.items()
+                if name in READERS
+            }
         cells.append(cell)
     return cells
 
@@ -231,7 +327,10 @@ def gather(cfg: Config, job: Job, evaluators: dict, folder: Path) -> dict[str, n
     """A job's features, (P, S, T, d) per evaluator, and its noise levels t (T,)."""
     file = store.load(folder / job.file, job.file)
     shape = (len(cfg.prompts), cfg.seeds)
-    return {**{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in evaluators}, "t": file["t"].numpy()}
+    return {
+        **{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in evaluators},
+        "t": file["t"].numpy(),
+    }
 
 
 def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
@@ -243,12 +342,19 @@ def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
     count = next(iter(rows.values()))["x0"].shape[0]
     zoom = max(1, 64 // next(iter(rows.values()))["x0"].shape[-1])
     for k in range(count):
-        lines = [(f"{name} {NAMES[key]}", placed(row[key][k], most)) for name, row in rows.items() for key in NAMES]
+        lines = [
+            (f"{name} {NAMES[key]}", placed(row[key][k], most)) for name, row in rows.items() for key in NAMES
+        ]
         sheets.sheet(lines, heads, folder / f"images/sheet-{k}.png", zoom)
         for i, row in enumerate(rows.values()):
             sheets.sprite(row["x"][k], row["x0"][k], folder / f"images/sprite-{i}-{k}.webp")
-    frames = [[[row["x0"][k][sheets.reached(row["x0"].shape[1], (c + 1) / most)] for row in rows.values()] for k in range(count)]
-              for c in range(most)]  # fmt: skip
+    frames = [
+        [
+            [row["x0"][k][sheets.reached(row["x0"].shape[1], (c + 1) / most)] for row in rows.values()]
+            for k in range(count)
+        ]
+        for c in range(most)
+    ]
     sheets.animation(frames, folder / "images/trace.gif")
 
 
@@ -262,9 +368,16 @@ def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) ->
         target = Job(c["student"], c["plan"], ()).target
         family.keep(networks(target, family.card))
         plan = plan_of(family, target)
-        noise = draw_noise([seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device)
-        steps = [family.decode(step.x0) for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))]
-        rows = [(e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)]
+        noise = draw_noise(
+            [seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device
+        )
+        steps = [
+            family.decode(step.x0)
+            for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))
+        ]
+        rows = [
+            (e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)
+        ]
         c["abandoned"]["picture"] = f"images/abandoned-{i}.png"
         sheets.sheet(rows, [f"t {step['t']:.0f}" for step in c["steps"]], folder / c["abandoned"]["picture"])
 
@@ -279,13 +392,25 @@ def placed(pictures: Tensor, columns: int) -> list[Tensor | None]:
 
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
-    table = Table(title="When x0 is the final image (share of steps, t); what is abandoned; where half of the control's effect is there")
+    table = Table(
+        title="When x0 is the final image (share of steps, t); what is abandoned; where half of the control's effect is there"
+    )
     names = list(cells[0]["commitment"])
     heads = [head for name in names for head in (f"commits, {name}", "t")]
-    for head in ("student", "plan", *heads, "abandons", *(f"half effect t, {name}" for name in cells[0].get("control", ()))):
+    for head in (
+        "student",
+        "plan",
+        *heads,
+        "abandons",
+        *(f"half effect t, {name}" for name in cells[0].get("control", ())),
+    ):
         table.add_column(head)
     for c in cells:
-        when = [shown(c["commitment"][name][key], digits) for name in names for key, digits in (("share", 2), ("t", 0))]
+        when = [
+            shown(c["commitment"][name][key], digits)
+            for name in names
+            for key, digits in (("share", 2), ("t", 0))
+        ]
         half = [shown(c["control"][name]["half"]["t"], 0) for name in c.get("control", ())]
         table.add_row(c["student"], c["plan"], *when, shown(c["abandoned"]["falls"], 2), *half)
     Console(width=max(140, Console().width)).print(table)
@@ -294,9 +419,14 @@ def show(cells: list[dict]) -> None:
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     """Logs a table, the sheets and the animation, and the record as an artifact of type results."""
     cells = results["cells"]
-    rows = [[c["student"], c["plan"], name, *when["share"].values(), when["t"]["value"]]
-            for c in cells for name, when in c["commitment"].items()]  # fmt: skip
-    tracker.table("trace/commitment", ["student", "plan", "evaluator", "commits at share", "low", "high", "t"], rows)
+    rows = [
+        [c["student"], c["plan"], name, *when["share"].values(), when["t"]["value"]]
+        for c in cells
+        for name, when in c["commitment"].items()
+    ]
+    tracker.table(
+        "trace/commitment", ["student", "plan", "evaluator", "commits at share", "low", "high", "t"], rows
+    )
     for k in range(results["shown"]):
         tracker.image(f"trace/sheet-{k}", folder / f"images/sheet-{k}.png", results["prompts"][k])
     tracker.image("trace/animation", folder / "images/trace.gif", "x0 over the steps, members in columns")

@@ -1,7 +1,9 @@
-"""How much of a control's effect survives on other members of the family: python -m analysis.transfer [config=FILE] [key=value ...]
+"""How much of a control's effect survives on other members of the family: python -m analysis.transfer
+[config=FILE] [key=value ...]
 
-Without arguments: shipped controls of every kind, trained on tiny/base, on every member of `tiny`; some minutes on a CPU. --dry-run says what
-it will cost and what it can see, and draws nothing. Any LoRA: controls=[my.safetensors] family=sdxl positive="…" negative="…".
+Without arguments: shipped controls of every kind, trained on tiny/base, on every member of `tiny`; some
+minutes on a CPU. --dry-run says what it will cost and what it can see, and draws nothing. Any LoRA:
+controls=[my.safetensors] family=sdxl positive="…" negative="…".
 """
 
 import time
@@ -29,34 +31,78 @@ from models.plans import PLANS
 
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
-SCALES = {"lora": "lora_scales", "sliderspace": "direction_scales"}  # kind of control: the key that holds its scales; of others, scales
-FREE = ("wandb", "out", "batch_size", "memory", "cache", "dry_run", "write_card", "controls", "encoders", "targets", "references", "evaluators",
-        "scales", *SCALES.values())  # fmt: skip
+SCALES = {
+    "lora": "lora_scales",
+    "sliderspace": "direction_scales",
+}  # kind of control: the key that holds its scales; of others, scales
+FREE = (
+    "wandb",
+    "out",
+    "batch_size",
+    "memory",
+    "cache",
+    "dry_run",
+    "write_card",
+    "controls",
+    "encoders",
+    "targets",
+    "references",
+    "evaluators",
+    "scales",
+    *SCALES.values(),
+)
 
 
 @dataclass
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    controls: list[str] = field(default_factory=lambda: SHIPPED)  # control files of any layout, or hub:owner/name/file
-    encoders: str = "refuse"  # what becomes of text encoders' layers in a file: refuse it, or ignore them and say how many
-    source: str = ""  # the member that controls without a card of ours were trained on; empty = the family's base
-    targets: list[str] = field(default_factory=list)  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
-    references: bool = True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
-    prompts: list[str] = field(default_factory=list)  # texts, or files and datasets of them; empty = the family card's prompts
+    controls: list[str] = field(
+        default_factory=lambda: SHIPPED
+    )  # control files of any layout, or hub:owner/name/file
+    # what becomes of text encoders' layers in a file: refuse it, or ignore them and say how many
+    encoders: str = "refuse"
+    source: str = (
+        ""  # the member that controls without a card of ours were trained on; empty = the family's base
+    )
+    targets: list[str] = field(
+        default_factory=list
+    )  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
+    references: bool = (
+        True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
+    )
+    prompts: list[str] = field(
+        default_factory=list
+    )  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt
     seed: int = 1000  # of the first image
-    scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # of sliders; must hold 0 and reach 1
+    scales: list[float] = field(
+        default_factory=lambda: [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
+    )  # of sliders; must hold 0 and reach 1
     lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5])  # of LoRAs; likewise
-    direction_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # of SliderSpace's directions; likewise
-    below: float | None = None  # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at all
-    evaluators: list[str] = field(default_factory=list)  # of the family's card: clip, siglip, probe, …; empty = all that read words
+    direction_scales: list[float] = field(
+        default_factory=lambda: [-1.0, 0.0, 1.0]
+    )  # of SliderSpace's directions; likewise
+    below: float | None = (
+        # controls act only at noise levels with sigma / alpha below this, which preserves structure; null =
+        # at all
+        None
+    )
+    evaluators: list[str] = field(
+        default_factory=list
+    )  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
+    # suffice
+    batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
-    dry_run: bool = False  # --dry-run: say images, minutes and the smallest difference that can be seen, and stop
+    memory: Memory = field(
+        default_factory=Memory
+    )  # what to do without, at the price of time; a continued run may change it
+    dry_run: bool = (
+        False  # --dry-run: say images, minutes and the smallest difference that can be seen, and stop
+    )
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name
@@ -82,7 +128,11 @@ def main(cfg: Config) -> Path:
         cells, leakage = measurement.cells(targets), measurement.leakage(targets)
         drawings.remember_words()
         pictures(drawings, subjects, targets, cells, folder)
-        about = {**wandb_log.header("analysis.transfer", cfg, start), "evaluators": list(drawings.evaluators), "margin": list(intervals.MARGIN)}
+        about = {
+            **wandb_log.header("analysis.transfer", cfg, start),
+            "evaluators": list(drawings.evaluators),
+            "margin": list(intervals.MARGIN),
+        }
         publish(cfg, {**about, "cost": cost, "cells": cells, "leakage": leakage}, folder)
     return folder / "report.html"
 
@@ -90,11 +140,16 @@ def main(cfg: Config) -> Path:
 def publish(cfg: Config, results: dict, folder: Path) -> None:
     """The record to its files, the screen and W&B."""
     wandb_log.write(results, folder)
-    page, files = report.build(folder), dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
+    page, files = (
+        report.build(folder),
+        dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True)),
+    )
     model_cards.write(results, folder)
     show(results["cells"])
     cost = results["cost"]
-    print(f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}")
+    print(
+        f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}"
+    )
     with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(files), cfg.wandb) as tracker:
         wandb_log.track(results, folder, tracker, files)
     for path in files.values() if cfg.write_card else ():
@@ -102,16 +157,25 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
 
 
 def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
-    """What is measured by what, and on which targets. Raises UserError for what cannot be, before anything is drawn."""
+    """What is measured by what, and on which targets.
+
+    Raises UserError for what cannot be, before anything is drawn.
+    """
     family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
-    subjects = [Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)]
+    subjects = [
+        Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)
+    ]
     prompts, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
     cfg.prompts = prompts.texts
-    evaluators = load_evaluators(family.card, device, cfg.evaluators, load_now=False) if not cfg.dry_run else {}
+    evaluators = (
+        load_evaluators(family.card, device, cfg.evaluators, load_now=False) if not cfg.dry_run else {}
+    )
     controls = {(subject.name, False): subject.control for subject in subjects}
     if cfg.references:
         controls |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
-    drawings = Drawings(family, controls, evaluators, prompts, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
+    drawings = Drawings(
+        family, controls, evaluators, prompts, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache)
+    )
     for subject in subjects:
         for evaluator in evaluators.values() if subject.words else ():
             evaluator.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
@@ -119,7 +183,9 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
 
 
 def draw(drawings: Drawings, jobs: list[Job], accelerator: Accelerator) -> dict:
-    """Makes what is missing, this process its share; returns images drawn by all, images known before, and the seconds it took."""
+    """Makes what is missing, this process its share; returns images drawn by all, images known before, and
+    the seconds it took.
+    """
     start, todo, family = time.time(), drawings.missing(jobs), drawings.family
     accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
     mine = in_turn(todo, family.card)[accelerator.process_index :: accelerator.num_processes]
@@ -129,7 +195,11 @@ def draw(drawings: Drawings, jobs: list[Job], accelerator: Accelerator) -> dict:
         drawings.make(job)
     accelerator.wait_for_everyone()
     each, different = len(drawings.numbers), len({drawings.key(job) for job in jobs})
-    return {"drawn": len(todo) * each, "cached": (different - len(todo)) * each, "seconds": round(time.time() - start, 1)}
+    return {
+        "drawn": len(todo) * each,
+        "cached": (different - len(todo)) * each,
+        "seconds": round(time.time() - start, 1),
+    }
 
 
 def check(cfg: Config) -> None:
@@ -146,7 +216,10 @@ def check(cfg: Config) -> None:
 
 
 def read(cfg: Config, family: Family) -> list[Control]:
-    """The controls of the files; those of other tools are adopted for the source's network. Raises UserError for what does not match."""
+    """The controls of the files; those of other tools are adopted for the source's network.
+
+    Raises UserError for what does not match.
+    """
     names = formats.names(cfg.controls)
     if len(set(names)) < len(names) or not names:
         how = "python -m controls.convert IN OUT name=… gives one another name"
@@ -154,7 +227,9 @@ def read(cfg: Config, family: Family) -> list[Control]:
     controls = [adopted(path, name, cfg, family) for path, name in zip(cfg.controls, names, strict=True)]
     strange = [control.card for control in controls if control.card.family != family.card.name]
     if strange:
-        raise UserError(f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}")
+        raise UserError(
+            f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}"
+        )
     return controls
 
 
@@ -169,14 +244,20 @@ def adopted(path: str, name: str, cfg: Config, family: Family) -> Control:
 
 
 def words(cfg: Config, control: Control) -> Words:
-    """The positive and negative descriptions by which a control is measured; None without words, as SliderSpace's directions are.
+    """The positive and negative descriptions by which a control is measured; None without words, as
+    SliderSpace's directions are.
 
     A positive one alone measures similarity to it, as of a LoRA to its subject or style.
     """
     recipe = control.card.recipe
-    positive, negative = cfg.positive or recipe.get("positive", ""), cfg.negative or recipe.get("negative", "")
+    positive, negative = (
+        cfg.positive or recipe.get("positive", ""),
+        cfg.negative or recipe.get("negative", ""),
+    )
     if negative and not positive:
-        raise UserError(f"{control.card.name} has a negative description and no positive one: give positive=… too")
+        raise UserError(
+            f"{control.card.name} has a negative description and no positive one: give positive=… too"
+        )
     return (positive, negative) if positive else None
 
 
@@ -185,24 +266,35 @@ def scales_of(cfg: Config, control: Control) -> list[float]:
 
 
 def resolve(cfg: Config, family: FamilyCard) -> list[str]:
-    """The targets, members and member:plan, each source's own among them where all are meant. Raises UserError for what does not exist."""
+    """The targets, members and member:plan, each source's own among them where all are meant.
+
+    Raises UserError for what does not exist.
+    """
     students = [name for name in family.members if name != family.base]
     found = []
     for target in cfg.targets or family.members:
         bare = target not in family.members and target.partition("(")[0] in PLANS
         found += [f"{student}:{target}" for student in students] if bare else [target]
     if cfg.references and students:
-        steps = {len(card.timesteps) or card.steps for name, card in family.members.items() if name != family.base}
+        steps = {
+            len(card.timesteps) or card.steps for name, card in family.members.items() if name != family.base
+        }
         found.append(f"{family.base}:few({min(steps)})")
     unknown = [target for target in found if target.partition(":")[0] not in family.members]
     if unknown:
-        raise UserError(f"no member {unknown[0]!r} in family {family.name}: there are {', '.join(family.members)}")
+        raise UserError(
+            f"no member {unknown[0]!r} in family {family.name}: there are {', '.join(family.members)}"
+        )
     return list(dict.fromkeys(found))
 
 
 def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Job]:
-    """All that is to be drawn: subjects at their scales on their sources and on the targets, and the references."""
-    found = [job for s in subjects for target in dict.fromkeys([s.source, *targets]) for job in s.jobs(target)]
+    """All that is to be drawn: subjects at their scales on their sources and on the targets, and the
+    references.
+    """
+    found = [
+        job for s in subjects for target in dict.fromkeys([s.source, *targets]) for job in s.jobs(target)
+    ]
     if cfg.references:
         found += [floor_of(target, subject) for subject in subjects for target in targets]
         found += [Job(target, again=True) for target in targets if not is_reference(target)]
@@ -210,7 +302,9 @@ def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Jo
 
 
 def fit(cfg: Config, drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
-    """A control or a plan that does not fit is said now, by configs alone, not after an hour of drawing; nothing where all is drawn."""
+    """A control or a plan that does not fit is said now, by configs alone, not after an hour of drawing;
+    nothing where all is drawn.
+    """
     todo = drawings.missing(jobs)
     if not todo:
         return
@@ -223,11 +317,16 @@ def fit(cfg: Config, drawings: Drawings, subjects: list[Subject], jobs: list[Job
         plan_of(outline, target)
 
 
-def pictures(drawings: Drawings, subjects: list[Subject], targets: list[str], cells: list[dict], folder: Path) -> None:
+def pictures(
+    drawings: Drawings, subjects: list[Subject], targets: list[str], cells: list[dict], folder: Path
+) -> None:
     """The sheets that cells name, and one overview per control."""
     cells = iter(cells)
     for subject in subjects:
-        sheets = {target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)]) for target in targets}
+        sheets = {
+            target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)])
+            for target in targets
+        }
         for sheet in sheets.values():
             wandb_log.picture(sheet, folder / next(cells)["picture"])
         rows = {target: sheet[:, 0] for target, sheet in sheets.items()}
@@ -244,7 +343,9 @@ def show(cells: list[dict]) -> None:
         table.add_column(head)
     for name in dict.fromkeys(cell["control"] for cell in cells):
         mine = [cell for cell in cells if cell["control"] == name]
-        table.add_row(f"{name}\nfrom {mine[0]['source'].partition('/')[2]}", *("\n".join(lines(cell)) for cell in mine))
+        table.add_row(
+            f"{name}\nfrom {mine[0]['source'].partition('/')[2]}", *("\n".join(lines(cell)) for cell in mine)
+        )
     Console(width=max(100, Console().width)).print(table)
 
 

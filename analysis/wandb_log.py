@@ -18,26 +18,49 @@ from analysis.results import SCHEMA
 from configs import command, replacing, versions
 from configs.tracking import Tracker
 
-INTERVALS = {  # columns of W&B's table of cells, in threes: value, low, high; and where they stand in a reading
-    "retention": "retention", "slope": "slope", "matched scale": "matched_scale", "floor": "references.floor.share",
-    "ceiling": "references.ceiling.share", "wrong control": "references.wrong.share", "re-run": "references.rerun.effect",
+# columns of W&B's table of cells, in threes: value, low, high; and where they stand in a reading
+INTERVALS = {
+    "retention": "retention",
+    "slope": "slope",
+    "matched scale": "matched_scale",
+    "floor": "references.floor.share",
+    "ceiling": "references.ceiling.share",
+    "wrong control": "references.wrong.share",
+    "re-run": "references.rerun.effect",
     "normalised": "references.normalised",
-}  # fmt: skip
+}
 NUMBERS = {
-    "most reached": "matched_scale.reach.share", "p of equivalence": "equivalence.p_holm", "p of a difference": "difference.p_holm",
-    "monotonicity": "monotonicity", "saturation": "shape.saturation", "preservation": "preservation",
-}  # fmt: skip
+    "most reached": "matched_scale.reach.share",
+    "p of equivalence": "equivalence.p_holm",
+    "p of a difference": "difference.p_holm",
+    "monotonicity": "monotonicity",
+    "saturation": "shape.saturation",
+    "preservation": "preservation",
+}
 ABOUT = ("control", "kind", "source", "target", "reference")
 COUNTS = {"% CLIP change": "clip_change_percent", "images": "images", "prompts": "prompts", "seeds": "seeds"}
 SUMMARY = {"retention": "retention.value", "matched_scale": "matched_scale.value", "verdict": "verdict"}
-LOSS, GAIN, UNKNOWN = (217, 95, 14), (49, 130, 189), (225, 225, 225)  # of the heat map, at retentions 0 and 2, and where there is none
+LOSS, GAIN, UNKNOWN = (
+    (217, 95, 14),
+    (49, 130, 189),
+    (225, 225, 225),
+)  # of the heat map, at retentions 0 and 2, and where there is none
 
 
 def header(recipe: str, cfg: Any, start: float) -> dict:
-    """What every record begins with: who made it, of what config, with which versions, when, in how many seconds since `start`."""
+    """What every record begins with: who made it, of what config, with which versions, when, in how many
+    seconds since `start`.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"schema": SCHEMA, "recipe": recipe, "command": command(), "versions": versions(), "created": now,
-            "seconds": round(time.time() - start, 1), "config": asdict(cfg)}  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "recipe": recipe,
+        "command": command(),
+        "versions": versions(),
+        "created": now,
+        "seconds": round(time.time() - start, 1),
+        "config": asdict(cfg),
+    }
 
 
 def write(results: dict, folder: Path) -> Path:
@@ -52,22 +75,30 @@ def picture(columns: Tensor, path: Path) -> Path:
     """A sheet from uint8 pictures (K, n, 3, H, W): K scales in columns, n images in rows."""
     page = torch.cat(torch.cat(list(columns), -1).unbind(0), -2)
     with replacing(path) as new:
-        Image.fromarray(page.permute(1, 2, 0).numpy()).save(new, compress_level=1)  # at 6 a third of a run with nothing new
+        Image.fromarray(page.permute(1, 2, 0).numpy()).save(
+            new, compress_level=1
+        )  # at 6 a third of a run with nothing new
     return path
 
 
 def overview(rows: dict[str, Tensor], scales: list[float], path: Path, zoom: int = 2) -> Path:
-    """One face on every member: uint8 pictures (K, 3, H, W) per name in rows, scales in columns, both written beside them."""
+    """One face on every member: uint8 pictures (K, 3, H, W) per name in rows, scales in columns, both written
+    beside them.
+    """
     size = zoom * next(iter(rows.values())).shape[-1]
     left, top, font = 90, 22, ImageFont.load_default(14)
     page = Image.new("RGB", (left + size * len(scales), top + size * len(rows)), "white")
     pen = ImageDraw.Draw(page)
     for c, scale in enumerate(scales):
-        pen.text((left + (c + 0.5) * size, top / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm")
+        pen.text(
+            (left + (c + 0.5) * size, top / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm"
+        )
     for r, (name, pictures) in enumerate(rows.items()):
         pen.text((left - 8, top + (r + 0.5) * size), name, "black", font, anchor="rm")
         for c, one in enumerate(pictures):
-            tile = Image.fromarray(one.permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.NEAREST)
+            tile = Image.fromarray(one.permute(1, 2, 0).numpy()).resize(
+                (size, size), Image.Resampling.NEAREST
+            )
             page.paste(tile, (left + c * size, top + r * size))
     with replacing(path) as new:
         page.save(new, compress_level=1)
@@ -75,28 +106,40 @@ def overview(rows: dict[str, Tensor], scales: list[float], path: Path, zoom: int
 
 
 def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Path] | None = None) -> None:
-    """Logs the record: a table of cells, of leakage, heat maps, curves, images with a step per scale, summary, artifacts and their lineage.
+    """Logs the record: a table of cells, of leakage, heat maps, curves, images with a step per scale,
+    summary, artifacts and their lineage.
 
-    controls: the files by name, for the lineage. README.md lists every key. What an older record lacks is left out.
+    controls: the files by name, for the lineage. README.md lists every key. What an older record lacks is
+    left out.
     """
     if tracker.run is None:
         return
     cells, folder = list(map(of.led, results["cells"])), Path(folder)
-    for step, cell in product(range(max(len(c["scales"]) for c in cells)), cells):  # before all else, for W&B's steps only go up
+    for step, cell in product(
+        range(max(len(c["scales"]) for c in cells)), cells
+    ):  # before all else, for W&B's steps only go up
         if step < len(cell["scales"]) and cell.get("picture") and (folder / cell["picture"]).is_file():
             key, scale = f"images/{cell['control']}/{cell['target']}", cell["scales"][step]
             caption = f"{cell['control']} at scale {f'{scale:+g}' if scale else 0} on {cell['target']}"
-            tracker.images({key: (column(folder / cell["picture"], step, len(cell["scales"])), caption)}, step)
+            tracker.images(
+                {key: (column(folder / cell["picture"], step, len(cell["scales"])), caption)}, step
+            )
     tracker.table("transfer/cells", *cell_table(cells))
     if results.get("leakage"):
         tracker.table("transfer/leakage", *leakage_table(results["leakage"]))
     for evaluator in of.evaluators_of(cells):
-        tracker.images({f"transfer/heat/{evaluator}": (heat_map(cells, evaluator), f"retention by {evaluator}")})
+        tracker.images(
+            {f"transfer/heat/{evaluator}": (heat_map(cells, evaluator), f"retention by {evaluator}")}
+        )
     for (control, source), group in of.groups(cells).items():
         curves = {cell["target"]: [point["value"] for point in cell["effect"]] for cell in group}
         title = f"effect of {control}, trained on {source}, by {of.evaluators_of(group)[0]}"
         tracker.curves(f"curves/{control}", group[0]["scales"], curves, title, "scale")
-    found = {f"{name}/{c['control']}/{c['target']}": look_up(c, path) for c in cells for name, path in SUMMARY.items()}
+    found = {
+        f"{name}/{c['control']}/{c['target']}": look_up(c, path)
+        for c in cells
+        for name, path in SUMMARY.items()
+    }
     tracker.summary({key: value for key, value in found.items() if value is not None})
     for control in dict.fromkeys(c["control"] for c in cells):
         tracker.uses(control, (controls or {}).get(control))
@@ -120,10 +163,18 @@ def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
     """Columns and rows of plain values: one row per cell and evaluator."""
     threes = [f"{name}{end}" for name in INTERVALS for end in ("", " low", " high")]
     columns = [*ABOUT, "evaluator", "verdict", *threes, *NUMBERS, *COUNTS]
-    rows = [[*(cell.get(key) for key in ABOUT), evaluator_name, reading.get("verdict"),
-             *(end for path in INTERVALS.values() for end in ends(reading, path)),
-             *(look_up(reading, path) for path in NUMBERS.values()), *(cell.get(key) for key in COUNTS.values())]
-            for cell in cells for evaluator_name, reading in of.readings(cell).items()]  # fmt: skip
+    rows = [
+        [
+            *(cell.get(key) for key in ABOUT),
+            evaluator_name,
+            reading.get("verdict"),
+            *(end for path in INTERVALS.values() for end in ends(reading, path)),
+            *(look_up(reading, path) for path in NUMBERS.values()),
+            *(cell.get(key) for key in COUNTS.values()),
+        ]
+        for cell in cells
+        for evaluator_name, reading in of.readings(cell).items()
+    ]
     return columns, rows
 
 
@@ -131,7 +182,9 @@ def leakage_table(leakage: list[dict]) -> tuple[list[str], list[list]]:
     """Columns and rows: what each control moves of what the others are for."""
     about = ["evaluator", "target", "control", "attribute"]
     columns = [*about, *(f"{name}{end}" for name in ("share", "slope") for end in ("", " low", " high"))]
-    return columns, [[*(row[key] for key in about), *ends(row, "share"), *ends(row, "slope")] for row in leakage]
+    return columns, [
+        [*(row[key] for key in about), *ends(row, "share"), *ends(row, "slope")] for row in leakage
+    ]
 
 
 def column(path: Path, index: int, count: int) -> Image.Image:
@@ -142,7 +195,9 @@ def column(path: Path, index: int, count: int) -> Image.Image:
 
 
 def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 62) -> Image.Image:
-    """The table of the paper's T1 as a picture: controls in rows, members in columns, retention with its interval as number and colour."""
+    """The table of the paper's T1 as a picture: controls in rows, members in columns, retention with its
+    interval as number and colour.
+    """
     groups, members = of.groups(cells), of.members_of(cells)
     several = len({source for _, source in groups}) > 1
     names = {key: " on ".join((key[0], short(key[1]))) if several else key[0] for key in groups}
@@ -157,12 +212,23 @@ def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 
         for cell in group:
             reading = of.readings(cell).get(evaluator, {})
             x, y = left + members.index(cell["target"]) * width, top + r * height
-            pen.rectangle((x + 1, y + 1, x + width - 2, y + height - 2), shade(look_up(reading, "retention.value")), UNKNOWN)
+            pen.rectangle(
+                (x + 1, y + 1, x + width - 2, y + height - 2),
+                shade(look_up(reading, "retention.value")),
+                UNKNOWN,
+            )
             _numbers(pen, x + width / 2, y, reading, big, small)
     return page
 
 
-def _numbers(pen: ImageDraw.ImageDraw, x: float, y: float, reading: dict, big: ImageFont.ImageFont, small: ImageFont.ImageFont) -> None:
+def _numbers(
+    pen: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    reading: dict,
+    big: ImageFont.ImageFont,
+    small: ImageFont.ImageFont,
+) -> None:
     """A retention, its interval and the verdict, below one another around x."""
     value, low, high = ends(reading, "retention")
     if value is not None:

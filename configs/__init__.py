@@ -9,10 +9,35 @@ from configs.folders import claim, release, releases
 from configs.options import load, merge, plain, usage
 from configs.runs import command, plain_name, replacing, save, versions
 
-__all__ = ["ROOT", "UserError", "claim", "command", "cut", "entry", "load", "merge", "note", "plain", "plain_name", "quoted", "release",
-           "releases", "replacing", "save", "usage", "versions"]  # fmt: skip
+__all__ = [
+    "ROOT",
+    "UserError",
+    "claim",
+    "command",
+    "cut",
+    "entry",
+    "load",
+    "merge",
+    "note",
+    "plain",
+    "plain_name",
+    "quoted",
+    "release",
+    "releases",
+    "replacing",
+    "save",
+    "usage",
+    "versions",
+]
 
-for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when those libraries are imported, which is after this
+for _name in (
+    "TRANSFORMERS_VERBOSITY",
+    "DIFFUSERS_VERBOSITY",
+):  # read when those libraries are imported, which is after this
     os.environ.setdefault(_name, "error")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it warns of a package that nothing here uses
-warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # which diffusers gives huggingface_hub
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # on some CPUs it warns of a package that nothing here uses
+warnings.filterwarnings(
+    "ignore", "The `local_dir_use_symlinks` argument"
+)  # which diffusers gives huggingface_hub

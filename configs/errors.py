@@ -27,7 +27,8 @@ def quoted(value: object, length: int = 80) -> str:
 
 
 def entry(main: Callable[[], None]) -> None:
-    """Runs a command's main; what the user can mend, files and disks included, becomes one line on stderr and exit code 2.
+    """Runs a command's main; what the user can mend, files and disks included, becomes one line on stderr and
+    exit code 2.
 
     A command that is told to end (SIGTERM) ends as one that is interrupted: what it borrowed is given back.
     """

@@ -1,6 +1,7 @@
 """Folders of runs: who may work in one, what in it may be removed, and what a run that goes on finds there.
 
-A folder is claimed when nothing is left that could refuse the run. Its lock is a file made with O_EXCL, which holds on NFS too.
+A folder is claimed when nothing is left that could refuse the run. Its lock is a file made with O_EXCL, which
+holds on NFS too.
 """
 
 import functools
@@ -35,8 +36,9 @@ TEMPORARY = re.compile(r"\.(.+?(\.\w+)?)\.[a-z0-9_]{8}(\.\w+)?")  # as `replacin
 def look(cfg: Any, free: tuple[str, ...] | None = None) -> Path:
     """The folder of a run, out/name, looked at and not touched.
 
-    free: keys in which it may differ from the run that the folder holds; None = the config is not compared yet.
-    Raises UserError for a name that is no plain word, a folder that somebody works in, that is not a run's, or holds another run's.
+    free: keys in which it may differ from the run that the folder holds; None = the config is not compared
+    yet. Raises UserError for a name that is no plain word, a folder that somebody works in, that is not a
+    run's, or holds another run's.
     """
     folder = _place(cfg)
     if (held := _holder(folder)) and not _gone(held):
@@ -46,21 +48,32 @@ def look(cfg: Any, free: tuple[str, ...] | None = None) -> Path:
     if not folder.exists():
         return folder
     if not _ours(folder):
-        if foreign := [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(LOCK) and not _temporary(path)]:
-            raise UserError(f"{folder} is not the folder of a run: it holds {cut(', '.join(foreign[:3]), 200)} and no {CONFIG} of ours; "
-                            "give a new name=, or remove it yourself")  # fmt: skip
+        if foreign := [
+            path.name
+            for path in sorted(folder.iterdir())
+            if not path.name.startswith(LOCK) and not _temporary(path)
+        ]:
+            raise UserError(
+                f"{folder} is not the folder of a run: it holds {cut(', '.join(foreign[:3]), 200)} and no {CONFIG} of ours; "
+                "give a new name=, or remove it yourself"
+            )
     elif cfg.overwrite:
         if folder.resolve().parent != Path(cfg.out).resolve():
-            raise UserError(f"{folder} leads to {folder.resolve()}, outside out={cfg.out}: overwrite=true does not remove that")
+            raise UserError(
+                f"{folder} leads to {folder.resolve()}, outside out={cfg.out}: overwrite=true does not remove that"
+            )
     elif free is not None:
         _compare(cfg, folder / CONFIG, free)
     return folder
 
 
 def claim(cfg: Any, free: tuple[str, ...] = ()) -> Path:
-    """Takes the folder of a run for this process: made, continued or, with `overwrite`, emptied first. Saves config.yaml.
+    """Takes the folder of a run for this process: made, continued or, with `overwrite`, emptied first.
 
-    Call it when nothing else can refuse the run. Raises UserError as `look` does, and leaves everything as it was. `release` gives it back.
+    Saves config.yaml.
+
+    Call it when nothing else can refuse the run. Raises UserError as `look` does, and leaves everything as it
+    was. `release` gives it back.
     """
     folder = look(cfg, free)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -102,9 +115,13 @@ def releases(main: Callable) -> Callable:
 
 
 def digest(cfg: Any, free: tuple[str, ...] = ()) -> str:
-    """A short hash of what a config decides: the keys that are not free, where they differ from their defaults."""
+    """A short hash of what a config decides: the keys that are not free, where they differ from their
+    defaults.
+    """
     found, defaults = asdict(cfg), asdict(type(cfg)())
-    decides = {key: value for key, value in found.items() if key not in (*free, *FREE) and value != defaults[key]}
+    decides = {
+        key: value for key, value in found.items() if key not in (*free, *FREE) and value != defaults[key]
+    }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -113,22 +130,32 @@ def _place(cfg: Any) -> Path:
     if not cfg.out.isprintable():
         raise UserError(f"out={cut(cfg.out, 100)} cannot be a folder: it has characters that cannot be shown")
     if cfg.out.startswith("~"):
-        raise UserError(f"out={cfg.out} would be a folder called ~, for a shell writes your home only where a word begins; write $HOME")
+        raise UserError(
+            f"out={cfg.out} would be a folder called ~, for a shell writes your home only where a word begins; write $HOME"
+        )
     return Path(cfg.out) / name
 
 
 def _ours(folder: Path) -> bool:
-    """Whether the folder holds a config.yaml that `save` wrote, whole or damaged: by the stamp it begins with."""
+    """Whether the folder holds a config.yaml that `save` wrote, whole or damaged: by the stamp it begins
+    with.
+    """
     try:
         with (folder / CONFIG).open(encoding="utf-8", errors="replace") as lines:
             stamp = [line for line, _ in zip(lines, range(200), strict=False) if line.startswith("#")]
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
-    return bool(stamp) and stamp[0].startswith("# python ") and any(re.match(r"# omegaconf \d", line) for line in stamp)
+    return (
+        bool(stamp)
+        and stamp[0].startswith("# python ")
+        and any(re.match(r"# omegaconf \d", line) for line in stamp)
+    )
 
 
 def _compare(cfg: Any, path: Path, free: tuple[str, ...]) -> None:
-    """Raises UserError unless the config at `path` says the same; what an older version did not know has its default."""
+    """Raises UserError unless the config at `path` says the same; what an older version did not know has its
+    default.
+    """
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path, max_yaml_expanded_nodes=10**7))
         if not isinstance(saved, dict) or not saved:
@@ -138,12 +165,22 @@ def _compare(cfg: Any, path: Path, free: tuple[str, ...]) -> None:
     try:
         before = asdict(merge(type(cfg), saved))
     except UserError as error:
-        raise UserError(f"{path} is of another command or version ({cut(str(error), 200)}); give a new name=, or overwrite=true") from None
+        raise UserError(
+            f"{path} is of another command or version ({cut(str(error), 200)}); give a new name=, or overwrite=true"
+        ) from None
     now = asdict(cfg)
-    other = [field.name for field in fields(cfg) if field.name not in (*free, *FREE) and before[field.name] != now[field.name]]
+    other = [
+        field.name
+        for field in fields(cfg)
+        if field.name not in (*free, *FREE) and before[field.name] != now[field.name]
+    ]
     if other:
-        changes = ", ".join(f"{key}: {cut(str(before[key]), 60)} -> {cut(str(now[key]), 60)}" for key in other[:3])
-        raise UserError(f"{path.parent} holds a run of another config ({changes}); give a new name=, or overwrite=true")
+        changes = ", ".join(
+            f"{key}: {cut(str(before[key]), 60)} -> {cut(str(now[key]), 60)}" for key in other[:3]
+        )
+        raise UserError(
+            f"{path.parent} holds a run of another config ({changes}); give a new name=, or overwrite=true"
+        )
 
 
 def _empty(folder: Path) -> None:
@@ -168,10 +205,18 @@ def _temporary(path: Path) -> bool:
 
 
 def _lock(folder: Path) -> None:
-    """Makes the lock, in the place of one whose holder is gone. Raises UserError when another process is faster."""
+    """Makes the lock, in the place of one whose holder is gone.
+
+    Raises UserError when another process is faster.
+    """
     held = _holder(folder)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"), "command": cut(" ".join(sys.argv), 200)}  # fmt: skip
+    mine = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": cut(" ".join(sys.argv), 200),
+    }
     if held and _gone(held):
         aside = folder / f"{LOCK}.{mine['host']}.{mine['pid']}"
         try:
@@ -197,7 +242,10 @@ def _unlock(folder: Path) -> None:
     if (place := folder.resolve()) in HELD:
         HELD.remove(place)
         held = _read(folder / LOCK)
-        if held and (held.get("host"), held.get("pid")) == (socket.gethostname(), os.getpid()):  # not in a child of this process
+        if held and (held.get("host"), held.get("pid")) == (
+            socket.gethostname(),
+            os.getpid(),
+        ):  # not in a child of this process
             (folder / LOCK).unlink(missing_ok=True)
 
 
@@ -219,7 +267,11 @@ def _read(path: Path) -> dict | None:
 
 def _gone(held: dict) -> bool:
     """Whether the holder was a process of this machine that runs no more."""
-    return held.get("host") == socket.gethostname() and isinstance(held.get("pid"), int) and _born(held["pid"]) != held.get("born")
+    return (
+        held.get("host") == socket.gethostname()
+        and isinstance(held.get("pid"), int)
+        and _born(held["pid"]) != held.get("born")
+    )
 
 
 def _born(pid: int) -> str:
@@ -239,5 +291,9 @@ def _born(pid: int) -> str:
 
 
 def _taken(folder: Path, held: dict | None) -> str:
-    who = f"process {held.get('pid')} on {held.get('host')}, since {held.get('since')}" if held else "another process"
+    who = (
+        f"process {held.get('pid')} on {held.get('host')}, since {held.get('since')}"
+        if held
+        else "another process"
+    )
     return f"{folder} is in use by {who}; give another name=, or wait. If that run is no more, remove {folder / LOCK}"

@@ -1,4 +1,7 @@
-"""Ranges: what a number may be, by the name of its key, in every config and card alike. A number that is not finite is never one."""
+"""Ranges: what a number may be, by the name of its key, in every config and card alike.
+
+A number that is not finite is never one.
+"""
 
 import dataclasses
 import math
@@ -8,32 +11,91 @@ from configs.errors import UserError, cut, quoted
 
 # key: (least, most). A key of a config or card that holds numbers and stands in neither table fails a test.
 COUNTS = {
-    "gradient_accumulation_steps": (1, 10**4), "batch_size": (0, 10**5), "captions": (0, 10**6), "denoise_steps": (1, 1000), "directions": (1, 10**4),
-    "draws": (1, 10**6), "every": (1, 10**9), "faces": (1, 10**7), "grid": (1, 256), "groups": (1, 10**4), "images": (1, 10**6),
-    "kept": (2, 10**6), "neighbours": (1, 10**4), "pairs": (1, 10**6), "prior_images": (1, 10**6), "prompts": (1, 10**6),
-    "rank": (0, 4096), "repeats": (1, 10**4), "rounds": (1, 10**4), "sample_every": (0, 10**9), "sample_seeds": (0, 2**63 - 1),
-    "save_every": (1, 10**9), "seed": (0, 2**63 - 1), "seeds": (1, 10**5), "shown": (0, 10**4), "size_px": (8, 2**14),
-    "sizes_px": (8, 2**14), "spread_grid": (1, 256), "steps": (0, 10**8), "stitch_seeds": (0, 10**5), "text_length": (1, 10**5),
-    "threads": (0, 4096), "trained_px": (0, 2**14), "trajectories": (1, 10**6),
-    "lr_warmup_steps": (0, 10**8), "watch_every": (1, 10**9), "watch_prompts": (1, 10**4),
-    "base_steps": (0, 1000), "batches": (1, 10**5), "student_batch": (1, 10**5), "student_steps": (6, 10**6), "train_batches": (1, 10**5),
-}  # fmt: skip
+    "gradient_accumulation_steps": (1, 10**4),
+    "batch_size": (0, 10**5),
+    "captions": (0, 10**6),
+    "denoise_steps": (1, 1000),
+    "directions": (1, 10**4),
+    "draws": (1, 10**6),
+    "every": (1, 10**9),
+    "faces": (1, 10**7),
+    "grid": (1, 256),
+    "groups": (1, 10**4),
+    "images": (1, 10**6),
+    "kept": (2, 10**6),
+    "neighbours": (1, 10**4),
+    "pairs": (1, 10**6),
+    "prior_images": (1, 10**6),
+    "prompts": (1, 10**6),
+    "rank": (0, 4096),
+    "repeats": (1, 10**4),
+    "rounds": (1, 10**4),
+    "sample_every": (0, 10**9),
+    "sample_seeds": (0, 2**63 - 1),
+    "save_every": (1, 10**9),
+    "seed": (0, 2**63 - 1),
+    "seeds": (1, 10**5),
+    "shown": (0, 10**4),
+    "size_px": (8, 2**14),
+    "sizes_px": (8, 2**14),
+    "spread_grid": (1, 256),
+    "steps": (0, 10**8),
+    "stitch_seeds": (0, 10**5),
+    "text_length": (1, 10**5),
+    "threads": (0, 4096),
+    "trained_px": (0, 2**14),
+    "trajectories": (1, 10**6),
+    "lr_warmup_steps": (0, 10**8),
+    "watch_every": (1, 10**9),
+    "watch_prompts": (1, 10**4),
+    "base_steps": (0, 1000),
+    "batches": (1, 10**5),
+    "student_batch": (1, 10**5),
+    "student_steps": (6, 10**6),
+    "train_batches": (1, 10**5),
+}
 AMOUNTS = {
-    "alpha": (-1e6, 1e6), "bands": (0, 1000), "below": (0, 1e6), "denoise_guidance": (0, 1e3), "direction_scales": (-1e4, 1e4),
-    "ema": (0, 1), "eta": (0, 1), "guidance": (0, 1e3), "guidance_embedding": (-1, 1e4), "lora_scales": (-1e4, 1e4), "prior": (0, 1e6),
-    "priors": (0, 1e6), "learning_rate": (0, 1e3), "sample_scales": (-1e4, 1e4), "scale": (-1e4, 1e4), "scales": (-1e4, 1e4),
-    "guidance_scale": (-1e4, 1e4), "lora_scale": (-1e4, 1e4), "threshold": (-1e3, 1e3), "timesteps": (0, 1000), "tolerance": (0, 1e3), "weights": (-1e4, 1e4),
+    "alpha": (-1e6, 1e6),
+    "bands": (0, 1000),
+    "below": (0, 1e6),
+    "denoise_guidance": (0, 1e3),
+    "direction_scales": (-1e4, 1e4),
+    "ema": (0, 1),
+    "eta": (0, 1),
+    "guidance": (0, 1e3),
+    "guidance_embedding": (-1, 1e4),
+    "lora_scales": (-1e4, 1e4),
+    "prior": (0, 1e6),
+    "priors": (0, 1e6),
+    "learning_rate": (0, 1e3),
+    "sample_scales": (-1e4, 1e4),
+    "scale": (-1e4, 1e4),
+    "scales": (-1e4, 1e4),
+    "guidance_scale": (-1e4, 1e4),
+    "lora_scale": (-1e4, 1e4),
+    "threshold": (-1e3, 1e3),
+    "timesteps": (0, 1000),
+    "tolerance": (0, 1e3),
+    "weights": (-1e4, 1e4),
     "minutes": (0, 1e4),
-}  # fmt: skip
+}
 RANGES = COUNTS | AMOUNTS
 GUIDED = ("guidance", "denoise_guidance")
 TWO_MEANINGS = "guidance 0 means conditional only in pipelines and unconditional in formulas; write 1 (or null) for conditional only"
 LONGEST = 10_000  # characters of a text
-FULL = ("bands", "direction_scales", "lora_scales", "sample_scales", "sample_seeds")  # lists that may not be empty
+FULL = (
+    "bands",
+    "direction_scales",
+    "lora_scales",
+    "sample_scales",
+    "sample_seeds",
+)  # lists that may not be empty
 
 
 def check(config: Any, where: str = "") -> None:
-    """Raises UserError for the first number of a dataclass that its key may not hold, and for texts that are none; also inside lists."""
+    """Raises UserError for the first number of a dataclass that its key may not hold, and for texts that are
+    none; also inside lists.
+    """
     for field in dataclasses.fields(config):
         _check(getattr(config, field.name), field.name, f"{where}{field.name}")
 
@@ -63,9 +125,14 @@ def _check(value: Any, key: str, where: str) -> None:
 
 
 def checked(text: str, where: str) -> str:
-    """The text, where it can be encoded. Raises UserError for one with NUL or half characters in it, or longer than a book's page."""
+    """The text, where it can be encoded.
+
+    Raises UserError for one with NUL or half characters in it, or longer than a book's page.
+    """
     if len(text) > LONGEST:
-        raise UserError(f"{where}: a text of {len(text):,} characters, {quoted(text, 30)}; at most {LONGEST:,} are read")
+        raise UserError(
+            f"{where}: a text of {len(text):,} characters, {quoted(text, 30)}; at most {LONGEST:,} are read"
+        )
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f"{where}: {quoted(text, 40)} holds a character that is none (NUL, or half of one)")
     return text

@@ -22,7 +22,9 @@ def save(config: Any, path: Path) -> None:
     """The config as YAML, whole, with the versions of the packages and the git commit that ran it."""
     stamp = "\n".join([command(), *(f"{name} {value}" for name, value in versions().items())])
     with replacing(path) as new:
-        new.write_text(indent(stamp, "# ", lambda line: True) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(config)))
+        new.write_text(
+            indent(stamp, "# ", lambda line: True) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
+        )
 
 
 def command() -> str:
@@ -45,7 +47,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
     except OSError:  # no git on this machine
         return found
     if git.returncode == 0:
@@ -55,7 +62,8 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def replacing(path: Path):
-    """A temporary path beside `path` that takes its place when the block ends well: readers see a whole file or none.
+    """A temporary path beside `path` that takes its place when the block ends well: readers see a whole file
+    or none.
 
     Raises UserError where the disk, or what writes on it, refuses.
     """
@@ -75,26 +83,41 @@ def replacing(path: Path):
 
 @contextmanager
 def _writing(path: Path):
-    """Makes one line of a full disk, whatever library meets it: torch says RuntimeError, safetensors an error of its own."""
+    """Makes one line of a full disk, whatever library meets it: torch says RuntimeError, safetensors an error
+    of its own.
+    """
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write {cut(str(path), 200)}: {error.strerror or error}") from error
     except Exception as error:
-        if not any(words in str(error) for words in ("inline_container", "iostream error", "os error", "I/O error")):
+        if not any(
+            words in str(error) for words in ("inline_container", "iostream error", "os error", "I/O error")
+        ):
             raise
         raise UserError(f"cannot write {cut(str(path), 200)}: {cut(str(error), 200)}") from error
 
 
 def plain_name(text: str, what: str = "name") -> str:
-    """The text, where it can name a control, a folder or a file anywhere. Raises UserError where it cannot, or would lead elsewhere."""
-    wrong = next((why for why, holds in {
-        "it is empty": not text.strip(),
-        "it leads to another folder": text in (".", "..") or "/" in text or "\\" in text,
-        "it has characters that cannot be shown": not text.isprintable(),
-        "it begins with a character that shells and programs take for something else": text[:1] in ("-", "~", "."),
-        "it is longer than 120 bytes": len(text.encode(errors="replace")) > 120,
-    }.items() if holds), "")  # fmt: skip
+    """The text, where it can name a control, a folder or a file anywhere.
+
+    Raises UserError where it cannot, or would lead elsewhere.
+    """
+    wrong = next(
+        (
+            why
+            for why, holds in {
+                "it is empty": not text.strip(),
+                "it leads to another folder": text in (".", "..") or "/" in text or "\\" in text,
+                "it has characters that cannot be shown": not text.isprintable(),
+                "it begins with a character that shells and programs take for something else": text[:1]
+                in ("-", "~", "."),
+                "it is longer than 120 bytes": len(text.encode(errors="replace")) > 120,
+            }.items()
+            if holds
+        ),
+        "",
+    )
     if wrong:
         shown = text if len(text) <= 40 else f"{text[:40]}…"
         raise UserError(f"{what}={shown!r} cannot name a control or a folder: {wrong}")

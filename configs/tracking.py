@@ -1,7 +1,8 @@
 """W&B for every command: files first, W&B second.
 
-`with start(folder, config, job_type="train.slider", group="smile") as tracker:` gives one run per command. Nothing that goes wrong in
-W&B stops the command: the first failure is printed as one line, the rest of W&B's work is tried all the same.
+`with start(folder, config, job_type="train.slider", group="smile") as tracker:` gives one run per command.
+Nothing that goes wrong in W&B stops the command: the first failure is printed as one line, the rest of W&B's
+work is tried all the same.
 """
 
 import functools
@@ -27,18 +28,25 @@ ANSWER, FINISH = 120.0, 600.0  # seconds that W&B has for a call, and for its up
 LONGEST = 128  # characters of an artifact's name and of a group
 
 
-def start(folder: Path, config: dict, job_type: str, group: str, mode: str = "auto", name: str | None = None) -> "Tracker":
-    """A tracker that writes under folder/wandb. A training that goes on is the run that it was; an analysis, which logs its whole
+def start(
+    folder: Path, config: dict, job_type: str, group: str, mode: str = "auto", name: str | None = None
+) -> "Tracker":
+    """A tracker that writes under folder/wandb.
+
+    A training that goes on is the run that it was; an analysis, which logs its whole
     record at its end, is a new one.
 
-    config: plain values, shown as the run's config. group: the control's name, so that all that concerns a control stands together;
-    cut to the 128 characters that W&B allows.
-    mode: online, offline, disabled, or auto = $WANDB_MODE if set, disabled with $WANDB_DISABLED, else online when logged in, else offline.
-    Processes of a distributed run other than the first get a disabled tracker. Raises UserError for another mode.
+    config: plain values, shown as the run's config. group: the control's name, so that all that concerns a
+    control stands together; cut to the 128 characters that W&B allows. mode: online, offline, disabled, or
+    auto = $WANDB_MODE if set, disabled with $WANDB_DISABLED, else online when logged in, else offline.
+    Processes of a distributed run other than the first get a disabled tracker. Raises UserError for another
+    mode.
     """
     check(mode)
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("disabled" if _disabled() else "online" if logged_in() else "offline")
+        mode = os.environ.get("WANDB_MODE") or (
+            "disabled" if _disabled() else "online" if logged_in() else "offline"
+        )
     tracker = Tracker(Path(folder).resolve())
     if mode == "disabled" or int(os.environ.get("RANK", 0)) > 0:
         return tracker
@@ -63,7 +71,9 @@ def _disabled() -> bool:
 
 
 def logged_in() -> bool:
-    """Whether an API key is at hand, in $WANDB_API_KEY or where `wandb login` puts it; the network is not asked."""
+    """Whether an API key is at hand, in $WANDB_API_KEY or where `wandb login` puts it; the network is not
+    asked.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
@@ -119,13 +129,21 @@ class Tracker:
 
     @guarded
     def images(self, pictures: dict[str, tuple[Any, str | None]], step: int | None = None) -> None:
-        """Pictures (files or PIL) with captions, by key. The same keys at several steps are what W&B's step slider moves through."""
+        """Pictures (files or PIL) with captions, by key.
+
+        The same keys at several steps are what W&B's step slider moves through.
+        """
         import wandb
 
-        self.run.log({key: wandb.Image(picture, caption=caption) for key, (picture, caption) in pictures.items()}, step=step)
+        self.run.log(
+            {key: wandb.Image(picture, caption=caption) for key, (picture, caption) in pictures.items()},
+            step=step,
+        )
 
     @guarded
-    def curves(self, key: str, x: list[float], curves: dict[str, list[float]], title: str, xname: str) -> None:
+    def curves(
+        self, key: str, x: list[float], curves: dict[str, list[float]], title: str, xname: str
+    ) -> None:
         """Lines by name over common places x, as one chart."""
         import wandb
 
@@ -139,18 +157,25 @@ class Tracker:
 
     @guarded
     def artifact(self, path: Path | list[Path], name: str, type: str) -> None:
-        """A file, some files or a folder as an artifact: type control for a trained control, results for a record."""
+        """A file, some files or a folder as an artifact: type control for a trained control, results for a
+        record.
+        """
         self.run.log_artifact(_artifact(path, name, type))
 
     @guarded
     def uses(self, name: str, path: Path | None = None, type: str = "control") -> None:
-        """States that this run reads an artifact, by its newest version or, with `path`, by the very content of that file.
+        """States that this run reads an artifact, by its newest version or, with `path`, by the very content
+        of that file.
 
-        Always written to the run's config as `uses`, and as W&B's lineage; offline that takes the content, as no version can be looked up.
+        Always written to the run's config as `uses`, and as W&B's lineage; offline that takes the content, as
+        no version can be looked up.
         """
         self.used.append(name)
         self.run.config.update({"uses": list(self.used)}, allow_val_change=True)
-        if self.run.offline and path:  # use_artifact refuses offline what it would do itself: note the use, for `wandb sync` to carry out
+        if (
+            self.run.offline and path
+            # use_artifact refuses offline what it would do itself: note the use, for `wandb sync` to carry out
+        ):
             self.run._log_artifact(_artifact(path, name, type), is_user_created=True, use_after_commit=True)
         elif not self.run.offline:
             self.run.use_artifact(_artifact(path, name, type) if path else f"{_artifact_name(name)}:latest")
@@ -167,7 +192,9 @@ class Tracker:
         self.run = None
 
     def abandon(self) -> None:
-        """Ends the run, and W&B's service, for which Python would wait at its exit, or which it would miss there."""
+        """Ends the run, and W&B's service, for which Python would wait at its exit, or which it would miss
+        there.
+        """
         self.run = None
         with self.attempt():
             within(ANSWER, sys.modules["wandb"].teardown)
@@ -203,7 +230,9 @@ class Tracker:
         with self.attempt():
             if self.run.offline:
                 place = Path(self.run.dir).parent
-                if len(list(place.parent.glob(parts := f"offline-run-*-{self.run.id}"))) > 1:  # it went on, in a folder each time
+                if (
+                    len(list(place.parent.glob(parts := f"offline-run-*-{self.run.id}"))) > 1
+                ):  # it went on, in a folder each time
                     place = place.parent / parts
                 place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
                 print(f"W&B is offline; to upload this run: wandb sync {place}", flush=True)
@@ -212,14 +241,22 @@ class Tracker:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Keeps W&B's files inside the folder, and its exceptions inside the block; the tracker's first one is printed."""
+        """Keeps W&B's files inside the folder, and its exceptions inside the block; the tracker's first one
+        is printed.
+        """
         try:
-            with _defaults(WANDB_DATA_DIR=f"{self.folder}/wandb/data", WANDB_CACHE_DIR=f"{self.folder}/wandb/cache"):
+            with _defaults(
+                WANDB_DATA_DIR=f"{self.folder}/wandb/data", WANDB_CACHE_DIR=f"{self.folder}/wandb/cache"
+            ):
                 yield
         except Exception as error:
             if not self.warned:
                 text = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"warning: W&B failed ({text[:200]}); the files are not affected", file=sys.stderr, flush=True)
+                print(
+                    f"warning: W&B failed ({text[:200]}); the files are not affected",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self.warned = True
             if isinstance(error, TimeoutError) and self.run is not None:
                 for process in psutil.Process().children():
@@ -229,7 +266,10 @@ class Tracker:
 
 
 def within(seconds: float, call: Callable[[], None]) -> None:
-    """Makes a call to W&B, whose service may have been stopped. Raises TimeoutError when there is no answer in time."""
+    """Makes a call to W&B, whose service may have been stopped.
+
+    Raises TimeoutError when there is no answer in time.
+    """
     failed: list[BaseException] = []
 
     def attempt() -> None:
@@ -248,7 +288,9 @@ def within(seconds: float, call: Callable[[], None]) -> None:
 
 
 def _artifact(content: Path | list[Path], name: str, type: str) -> Any:
-    """A draft artifact that holds copies of a file, of some files, or of a folder, the latter without W&B's own files."""
+    """A draft artifact that holds copies of a file, of some files, or of a folder, the latter without W&B's
+    own files.
+    """
     import wandb
 
     artifact = wandb.Artifact(_artifact_name(name), type=type)
@@ -261,7 +303,9 @@ def _artifact(content: Path | list[Path], name: str, type: str) -> Any:
 
 
 def _artifact_name(name: str) -> str:
-    """The name with what W&B does not allow in it replaced, e.g. tiny/base by tiny-base; with a hash where names could become equal."""
+    """The name with what W&B does not allow in it replaced, e.g. tiny/base by tiny-base; with a hash where
+    names could become equal.
+    """
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
     if name.isascii() and len(plain) <= LONGEST:
         return plain

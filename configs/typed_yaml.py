@@ -1,6 +1,8 @@
-"""Typed YAML: a value is read as what its field holds, so that a text stays as it was typed, whatever YAML would make of it.
+"""Typed YAML: a value is read as what its field holds, so that a text stays as it was typed, whatever YAML
+would make of it.
 
-YAML takes `on` for true, `0123` for 83 and `1:30` for 90. Where a dataclass says str, int or float, the characters count.
+YAML takes `on` for true, `0123` for 83 and `1:30` for 90. Where a dataclass says str, int or float, the
+characters count.
 """
 
 import dataclasses
@@ -13,7 +15,9 @@ import yaml
 MOST_VALUES = 200_000  # of a document, with what its anchors stand for
 PREFIX = "tag:yaml.org,2002:"
 TEXT = f"{PREFIX}str"
-WORDS = {f"{PREFIX}{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")}  # what YAML takes a plain word for
+WORDS = {
+    f"{PREFIX}{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")
+}  # what YAML takes a plain word for
 NUMBERS = {f"{PREFIX}{kind}" for kind in ("int", "float", "timestamp")}
 NULL = f"{PREFIX}null"
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -21,9 +25,11 @@ Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read(text: str, kind: Any) -> Any:
-    """Plain values (dicts, lists, texts, numbers, None) of a YAML document that holds a `kind`: a dataclass, list[float], ….
+    """Plain values (dicts, lists, texts, numbers, None) of a YAML document that holds a `kind`: a dataclass,
+    list[float], ….
 
-    Numbers of int and float fields come as the text that was typed. Raises yaml.YAMLError, also for a key that stands twice.
+    Numbers of int and float fields come as the text that was typed. Raises yaml.YAMLError, also for a key
+    that stands twice.
     """
     loader = Loader(text)
     try:
@@ -39,7 +45,9 @@ def read(text: str, kind: Any) -> Any:
 
 
 def word(text: str, kind: Any) -> Any:
-    """The value of one key=value word: a text field's as it was typed, unless it is quoted; any other as YAML."""
+    """The value of one key=value word: a text field's as it was typed, unless it is quoted; any other as
+    YAML.
+    """
     bare, (inner, optional) = text.strip(), _without_none(kind)
     if _is_text(inner) and bare[:1] not in ("'", '"'):
         return None if optional and bare in NULLS else bare
@@ -88,7 +96,9 @@ def _mark_mapping(node: yaml.MappingNode, kind: Any, left: Iterator[int]) -> Non
         if isinstance(key, yaml.ScalarNode):
             key.tag = TEXT
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"found duplicate key {key.value}", key.start_mark
+                )
             seen.add(key.value)
         _mark(value, field_kind(kind, [str(key.value)]), left)
 

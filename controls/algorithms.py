@@ -1,7 +1,8 @@
-"""Algorithms: what the tensors of one layer mean together, as one low-rank pair that is exactly theirs, or a refusal by their name.
+"""Algorithms: what the tensors of one layer mean together, as one low-rank pair that is exactly theirs, or a
+refusal by their name.
 
-LoRA: B A. LoCon's Tucker form: up · mid · down. LoHa (FedPara, Hyeon-Woo et al. 2021): (B1 A1) ∘ (B2 A2). LoKr: W1 ⊗ W2. The last three are
-LyCORIS's (Yeh et al. 2023), with its strengths.
+LoRA: B A. LoCon's Tucker form: up · mid · down. LoHa (FedPara, Hyeon-Woo et al. 2021): (B1 A1) ∘ (B2 A2).
+LoKr: W1 ⊗ W2. The last three are LyCORIS's (Yeh et al. 2023), with its strengths.
 """
 
 import torch
@@ -14,24 +15,61 @@ MOST_RANK = 256  # of a pair that a product is turned into
 
 # the ends of keys, after the layer's name and a dot, and what they hold
 PARTS = {
-    "lora_A.weight": "A", "lora_B.weight": "B", "lora_down.weight": "A", "lora_up.weight": "B", "lora.down.weight": "A",
-    "lora.up.weight": "B", "lora_A.default.weight": "A", "lora_B.default.weight": "B", "alpha": "alpha", "lora_mid.weight": "mid",
-    **{name: name for name in (*(f"lokr_{w}{end}" for w in ("w1", "w2") for end in ("", "_a", "_b")), "lokr_t2",
-                               *(f"hada_w{k}_{half}" for k in (1, 2) for half in "ab"), "hada_t1", "hada_t2")},
-}  # fmt: skip
-# those that change more than a low-rank pair can, and what they are called; where all its numbers are zero, one of the first row is nothing
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
+    "lora.down.weight": "A",
+    "lora.up.weight": "B",
+    "lora_A.default.weight": "A",
+    "lora_B.default.weight": "B",
+    "alpha": "alpha",
+    "lora_mid.weight": "mid",
+    **{
+        name: name
+        for name in (
+            *(f"lokr_{w}{end}" for w in ("w1", "w2") for end in ("", "_a", "_b")),
+            "lokr_t2",
+            *(f"hada_w{k}_{half}" for k in (1, 2) for half in "ab"),
+            "hada_t1",
+            "hada_t2",
+        )
+    },
+}
+# those that change more than a low-rank pair can, and what they are called; where all its numbers are zero,
+# one of the first row is nothing
 DIFFERENCES = {
-    "diff": "a full difference (.diff)", "diff_b": "a bias's difference (.diff_b)", "w_norm": "a norm's difference (.w_norm)",
-    "b_norm": "a norm's difference (.b_norm)", "lora_B.bias": "a LoRA with a bias", "lora_up.bias": "a LoRA with a bias",
+    "diff": "a full difference (.diff)",
+    "diff_b": "a bias's difference (.diff_b)",
+    "w_norm": "a norm's difference (.w_norm)",
+    "b_norm": "a norm's difference (.b_norm)",
+    "lora_B.bias": "a LoRA with a bias",
+    "lora_up.bias": "a LoRA with a bias",
     "lora_B.default.bias": "a LoRA with a bias",
-}  # fmt: skip
+}
 REFUSED = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_magnitude_vector.weight": "DoRA",
-    "lora_magnitude_vector.default.weight": "DoRA", "on_input": "IA3", "ia3_l": "IA3", "oft_blocks": "OFT", "oft_diag": "OFT",
-    "oft_R.weight": "OFT", "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA", "lora_E": "AdaLoRA",
-    "vera_lambda_b": "VeRA", "vera_lambda_d": "VeRA", "lokr_t2": "LoKr with a Tucker core", "hada_t1": "LoHa with a Tucker core",
-    "hada_t2": "LoHa with a Tucker core", "weight": "a whole weight, as models have", "bias": "a whole bias, as models have",
-}  # fmt: skip
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_magnitude_vector.weight": "DoRA",
+    "lora_magnitude_vector.default.weight": "DoRA",
+    "on_input": "IA3",
+    "ia3_l": "IA3",
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "oft_R.weight": "OFT",
+    "a1.weight": "GLoRA",
+    "a2.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "b2.weight": "GLoRA",
+    "lora_E": "AdaLoRA",
+    "vera_lambda_b": "VeRA",
+    "vera_lambda_d": "VeRA",
+    "lokr_t2": "LoKr with a Tucker core",
+    "hada_t1": "LoHa with a Tucker core",
+    "hada_t2": "LoHa with a Tucker core",
+    "weight": "a whole weight, as models have",
+    "bias": "a whole bias, as models have",
+}
 ENDS = {**{end: end for end in (*DIFFERENCES, *REFUSED)}, **PARTS}
 TUCKER = "LoCon with a Tucker core (lora_mid)"
 READABLE = ("LoRA", TUCKER, "LoHa", "LoKr")  # by `pair`
@@ -39,7 +77,9 @@ READABLE = ("LoRA", TUCKER, "LoHa", "LoKr")  # by `pair`
 
 def split(key: str) -> tuple[str, str] | None:
     """A key as (layer's spelling, part), or None when its end is of no kind that is known."""
-    if "processor." in key and "_lora" in key:  # diffusers before 0.22, and XLabs: …processor.to_q_lora.down.weight
+    if (
+        "processor." in key and "_lora" in key
+    ):  # diffusers before 0.22, and XLabs: …processor.to_q_lora.down.weight
         stem, _, end = key.rpartition("_lora")
         number, _, half = end.partition(".")
         part = {"down.weight": "A", "up.weight": "B", "alpha": "alpha"}.get(half)
@@ -52,27 +92,48 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def algorithm(parts: dict[str, Tensor]) -> str:
-    """What the tensors of a layer are called: LoRA, LoHa, LoKr, DoRA, …; empty where all that they change is nothing."""
+    """What the tensors of a layer are called: LoRA, LoHa, LoKr, DoRA, …; empty where all that they change is
+    nothing.
+    """
     if parts.keys() <= {"A", "B", "alpha"}:
         return "LoRA"
     if refused := next((REFUSED[part] for part in REFUSED if part in parts), ""):
         return refused
-    if difference := next((DIFFERENCES[part] for part in DIFFERENCES if part in parts and parts[part].any()), ""):
+    if difference := next(
+        (DIFFERENCES[part] for part in DIFFERENCES if part in parts and parts[part].any()), ""
+    ):
         return difference
     kinds = {"lokr": "LoKr", "hada": "LoHa", "mid": TUCKER, "A": "LoRA", "B": "LoRA"}
-    return next((kind for start, kind in kinds.items() if any(part.startswith(start) for part in parts if part not in DIFFERENCES)), "")
+    return next(
+        (
+            kind
+            for start, kind in kinds.items()
+            if any(part.startswith(start) for part in parts if part not in DIFFERENCES)
+        ),
+        "",
+    )
 
 
-def pair(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size) -> tuple[Tensor, Tensor, float]:
-    """A (r, in, …), B (out, r) and the strength alpha / r of the layer, of readable parts, on a weight (out, in, …) of this shape.
+def pair(
+    stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, float]:
+    """A (r, in, …), B (out, r) and the strength alpha / r of the layer, of readable parts, on a weight (out,
+    in, …) of this shape.
 
-    alpha: where the header says it; a tensor of the file wins, and where nobody says it strength is 1.
-    Raises UserError for parts that are missing, do not fit together or on the weight, or make a pair of too high a rank.
+    alpha: where the header says it; a tensor of the file wins, and where nobody says it strength is 1. Raises
+    UserError for parts that are missing, do not fit together or on the weight, or make a pair of too high a
+    rank.
     """
-    tensors = {part: real(f"{stem}.{part}", tensor) for part, tensor in parts.items() if part not in ("alpha", *DIFFERENCES)}
+    tensors = {
+        part: real(f"{stem}.{part}", tensor)
+        for part, tensor in parts.items()
+        if part not in ("alpha", *DIFFERENCES)
+    }
     if "alpha" in parts:
         if parts["alpha"].numel() != 1 or parts["alpha"].is_complex():
-            raise UserError(f"{cut(stem)} has only one half here, or halves of different ranks, or an alpha that is no number")
+            raise UserError(
+                f"{cut(stem)} has only one half here, or halves of different ranks, or an alpha that is no number"
+            )
         alpha = float(parts["alpha"])
         if not abs(alpha) <= 1e6:
             raise UserError(f"{cut(stem)} has an alpha of {alpha:g}")
@@ -87,7 +148,13 @@ def pair(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.
     a, b = tensors.get("A"), tensors.get("B")
     if "mid" in tensors and a is not None:
         a = _core(stem, a, tensors["mid"])
-    if a is None or b is None or min(a.ndim, b.ndim) < 2 or not 0 < a.shape[0] == b.shape[1] or b.shape[2:].numel() != 1:
+    if (
+        a is None
+        or b is None
+        or min(a.ndim, b.ndim) < 2
+        or not 0 < a.shape[0] == b.shape[1]
+        or b.shape[2:].numel() != 1
+    ):
         raise UserError(f"{cut(stem)} has only one half here, or halves of different ranks")
     return a, b.flatten(1), 1.0 if alpha is None else alpha / a.shape[0]
 
@@ -99,11 +166,22 @@ def _core(stem: str, down: Tensor, mid: Tensor) -> Tensor:
     return torch.einsum("pq...,qi->pi...", mid.double(), down.flatten(1).double()).float()
 
 
-def _lokr(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size) -> tuple[Tensor, Tensor, float]:
-    """Of factors (L1 R1) ⊗ (L2 R2) = (L1 ⊗ L2) (R1 ⊗ R2); strength is 1 where both factors are whole matrices."""
+def _lokr(
+    stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, float]:
+    """Of factors (L1 R1) ⊗ (L2 R2) = (L1 ⊗ L2) (R1 ⊗ R2); strength is 1 where both factors are whole
+    matrices.
+    """
     (left, right), (left2, right2) = (_factor(parts, f"lokr_{w}") for w in ("w1", "w2"))
     dims = [parts[key].shape[0] for key in ("lokr_w2_b", "lokr_w1_b") if key in parts]
-    _fits(stem, "LoKr", left.shape[1] * left2.shape[1], left.shape[0] * left2.shape[0], right.shape[1] * right2.shape[1], shape)
+    _fits(
+        stem,
+        "LoKr",
+        left.shape[1] * left2.shape[1],
+        left.shape[0] * left2.shape[0],
+        right.shape[1] * right2.shape[1],
+        shape,
+    )
     a, b = torch.kron(right, right2), torch.kron(left, left2)
     return a.float().view(-1, *shape[1:]), b.float(), alpha / dims[0] if dims and alpha is not None else 1.0
 
@@ -117,7 +195,9 @@ def _factor(parts: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     return (torch.eye(rows).double(), whole) if rows <= columns else (whole, torch.eye(columns).double())
 
 
-def _loha(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size) -> tuple[Tensor, Tensor, float]:
+def _loha(
+    stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, float]:
     """Of (B1 A1) ∘ (B2 A2), whose pair's rows are all products of a row of A1 and one of A2."""
     b1, a1, b2, a2 = (parts[f"hada_w{k}_{half}"].double().flatten(1) for k in (1, 2) for half in "ab")
     _fits(stem, "LoHa", a1.shape[0] * a2.shape[0], b1.shape[0], a1.shape[1], shape)
@@ -127,7 +207,11 @@ def _loha(stem: str, parts: dict[str, Tensor], alpha: float | None, shape: torch
 
 def _fits(stem: str, kind: str, rank: int, rows: int, columns: int, shape: torch.Size) -> None:
     if rank > MOST_RANK:
-        raise UserError(f"{cut(stem)} is {kind} whose product has rank {rank}; up to {MOST_RANK} it is turned into a pair")
+        raise UserError(
+            f"{cut(stem)} is {kind} whose product has rank {rank}; up to {MOST_RANK} it is turned into a pair"
+        )
     if not rank or (rows, columns) != (shape[0], shape[1:].numel()):
-        raise UserError(f"{cut(stem)} is {kind} of another shape, {rows} by {columns} where this network has "
-                        f"{shape[0]} by {shape[1:].numel()}. Was it trained on another family?")  # fmt: skip
+        raise UserError(
+            f"{cut(stem)} is {kind} of another shape, {rows} by {columns} where this network has "
+            f"{shape[0]} by {shape[1:].numel()}. Was it trained on another family?"
+        )

@@ -1,7 +1,8 @@
 """Converts a control between layouts: python -m controls.convert IN OUT [key=value ...]
 
-IN is a file, a folder of PEFT's, or hub:owner/name/file, of any known layout: diffusers, kohya with diffusers, SGM, Flux's or SD3's names,
-LyCORIS (LoCon, LoHa, LoKr where a low-rank pair holds them), PEFT, the original sliders' .pt, ai-toolkit's, XLabs', Z-Image's fused.
+IN is a file, a folder of PEFT's, or hub:owner/name/file, of any known layout: diffusers, kohya with
+diffusers, SGM, Flux's or SD3's names, LyCORIS (LoCon, LoHa, LoKr where a low-rank pair holds them), PEFT, the
+original sliders' .pt, ai-toolkit's, XLabs', Z-Image's fused.
 """
 
 import sys
@@ -20,9 +21,14 @@ from models.loading import skeleton
 
 @dataclass
 class Config:
-    format: str = "diffusers"  # of OUT: diffusers (native, for this toolkit and diffusers), kohya (ComfyUI, A1111)
-    member: str = ""  # family/member that a file of other tools was trained on; its config says where the layers are
-    encoders: str = "refuse"  # what becomes of text encoders' layers: refuse the file, or ignore them and say how many are left out
+    format: str = (
+        "diffusers"  # of OUT: diffusers (native, for this toolkit and diffusers), kohya (ComfyUI, A1111)
+    )
+    member: str = (
+        ""  # family/member that a file of other tools was trained on; its config says where the layers are
+    )
+    # what becomes of text encoders' layers: refuse the file, or ignore them and say how many are left out
+    encoders: str = "refuse"
     kind: str = ""  # slider or lora; empty = as the card says, lora where the file has none
     name: str = ""  # of the control; empty = as the card says, or IN's file name
     positive: str = ""  # what it makes, in words, by which it is measured; empty = as the card says
@@ -46,18 +52,27 @@ def main(source: str | Path, target: str | Path, cfg: Config) -> None:
     control = labelled(opened(source, cfg), cfg)
     WRITERS[cfg.format](control, target)
     layers = len(control.tensors) // 2
-    print(f"{target}: {control.card.name}, {layers} layers, rank {control.card.rank}, alpha {control.card.alpha:g}, {cfg.format}")
+    print(
+        f"{target}: {control.card.name}, {layers} layers, rank {control.card.rank}, alpha {control.card.alpha:g}, {cfg.format}"
+    )
 
 
 def opened(source: str | Path, cfg: Config) -> Control:
-    """A control of any layout. Raises UserError when it takes a network to read it and none is named, or another than its card's."""
+    """A control of any layout.
+
+    Raises UserError when it takes a network to read it and none is named, or another than its card's.
+    """
     card = formats.card_of(source, header(source)[1])
     if cfg.member and card and cards.card(split(cfg.member)[0]).name != card.family:
-        raise UserError(f"{source} was trained on {card.family}/{card.member}, as its card says, not on {cfg.member}")
+        raise UserError(
+            f"{source} was trained on {card.family}/{card.member}, as its card says, not on {cfg.member}"
+        )
     if formats.native(source):
         return formats.load(source)
     if not cfg.member and card is None:
-        raise UserError(f"{source} does not say what it was trained on: give member=family/member, e.g. member=sdxl/base")
+        raise UserError(
+            f"{source} does not say what it was trained on: give member=family/member, e.g. member=sdxl/base"
+        )
     family, member = split(cfg.member) if cfg.member else (card.family, card.member)
     its = cards.card(family)
     if member not in its.members:
@@ -77,7 +92,9 @@ def run() -> None:
     files, words = plain(sys.argv[1:])
     cfg = load(Config, words)
     if len(files) != 2:
-        raise UserError(f"say what to convert and where to: python -m controls.convert IN OUT; got {' '.join(files) or 'nothing'}")
+        raise UserError(
+            f"say what to convert and where to: python -m controls.convert IN OUT; got {' '.join(files) or 'nothing'}"
+        )
     main(*files, cfg)
 
 

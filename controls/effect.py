@@ -22,11 +22,13 @@ def change(score: np.ndarray, zero_index: int) -> np.ndarray:
 
 
 def own_directions(features: np.ndarray, zero_index: int) -> np.ndarray:
-    """Where a control without words moves images: the mean change from scale 0 to the largest scale, unit length, one per prompt.
+    """Where a control without words moves images: the mean change from scale 0 to the largest scale, unit
+    length, one per prompt.
 
-    features: (P, S, K, d). Returns (P, d): each prompt's from the other prompts, so that no image measures itself; 0 without a change.
+    features: (P, S, K, d). Returns (P, d): each prompt's from the other prompts, so that no image measures
+    itself; 0 without a change.
     """
-    moved = (features[:, :, -1] - features[:, :, zero_index]).mean(1)                            # (P, d)
+    moved = (features[:, :, -1] - features[:, :, zero_index]).mean(1)  # (P, d)
     others = (moved.sum(0) - moved) / (len(moved) - 1) if len(moved) > 1 else moved
     lengths = np.linalg.norm(others, axis=1, keepdims=True)
     return others / np.where(lengths == 0, 1, lengths)
@@ -35,16 +37,17 @@ def own_directions(features: np.ndarray, zero_index: int) -> np.ndarray:
 def percent_change(edited: np.ndarray, plain: np.ndarray) -> float | None:
     """Change of the mean CLIP score in %, the column of the paper's Table 1.
 
-    edited, plain: cosines of the images at a scale and at scale 0 with the control's text, any shape. A ratio of means, not a mean of
-    ratios; None where the plain mean is below FLOOR, for a percentage of nearly nothing says nothing.
-    Source: Gandikota & Bau 2025, arXiv 2503.10637, Table 1.
+    edited, plain: cosines of the images at a scale and at scale 0 with the control's text, any shape. A ratio
+    of means, not a mean of ratios; None where the plain mean is below FLOOR, for a percentage of nearly
+    nothing says nothing. Source: Gandikota & Bau 2025, arXiv 2503.10637, Table 1.
     """
     base = float(np.mean(plain))
     return 100 * (float(np.mean(edited)) / base - 1) if base >= FLOOR else None
 
 
 def preservation(features: np.ndarray, zero_index: int) -> np.ndarray:
-    """Cosine similarity of every image to its own image at scale 0, by features of what should not change; 1 = nothing else moved.
+    """Cosine similarity of every image to its own image at scale 0, by features of what should not change; 1
+    = nothing else moved.
 
     features: (P, S, K, d). Returns (P, S, K), 1 at scale 0.
     """

@@ -1,4 +1,7 @@
-"""Files: the tensors and the header of a control's file, or one line that says why it cannot be read. No code in a file ever runs."""
+"""Files: the tensors and the header of a control's file, or one line that says why it cannot be read.
+
+No code in a file ever runs.
+"""
 
 import math
 from pathlib import Path
@@ -11,14 +14,19 @@ from configs import ROOT, UserError, cut
 from models.loading import file_of, one_line
 from models.promptsets import HUB
 
-IN_A_FOLDER = ("control.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # ours, PEFT's, diffusers'
+IN_A_FOLDER = (
+    "control.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+)  # ours, PEFT's, diffusers'
 BESIDE = "adapter_config.json"  # where PEFT says what adapter_model.safetensors is
 PICKLED = (".pt", ".pth", ".bin")
 POINTER = b"version https://git-lfs"
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file, or of a .pt of plain tensors; of PEFT's, adapter_config.json is in the header.
+    """The tensors and the header of a safetensors file, or of a .pt of plain tensors; of PEFT's,
+    adapter_config.json is in the header.
 
     Raises UserError when it is neither, and for a number that is not finite.
     """
@@ -27,7 +35,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, metadata = _plain(path), {}
     else:
         with _opened(path) as file:
-            tensors, metadata = {name: _tensor(file, name, path) for name in file.keys()}, file.metadata() or {}
+            tensors, metadata = (
+                {name: _tensor(file, name, path) for name in file.keys()},
+                file.metadata() or {},
+            )
     wrong = next((name for name, tensor in tensors.items() if not finite(tensor)), None)
     if wrong is not None:
         raise UserError(f"{cut(path)}: {cut(wrong)} holds numbers that are not finite")
@@ -44,7 +55,8 @@ def header(path: str | Path) -> tuple[list[str], dict[str, str]]:
 
 
 def located(path: str | Path) -> Path:
-    """Where a control's file is: as given, in a folder as given, relative to the project, or on the Hub as hub:owner/name/file.
+    """Where a control's file is: as given, in a folder as given, relative to the project, or on the Hub as
+    hub:owner/name/file.
 
     Raises UserError where there is none.
     """
@@ -57,12 +69,19 @@ def located(path: str | Path) -> Path:
                 file_of(f"{owner}/{repo}", None, "/".join([*file.split("/")[:-1], BESIDE]))
             return file_of(f"{owner}/{repo}", None, file)
     try:
-        places = [place for given in (Path(text), ROOT / text) if text for place in (given, *(given / name for name in IN_A_FOLDER))]
+        places = [
+            place
+            for given in (Path(text), ROOT / text)
+            if text
+            for place in (given, *(given / name for name in IN_A_FOLDER))
+        ]
         found = next((place for place in places if place.is_file()), None)
     except OSError as error:
         raise UserError(f"{cut(text)}: {error.strerror}") from None
     if found is None:
-        raise UserError(f"no control file at {cut(text)}; one on the Hub is written hub:owner/name/file.safetensors")
+        raise UserError(
+            f"no control file at {cut(text)}; one on the Hub is written hub:owner/name/file.safetensors"
+        )
     return found
 
 
@@ -75,9 +94,13 @@ def finite(tensor: Tensor) -> bool:
 
 
 def real(name: str, tensor: Tensor) -> Tensor:
-    """Weights in fp32. Raises UserError, by the layer's name, for what are no real numbers, and for those that fp32 cannot hold."""
+    """Weights in fp32. Raises UserError, by the layer's name, for what are no real numbers, and for those
+    that fp32 cannot hold.
+    """
     if not tensor.is_floating_point():
-        raise UserError(f"{cut(name)} holds {str(tensor.dtype).removeprefix('torch.')}, not the real numbers of a weight")
+        raise UserError(
+            f"{cut(name)} holds {str(tensor.dtype).removeprefix('torch.')}, not the real numbers of a weight"
+        )
     found = tensor.float()
     if not finite(found):
         raise UserError(f"{cut(name)} holds numbers that are not finite in fp32")
@@ -89,7 +112,9 @@ def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # a SafetensorError, an OSError, or what Rust makes of a strange header
-        raise UserError(f"{cut(path)} {_kind(path) or f'is truncated or no safetensors file: {cut(error)}'}") from None
+        raise UserError(
+            f"{cut(path)} {_kind(path) or f'is truncated or no safetensors file: {cut(error)}'}"
+        ) from None
 
 
 def _tensor(file, name: str, path: Path) -> Tensor:
@@ -109,11 +134,17 @@ def _kind(path: Path) -> str:
     text = head.lstrip().lower()
     kinds = {
         "is empty": not head,
-        "is a pickle, which could run code when read; controls are .safetensors files": head.startswith((b"PK", b"\x80")),
+        "is a pickle, which could run code when read; controls are .safetensors files": head.startswith(
+            (b"PK", b"\x80")
+        ),
         "is a Git LFS pointer, not the file itself: fetch that with git lfs pull": head.startswith(POINTER),
-        "is a web page, perhaps a login page: download the file itself": text.startswith((b"<!doctype", b"<html", b"<?xml")),
-        "is JSON, perhaps a server's answer: download the file itself": text.startswith((b"{", b"[")) and text.isascii() and 0 not in text,
-    }  # fmt: skip
+        "is a web page, perhaps a login page: download the file itself": text.startswith(
+            (b"<!doctype", b"<html", b"<?xml")
+        ),
+        "is JSON, perhaps a server's answer: download the file itself": text.startswith((b"{", b"["))
+        and text.isascii()
+        and 0 not in text,
+    }
     return next((kind for kind, holds in kinds.items() if holds), "")
 
 
@@ -124,14 +155,25 @@ def _plain(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{cut(path)} {kind}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what a damaged file does to torch's reader has no end, and torch's own advice is to run the file's code
-        raise UserError(f"{cut(path)} is damaged or holds more than plain tensors; nothing else is read") from None
-    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, (Tensor, float, int)) for k, v in found.items()):
+    # what a damaged file does to torch's reader has no end, and torch's own advice is to run the file's code
+    except Exception:
+        raise UserError(
+            f"{cut(path)} is damaged or holds more than plain tensors; nothing else is read"
+        ) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(k, str) and isinstance(v, (Tensor, float, int)) for k, v in found.items()
+    ):
         raise UserError(f"{cut(path)} is no flat dict of tensors")
     try:
         tensors = {name: torch.as_tensor(value).detach() for name, value in found.items()}
-        strange = [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta
-                   or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()]  # fmt: skip
+        strange = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.layout != torch.strided
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        ]
     except (RuntimeError, ValueError, OverflowError, NotImplementedError):
         raise UserError(f"{cut(path)} holds numbers that no tensor holds") from None
     if strange:
@@ -147,4 +189,6 @@ def _beside(path: Path) -> dict[str, str]:
     try:
         return {BESIDE: config.read_text(encoding="utf-8")}
     except (OSError, ValueError):
-        raise UserError(f"{cut(config)}, which says the alpha of {path.name}, is no text that can be read") from None
+        raise UserError(
+            f"{cut(config)}, which says the alpha of {path.name}, is no text that can be read"
+        ) from None

@@ -1,8 +1,9 @@
 """Formats: controls as files.
 
-Native is diffusers' own layout: keys `unet.<layer>.lora_A.weight`, with alpha / rank in B, since a program that heeds no header would else
-have rank 4, alpha 1 four times too strong, and our card beside them. Other tools' layouts are read by `adopt`, which needs the network to
-look their names up, and kohya's is written for ComfyUI and A1111.
+Native is diffusers' own layout: keys `unet.<layer>.lora_A.weight`, with alpha / rank in B, since a program
+that heeds no header would else have rank 4, alpha 1 four times too strong, and our card beside them. Other
+tools' layouts are read by `adopt`, which needs the network to look their names up, and kohya's is written for
+ComfyUI and A1111.
 """
 
 import json
@@ -25,18 +26,45 @@ from controls.layers import layer_set
 from controls.lora import Card, Control
 from models.promptsets import HUB
 
-__all__ = ["adopt", "card_of", "load", "located", "name", "names", "native", "read", "relabel", "save", "save_kohya"]
+__all__ = [
+    "adopt",
+    "card_of",
+    "load",
+    "located",
+    "name",
+    "names",
+    "native",
+    "read",
+    "relabel",
+    "save",
+    "save_kohya",
+]
 HALVES = (".lora_A.weight", ".lora_B.weight")
-UNET = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")  # its layers begin so
-BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "sd21": "sd_v2", "sd3": "sd3", "flux": "flux1"}  # what kohya's tools call a family
+UNET = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in.",
+    "conv_out.",
+    "time_embedding.",
+    "add_embedding.",
+)  # its layers begin so
+BASES = {
+    "sdxl": "sdxl_base_v1-0",
+    "sd15": "sd_v1",
+    "sd21": "sd_v2",
+    "sd3": "sd3",
+    "flux": "flux1",
+}  # what kohya's tools call a family
 KINDS = {str: "a text", int: "a whole number", float: "a number", dict: "a mapping"}
 
 
 def save(control: Control, path: str | Path) -> None:
     """Writes one .safetensors file that diffusers' `load_lora_weights` takes as it is, at the same strength.
 
-    B holds alpha / rank, so that a program that heeds no header, as ComfyUI, has that strength too; `load` takes it out again, and where
-    that would not give back the very same numbers the card in the file says alpha = rank.
+    B holds alpha / rank, so that a program that heeds no header, as ComfyUI, has that strength too; `load`
+    takes it out again, and where that would not give back the very same numbers the card in the file says
+    alpha = rank.
     """
     control, folded = _folded(control)
     prefix, rank = _prefix(control), control.card.rank
@@ -47,9 +75,11 @@ def save(control: Control, path: str | Path) -> None:
 
 
 def save_kohya(control: Control, path: str | Path) -> None:
-    """Writes what ComfyUI, A1111 and kohya's scripts read: for a U-Net kohya's names with .alpha, which alone they heed.
+    """Writes what ComfyUI, A1111 and kohya's scripts read: for a U-Net kohya's names with .alpha, which alone
+    they heed.
 
-    A transformer's layers keep diffusers' names, which those tools take too, with alpha folded into B: its card then says alpha = rank.
+    A transformer's layers keep diffusers' names, which those tools take too, with alpha folded into B: its
+    card then says alpha = rank.
     """
     card, tensors = control.card, {}
     own = card if _prefix(control) == "unet." else replace(card, alpha=float(card.rank))
@@ -57,16 +87,30 @@ def save_kohya(control: Control, path: str | Path) -> None:
         a, b = (control.tensors[layer + half].contiguous() for half in HALVES)
         if _prefix(control) == "unet.":
             stem = f"lora_unet_{layer.replace('.', '_')}"
-            tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(float(card.alpha))}
+            tensors |= {
+                f"{stem}.lora_down.weight": a,
+                f"{stem}.lora_up.weight": b,
+                f"{stem}.alpha": torch.tensor(float(card.alpha)),
+            }
         else:
-            tensors |= {f"transformer.{layer}{HALVES[0]}": a, f"transformer.{layer}{HALVES[1]}": b * (card.alpha / card.rank)}
-    said = {"ss_network_module": "networks.lora", "ss_network_dim": str(own.rank), "ss_network_alpha": str(own.alpha),
-            "ss_output_name": card.name, "ss_base_model_version": BASES.get(card.family, card.family)}  # fmt: skip
+            tensors |= {
+                f"transformer.{layer}{HALVES[0]}": a,
+                f"transformer.{layer}{HALVES[1]}": b * (card.alpha / card.rank),
+            }
+    said = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(own.rank),
+        "ss_network_alpha": str(own.alpha),
+        "ss_output_name": card.name,
+        "ss_base_model_version": BASES.get(card.family, card.family),
+    }
     _write(tensors, said, replace(control, card=own), path)
 
 
 def relabel(card: Card, path: str | Path) -> None:
-    """Puts another card into a file of any layout; its tensors, bit for bit, and the rest of its header stay as they are."""
+    """Puts another card into a file of any layout; its tensors, bit for bit, and the rest of its header stay
+    as they are.
+    """
     tensors, metadata = read(path)
     _store(tensors, {**metadata, "card": json.dumps(asdict(card))}, path)
 
@@ -74,8 +118,8 @@ def relabel(card: Card, path: str | Path) -> None:
 def load(path: str | Path) -> Control:
     """Reads what `save` wrote, through safetensors only: no code in a file ever runs.
 
-    Raises UserError for a missing or broken file, a pickle, a file without a card, tensors of another layout, and those that are not
-    pairs of the card's rank.
+    Raises UserError for a missing or broken file, a pickle, a file without a card, tensors of another layout,
+    and those that are not pairs of the card's rank.
     """
     tensors, metadata = read(path)
     how = "python -m controls.convert makes it one of ours"
@@ -85,13 +129,22 @@ def load(path: str | Path) -> Control:
         shown = ", ".join(map(cut, strange[:2])) or "nothing"
         raise UserError(f"{cut(path)} is not in diffusers' layout but {kind}: it holds {shown}; {how}")
     if "card" not in metadata:
-        raise UserError(f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its alpha; {how}")
-    card, found = card_of(path, metadata), {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()}
+        raise UserError(
+            f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its alpha; {how}"
+        )
+    card, found = (
+        card_of(path, metadata),
+        {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()},
+    )
     layers = {name.rsplit(".lora_", 1)[0] for name in found}
-    odd = sorted(layer for layer in layers if not _paired(*(found.get(layer + half) for half in HALVES), card.rank))
+    odd = sorted(
+        layer for layer in layers if not _paired(*(found.get(layer + half) for half in HALVES), card.rank)
+    )
     if odd or len(found) < len(tensors):
         first = cut(odd[0]) if odd else "one that is there twice"
-        raise UserError(f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank {card.rank}: {first}")
+        raise UserError(
+            f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank {card.rank}: {first}"
+        )
     if card.alpha == 0:
         note(f"{cut(path)} has alpha 0: it does nothing at any scale")
     try:
@@ -101,7 +154,10 @@ def load(path: str | Path) -> Control:
 
 
 def native(path: str | Path) -> bool:
-    """Whether a file is in diffusers' layout and has our card, so that `load` reads it. Raises UserError as `read` does."""
+    """Whether a file is in diffusers' layout and has our card, so that `load` reads it.
+
+    Raises UserError as `read` does.
+    """
     keys, metadata = header(path)
     return card_of(path, metadata) is not None and all(map(_ours, keys))
 
@@ -113,19 +169,26 @@ def name(path: str | Path) -> str:
 
 
 def names(paths: list[str]) -> list[str]:
-    """What the controls in files are called, no two alike: those without a card have their folders' names before theirs where need be."""
+    """What the controls in files are called, no two alike: those without a card have their folders' names
+    before theirs where need be.
+    """
     cards = [card_of(path, header(path)[1]) for path in paths]
     parts = [[*str(path).removeprefix(HUB).split("/")[:-1], Path(path).stem] for path in paths]
     found = [card.name if card else _safe(part[-1]) for card, part in zip(cards, parts, strict=True)]
     for depth in range(2, max(map(len, parts), default=0) + 1):
         twice = {name for name, count in Counter(found).items() if count > 1}
-        found = [_safe("-".join(part[-depth:])) if name in twice and not card else name
-                 for name, card, part in zip(found, cards, parts, strict=True)]  # fmt: skip
+        found = [
+            _safe("-".join(part[-depth:])) if name in twice and not card else name
+            for name, card, part in zip(found, cards, parts, strict=True)
+        ]
     return found
 
 
 def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
-    """The card in a header, None where there is none. Raises UserError that names the key for one that is not as `Card` says."""
+    """The card in a header, None where there is none.
+
+    Raises UserError that names the key for one that is not as `Card` says.
+    """
     if "card" not in metadata:
         return None
     try:
@@ -134,13 +197,22 @@ def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
         raise UserError(f"{cut(path)} has a card that cannot be read: {cut(error)}") from None
     known = {field.name: field for field in fields(Card)}
     wrong = [f"{cut(key, 40)} is no key of a card" for key in said if key not in known]
-    wrong += [f"{key} is missing" for key, field in known.items()
-              if key not in said and field.default is MISSING and field.default_factory is MISSING]  # fmt: skip
-    wrong += [f"{key} must be {KINDS[known[key].type]}; got {cut(value, 40)}" for key, value in said.items()
-              if key in known and not _is(value, known[key].type)]  # fmt: skip
+    wrong += [
+        f"{key} is missing"
+        for key, field in known.items()
+        if key not in said and field.default is MISSING and field.default_factory is MISSING
+    ]
+    wrong += [
+        f"{key} must be {KINDS[known[key].type]}; got {cut(value, 40)}"
+        for key, value in said.items()
+        if key in known and not _is(value, known[key].type)
+    ]
     recipe = said.get("recipe") if isinstance(said.get("recipe"), dict) else {}
-    wrong += [f"recipe.{key} must be a text; got {cut(recipe[key], 40)}" for key in ("positive", "negative")
-              if not isinstance(recipe.get(key, ""), str)]  # fmt: skip
+    wrong += [
+        f"recipe.{key} must be a text; got {cut(recipe[key], 40)}"
+        for key in ("positive", "negative")
+        if not isinstance(recipe.get(key, ""), str)
+    ]
     wrong += ["rank must be at least 1; got 0"] if said.get("rank") == 0 else []
     if wrong:
         raise UserError(f"{cut(path)} has a card that this version cannot read: {wrong[0]}")
@@ -155,11 +227,13 @@ def card_of(path: str | Path, metadata: dict[str, str]) -> Card | None:
 
 
 def adopt(path: str | Path, net: nn.Module, card: Card, encoders: str = "refuse") -> Control:
-    """Reads a file of any known layout for a network, at exactly its strength; a card in the file wins over `card`.
+    """Reads a file of any known layout for a network, at exactly its strength; a card in the file wins over
+    `card`.
 
-    Layers of lower rank are filled up with zeros to the highest, and B takes up what a layer's alpha / rank differs from the card's.
-    encoders: what becomes of text encoders' layers, refuse or ignore. Raises UserError as `load` does, when a layer has no place in the
-    network, and for what no low-rank pair holds. A header that names another base model is said.
+    Layers of lower rank are filled up with zeros to the highest, and B takes up what a layer's alpha / rank
+    differs from the card's. encoders: what becomes of text encoders' layers, refuse or ignore. Raises
+    UserError as `load` does, when a layer has no place in the network, and for what no low-rank pair holds. A
+    header that names another base model is said.
     """
     tensors, metadata = read(path)
     own = card_of(path, metadata)
@@ -167,7 +241,9 @@ def adopt(path: str | Path, net: nn.Module, card: Card, encoders: str = "refuse"
     try:
         control = _fitted(tensors, metadata, net, own or card, encoders)
     except UserError as error:
-        raise UserError(f"{cut(path)}: {error}" + (f"; its header names another base model: {base}" if base else "")) from None
+        raise UserError(
+            f"{cut(path)}: {error}" + (f"; its header names another base model: {base}" if base else "")
+        ) from None
     if base:
         note(f"{cut(path)} fits {card.family}, but its header names another base model: {base}")
     if not own:
@@ -176,7 +252,9 @@ def adopt(path: str | Path, net: nn.Module, card: Card, encoders: str = "refuse"
     return control
 
 
-def _fitted(tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module, card: Card, encoders: str) -> Control:
+def _fitted(
+    tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module, card: Card, encoders: str
+) -> Control:
     """A file's pairs on a network's layers, all of one rank and one strength."""
     pairs = layouts.gather(tensors, net, _alphas(tensors, metadata), encoders)
     if still := sum(strength == 0 for _, _, strength in pairs.values()):
@@ -190,31 +268,60 @@ def _fitted(tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module
         if _kernel(a) != _kernel(wide_a):
             raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
         wide_a[: len(a)] = a.reshape(len(a), *size_in)
-        wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (strength / usual if strength != usual else 1.0)
-        found |= {name: real(name, wide) for name, wide in ((layer + HALVES[0], wide_a), (layer + HALVES[1], wide_b))}
+        wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (
+            strength / usual if strength != usual else 1.0
+        )
+        found |= {
+            name: real(name, wide)
+            for name, wide in ((layer + HALVES[0], wide_a), (layer + HALVES[1], wide_b))
+        }
     card = replace(card, rank=rank, alpha=usual * rank)
     check(card)
     return Control(card, found)
 
 
 def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, float]:
-    """Alpha by the file's own spelling of a layer, where PEFT's settings beside its tensors say it. Raises UserError."""
+    """Alpha by the file's own spelling of a layer, where PEFT's settings beside its tensors say it.
+
+    Raises UserError.
+    """
     said = headers.settings(metadata)
-    if not said and any("base_model.model." in key for key in tensors) and not any(key.endswith(".alpha") for key in tensors):
-        raise UserError(f"its layers are named by PEFT, which keeps alpha in {headers.BESIDE}: put that beside it, with "
-                        "the file as adapter_model.safetensors")  # fmt: skip
-    ranks = {stem: tensor.shape[0] for key, tensor in tensors.items() if tensor.ndim
-             for stem, half in [layouts.split(key) or ("", "")] if half == "A"}  # fmt: skip
+    if (
+        not said
+        and any("base_model.model." in key for key in tensors)
+        and not any(key.endswith(".alpha") for key in tensors)
+    ):
+        raise UserError(
+            f"its layers are named by PEFT, which keeps alpha in {headers.BESIDE}: put that beside it, with "
+            "the file as adapter_model.safetensors"
+        )
+    ranks = {
+        stem: tensor.shape[0]
+        for key, tensor in tensors.items()
+        if tensor.ndim
+        for stem, half in [layouts.split(key) or ("", "")]
+        if half == "A"
+    }
     found = headers.alphas(said, {layouts.bare(stem): rank for stem, rank in ranks.items()})
     return {stem: found[layouts.bare(stem)] for stem in ranks} if found else {}
 
 
 def _folded(control: Control) -> tuple[Control, dict[str, Tensor]]:
-    """The tensors of a file, whose B hold alpha / rank, and the control that `load` will give: its own, or with alpha = rank."""
+    """The tensors of a file, whose B hold alpha / rank, and the control that `load` will give: its own, or
+    with alpha = rank.
+    """
     factor, downs = control.card.alpha / control.card.rank, HALVES[0]
-    tensors = {name: tensor if name.endswith(downs) else tensor * factor for name, tensor in control.tensors.items()}
-    if factor == 1 or (factor and all(torch.equal(tensors[name] / factor, tensor) for name, tensor in control.tensors.items()
-                                      if not name.endswith(downs))):  # fmt: skip
+    tensors = {
+        name: tensor if name.endswith(downs) else tensor * factor for name, tensor in control.tensors.items()
+    }
+    if factor == 1 or (
+        factor
+        and all(
+            torch.equal(tensors[name] / factor, tensor)
+            for name, tensor in control.tensors.items()
+            if not name.endswith(downs)
+        )
+    ):
         return control, tensors
     return Control(replace(control.card, alpha=float(control.card.rank)), tensors), tensors
 
@@ -228,7 +335,10 @@ def _unfolded(control: Control, metadata: dict[str, str]) -> Control:
     if not (inside and alpha):
         raise UserError(f"its card says alpha {alpha:g}, the rest of its header {inside:g}")
     factor, downs = alpha / inside, HALVES[0]
-    tensors = {name: tensor if name.endswith(downs) else real(name, tensor / factor) for name, tensor in control.tensors.items()}
+    tensors = {
+        name: tensor if name.endswith(downs) else real(name, tensor / factor)
+        for name, tensor in control.tensors.items()
+    }
     return Control(control.card, tensors)
 
 
@@ -238,7 +348,12 @@ def _ours(key: str) -> bool:
 
 def _paired(a: Tensor | None, b: Tensor | None, rank: int) -> bool:
     """Whether A (rank, in, …) and B (out, rank, …) are both there."""
-    return a is not None and b is not None and min(a.ndim, b.ndim) > 1 and rank == len(a) == b.shape[1] == b[:1].numel()
+    return (
+        a is not None
+        and b is not None
+        and min(a.ndim, b.ndim) > 1
+        and rank == len(a) == b.shape[1] == b[:1].numel()
+    )
 
 
 def _is(value: object, kind: type) -> bool:
@@ -250,7 +365,11 @@ def _is(value: object, kind: type) -> bool:
 
 def _safe(stem: str) -> str:
     """A control's name from a file's: what a folder can be called anywhere, at most 100 bytes."""
-    plain = re.sub(r"[./\\]", "-", "".join(letter for letter in stem if letter.isprintable())).lstrip("-~ ").rstrip()
+    plain = (
+        re.sub(r"[./\\]", "-", "".join(letter for letter in stem if letter.isprintable()))
+        .lstrip("-~ ")
+        .rstrip()
+    )
     return plain.encode()[:100].decode(errors="ignore").rstrip() or "control"
 
 
@@ -265,14 +384,20 @@ def _prefix(control: Control) -> str:
 
 
 def _write(tensors: dict[str, Tensor], header: dict[str, str], control: Control, path: str | Path) -> None:
-    """Writes tensors with the control's card. Raises UserError also for a card that `card_of` would not read."""
+    """Writes tensors with the control's card.
+
+    Raises UserError also for a card that `card_of` would not read.
+    """
     metadata = {**header, "card": json.dumps(asdict(control.card)), "format": "pt"}
     card_of(path, metadata)
     _store(tensors, metadata, path)
 
 
 def _store(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path) -> None:
-    """Writes a file whole or not at all. Raises UserError for numbers that are not finite, and where it cannot be written."""
+    """Writes a file whole or not at all.
+
+    Raises UserError for numbers that are not finite, and where it cannot be written.
+    """
     wrong = next((name for name, tensor in tensors.items() if not finite(tensor)), None)
     if wrong is not None:
         raise UserError(f"{cut(path)} is not written: {wrong} holds numbers that are not finite")
@@ -283,4 +408,6 @@ def _store(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path)
             save_file(tensors, new, header)
             new.chmod(0o644)  # safetensors makes its files private
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {cut(path)}: {getattr(error, 'strerror', None) or cut(error)}") from None
+        raise UserError(
+            f"cannot write {cut(path)}: {getattr(error, 'strerror', None) or cut(error)}"
+        ) from None

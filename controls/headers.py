@@ -7,15 +7,25 @@ from collections.abc import Callable
 from configs import UserError, cut
 from controls.files import BESIDE
 
-DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a header, its LORA_ADAPTER_METADATA_KEY
+# where diffusers keeps PEFT's settings in a header, its LORA_ADAPTER_METADATA_KEY
+DIFFUSERS = "lora_adapter_metadata"
 PARTS = ("unet.", "transformer.")  # what diffusers puts before the settings of a network
 # what trainers call a family's base, in kohya's ss_base_model_version or in modelspec.architecture
 BASES = {
-    "sd15": r"sd_?v?1|ss_v1|stable-diffusion-v1", "sd21": r"sd_?v?2|ss_v2|stable-diffusion-v2",
-    "sdxl": r"sdxl|sd_?xl|stable-diffusion-xl", "sd3": r"sd_?v?3|stable-diffusion-v?3", "flux": r"flux", "pixart": r"pixart",
+    "sd15": r"sd_?v?1|ss_v1|stable-diffusion-v1",
+    "sd21": r"sd_?v?2|ss_v2|stable-diffusion-v2",
+    "sdxl": r"sdxl|sd_?xl|stable-diffusion-xl",
+    "sd3": r"sd_?v?3|stable-diffusion-v?3",
+    "flux": r"flux",
+    "pixart": r"pixart",
     "zimage": r"z_?-?image",
-}  # fmt: skip
-CHANGED = ("pissa", "olora", "corda", "loftq")  # initialisations after which the pair fits changed weights of the base, not its own
+}
+CHANGED = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+)  # initialisations after which the pair fits changed weights of the base, not its own
 PLAIN = re.compile(r"\^?[\w.\-]+\Z")
 
 
@@ -31,9 +41,11 @@ def mapping(text: str) -> dict:
 
 
 def settings(metadata: dict[str, str]) -> dict:
-    """PEFT's settings (r, lora_alpha, …) from diffusers' header or from adapter_config.json; none where the file has neither.
+    """PEFT's settings (r, lora_alpha, …) from diffusers' header or from adapter_config.json; none where the
+    file has neither.
 
-    Raises UserError where they cannot be read, as strength is then unknown, and for an adapter that is no plain LoRA, by its name.
+    Raises UserError where they cannot be read, as strength is then unknown, and for an adapter that is no
+    plain LoRA, by its name.
     """
     where = next((key for key in (DIFFUSERS, BESIDE) if key in metadata), None)
     if where is None:
@@ -43,18 +55,31 @@ def settings(metadata: dict[str, str]) -> dict:
         found = mapping(metadata[where])
         if where == DIFFUSERS:
             prefix = next((part for part in PARTS if f"{part}r" in found), None)
-            found = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)} if prefix else {}
+            found = (
+                {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+                if prefix
+                else {}
+            )
         if found and "lora_alpha" not in found and str(found.get("peft_type", "LORA")).upper() == "LORA":
             raise ValueError("it has no lora_alpha")
     except ValueError as error:
         raise UserError(f"{what} cannot be read, and with it the alpha of this file: {cut(error)}") from None
-    kind, start = str(found.get("peft_type") or "LORA").upper(), str(found.get("init_lora_weights", "")).lower()
+    kind, start = (
+        str(found.get("peft_type") or "LORA").upper(),
+        str(found.get("init_lora_weights", "")).lower(),
+    )
     if kind != "LORA":
-        raise UserError(f"{what} says that this is no LoRA but {cut(NAMES.get(kind, kind), 20)}, which is not read")
+        raise UserError(
+            f"{what} says that this is no LoRA but {cut(NAMES.get(kind, kind), 20)}, which is not read"
+        )
     if found.get("use_dora"):
-        raise UserError(f"{what} says use_dora: a DoRA rescales whole weights, which no low-rank pair does, and is not read")
+        raise UserError(
+            f"{what} says use_dora: a DoRA rescales whole weights, which no low-rank pair does, and is not read"
+        )
     if start.startswith(CHANGED):
-        raise UserError(f"{what} says init_lora_weights={cut(start, 20)}: the pair fits changed weights of the base, and is not read")
+        raise UserError(
+            f"{what} says init_lora_weights={cut(start, 20)}: the pair fits changed weights of the base, and is not read"
+        )
     return found
 
 
@@ -62,7 +87,9 @@ NAMES = {"LOHA": "LoHa", "LOKR": "LoKr", "ADALORA": "AdaLoRA"}
 
 
 def alphas(said: dict, ranks: dict[str, int]) -> dict[str, float]:
-    """Alpha by a layer's own name, as PEFT's settings say it for layers of these ranks. Raises UserError where they are not readable.
+    """Alpha by a layer's own name, as PEFT's settings say it for layers of these ranks.
+
+    Raises UserError where they are not readable.
 
     Under rsLoRA (Kalajdzievski 2023) strength is alpha / sqrt(rank), which is an alpha greater by sqrt(rank).
     """
@@ -71,9 +98,15 @@ def alphas(said: dict, ranks: dict[str, int]) -> dict[str, float]:
     try:
         usual, special = number(said["lora_alpha"]), by_pattern(said.get("alpha_pattern") or {})
         found = {layer: special(layer, usual) for layer in ranks}
-        return {layer: alpha * ranks[layer] ** 0.5 for layer, alpha in found.items()} if said.get("use_rslora") else found
+        return (
+            {layer: alpha * ranks[layer] ** 0.5 for layer, alpha in found.items()}
+            if said.get("use_rslora")
+            else found
+        )
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"its settings of PEFT cannot be read, and with them the alpha of this file: {cut(error)}") from None
+        raise UserError(
+            f"its settings of PEFT cannot be read, and with them the alpha of this file: {cut(error)}"
+        ) from None
 
 
 def number(value: object) -> float:
@@ -84,9 +117,11 @@ def number(value: object) -> float:
 
 
 def by_pattern(patterns: dict) -> Callable[[str, float], float]:
-    """PEFT's rule: the first pattern that is the layer's name or the end of it after a dot; with ^, the whole of it.
+    """PEFT's rule: the first pattern that is the layer's name or the end of it after a dot; with ^, the whole
+    of it.
 
-    Patterns are looked up and not tried one by one, as files have one per layer. Raises ValueError for those that are no plain names.
+    Patterns are looked up and not tried one by one, as files have one per layer. Raises ValueError for those
+    that are no plain names.
     """
     odd = next((pattern for pattern in patterns if not PLAIN.match(pattern)), None)
     if odd is not None:
@@ -102,14 +137,23 @@ def by_pattern(patterns: dict) -> Callable[[str, float], float]:
 
 
 def base(metadata: dict[str, str]) -> tuple[str, str]:
-    """What the header says of the base model, as it says it, and the family that this means; empty where it says or means nothing."""
-    said = next((metadata[key] for key in ("ss_base_model_version", "modelspec.architecture") if metadata.get(key)), "")
+    """What the header says of the base model, as it says it, and the family that this means; empty where it
+    says or means nothing.
+    """
+    said = next(
+        (metadata[key] for key in ("ss_base_model_version", "modelspec.architecture") if metadata.get(key)),
+        "",
+    )
     said = said or ("ss_v2" if metadata.get("ss_v2") == "True" else "")
-    family = next((name for name, words in BASES.items() if re.match(words, said.lower()) or name == said), "")
+    family = next(
+        (name for name, words in BASES.items() if re.match(words, said.lower()) or name == said), ""
+    )
     return cut(said, 60), family
 
 
 def another_base(metadata: dict[str, str], family: str) -> str:
-    """What the header calls a base model that is not the family's; empty where it says nothing of it, or of a family that is not known."""
+    """What the header calls a base model that is not the family's; empty where it says nothing of it, or of a
+    family that is not known.
+    """
     said, meant = base(metadata)
     return said if meant and family in BASES and meant != family else ""

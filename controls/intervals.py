@@ -1,19 +1,28 @@
-"""Intervals: the only ones of the project. Numbers of independent units in, a dict {"value", "low", "high"} of floats or None out.
+"""Intervals: the only ones of the project.
 
-Images of one prompt are alike, so prompts are the units: an interval of a mean is Student's over the prompts' means, that of a ratio
-Fieller's, that of a number which only a whole set has the jackknife's over prompts or blocks, by Student's quantile too. With fewer than
-two units there is none. In simulation they cover in 93 to 97 % of cases (its tests), where the percentile interval of a
-bootstrap over prompts covers in 85 to 92 (LOG.md). Claims over a table are corrected for its size by `holm`.
+Numbers of independent units in, a dict {"value", "low", "high"} of floats or None out.
+
+Images of one prompt are alike, so prompts are the units: an interval of a mean is Student's over the prompts'
+means, that of a ratio Fieller's, that of a number which only a whole set has the jackknife's over prompts or
+blocks, by Student's quantile too. With fewer than two units there is none. In simulation they cover in 93 to
+97 % of cases (its tests), where the percentile interval of a bootstrap over prompts covers in 85 to 92
+(LOG.md). Claims over a table are corrected for its size by `holm`.
 """
 
 from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from scipy.special import stdtr, stdtrit  # Student's distribution and its inverse; scipy.stats takes half a second to import
+from scipy.special import (
+    stdtr,
+    stdtrit,
+)  # Student's distribution and its inverse; scipy.stats takes half a second to import
 
 LEVEL = 0.95
-MARGIN = (0.8, 1.25)  # a ratio inside counts as the same; symmetric in the logarithm, as in bioequivalence testing
+MARGIN = (
+    0.8,
+    1.25,
+)  # a ratio inside counts as the same; symmetric in the logarithm, as in bioequivalence testing
 UNDEFINED = {"value": None, "low": None, "high": None}
 
 
@@ -31,8 +40,9 @@ def mean(values: np.ndarray, level: float = LEVEL) -> dict:
 def ratio(above: np.ndarray, below: np.ndarray, level: float = LEVEL, positive: bool = False) -> dict:
     """mean(above) / mean(below) of paired independent values (n,), with Fieller's interval (Fieller 1954).
 
-    All None where the interval of the denominator contains 0, for then the ratio has no bounds. positive: of a denominator that is
-    positive by its nature, as a distance or a variance is, the ratio itself is known all the same.
+    All None where the interval of the denominator contains 0, for then the ratio has no bounds. positive: of
+    a denominator that is positive by its nature, as a distance or a variance is, the ratio itself is known
+    all the same.
     """
     n, (a, _, t), (b, error, _) = len(below), centre(above, level), centre(below, level)
     if not abs(b) > t * error:
@@ -44,9 +54,11 @@ def ratio(above: np.ndarray, below: np.ndarray, level: float = LEVEL, positive: 
 
 
 def jackknife(value: float, without: Sequence[float], level: float = LEVEL) -> dict:
-    """The interval of a number that only a whole set has, from the numbers (n,) without one of its n units after the other.
+    """The interval of a number that only a whole set has, from the numbers (n,) without one of its n units
+    after the other.
 
-    Student's quantile, since n is small (Tukey 1958). No ends with fewer than three units: leaving one out must leave a set.
+    Student's quantile, since n is small (Tukey 1958). No ends with fewer than three units: leaving one out
+    must leave a set.
     """
     n, without = len(without), np.asarray(without, dtype=np.float64)
     if n < 3:
@@ -57,10 +69,12 @@ def jackknife(value: float, without: Sequence[float], level: float = LEVEL) -> d
 
 
 def equivalence(target: np.ndarray, source: np.ndarray, margin: tuple[float, float] = MARGIN) -> float:
-    """p of two one-sided tests (TOST) that mean(target) / mean(source) lies within the margin; paired values (n,).
+    """p of two one-sided tests (TOST) that mean(target) / mean(source) lies within the margin; paired values
+    (n,).
 
-    As tests of the linear contrasts target - margin · source, which need no ratio (Sasabuchi 1980; Hauschke et al. 1999). Doubled, so that
-    p <= .05 exactly where the 95 % interval of the ratio lies within the margin: at .05 each, skewed slopes claimed it in 5.5 % of cases.
+    As tests of the linear contrasts target - margin · source, which need no ratio (Sasabuchi 1980; Hauschke
+    et al. 1999). Doubled, so that p <= .05 exactly where the 95 % interval of the ratio lies within the
+    margin: at .05 each, skewed slopes claimed it in 5.5 % of cases.
     """
     if len(source) < 2:
         return 1.0
@@ -87,7 +101,9 @@ def holm(p: list[float]) -> list[float]:
 
 
 def centre(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean, its standard error and Student's quantile of independent values (n, ...); infinite for a single one."""
+    """Mean, its standard error and Student's quantile of independent values (n, ...); infinite for a single
+    one.
+    """
     n = len(values)
     if n < 2:
         return values.mean(0), np.full(values.shape[1:], np.inf), 1.0

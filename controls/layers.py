@@ -1,7 +1,7 @@
 """Targets: where in a network a control may act, by the published names of the layer sets.
 
-A layer set says which attention it means, a scope how far beyond attention it reaches. Both are patterns over module names,
-never over classes: Flux's attention class, for one, is not called Attention.
+A layer set says which attention it means, a scope how far beyond attention it reaches. Both are patterns over
+module names, never over classes: Flux's attention class, for one, is not called Attention.
 """
 
 import re
@@ -21,7 +21,8 @@ LAYERS = {
     "xattn-up": r"^up_blocks\..*\.attn2\.",
     "xattn-down": r"^down_blocks\..*\.attn2\.",
     "xattn-mid": r"^mid_block\..*\.attn2\.",
-    "flux-attn": r"(transformer_blocks|layers)\.\d+\.(attn|attention)\.",  # of any transformer with one attention per block
+    # of any transformer with one attention per block
+    "flux-attn": r"(transformer_blocks|layers)\.\d+\.(attn|attention)\.",
 }
 
 ATTENTION = r"\.(attn\d?|attention)\."
@@ -37,7 +38,11 @@ def named_layers(net: nn.Module) -> dict[str, nn.Module]:
 
     The same dict, name for name and layer for layer, whether or not controls are attached.
     """
-    bare = {name: getattr(module, "base_layer", module) for name, module in net.named_modules() if not INSIDE_ADAPTER.search(name)}
+    bare = {
+        name: getattr(module, "base_layer", module)
+        for name, module in net.named_modules()
+        if not INSIDE_ADAPTER.search(name)
+    }
     return {name: module for name, module in bare.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
@@ -49,12 +54,16 @@ def targets(net: nn.Module, layers: str = "noxattn", scope: str = "c3lier") -> l
     chosen, reach = _pattern(LAYERS, layers, "layer set"), _pattern(SCOPES, scope, "scope")
     found = sorted(name for name in named_layers(net) if re.search(chosen, name) and re.search(reach, name))
     if not found:
-        raise UserError(f"layer set {layers!r} with scope {scope!r} matches no layer of {type(net).__name__}; sets: {', '.join(LAYERS)}")
+        raise UserError(
+            f"layer set {layers!r} with scope {scope!r} matches no layer of {type(net).__name__}; sets: {', '.join(LAYERS)}"
+        )
     return found
 
 
 def layer_set(net: nn.Module, names: set[str]) -> tuple[str, str]:
-    """The published layer set and scope that mean exactly these layers in this network; CUSTOM twice where none does."""
+    """The published layer set and scope that mean exactly these layers in this network; CUSTOM twice where
+    none does.
+    """
     spots = named_layers(net)
     for scope, reach in SCOPES.items():
         for layers, chosen in LAYERS.items():

@@ -1,6 +1,8 @@
-"""Layouts: how other tools spell a layer's name, as a table that is looked up, never as a rule that is inverted.
+"""Layouts: how other tools spell a layer's name, as a table that is looked up, never as a rule that is
+inverted.
 
-Underscored names are ambiguous, so every spelling of every layer of the network at hand is written down and a file's keys are found there.
+Underscored names are ambiguous, so every spelling of every layer of the network at hand is written down and a
+file's keys are found there.
 """
 
 import torch
@@ -11,72 +13,167 @@ from controls.algorithms import READABLE, algorithm, pair, split
 from controls.layers import named_layers
 
 # what stands before a layer's name, with dots in it and with underscores
-DOTTED = ("", "unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "unet.base_model.model.",
-          "transformer.base_model.model.")  # fmt: skip
+DOTTED = (
+    "",
+    "unet.",
+    "transformer.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "base_model.model.",
+    "unet.base_model.model.",
+    "transformer.base_model.model.",
+)
 FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 # what text encoders' layers begin with
-ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_te", "text_encoder", "text_encoders.", "te1_", "te2_",
-            "base_model.model.text_model.", "lycoris_text_model_", "clip_l.", "clip_g.", "t5xxl.")  # fmt: skip
+ENCODERS = (
+    "lora_te_",
+    "lora_te1_",
+    "lora_te2_",
+    "lora_te3_",
+    "lycoris_te",
+    "text_encoder",
+    "text_encoders.",
+    "te1_",
+    "te2_",
+    "base_model.model.text_model.",
+    "lycoris_text_model_",
+    "clip_l.",
+    "clip_g.",
+    "t5xxl.",
+)
 ENCODER_POLICIES = ("refuse", "ignore")
 
 # inside a resnet: diffusers' name and SGM's
-RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-EMBEDDINGS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_out": "out.2"}  # fmt: skip
+RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+EMBEDDINGS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_out": "out.2",
+}
 # inside a block of Flux: the original's name, and the layers of diffusers that it fuses, in order of rows
 FLUX_DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",), "txt_attn.proj": ("attn.to_add_out",), "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",), "img_mod.lin": ("norm1.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
-}  # fmt: skip
-FLUX_SINGLE = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",), "modulation.lin": ("norm.linear",)}
+}
+FLUX_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
 # outside the blocks, one layer each
 FLUX_OUTSIDE = {
-    "img_in": "x_embedder", "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
-    **{f"{theirs}.{half}_layer": f"time_text_embed.{ours}.linear_{k}" for theirs, ours in
-       (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))
-       for k, half in enumerate(("in", "out"), 1)},
-}  # fmt: skip
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **{
+        f"{theirs}.{half}_layer": f"time_text_embed.{ours}.linear_{k}"
+        for theirs, ours in (
+            ("time_in", "timestep_embedder"),
+            ("vector_in", "text_embedder"),
+            ("guidance_in", "guidance_embedder"),
+        )
+        for k, half in enumerate(("in", "out"), 1)
+    },
+}
 SWAPPED = "norm_out.linear"  # rows: shift, scale; diffusers has scale, shift
 # inside a block of SD3, its image's half and its text's
-SD3_X = {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "attn.proj": ("attn.to_out.0",), "mlp.fc1": ("ff.net.0.proj",),
-         "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.proj": ("attn2.to_out.0",), "mlp.fc2": ("ff.net.2",),
-         "adaLN_modulation.1": ("norm1.linear",)}  # fmt: skip
-SD3_CONTEXT = {"attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.proj": ("attn.to_add_out",),
-               "mlp.fc1": ("ff_context.net.0.proj",), "mlp.fc2": ("ff_context.net.2",),
-               "adaLN_modulation.1": ("norm1_context.linear",)}  # fmt: skip
+SD3_X = {
+    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.proj": ("attn.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attn2.proj": ("attn2.to_out.0",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+SD3_CONTEXT = {
+    "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.proj": ("attn.to_add_out",),
+    "mlp.fc1": ("ff_context.net.0.proj",),
+    "mlp.fc2": ("ff_context.net.2",),
+    "adaLN_modulation.1": ("norm1_context.linear",),
+}
 SD3_OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out", "final_layer.adaLN_modulation.1": "norm_out.linear",
-    **{f"{theirs}.mlp.{2 * k}": f"time_text_embed.{ours}.linear_{k + 1}" for theirs, ours in
-       (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")) for k in (0, 1)},
-}  # fmt: skip
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **{
+        f"{theirs}.mlp.{2 * k}": f"time_text_embed.{ours}.linear_{k + 1}"
+        for theirs, ours in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
+        for k in (0, 1)
+    },
+}
 # inside a block of XLabs' Flux
-XLABS_DOUBLE = {"qkv1": FLUX_DOUBLE["img_attn.qkv"], "proj1": FLUX_DOUBLE["img_attn.proj"], "qkv2": FLUX_DOUBLE["txt_attn.qkv"],
-                "proj2": FLUX_DOUBLE["txt_attn.proj"]}  # fmt: skip
+XLABS_DOUBLE = {
+    "qkv1": FLUX_DOUBLE["img_attn.qkv"],
+    "proj1": FLUX_DOUBLE["img_attn.proj"],
+    "qkv2": FLUX_DOUBLE["txt_attn.qkv"],
+    "proj2": FLUX_DOUBLE["txt_attn.proj"],
+}
 XLABS_SINGLE = {"qkv": FLUX_SINGLE["linear1"][:3], "proj": FLUX_SINGLE["linear2"]}
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of an attention
+PROJECTIONS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)  # of an attention
 
 # a layout's name, what a key of it begins with, and what it has inside; the first that a file has a key of
 LAYOUTS = (
-    ("kohya with Flux's own names", (), ("_double_blocks_", "_single_blocks_")), ("kohya with SD3's own names", (), ("_joint_blocks_",)),
+    ("kohya with Flux's own names", (), ("_double_blocks_", "_single_blocks_")),
+    ("kohya with SD3's own names", (), ("_joint_blocks_",)),
     ("kohya with SGM names", (), ("_input_blocks_", "_output_blocks_", "_middle_block_")),
-    ("kohya with diffusers names", ("lora_unet_", "lora_transformer_"), ()), ("LyCORIS with diffusers names", ("lycoris_",), ()),
-    ("kohya", ("lora_te",), ()), ("XLabs", (), (".processor.qkv_lora", ".processor.proj_lora")),
-    ("diffusers before 0.22", (), (".processor.",)), ("PEFT", (), ("base_model.model.",)),
-    ("ai-toolkit or ComfyUI", ("diffusion_model.",), ()), ("diffusers", ("unet.", "transformer."), ("transformer_blocks.",)),
-)  # fmt: skip
+    ("kohya with diffusers names", ("lora_unet_", "lora_transformer_"), ()),
+    ("LyCORIS with diffusers names", ("lycoris_",), ()),
+    ("kohya", ("lora_te",), ()),
+    ("XLabs", (), (".processor.qkv_lora", ".processor.proj_lora")),
+    ("diffusers before 0.22", (), (".processor.",)),
+    ("PEFT", (), ("base_model.model.",)),
+    ("ai-toolkit or ComfyUI", ("diffusion_model.",), ()),
+    ("diffusers", ("unet.", "transformer."), ("transformer_blocks.",)),
+)
 
 
 def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every known spelling of every layer of a network, and the layers that it means: one, or several where a tool fuses them."""
+    """Every known spelling of every layer of a network, and the layers that it means: one, or several where a
+    tool fuses them.
+    """
     table: dict[str, tuple[str, ...]] = {}
     ours = {name: (name,) for name in named_layers(net)}
-    for names in (_processors(net), _zimage(net), _sd3(net), _flux(net), _sgm(net), ours):  # the network's own names win
+    for names in (
+        _processors(net),
+        _zimage(net),
+        _sd3(net),
+        _flux(net),
+        _sgm(net),
+        ours,
+    ):  # the network's own names win
         for theirs, layers in names.items():
             flat = theirs.replace(".", "_")
-            table |= dict.fromkeys([*(prefix + theirs for prefix in DOTTED), *(prefix + flat for prefix in FLAT)], layers)
+            table |= dict.fromkeys(
+                [*(prefix + theirs for prefix in DOTTED), *(prefix + flat for prefix in FLAT)], layers
+            )
     return table
 
 
@@ -87,7 +184,9 @@ def bare(stem: str) -> str:
 
 def layout(keys: list[str]) -> str:
     """The name of a file's layout, for people."""
-    holds = lambda starts, insides: any(key.startswith(starts) or any(part in key for part in insides) for key in keys)  # noqa: E731
+    holds = lambda starts, insides: any(
+        key.startswith(starts) or any(part in key for part in insides) for key in keys
+    )  # noqa: E731
     return next((name for name, starts, insides in LAYOUTS if holds(starts, insides)), "unknown")
 
 
@@ -97,7 +196,10 @@ def of_encoder(stem: str) -> bool:
 
 
 def layers(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """A file's tensors by layer's spelling and part, and the keys of no kind that is known. Raises UserError for a part twice."""
+    """A file's tensors by layer's spelling and part, and the keys of no kind that is known.
+
+    Raises UserError for a part twice.
+    """
     found, strange = {}, []
     for key, tensor in tensors.items():
         stem, part = split(key) or (key, "")
@@ -113,31 +215,44 @@ def layers(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], li
 def gather(
     tensors: dict[str, Tensor], net: nn.Module, alphas: dict[str, float], encoders: str = "refuse"
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A file's pairs by this network's layers: A (r, in, …), B (out, r) and the strength alpha / r of each, r its own.
+    """A file's pairs by this network's layers: A (r, in, …), B (out, r) and the strength alpha / r of each, r
+    its own.
 
-    alphas: spelling to alpha where the file's header says it; a layer of which nothing says it has strength 1. encoders: what becomes of
-    text encoders' layers, refuse or ignore. Raises UserError that names the first three layers which do not find their place, or the
-    algorithm of those that no pair can hold.
+    alphas: spelling to alpha where the file's header says it; a layer of which nothing says it has strength
+    1. encoders: what becomes of text encoders' layers, refuse or ignore. Raises UserError that names the
+    first three layers which do not find their place, or the algorithm of those that no pair can hold.
     """
     stems, strange = layers(tensors)
     stems, strange = _networks(stems, strange, encoders)
     kinds = {stem: algorithm(parts) for stem, parts in stems.items()}
     stems = {stem: parts for stem, parts in stems.items() if kinds[stem]}  # the others change nothing
     if not (stems or strange):
-        raise UserError("the file holds no layers" if not tensors else "the file holds nothing for the network")
+        raise UserError(
+            "the file holds no layers" if not tensors else "the file holds nothing for the network"
+        )
     table, spots, count = spellings(net), named_layers(net), f"of {len(stems)} layers"
     _named({stem: kind for stem, kind in kinds.items() if kind and kind not in READABLE}, count)
     if strange:
-        raise UserError(f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}")
+        raise UserError(
+            f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}"
+        )
     if lost := [stem for stem in stems if stem not in table]:
-        raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another family?")
+        raise UserError(
+            f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another family?"
+        )
     pairs, swapped = {}, _swapped(spots)
     for stem, parts in stems.items():
         rows = [spots[layer].weight.shape[0] for layer in table[stem]]
-        a, b, strength = pair(stem, parts, alphas.get(stem), torch.Size([sum(rows), *spots[table[stem][0]].weight.shape[1:]]))
+        a, b, strength = pair(
+            stem, parts, alphas.get(stem), torch.Size([sum(rows), *spots[table[stem][0]].weight.shape[1:]])
+        )
         if sum(rows) != b.shape[0]:
-            raise UserError(f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on another family?")
-        if table[stem][0] in swapped and not stem.endswith((table[stem][0], table[stem][0].replace(".", "_"))):
+            raise UserError(
+                f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on another family?"
+            )
+        if table[stem][0] in swapped and not stem.endswith(
+            (table[stem][0], table[stem][0].replace(".", "_"))
+        ):
             b = b.roll(len(b) // 2, 0)
         for layer, part in zip(table[stem], b.split(rows), strict=True):
             if layer in pairs:
@@ -157,9 +272,13 @@ def _networks(stems: dict, strange: list[str], encoders: str) -> tuple[dict, lis
         raise UserError(f"all {len(stems)} layers are text encoders': there is nothing for the network")
     text = f"{len(theirs)} of {len(stems)} layers are text encoders'"
     if encoders == "refuse":
-        raise UserError(f"{text}, which are not used here: encoders=ignore takes the others alone; the first is {_few(theirs[:1])}")
+        raise UserError(
+            f"{text}, which are not used here: encoders=ignore takes the others alone; the first is {_few(theirs[:1])}"
+        )
     note(f"{text} and are left out")
-    return {stem: parts for stem, parts in stems.items() if not of_encoder(stem)}, [key for key in strange if not of_encoder(key)]
+    return {stem: parts for stem, parts in stems.items() if not of_encoder(stem)}, [
+        key for key in strange if not of_encoder(key)
+    ]
 
 
 def _named(kinds: dict[str, str], count: str) -> None:
@@ -167,7 +286,9 @@ def _named(kinds: dict[str, str], count: str) -> None:
     kind = next(iter(kinds.values()), None)
     if kind:
         mine = [stem for stem in kinds if kinds[stem] == kind]
-        raise UserError(f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: {_few(mine)}")
+        raise UserError(
+            f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: {_few(mine)}"
+        )
 
 
 def _few(names: list[str]) -> str:
@@ -218,7 +339,10 @@ def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
     found, spots = {}, named_layers(net)
     double = FLUX_DOUBLE | {f"processor.{name}": parts for name, parts in XLABS_DOUBLE.items()}
     single = FLUX_SINGLE | {f"processor.{name}": parts for name, parts in XLABS_SINGLE.items()}
-    for theirs, ours, inside in (("double_blocks", "transformer_blocks", double), ("single_blocks", "single_transformer_blocks", single)):
+    for theirs, ours, inside in (
+        ("double_blocks", "transformer_blocks", double),
+        ("single_blocks", "single_transformer_blocks", single),
+    ):
         for k in range(len(getattr(net, ours, []))):
             for name, parts in inside.items():
                 layers = tuple(f"{ours}.{k}.{part}" for part in parts)
@@ -235,7 +359,9 @@ def _sd3(net: nn.Module) -> dict[str, tuple[str, ...]]:
     for k in range(len(net.transformer_blocks)):
         for half, inside in (("x_block", SD3_X), ("context_block", SD3_CONTEXT)):
             for theirs, parts in inside.items():
-                found[f"joint_blocks.{k}.{half}.{theirs}"] = tuple(f"transformer_blocks.{k}.{part}" for part in parts)
+                found[f"joint_blocks.{k}.{half}.{theirs}"] = tuple(
+                    f"transformer_blocks.{k}.{part}" for part in parts
+                )
     found |= {theirs: (ours,) for theirs, ours in SD3_OUTSIDE.items()}
     return {theirs: layers for theirs, layers in found.items() if all(layer in spots for layer in layers)}
 

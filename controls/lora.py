@@ -1,8 +1,8 @@
 """Controls: named low-rank pairs that act on a network only where the code says so.
 
-A control adds scale · alpha / rank · B·A to the weight of each of its layers (LoRA, Hu et al. 2021). `attach` puts it in place,
-switched off; `strength` is the dial; `detach` gives the network back as it was. peft computes the branches. `fused` adds a control to the
-weights instead, for drawing.
+A control adds scale · alpha / rank · B·A to the weight of each of its layers (LoRA, Hu et al. 2021). `attach`
+puts it in place, switched off; `strength` is the dial; `detach` gives the network back as it was. peft
+computes the branches. `fused` adds a control to the weights instead, for drawing.
 """
 
 import hashlib
@@ -37,40 +37,57 @@ class Card:
     layers: str  # layer set, see controls.layers
     scope: str
     recipe: dict = field(default_factory=dict)  # prompts, steps, seed: what it takes to train it again
-    base_hash: str = ""  # fingerprint of the network it was trained on, and of the delta that makes it a LoRA student
+    base_hash: str = (
+        ""  # fingerprint of the network it was trained on, and of the delta that makes it a LoRA student
+    )
     versions: dict = field(default_factory=dict)
-    transfer: dict = field(default_factory=dict)  # what analysis.transfer measured, where it was asked to write it here
+    transfer: dict = field(
+        default_factory=dict
+    )  # what analysis.transfer measured, where it was asked to write it here
 
 
 @dataclass
 class Control:
-    """A card and its weights: "<layer>.lora_A.weight" (rank, in, …) and "<layer>.lora_B.weight" (out, rank, …), fp32 on the CPU."""
+    """A card and its weights: "<layer>.lora_A.weight" (rank, in, …) and "<layer>.lora_B.weight" (out, rank,
+    …), fp32 on the CPU.
+    """
 
     card: Card
     tensors: dict[str, Tensor]
 
 
 def create(
-    net: nn.Module, name: str, layers: str = "noxattn", scope: str = "c3lier", rank: int = 4, alpha: float = 1.0, seed: int = 0
+    net: nn.Module,
+    name: str,
+    layers: str = "noxattn",
+    scope: str = "c3lier",
+    rank: int = 4,
+    alpha: float = 1.0,
+    seed: int = 0,
 ) -> None:
-    """Attaches a fresh trainable control, which does nothing yet: A is random, B zero (Hu et al. 2021, sec. 4.1).
+    """Attaches a fresh trainable control, which does nothing yet: A is random, B zero (Hu et al. 2021, sec.
+    4.1).
 
-    Its weights are fp32 whatever the network's type, and depend on the seed alone. The network itself is frozen.
-    Raises UserError for a name in use, and as `targets` does.
+    Its weights are fp32 whatever the network's type, and depend on the seed alone. The network itself is
+    frozen. Raises UserError for a name in use, and as `targets` does.
     """
     rng, spots, tensors = torch.Generator().manual_seed(seed), named_layers(net), {}
     for layer in targets(net, layers, scope):
         a, b = _shapes(spots[layer], rank)
-        tensors[f"{layer}.lora_A.weight"] = nn.init.kaiming_uniform_(torch.empty(a), a=math.sqrt(5), generator=rng)
+        tensors[f"{layer}.lora_A.weight"] = nn.init.kaiming_uniform_(
+            torch.empty(a), a=math.sqrt(5), generator=rng
+        )
         tensors[f"{layer}.lora_B.weight"] = torch.zeros(b)
     _inject(net, name, tensors, rank, alpha, trainable=True)
 
 
 def attach(net: nn.Module, control: Control, name: str | None = None, family: str | None = None) -> str:
-    """Puts a control in place, switched off and frozen, and returns the name it goes by (its card's, unless given).
+    """Puts a control in place, switched off and frozen, and returns the name it goes by (its card's, unless
+    given).
 
-    The network is frozen too. Raises UserError when the card names another family than `family`, when a layer has no place in
-    this network or another shape there, and for a name in use. Another member of the same family is the point.
+    The network is frozen too. Raises UserError when the card names another family than `family`, when a layer
+    has no place in this network or another shape there, and for a name in use. Another member of the same
+    family is the point.
     """
     _fits(control, family)
     _check(net, control)
@@ -86,12 +103,20 @@ def fits(net: nn.Module, control: Control, family: str | None = None) -> None:
 
 
 def parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
-    """The weights of one control, layer by layer, A before B. Raises UserError for a control that is not attached."""
-    return [half[name].weight for layer in _layers(net, name).values() for half in (layer.lora_A, layer.lora_B)]
+    """The weights of one control, layer by layer, A before B.
+
+    Raises UserError for a control that is not attached.
+    """
+    return [
+        half[name].weight for layer in _layers(net, name).values() for half in (layer.lora_A, layer.lora_B)
+    ]
 
 
 def extract(net: nn.Module, name: str) -> dict[str, Tensor]:
-    """A copy of one control's weights as `Control.tensors` holds them. Raises UserError for a control that is not attached."""
+    """A copy of one control's weights as `Control.tensors` holds them.
+
+    Raises UserError for a control that is not attached.
+    """
     tensors = {}
     for spot, layer in _layers(net, name).items():
         for half in ("lora_A", "lora_B"):
@@ -101,13 +126,16 @@ def extract(net: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def strength(net: nn.Module, scales: Mapping[str, float] | None = None, /, **named: float) -> Iterator[nn.Module]:
-    """Inside, exactly these controls act, each at its signed scale: `strength(net, smile=1.5)` or `strength(net, {"smile": 1.5})`.
+def strength(
+    net: nn.Module, scales: Mapping[str, float] | None = None, /, **named: float
+) -> Iterator[nn.Module]:
+    """Inside, exactly these controls act, each at its signed scale: `strength(net, smile=1.5)` or
+    `strength(net, {"smile": 1.5})`.
 
-    Afterwards, also after an exception, what was before is back; outside every such block all controls are off. A control at
-    scale 0 is not computed, so the output is that of the bare network bit for bit. Blocks nest; the innermost decides alone.
-    With gradient checkpointing, call backward inside too: it runs the network once more.
-    Raises UserError for a control that is not attached.
+    Afterwards, also after an exception, what was before is back; outside every such block all controls are
+    off. A control at scale 0 is not computed, so the output is that of the bare network bit for bit. Blocks
+    nest; the innermost decides alone. With gradient checkpointing, call backward inside too: it runs the
+    network once more. Raises UserError for a control that is not attached.
     """
     scales = {**(scales or {}), **named}
     adapted = _adapted(net)
@@ -123,22 +151,31 @@ def strength(net: nn.Module, scales: Mapping[str, float] | None = None, /, **nam
             _switch(layer, *state)
 
 
-def fusing(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Callable[[], AbstractContextManager]:
-    """What puts a control at one scale into the weights, as often as it is entered: `on = fusing(net, control, 1.5)`, then `with on():`.
+def fusing(
+    net: nn.Module, control: Control, scale: float, family: str | None = None
+) -> Callable[[], AbstractContextManager]:
+    """What puts a control at one scale into the weights, as often as it is entered: `on = fusing(net,
+    control, 1.5)`, then `with on():`.
 
-    Inside, the network is as fast as without, and its gradients do not reach the control. Afterwards the original weights are back, the
-    same memory and not a subtraction; the sums are made once and held beside them. In a bf16 network a sum is rounded to bf16, so it
-    agrees with `strength` to that precision only. Raises UserError as `attach` does, and for a quantised network.
+    Inside, the network is as fast as without, and its gradients do not reach the control. Afterwards the
+    original weights are back, the same memory and not a subtraction; the sums are made once and held beside
+    them. In a bf16 network a sum is rounded to bf16, so it agrees with `strength` to that precision only.
+    Raises UserError as `attach` does, and for a quantised network.
     """
     _fits(control, family)
     if quantized(net):
-        raise UserError(f"{control.card.name} cannot be added to the weights of a quantised network: attach it, or load the network whole")
+        raise UserError(
+            f"{control.card.name} cannot be added to the weights of a quantised network: attach it, or load the network whole"
+        )
     _check(net, control)
     spots, factor = named_layers(net), scale * control.card.alpha / control.card.rank
     sums = {}
     for layer in _names(control) if scale else ():
         weight = spots[layer].weight
-        a, b = (control.tensors[f"{layer}.lora_{half}.weight"].to(weight.device, torch.float32).flatten(1) for half in "AB")
+        a, b = (
+            control.tensors[f"{layer}.lora_{half}.weight"].to(weight.device, torch.float32).flatten(1)
+            for half in "AB"
+        )
         sums[weight] = (weight.detach().float() + factor * (b @ a).view_as(weight)).to(weight.dtype)
 
     @contextmanager
@@ -157,7 +194,9 @@ def fusing(net: nn.Module, control: Control, scale: float, family: str | None = 
 
 @contextmanager
 def fused(net: nn.Module, control: Control, scale: float, family: str | None = None) -> Iterator[nn.Module]:
-    """Inside, a control acts on a network at one scale, as part of its weights: see `fusing`. Blocks nest, and add up.
+    """Inside, a control acts on a network at one scale, as part of its weights: see `fusing`.
+
+    Blocks nest, and add up.
 
     Raises UserError as `attach` does.
     """
@@ -166,19 +205,28 @@ def fused(net: nn.Module, control: Control, scale: float, family: str | None = N
 
 
 def random_like(control: Control, seed: int = 0) -> Control:
-    """A control that means nothing and changes as much: random pairs whose product has the control's Frobenius norm in every layer."""
+    """A control that means nothing and changes as much: random pairs whose product has the control's
+    Frobenius norm in every layer.
+    """
     rng, tensors = torch.Generator().manual_seed(seed), {}
     for layer in _names(control):
         halves = {half: control.tensors[f"{layer}.lora_{half}.weight"] for half in "AB"}
         random = {half: torch.randn(tensor.shape, generator=rng) for half, tensor in halves.items()}
         factor = (_norm(**halves) / _norm(**random)) ** 0.5
         tensors |= {f"{layer}.lora_{half}.weight": factor * tensor for half, tensor in random.items()}
-    card = replace(control.card, name=f"random-{control.card.name}", kind="random", recipe={"like": control.card.name, "seed": seed})
+    card = replace(
+        control.card,
+        name=f"random-{control.card.name}",
+        kind="random",
+        recipe={"like": control.card.name, "seed": seed},
+    )
     return Control(card, tensors)
 
 
 def content(control: Control) -> str:
-    """The sha256 of what a control does: its weights and its strength, whatever its file or card says besides."""
+    """The sha256 of what a control does: its weights and its strength, whatever its file or card says
+    besides.
+    """
     digest = hashlib.sha256(f"{control.card.rank} {control.card.alpha}".encode())
     for name in sorted(control.tensors):
         digest.update(f"{name} {tuple(control.tensors[name].shape)}".encode())
@@ -187,7 +235,9 @@ def content(control: Control) -> str:
 
 
 def detach(net: nn.Module) -> None:
-    """Takes every control out: the network has the modules, names and weights that it had before the first was attached."""
+    """Takes every control out: the network has the modules, names and weights that it had before the first
+    was attached.
+    """
     for spot, layer in _adapted(net).items():
         parent, _, child = spot.rpartition(".")
         setattr(net.get_submodule(parent), child, layer.get_base_layer())
@@ -200,7 +250,9 @@ def _adapted(net: nn.Module) -> dict[str, "LoraLayer"]:
     from peft.tuners.lora import LoraLayer
 
     found, waiting = {}, [("", net)]
-    while waiting:  # not named_modules, which also walks the branches: `strength` comes by twice per training step
+    while (
+        waiting
+    ):  # not named_modules, which also walks the branches: `strength` comes by twice per training step
         prefix, module = waiting.pop()
         for name, child in module.named_children():
             if isinstance(child, LoraLayer):
@@ -235,7 +287,12 @@ def _switch(layer: "LoraLayer", active: list[str], disabled: bool, scaling: dict
 
 def _dial(layer: "LoraLayer", scales: Mapping[str, float]) -> None:
     active = [name for name, scale in scales.items() if scale != 0 and name in layer.lora_A]
-    _switch(layer, active, not active, {name: scales[name] * layer.lora_alpha[name] / layer.r[name] for name in active})
+    _switch(
+        layer,
+        active,
+        not active,
+        {name: scales[name] * layer.lora_alpha[name] / layer.r[name] for name in active},
+    )
 
 
 def _norm(A: Tensor, B: Tensor) -> Tensor:  # noqa: N803
@@ -252,11 +309,15 @@ def _names(control: Control) -> list[str]:
 def _fits(control: Control, family: str | None) -> None:
     card = control.card
     if family and card.family != family:
-        raise UserError(f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}")
+        raise UserError(
+            f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}"
+        )
 
 
 def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B on a layer: (rank, in, …) with the layer's own kernel, and (out, rank, …) with a kernel of 1."""
+    """The shapes of A and B on a layer: (rank, in, …) with the layer's own kernel, and (out, rank, …) with a
+    kernel of 1.
+    """
     size_out, *size_in = layer.weight.shape
     return (rank, *size_in), (size_out, rank, *(1 for _ in size_in[1:]))
 
@@ -270,29 +331,50 @@ def _check(net: nn.Module, control: Control) -> None:
     if lost:
         raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}. {question}")
     expected = {layer: _shapes(spots[layer], control.card.rank) for layer in layers}
-    halves = {layer: [control.tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"] for layer in layers}
-    misfits = [n for n in layers if tuple(None if half is None else tuple(half.shape) for half in halves[n]) != expected[n]]
+    halves = {
+        layer: [control.tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"] for layer in layers
+    }
+    misfits = [
+        n
+        for n in layers
+        if tuple(None if half is None else tuple(half.shape) for half in halves[n]) != expected[n]
+    ]
     if misfits:
-        raise UserError(f"{len(misfits)} {count} have another shape in this network: {_few(misfits)}. {question}")
+        raise UserError(
+            f"{len(misfits)} {count} have another shape in this network: {_few(misfits)}. {question}"
+        )
 
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:2]) + ("…" if len(names) > 2 else "")
 
 
-def _inject(net: nn.Module, name: str, tensors: dict[str, Tensor], rank: int, alpha: float, trainable: bool) -> None:
-    """Places the branches with these weights, switched off; leaves the controls already there, and torch's random state, as they are."""
+def _inject(
+    net: nn.Module, name: str, tensors: dict[str, Tensor], rank: int, alpha: float, trainable: bool
+) -> None:
+    """Places the branches with these weights, switched off; leaves the controls already there, and torch's
+    random state, as they are.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     adapted = _adapted(net)
-    if not name or "." in name or hasattr(nn.ModuleDict(), name) or any(name in layer.lora_A for layer in adapted.values()):
-        raise UserError(f"{name!r} cannot name a control here: it is in use, empty, has a dot, or is a word of torch's own; choose another")
+    if (
+        not name
+        or "." in name
+        or hasattr(nn.ModuleDict(), name)
+        or any(name in layer.lora_A for layer in adapted.values())
+    ):
+        raise UserError(
+            f"{name!r} cannot name a control here: it is in use, empty, has a dot, or is a word of torch's own; choose another"
+        )
     before = [(layer, _state(layer)) for layer in adapted.values()]
     trained = [(weight, weight.requires_grad) for layer in adapted.values() for weight in layer.parameters()]
     spots = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=spots)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several controls at once are meant
+        warnings.filterwarnings(
+            "ignore", "Already found a `peft_config`"
+        )  # several controls at once are meant
         # low_cpu_mem_usage: peft draws no random weights, so nobody's random state moves
         inject_adapter_in_model(config, net, adapter_name=name, state_dict=tensors, low_cpu_mem_usage=True)
     for spot, layer in _layers(net, name).items():

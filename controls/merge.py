@@ -1,6 +1,7 @@
 """Adds controls into one: python -m controls.merge A B … OUT [key=value ...]
 
-The sum of their weight changes, each times its own factor, is factored anew at the rank asked for; what that loses is printed.
+The sum of their weight changes, each times its own factor, is factored anew at the rank asked for; what that
+loses is printed.
 """
 
 import math
@@ -23,8 +24,11 @@ class Config:
     name: str = "merged"  # of the result
 
 
-def merge(controls: list[Control], weights: list[float], rank: int, name: str) -> tuple[Control, dict[str, float], float]:
-    """The sum as one control with alpha = rank, and the share of the change's norm that the rank loses: per layer, and overall.
+def merge(
+    controls: list[Control], weights: list[float], rank: int, name: str
+) -> tuple[Control, dict[str, float], float]:
+    """The sum as one control with alpha = rank, and the share of the change's norm that the rank loses: per
+    layer, and overall.
 
     Raises UserError for controls of different families, and where they have one layer in different shapes.
     """
@@ -36,35 +40,67 @@ def merge(controls: list[Control], weights: list[float], rank: int, name: str) -
     tensors, lost, norms = {}, {}, {}
     for layer in layers:
         having = zip(controls, weights, strict=True)
-        mine = [(control, weight) for control, weight in having if layer + formats.HALVES[0] in control.tensors]
-        pairs = [tuple(control.tensors[layer + half].double() for half in formats.HALVES) for control, _ in mine]
+        mine = [
+            (control, weight) for control, weight in having if layer + formats.HALVES[0] in control.tensors
+        ]
+        pairs = [
+            tuple(control.tensors[layer + half].double() for half in formats.HALVES) for control, _ in mine
+        ]
         if len({(a.shape[1:], b.shape[:1], b.shape[2:]) for a, b in pairs}) > 1:
             raise UserError(f"the controls have {layer} in different shapes: are they of one network?")
         scales = [weight * control.card.alpha / control.card.rank for control, weight in mine]
-        a = torch.cat([a.flatten(1) for a, _ in pairs])                                              # (R, in)
-        b = torch.cat([scale * b.flatten(1) for scale, (_, b) in zip(scales, pairs, strict=True)], 1)  # (out, R)
+        a = torch.cat([a.flatten(1) for a, _ in pairs])  # (R, in)
+        b = torch.cat(
+            [scale * b.flatten(1) for scale, (_, b) in zip(scales, pairs, strict=True)], 1
+        )  # (out, R)
         small_a, small_b, lost[layer], norms[layer] = factored(a, b, rank)
         tensors[layer + formats.HALVES[0]] = small_a.float().view(rank, *pairs[0][0].shape[1:])
         tensors[layer + formats.HALVES[1]] = small_b.float().view(-1, rank, *pairs[0][1].shape[2:])
     card = labelled(controls, weights, set(layers), rank, name)
     whole = math.hypot(*norms.values())
-    return Control(card, tensors), lost, math.hypot(*(lost[layer] * norms[layer] for layer in lost)) / whole if whole else 0.0
+    return (
+        Control(card, tensors),
+        lost,
+        math.hypot(*(lost[layer] * norms[layer] for layer in lost)) / whole if whole else 0.0,
+    )
 
 
 def labelled(controls: list[Control], weights: list[float], layers: set[str], rank: int, name: str) -> Card:
-    """The card of a sum: what all controls agree on, the layer set of the one that has all layers, and each one's part."""
+    """The card of a sum: what all controls agree on, the layer set of the one that has all layers, and each
+    one's part.
+    """
     cards = [control.card for control in controls]
-    parts = [{"name": card.name, "weight": weight, "trained on": f"{card.family}/{card.member}", "recipe": card.recipe}
-             for card, weight in zip(cards, weights, strict=True)]  # fmt: skip
+    parts = [
+        {
+            "name": card.name,
+            "weight": weight,
+            "trained on": f"{card.family}/{card.member}",
+            "recipe": card.recipe,
+        }
+        for card, weight in zip(cards, weights, strict=True)
+    ]
     kinds, hashes = {card.kind for card in cards}, {card.base_hash for card in cards}
-    whole = next((c.card for c in controls if {key.rsplit(".lora_", 1)[0] for key in c.tensors} == layers), None)
-    return replace(cards[0], name=name, rank=rank, alpha=float(rank), recipe={"merged": parts}, transfer={}, versions=versions(),
-                   kind=kinds.pop() if len(kinds) == 1 else "lora", base_hash=hashes.pop() if len(hashes) == 1 else "",
-                   layers=whole.layers if whole else CUSTOM, scope=whole.scope if whole else CUSTOM)  # fmt: skip
+    whole = next(
+        (c.card for c in controls if {key.rsplit(".lora_", 1)[0] for key in c.tensors} == layers), None
+    )
+    return replace(
+        cards[0],
+        name=name,
+        rank=rank,
+        alpha=float(rank),
+        recipe={"merged": parts},
+        transfer={},
+        versions=versions(),
+        kind=kinds.pop() if len(kinds) == 1 else "lora",
+        base_hash=hashes.pop() if len(hashes) == 1 else "",
+        layers=whole.layers if whole else CUSTOM,
+        scope=whole.scope if whole else CUSTOM,
+    )
 
 
 def factored(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The best pair of a rank for b @ a: A (rank, in), B (out, rank), the share of the norm lost, and the norm; by QR and an R×R core.
+    """The best pair of a rank for b @ a: A (rank, in), B (out, rank), the share of the norm lost, and the
+    norm; by QR and an R×R core.
 
     a: (R, in). b: (out, R). Filled up with zeros where the rank is more than there is.
     """
@@ -82,11 +118,15 @@ def run() -> None:
     files, words = plain(sys.argv[1:])
     cfg = load(Config, words)
     if len(files) < 2:
-        raise UserError(f"say what to merge and where to: python -m controls.merge A B OUT; got {' '.join(files) or 'nothing'}")
+        raise UserError(
+            f"say what to merge and where to: python -m controls.merge A B OUT; got {' '.join(files) or 'nothing'}"
+        )
     plain_name(cfg.name)
     controls, weights = [formats.load(file) for file in files[:-1]], cfg.weights or [1.0] * (len(files) - 1)
     if len(weights) != len(controls) or cfg.rank < 0:
-        raise UserError(f"{len(controls)} controls need as many weights, and a rank of 0 or more; got {weights}, {cfg.rank}")
+        raise UserError(
+            f"{len(controls)} controls need as many weights, and a rank of 0 or more; got {weights}, {cfg.rank}"
+        )
     merged, lost, overall = merge(controls, weights, cfg.rank, cfg.name)
     formats.save(merged, files[-1])
     worst = max(lost, key=lost.get)

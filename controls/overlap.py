@@ -1,7 +1,8 @@
 """What two controls have in common in weights, and with what distillation changed.
 
-A control is ΔW = alpha / rank · B A. A and B alone mean nothing (any invertible r x r matrix can pass between them), so each layer is
-turned into its thin singular form by two QRs and an r x r core (Hu et al. 2021, sec. 7.2 compare subspaces that way).
+A control is ΔW = alpha / rank · B A. A and B alone mean nothing (any invertible r x r matrix can pass between
+them), so each layer is turned into its thin singular form by two QRs and an r x r core (Hu et al. 2021, sec.
+7.2 compare subspaces that way).
 """
 
 from dataclasses import dataclass
@@ -40,24 +41,36 @@ def norm(control: dict[str, Low]) -> float:
 
 
 def cosine(a: dict[str, Low], b: dict[str, Low]) -> float:
-    """The cosine of two controls' ΔW as vectors over all layers; a layer that one of them lacks is 0 there. 0 where one does nothing."""
-    inner = sum(float(((a[n].u.mT @ b[n].u) * (a[n].v.mT @ b[n].v) * a[n].s[:, None] * b[n].s).sum()) for n in a.keys() & b.keys())
+    """The cosine of two controls' ΔW as vectors over all layers; a layer that one of them lacks is 0 there.
+
+    0 where one does nothing.
+    """
+    inner = sum(
+        float(((a[n].u.mT @ b[n].u) * (a[n].v.mT @ b[n].v) * a[n].s[:, None] * b[n].s).sum())
+        for n in a.keys() & b.keys()
+    )
     size = norm(a) * norm(b)
     return inner / size if size else 0.0
 
 
 def subspaces(a: dict[str, Low], b: dict[str, Low]) -> dict | None:
-    """How much of the directions that two controls read (in) and write (out) is shared, averaged over the layers that both have.
+    """How much of the directions that two controls read (in) and write (out) is shared, averaged over the
+    layers that both have.
 
-    Per layer |U_aᵀ U_b|² / min(i, j) with i, j directions: 1 when one space holds the other; chance is max(i, j) / d. None without a
-    common layer.
+    Per layer |U_aᵀ U_b|² / min(i, j) with i, j directions: 1 when one space holds the other; chance is max(i,
+    j) / d. None without a common layer.
     """
     shared = [n for n in sorted(a.keys() & b.keys()) if len(a[n].s) and len(b[n].s)]
     if not shared:
         return None
     ranks = [(len(a[n].s), len(b[n].s)) for n in shared]
     rows = [
-        (_shared(a[n].v, b[n].v) / min(r), _shared(a[n].u, b[n].u) / min(r), max(r) / len(a[n].v), max(r) / len(a[n].u))
+        (
+            _shared(a[n].v, b[n].v) / min(r),
+            _shared(a[n].u, b[n].u) / min(r),
+            max(r) / len(a[n].v),
+            max(r) / len(a[n].u),
+        )
         for n, r in zip(shared, ranks, strict=True)
     ]
     means = torch.tensor(rows, dtype=torch.float64).clamp(max=1).mean(0).tolist()
@@ -67,22 +80,32 @@ def subspaces(a: dict[str, Low], b: dict[str, Low]) -> dict | None:
 def delta(base: nn.Module, student: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """W_student - W_base of these layers, (out, in) each, fp32 on the CPU."""
     ours, theirs = named_layers(base), named_layers(student)
-    return {name: (theirs[name].weight.detach().cpu().float() - ours[name].weight.detach().cpu().float()).flatten(1) for name in names}
+    return {
+        name: (theirs[name].weight.detach().cpu().float() - ours[name].weight.detach().cpu().float()).flatten(
+            1
+        )
+        for name in names
+    }
 
 
 def change(base: nn.Module, student: nn.Module, block: str) -> float:
     """|W_student - W_base| / |W_base| over all weights of a block that both have."""
     ours, theirs = (dict(net.get_submodule(block).named_parameters()) for net in (base, student))
     pairs = [(ours[name].cpu().float(), theirs[name].cpu().float()) for name in ours.keys() & theirs.keys()]
-    apart, size = (sum(float((d**2).sum()) for d in values) for values in ([b - a for a, b in pairs], [a for a, _ in pairs]))
+    apart, size = (
+        sum(float((d**2).sum()) for d in values)
+        for values in ([b - a for a, b in pairs], [a for a, _ in pairs])
+    )
     return (apart / size) ** 0.5
 
 
 def against_delta(control: dict[str, Low], changed: dict[str, Tensor]) -> dict:
-    """A control beside what distillation changed in the same layers: cosine, relative size, and shares of the change's energy.
+    """A control beside what distillation changed in the same layers: cosine, relative size, and shares of the
+    change's energy.
 
-    `in` and `out` are the shares of |delta|² that lie in the directions the control reads and writes, `chance_in` and `chance_out` what
-    as many random directions would hold (r / d, weighted by energy). Raises KeyError for a layer that was not compared.
+    `in` and `out` are the shares of |delta|² that lie in the directions the control reads and writes,
+    `chance_in` and `chance_out` what as many random directions would hold (r / d, weighted by energy). Raises
+    KeyError for a layer that was not compared.
     """
     sums = torch.zeros(6, dtype=torch.float64)
     for name, layer in control.items():
@@ -90,15 +113,27 @@ def against_delta(control: dict[str, Low], changed: dict[str, Tensor]) -> dict:
         read, written, energy = d @ layer.v, layer.u.mT @ d, float((d**2).sum())
         inner = float(((written @ layer.v) * torch.diag(layer.s)).sum())
         r = len(layer.s)
-        sums += torch.tensor([inner, energy, float((read**2).sum()), float((written**2).sum()),
-                              energy * min(1.0, r / d.shape[1]), energy * min(1.0, r / d.shape[0])], dtype=torch.float64)  # fmt: skip
+        sums += torch.tensor(
+            [
+                inner,
+                energy,
+                float((read**2).sum()),
+                float((written**2).sum()),
+                energy * min(1.0, r / d.shape[1]),
+                energy * min(1.0, r / d.shape[0]),
+            ],
+            dtype=torch.float64,
+        )
     inner, energy, *shares = sums.tolist()
     if not energy:
         return {"cosine": 0.0, "size": None, "in": None, "out": None, "chance_in": None, "chance_out": None}
     names = ("in", "out", "chance_in", "chance_out")
     size = norm(control)
-    return {"cosine": inner / (size * energy**0.5) if size else 0.0, "size": size / energy**0.5,
-            **{name: share / energy for name, share in zip(names, shares, strict=True)}}  # fmt: skip
+    return {
+        "cosine": inner / (size * energy**0.5) if size else 0.0,
+        "size": size / energy**0.5,
+        **{name: share / energy for name, share in zip(names, shares, strict=True)},
+    }
 
 
 def _shared(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,8 @@
-"""Effects to numbers with intervals: slope, retention, matched scale, the shape of a dose-response curve, verdict.
+"""Effects to numbers with intervals: slope, retention, matched scale, the shape of a dose-response curve,
+verdict.
 
-An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the effect is 0. An interval is one
-of `controls.intervals`, over prompts.
+An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the
+effect is 0. An interval is one of `controls.intervals`, over prompts.
 """
 
 import numpy as np
@@ -42,7 +43,8 @@ def window(effect: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def estimate(effect: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None) -> dict:
     """The slope over the scales `inside` (all, unless given) and the effect at each scale, with intervals.
 
-    Returns {"slope": interval, "effect": [interval per scale]}. Raises ValueError when effect and scales do not fit.
+    Returns {"slope": interval, "effect": [interval per scale]}. Raises ValueError when effect and scales do
+    not fit.
     """
     scales = _checked(scales, effect)
     inside = np.ones(len(scales), bool) if inside is None else inside
@@ -52,43 +54,57 @@ def estimate(effect: np.ndarray, scales: np.ndarray, inside: np.ndarray | None =
     }
 
 
-def retention(source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None) -> dict:
-    """How much of the source's slope is left on the target: the ratio of their slopes, both over the scales `inside`.
+def retention(
+    source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None
+) -> dict:
+    """How much of the source's slope is left on the target: the ratio of their slopes, both over the scales
+    `inside`.
 
-    source, target: (P, S, K), same prompts, seeds and scales; `inside` is the source's `window` unless given. All None where the interval
-    of the source's slope contains 0.
+    source, target: (P, S, K), same prompts, seeds and scales; `inside` is the source's `window` unless given.
+    All None where the interval of the source's slope contains 0.
     """
     below, above = slopes(source, target, scales, inside)
     return ratio(above, below)
 
 
-def slopes(source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The slopes of source and target per independent unit, (n,) each, over the scales `inside`: the source's `window` unless given."""
+def slopes(
+    source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The slopes of source and target per independent unit, (n,) each, over the scales `inside`: the source's
+    `window` unless given.
+    """
     scales = _checked(scales, source, target)
     inside = window(source, scales) if inside is None else inside
     return tuple(units(slope(scales[inside], effect[..., inside])) for effect in (source, target))
 
 
 def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict:
-    """The positive scale, of several the one nearest to 1, at which the target's mean effect equals the source's at scale 1.
+    """The positive scale, of several the one nearest to 1, at which the target's mean effect equals the
+    source's at scale 1.
 
-    Curves are cubic splines through the scales, which are linear in the effects. The interval holds the scales around it at which a test
-    of equal effects does not reject. None stands for "beyond the largest scale"; all None where the interval of the source's effect at 1
-    contains 0. "reach" says what comes nearest: the largest share of the wanted effect, and at which scale.
-    Raises ValueError when the scales end before 1.
+    Curves are cubic splines through the scales, which are linear in the effects. The interval holds the
+    scales around it at which a test of equal effects does not reject. None stands for "beyond the largest
+    scale"; all None where the interval of the source's effect at 1 contains 0. "reach" says what comes
+    nearest: the largest share of the wanted effect, and at which scale. Raises ValueError when the scales end
+    before 1.
     """
     scales = _checked(scales, source, target)
     if scales[-1] < 1:
-        raise ValueError(f"a matched scale needs the source's effect at scale 1, but the scales end at {scales[-1]:g}")
+        raise ValueError(
+            f"a matched scale needs the source's effect at scale 1, but the scales end at {scales[-1]:g}"
+        )
     grid = np.linspace(0, scales[-1], GRID)
-    wanted, there = units(source) @ _spline(scales, np.array([1.0]))[0], units(target) @ _spline(scales, grid).T  # (n,), (n, G)
+    wanted, there = (
+        units(source) @ _spline(scales, np.array([1.0]))[0],
+        units(target) @ _spline(scales, grid).T,
+    )  # (n,), (n, G)
     start = mean(wanted)
     if start["low"] is None or start["low"] <= 0 <= start["high"]:
         return {**UNDEFINED, "reach": None}
     shares = there.mean(0) / wanted.mean()
     best = int(shares.argmax())
     reach = {"share": float(shares[best]), "scale": float(grid[best])}
-    gap, error, quantile = centre(there - wanted[:, None], LEVEL)                                    # (G,)
+    gap, error, quantile = centre(there - wanted[:, None], LEVEL)  # (G,)
     where, alike = crossing(grid, gap), np.abs(gap) <= quantile * error + 1e-12
     near = int(np.abs(grid - where).argmin()) if where is not None else best
     if where is None and not alike[near]:
@@ -98,12 +114,22 @@ def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) ->
         low -= 1
     while high < GRID - 1 and alike[high + 1]:
         high += 1
-    ends = (min(grid[low], where or np.inf), None if high == GRID - 1 and where != grid[-1] else max(grid[high], where or 0.0))
-    return {"value": where, "low": float(ends[0]), "high": ends[1] if ends[1] is None else float(ends[1]), "reach": reach}
+    ends = (
+        min(grid[low], where or np.inf),
+        None if high == GRID - 1 and where != grid[-1] else max(grid[high], where or 0.0),
+    )
+    return {
+        "value": where,
+        "low": float(ends[0]),
+        "high": ends[1] if ends[1] is None else float(ends[1]),
+        "reach": reach,
+    }
 
 
 def crossing(grid: np.ndarray, gap: np.ndarray) -> float | None:
-    """The place nearest to 1 at which a gap (G,) on a grid (G,) passes through 0, between points on a line; None where it never does."""
+    """The place nearest to 1 at which a gap (G,) on a grid (G,) passes through 0, between points on a line;
+    None where it never does.
+    """
     k = np.flatnonzero(gap[:-1] * gap[1:] <= 0)
     rise = gap[k] - gap[k + 1]
     places = grid[k] + np.where(rise == 0, 0, gap[k] / np.where(rise == 0, 1, rise)) * (grid[k + 1] - grid[k])
@@ -113,10 +139,11 @@ def crossing(grid: np.ndarray, gap: np.ndarray) -> float | None:
 def shape(effect: np.ndarray, scales: np.ndarray) -> dict:
     """A dose-response curve in numbers.
 
-    area: interval of the integral of the effect over the scales, negative ones counted the other way round. saturation: the positive scale
-    beyond which the mean curve has less than SATURATED of its first slope, None where it goes on. monotonicity: Kendall's tau-b between
-    scale and effect per (prompt, seed), averaged. signs: share of effects on the side of 0 that their scale is on. smoothness of the mean
-    curve: 1 where each step takes the share of the change that it has of the scales, 0 where one step takes all.
+    area: interval of the integral of the effect over the scales, negative ones counted the other way round.
+    saturation: the positive scale beyond which the mean curve has less than SATURATED of its first slope,
+    None where it goes on. monotonicity: Kendall's tau-b between scale and effect per (prompt, seed),
+    averaged. signs: share of effects on the side of 0 that their scale is on. smoothness of the mean curve: 1
+    where each step takes the share of the change that it has of the scales, 0 where one step takes all.
     """
     scales, curve = _checked(scales, effect), effect.mean((0, 1))
     inside = window(effect, scales)
@@ -134,13 +161,14 @@ def shape(effect: np.ndarray, scales: np.ndarray) -> dict:
 
 
 def monotonicity(effect: np.ndarray, scales: np.ndarray) -> float:
-    """Kendall's tau-b between scale and effect, averaged over (prompt, seed): 1 always rising, -1 always falling.
+    """Kendall's tau-b between scale and effect, averaged over (prompt, seed): 1 always rising, -1 always
+    falling.
 
     A trajectory that never changes counts as 0.
     """
     scales = _checked(scales, effect)
     i, j = np.triu_indices(len(scales), 1)
-    rises = np.sign(effect[..., j] - effect[..., i])                                             # (P, S, pairs)
+    rises = np.sign(effect[..., j] - effect[..., i])  # (P, S, pairs)
     untied = np.abs(rises).sum(-1)
     tau = rises.sum(-1) / np.sqrt(np.maximum(untied, 1) * len(i))
     return float(tau.mean())
@@ -154,22 +182,30 @@ def at(values: np.ndarray, scales: np.ndarray, scale: float) -> np.ndarray:
 
 
 def spread(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict | None:
-    """How far retention varies between prompts, and between seeds of a prompt; None where there is a single one of either.
+    """How far retention varies between prompts, and between seeds of a prompt; None where there is a single
+    one of either.
 
-    The standard deviations of target - retention · source in units of the source's slope: they make the interval of a retention wide, so
-    that a measurement can be planned by them.
+    The standard deviations of target - retention · source in units of the source's slope: they make the
+    interval of a retention wide, so that a measurement can be planned by them.
     """
     inside = window(source, scales)
-    below, above = (slope(np.asarray(scales)[inside], effect[..., inside]) for effect in (source, target))  # (P, S)
+    below, above = (
+        slope(np.asarray(scales)[inside], effect[..., inside]) for effect in (source, target)
+    )  # (P, S)
     if min(below.shape) < 2 or not below.mean():
         return None
     rest = (above - above.mean() / below.mean() * below) / below.mean()
     seeds = rest.var(1, ddof=1).mean()
-    return {"prompts": float(np.sqrt(max(rest.mean(1).var(ddof=1) - seeds / below.shape[1], 0))), "seeds": float(np.sqrt(seeds))}
+    return {
+        "prompts": float(np.sqrt(max(rest.mean(1).var(ddof=1) - seeds / below.shape[1], 0))),
+        "seeds": float(np.sqrt(seeds)),
+    }
 
 
 def detectable(prompts: int, seeds: int, spread: dict, power: float = 0.8) -> float:
-    """The smallest difference of a retention from 1 that a design tells from 0 in `power` of cases, two-sided at LEVEL."""
+    """The smallest difference of a retention from 1 that a design tells from 0 in `power` of cases, two-sided
+    at LEVEL.
+    """
     freedom = prompts - 1
     if freedom < 1:
         return float("inf")
@@ -177,8 +213,11 @@ def detectable(prompts: int, seeds: int, spread: dict, power: float = 0.8) -> fl
     return float((stdtrit(freedom, (1 + LEVEL) / 2) + stdtrit(freedom, power)) * error)
 
 
-def verdict(retention: dict, equivalent: float, different: float, margin: tuple[float, float] = MARGIN) -> str:
-    """One word for a retention, its p of equivalence and its p of a difference from 1; the first row that holds decides.
+def verdict(
+    retention: dict, equivalent: float, different: float, margin: tuple[float, float] = MARGIN
+) -> str:
+    """One word for a retention, its p of equivalence and its p of a difference from 1; the first row that
+    holds decides.
 
     | word      | when                                                             |
     |-----------|------------------------------------------------------------------|
@@ -212,12 +251,16 @@ def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:
     for effect in effects:
         if effect.ndim != 3 or effect.shape != effects[0].shape or effect.shape[-1] != len(scales):
             shapes = ", ".join(str(e.shape) for e in effects)
-            raise ValueError(f"effects must be (prompts, seeds, {len(scales)} scales) and paired, not {shapes}")
+            raise ValueError(
+                f"effects must be (prompts, seeds, {len(scales)} scales) and paired, not {shapes}"
+            )
         if not np.isfinite(effect).all() or np.any(effect[..., scales == 0]):
             raise ValueError("effects must be finite, and exactly 0 at scale 0")
     return scales
 
 
 def _spline(scales: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The cubic spline through values at the scales, read at places (G,), as a matrix (G, K): it is linear in the values."""
+    """The cubic spline through values at the scales, read at places (G,), as a matrix (G, K): it is linear in
+    the values.
+    """
     return make_interp_spline(scales, np.eye(len(scales)), k=min(3, len(scales) - 1))(places)

@@ -1,6 +1,7 @@
 """Draws controls: python -m controls.show A B … [key=value ...]
 
-One picture with a row per control file: the same prompt and seed at every scale, on the member that it was trained on or on another.
+One picture with a row per control file: the same prompt and seed at every scale, on the member that it was
+trained on or on another.
 """
 
 import sys
@@ -27,8 +28,12 @@ class Config:
     prompt: str = ""  # what is drawn; empty = the first prompt of the family's card
     seed: int = 11  # of the picture
     scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns, for sliders
-    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # columns, for other controls
-    batch_size: int = 0  # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not suffice
+    lora_scales: list[float] = field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0]
+    )  # columns, for other controls
+    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
+    # suffice
+    batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time
     out: str = "controls.png"  # the picture
@@ -37,12 +42,16 @@ class Config:
 def main(files: list[str], cfg: Config) -> Path:
     """Draws every control and returns the picture's path."""
     if Path(cfg.out).is_dir() or not cfg.out.lower().endswith(PICTURES):
-        raise UserError(f"cannot write out={cut(cfg.out)}: it is a folder, or does not end in {', '.join(PICTURES)}")
+        raise UserError(
+            f"cannot write out={cut(cfg.out)}: it is a folder, or does not end in {', '.join(PICTURES)}"
+        )
     rows, families, device = [], {}, torch.accelerator.current_accelerator() or torch.device("cpu")
     for control in map(formats.load, files):
         card = control.card
         family_name, member_name = split(cfg.member or f"{card.family}/{card.member}")
-        family = families.setdefault(family_name, Family(family_name, device, DTYPES[cfg.dtype], cfg.memory, batch_size=cfg.batch_size))
+        family = families.setdefault(
+            family_name, Family(family_name, device, DTYPES[cfg.dtype], cfg.memory, batch_size=cfg.batch_size)
+        )
         prompt = cfg.prompt or next(iter(family.card.prompts), "")
         family.encode_all([prompt])  # so that the text encoders are gone when the network comes
         member = family.member(member_name)
@@ -56,10 +65,16 @@ def main(files: list[str], cfg: Config) -> Path:
 
 
 def sheet(rows: list[tuple[str, list[float], Tensor]], path: Path) -> Path:
-    """Writes a labelled picture: in each row a name and pictures (K, 3, H, W) in [-1, 1], above them their K scales where those change."""
+    """Writes a labelled picture: in each row a name and pictures (K, 3, H, W) in [-1, 1], above them their K
+    scales where those change.
+    """
     size = min(LARGEST, 2 * rows[0][2].shape[-1])
     heads = [k == 0 or scales != rows[k - 1][1] for k, (_, scales, _) in enumerate(rows)]
-    page = Image.new("RGB", (LEFT + size * max(len(scales) for _, scales, _ in rows), TOP * sum(heads) + size * len(rows)), "white")
+    page = Image.new(
+        "RGB",
+        (LEFT + size * max(len(scales) for _, scales, _ in rows), TOP * sum(heads) + size * len(rows)),
+        "white",
+    )
     pen, font, y = ImageDraw.Draw(page), ImageFont.load_default(FONT), 0
     for head, (name, scales, pictures) in zip(heads, rows, strict=True):
         y += TOP * head
@@ -67,7 +82,13 @@ def sheet(rows: list[tuple[str, list[float], Tensor]], path: Path) -> Path:
         for k, (scale, one) in enumerate(zip(scales, pictures, strict=True)):
             page.paste(tile(one, size), (LEFT + k * size, y))
             if head:
-                pen.text((LEFT + (k + 0.5) * size, y - TOP / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm")
+                pen.text(
+                    (LEFT + (k + 0.5) * size, y - TOP / 2),
+                    f"{scale:+g}" if scale else "0",
+                    "black",
+                    font,
+                    anchor="mm",
+                )
         y += size
     try:
         with replacing(path) as new:
@@ -80,7 +101,9 @@ def sheet(rows: list[tuple[str, list[float], Tensor]], path: Path) -> Path:
 def tile(picture: Tensor, size: int) -> Image.Image:
     """A picture (3, H, W) in [-1, 1] at another size, its pixels seen where it is enlarged."""
     image = Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-    return image.resize((size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS)
+    return image.resize(
+        (size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
+    )
 
 
 def run() -> None:

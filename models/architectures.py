@@ -1,7 +1,10 @@
-"""Architectures: how each kind of network is called, and how its own pipeline encodes prompts. All that differs between them is here.
+"""Architectures: how each kind of network is called, and how its own pipeline encodes prompts.
 
-A call turns x (B, C, H, W), t and prompts into the network's output (B, C, H, W), whatever the network wants to be handed: packed latents,
-lists, another clock, another sign. What the output means is the member's `kind`.
+All that differs between them is here.
+
+A call turns x (B, C, H, W), t and prompts into the network's output (B, C, H, W), whatever the network wants
+to be handed: packed latents, lists, another clock, another sign. What the output means is the member's
+`kind`.
 """
 
 from collections.abc import Callable
@@ -15,8 +18,12 @@ from torch import Tensor, nn
 from models.noise import TRAIN_STEPS
 from models.prompts import Prompts
 
-Call = Callable[[nn.Module, Tensor, float, Prompts, float | None], Tensor]  # network, x, t, prompts in its dtype, guidance it is told
-Encode = Callable[..., Prompts]  # pipeline, texts, negative texts or None, size_px, device, further options of encode_prompt
+Call = Callable[
+    [nn.Module, Tensor, float, Prompts, float | None], Tensor
+]  # network, x, t, prompts in its dtype, guidance it is told
+Encode = Callable[
+    ..., Prompts
+]  # pipeline, texts, negative texts or None, size_px, device, further options of encode_prompt
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,15 @@ class Architecture:
     part: str  # the network's name in the pipeline, and its folder in a repository
     call: Call
     encode: Encode
-    conditioning: Callable[..., dict[str, tuple[int, ...]]]  # from a network's config, the shapes of one prompt's parts
+    conditioning: Callable[
+        ..., dict[str, tuple[int, ...]]
+    ]  # from a network's config, the shapes of one prompt's parts
     text_length: int = 0  # tokens of a T5 or Qwen prompt where the card says none, the pipeline's default
     absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
     even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
-    lora: dict = field(default_factory=dict)  # what the pipeline's lora_state_dict is asked for besides the file
+    lora: dict = field(
+        default_factory=dict
+    )  # what the pipeline's lora_state_dict is asked for besides the file
 
     @property
     def network(self) -> type[nn.Module]:
@@ -52,33 +63,59 @@ def call_unet(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
 def call_sdxl(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
     """SDXL: also pooled text and sizes."""
     added = {"text_embeds": prompts.pooled, "time_ids": prompts.size}
-    return net(x, torch.tensor(t, device=x.device), prompts.tokens, added_cond_kwargs=added, **_told(net, x, guidance)).sample
+    return net(
+        x,
+        torch.tensor(t, device=x.device),
+        prompts.tokens,
+        added_cond_kwargs=added,
+        **_told(net, x, guidance),
+    ).sample
 
 
 def call_pixart(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
     """PixArt: masked text, sizes only at 1024; learned variances beside the prediction are left out."""
     sized = net.config.sample_size == 128
-    added = {"resolution": prompts.size if sized else None, "aspect_ratio": prompts.size[:, :1] / prompts.size[:, 1:] if sized else None}
-    out = net(x, encoder_hidden_states=prompts.tokens, encoder_attention_mask=prompts.mask, timestep=_clock(x, t), added_cond_kwargs=added)
+    added = {
+        "resolution": prompts.size if sized else None,
+        "aspect_ratio": prompts.size[:, :1] / prompts.size[:, 1:] if sized else None,
+    }
+    out = net(
+        x,
+        encoder_hidden_states=prompts.tokens,
+        encoder_attention_mask=prompts.mask,
+        timestep=_clock(x, t),
+        added_cond_kwargs=added,
+    )
     return out.sample[:, : x.shape[1]]
 
 
 def call_sd3(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
     """Stable Diffusion 3."""
-    return net(x, encoder_hidden_states=prompts.tokens, pooled_projections=prompts.pooled, timestep=_clock(x, t)).sample
+    return net(
+        x, encoder_hidden_states=prompts.tokens, pooled_projections=prompts.pooled, timestep=_clock(x, t)
+    ).sample
 
 
 def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
-    """Flux: latents packed 2x2 into a sequence with positions, a clock from 1 to 0, guidance told where it was distilled."""
+    """Flux: latents packed 2x2 into a sequence with positions, a clock from 1 to 0, guidance told where it
+    was distilled.
+    """
     height, width = x.shape[2] // 2, x.shape[3] // 2
     places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
     places[..., 1] += torch.arange(height, device=x.device)[:, None]
     places[..., 2] += torch.arange(width, device=x.device)
-    conditioning = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
+    conditioning = (
+        torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
+    )
     out = net(
-        pack(x), encoder_hidden_states=prompts.tokens, pooled_projections=prompts.pooled, timestep=_clock(x, t) / TRAIN_STEPS,
-        img_ids=places.flatten(0, 1), txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype), guidance=conditioning,
-    )  # fmt: skip
+        pack(x),
+        encoder_hidden_states=prompts.tokens,
+        pooled_projections=prompts.pooled,
+        timestep=_clock(x, t) / TRAIN_STEPS,
+        img_ids=places.flatten(0, 1),
+        txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype),
+        guidance=conditioning,
+    )
     return unpack(out.sample, height, width)
 
 
@@ -99,11 +136,17 @@ def pack(x: Tensor) -> Tensor:
 def unpack(x: Tensor, height: int, width: int) -> Tensor:
     """The sequence of height x width patches as latents again."""
     b, _, c = x.shape
-    return x.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * height, 2 * width)
+    return (
+        x.reshape(b, height, width, c // 4, 2, 2)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(b, c // 4, 2 * height, 2 * width)
+    )
 
 
 def guidance_features(w: float, size: int, batch_size: int) -> Tensor:
-    """LCM's sinusoidal embedding of the guidance scale minus one, (batch, size); as diffusers' get_guidance_scale_embedding."""
+    """LCM's sinusoidal embedding of the guidance scale minus one, (batch, size); as diffusers'
+    get_guidance_scale_embedding.
+    """
     half = size // 2
     angles = w * 1000.0 * torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     features = torch.cat([torch.sin(angles), torch.cos(angles)])
@@ -112,7 +155,11 @@ def guidance_features(w: float, size: int, batch_size: int) -> Tensor:
 
 def _told(net: nn.Module, x: Tensor, guidance: float | None) -> dict[str, Tensor]:
     """The guidance that a U-Net with time_cond_proj_dim is told."""
-    return {} if guidance is None else {"timestep_cond": guidance_features(guidance, net.config.time_cond_proj_dim, len(x)).to(x)}
+    return (
+        {}
+        if guidance is None
+        else {"timestep_cond": guidance_features(guidance, net.config.time_cond_proj_dim, len(x)).to(x)}
+    )
 
 
 def _clock(x: Tensor, t: float) -> Tensor:
@@ -130,11 +177,15 @@ def encode_sdxl(pipe, texts: list[str], negative: list[str] | None, size_px: int
     tokens, away, pooled, away_pooled = pipe.encode_prompt(
         prompt=texts, device=device, do_classifier_free_guidance=True, negative_prompt=negative
     )
-    size = torch.tensor([size_px, size_px, 0, 0, size_px, size_px], device=device, dtype=torch.float32).expand(len(texts), 6)
+    size = torch.tensor(
+        [size_px, size_px, 0, 0, size_px, size_px], device=device, dtype=torch.float32
+    ).expand(len(texts), 6)
     return Prompts(tokens.float(), pooled.float(), size, Prompts(away.float(), away_pooled.float(), size))
 
 
-def encode_pixart(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
+def encode_pixart(
+    pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more
+) -> Prompts:
     """PixArt: T5's tokens with their mask; the negative side is the empty text."""
     tokens, mask, away, away_mask = pipe.encode_prompt(texts, True, negative or "", device=device, **more)
     size = torch.tensor([size_px, size_px], device=device, dtype=torch.float32).expand(len(texts), 2)
@@ -142,23 +193,37 @@ def encode_pixart(pipe, texts: list[str], negative: list[str] | None, size_px: i
 
 
 def encode_sd3(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
-    """Stable Diffusion 3: the tokens of two CLIPs and of T5, pooled text; the negative side is the empty text."""
-    tokens, away, pooled, away_pooled = pipe.encode_prompt(texts, None, None, device, negative_prompt=negative, **more)
+    """Stable Diffusion 3: the tokens of two CLIPs and of T5, pooled text; the negative side is the empty
+    text.
+    """
+    tokens, away, pooled, away_pooled = pipe.encode_prompt(
+        texts, None, None, device, negative_prompt=negative, **more
+    )
     return Prompts(tokens.float(), pooled.float(), None, Prompts(away.float(), away_pooled.float()))
 
 
 def encode_flux(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
-    """Flux: T5's tokens, CLIP's pooled text; the negative side, which the distilled members never ask for, is the empty text."""
+    """Flux: T5's tokens, CLIP's pooled text; the negative side, which the distilled members never ask for, is
+    the empty text.
+    """
     away = negative or [""]
     tokens, pooled, _ = pipe.encode_prompt([*texts, *away], None, device, **more)
     rows = torch.arange(len(texts)) * (len(away) > 1) + len(texts)
     conditioning = Prompts(tokens.float(), pooled.float())
-    return Prompts(conditioning.tokens[: len(texts)], conditioning.pooled[: len(texts)], negative=conditioning[rows])
+    return Prompts(
+        conditioning.tokens[: len(texts)], conditioning.pooled[: len(texts)], negative=conditioning[rows]
+    )
 
 
-def encode_zimage(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, max_sequence_length: int = 512) -> Prompts:
-    """Z-Image: Qwen's tokens of the chat's template, padded to one length, with their mask; the negative side is the empty text."""
-    found = pipe.encode_prompt(list(texts), device, True, negative and list(negative), max_sequence_length=max_sequence_length)
+def encode_zimage(
+    pipe, texts: list[str], negative: list[str] | None, size_px: int, device, max_sequence_length: int = 512
+) -> Prompts:
+    """Z-Image: Qwen's tokens of the chat's template, padded to one length, with their mask; the negative side
+    is the empty text.
+    """
+    found = pipe.encode_prompt(
+        list(texts), device, True, negative and list(negative), max_sequence_length=max_sequence_length
+    )
     (tokens, mask), (away, away_mask) = (_padded(part, max_sequence_length) for part in found)
     return Prompts(tokens, negative=Prompts(away, mask=away_mask), mask=mask)
 
@@ -170,7 +235,9 @@ def _padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
 
 
 def conditioning_sd(c) -> dict:
-    """What each kind of network is told of a prompt: the shapes of tokens, pooled, size and mask, for plans without an encoder."""
+    """What each kind of network is told of a prompt: the shapes of tokens, pooled, size and mask, for plans
+    without an encoder.
+    """
     return {"tokens": (77, c.cross_attention_dim)}
 
 
@@ -197,7 +264,12 @@ def conditioning_zimage(c) -> dict:
 
 def blank(its: Architecture, net: nn.Module, batch_size: int = 1) -> Prompts:
     """Encoded prompts of the right shapes that say nothing, where the network is."""
-    return Prompts(**{part: torch.zeros((batch_size, *shape), device=net.device) for part, shape in its.conditioning(net.config).items()})
+    return Prompts(
+        **{
+            part: torch.zeros((batch_size, *shape), device=net.device)
+            for part, shape in its.conditioning(net.config).items()
+        }
+    )
 
 
 UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
@@ -205,15 +277,51 @@ KOHYA = {"unet_config": None}  # filled with the network's own, by which SGM's n
 
 UNET, TRANSFORMER = partial(Architecture, part="unet", lora=KOHYA), partial(Architecture, part="transformer")
 ARCHITECTURES = {
-    "sdxl": UNET(("UNet2DConditionModel", "StableDiffusionXLPipeline"), call=call_sdxl, encode=encode_sdxl, conditioning=conditioning_sdxl,
-                 absent=UNSAFE[1:]),
-    "sd": UNET(("UNet2DConditionModel", "StableDiffusionPipeline"), call=call_unet, encode=encode_sd, conditioning=conditioning_sd, absent=UNSAFE),
-    "pixart": TRANSFORMER(("PixArtTransformer2DModel", "PixArtAlphaPipeline"), call=call_pixart, encode=encode_pixart, conditioning=conditioning_pixart,
-                          text_length=120),
-    "sd3": TRANSFORMER(("SD3Transformer2DModel", "StableDiffusion3Pipeline"), call=call_sd3, encode=encode_sd3, conditioning=conditioning_sd3,
-                       text_length=256, absent=UNSAFE[1:]),
-    "flux": TRANSFORMER(("FluxTransformer2DModel", "FluxPipeline"), call=call_flux, encode=encode_flux, conditioning=conditioning_flux,
-                        text_length=512, absent=UNSAFE[1:], even=True, lora={"return_alphas": True}),
-    "zimage": TRANSFORMER(("ZImageTransformer2DModel", "ZImagePipeline"), call=call_zimage, encode=encode_zimage, conditioning=conditioning_zimage,
-                          text_length=512, even=True),
-}  # fmt: skip
+    "sdxl": UNET(
+        ("UNet2DConditionModel", "StableDiffusionXLPipeline"),
+        call=call_sdxl,
+        encode=encode_sdxl,
+        conditioning=conditioning_sdxl,
+        absent=UNSAFE[1:],
+    ),
+    "sd": UNET(
+        ("UNet2DConditionModel", "StableDiffusionPipeline"),
+        call=call_unet,
+        encode=encode_sd,
+        conditioning=conditioning_sd,
+        absent=UNSAFE,
+    ),
+    "pixart": TRANSFORMER(
+        ("PixArtTransformer2DModel", "PixArtAlphaPipeline"),
+        call=call_pixart,
+        encode=encode_pixart,
+        conditioning=conditioning_pixart,
+        text_length=120,
+    ),
+    "sd3": TRANSFORMER(
+        ("SD3Transformer2DModel", "StableDiffusion3Pipeline"),
+        call=call_sd3,
+        encode=encode_sd3,
+        conditioning=conditioning_sd3,
+        text_length=256,
+        absent=UNSAFE[1:],
+    ),
+    "flux": TRANSFORMER(
+        ("FluxTransformer2DModel", "FluxPipeline"),
+        call=call_flux,
+        encode=encode_flux,
+        conditioning=conditioning_flux,
+        text_length=512,
+        absent=UNSAFE[1:],
+        even=True,
+        lora={"return_alphas": True},
+    ),
+    "zimage": TRANSFORMER(
+        ("ZImageTransformer2DModel", "ZImagePipeline"),
+        call=call_zimage,
+        encode=encode_zimage,
+        conditioning=conditioning_zimage,
+        text_length=512,
+        even=True,
+    ),
+}

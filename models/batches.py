@@ -10,7 +10,9 @@ from torch import Tensor
 
 from configs import UserError
 
-PIXELS = 2**20  # that a VAE works on at once: one image at 1024 px, which takes 3.6 GB in fp32, and each further one 3.2
+PIXELS = (
+    2**20
+)  # that a VAE works on at once: one image at 1024 px, which takes 3.6 GB in fp32, and each further one 3.2
 DRAWN = 2**22  # that are drawn at once unless the user says otherwise: 4 images at 1024 px
 MOST = 48  # images drawn at once all the same
 
@@ -34,9 +36,11 @@ class Batches:
         return cls(max(1, min(64, PIXELS // size_px**2)))
 
     def of(self, work: Callable[[Tensor], T], count: int) -> list[T]:
-        """What `work(rows)` gives for rows 0 … count - 1, batch by batch; one that memory does not hold is done again by halves.
+        """What `work(rows)` gives for rows 0 … count - 1, batch by batch; one that memory does not hold is
+        done again by halves.
 
-        work: must leave nothing behind when it fails. Raises UserError where memory does not hold a single image.
+        work: must leave nothing behind when it fails. Raises UserError where memory does not hold a single
+        image.
         """
         found, done = [], 0
         while done < count:
@@ -47,8 +51,10 @@ class Batches:
                 if not should_reduce_batch_size(error):
                     raise
                 if len(rows) == 1:
-                    raise UserError("not enough memory for a single image; try dtype=bf16, memory.offload=true, memory.tiling=true, "
-                                    "or a device with more memory") from None  # fmt: skip
+                    raise UserError(
+                        "not enough memory for a single image; try dtype=bf16, memory.offload=true, memory.tiling=true, "
+                        "or a device with more memory"
+                    ) from None
                 self.size = len(rows) // 2
                 clear_device_cache(garbage_collection=True)
                 print(f"out of memory: on with {self.size} at once", flush=True)

@@ -1,4 +1,6 @@
-"""What members will load, download and occupy, from configs alone: python -m models.budget family=sdxl members=[base,dmd2]"""
+"""What members will load, download and occupy, from configs alone: python -m models.budget family=sdxl
+members=[base,dmd2]
+"""
 
 import json
 import time
@@ -43,19 +45,26 @@ class Need:
     repo: str
     licence: str
     parameters: int
-    download: float  # bytes, by the Hub's list of files, or about where it is out of reach; 0 where the files are on disk
+    # bytes, by the Hub's list of files, or about where it is out of reach; 0 where the files are on disk
+    download: float
     memory: float  # bytes on the device
 
 
 def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> list[Need]:
     """What the VAE, the text encoders and these members need, in the order in which they are loaded.
 
-    Reads configs, from the cache or some kilobytes from the Hub. Raises UserError for a config that cannot be had.
+    Reads configs, from the cache or some kilobytes from the Hub. Raises UserError for a config that cannot be
+    had.
     """
-    own = dict.fromkeys(family.base if family.members[name].lora else name for name in members)  # a LoRA brings its base
+    own = dict.fromkeys(
+        family.base if family.members[name].lora else name for name in members
+    )  # a LoRA brings its base
     deltas = [name for name in members if family.members[name].lora]
-    return [*shared(family, dtype), *(network_need(family, name, dtype) for name in own),
-            *(delta_need(family, name, dtype) for name in deltas)]  # fmt: skip
+    return [
+        *shared(family, dtype),
+        *(network_need(family, name, dtype) for name in own),
+        *(delta_need(family, name, dtype) for name in deltas),
+    ]
 
 
 def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
@@ -64,15 +73,33 @@ def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
     with one_line(family.repo):
         index = its.pipeline.load_config(place(family.repo), **home)
     found = []
-    for part, (library, name) in ((part, value) for part, value in index.items() if isinstance(value, list | tuple) and all(value)):
-        kind = getattr(import_module(library), name, None) if library in ("diffusers", "transformers") else None
-        if part in (its.part, *its.absent) or not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+    for part, (library, name) in (
+        (part, value) for part, value in index.items() if isinstance(value, list | tuple) and all(value)
+    ):
+        kind = (
+            getattr(import_module(library), name, None) if library in ("diffusers", "transformers") else None
+        )
+        if part in (its.part, *its.absent) or not (
+            isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+        ):
             continue
         with one_line(f"{part} of {family.repo}"):
             count, _ = _count(kind, _config(kind, family.repo, part, **home))
-        size = dtype.itemsize if library == "transformers" and family.encoders == "network" else torch.float32.itemsize
-        found.append(Need(part, family.repo, family.licence, count,
-                          _download(family.repo, family.revision, part, family.variant, count), size * count))  # fmt: skip
+        size = (
+            dtype.itemsize
+            if library == "transformers" and family.encoders == "network"
+            else torch.float32.itemsize
+        )
+        found.append(
+            Need(
+                part,
+                family.repo,
+                family.licence,
+                count,
+                _download(family.repo, family.revision, part, family.variant, count),
+                size * count,
+            )
+        )
     return found
 
 
@@ -80,7 +107,11 @@ def network_need(family: FamilyCard, name: str, dtype: torch.dtype, quantize: st
     """A member's own network, whole or quantised."""
     member = family.members[name]
     count, packed = _count(ARCHITECTURES[family.architecture].network, config(family, name))
-    size = dtype.itemsize * count + (KINDS[quantize].bits / 8 - dtype.itemsize) * packed if quantize else dtype.itemsize * count
+    size = (
+        dtype.itemsize * count + (KINDS[quantize].bits / 8 - dtype.itemsize) * packed
+        if quantize
+        else dtype.itemsize * count
+    )
     home, pinned, variant = source(family, member)
     download = _download(home, pinned, member.subfolder or "", variant, count, member.file)
     return Need(name, home, member.licence or family.licence, count, download, size)
@@ -93,7 +124,9 @@ def delta_need(family: FamilyCard, name: str, dtype: torch.dtype) -> Need:
     place_of = _file(repo, revision, member.lora)
     size = place_of.stat().st_size if place_of else _sizes(repo, revision).get(member.lora, DELTA)
     count = round(size / HALF)
-    return Need(name, repo, member.licence or family.licence, count, 0 if place_of else size, count * dtype.itemsize)
+    return Need(
+        name, repo, member.licence or family.licence, count, 0 if place_of else size, count * dtype.itemsize
+    )
 
 
 def evaluator_need(family: FamilyCard, name: str) -> Need:
@@ -107,15 +140,30 @@ def evaluator_need(family: FamilyCard, name: str) -> Need:
         return Need(name, its, "", size // FULL, 0, size)
     (repo, _, revision), transformers = its.partition("@"), import_module("transformers")
     with one_line(f"the evaluator {its}"):
-        config = transformers.AutoConfig.from_pretrained(place(repo), revision=available(repo, revision or None))
-        model = transformers.AutoModel._model_mapping[type(config)] if kind.kind == "AutoModel" else getattr(transformers, kind.kind)
+        config = transformers.AutoConfig.from_pretrained(
+            place(repo), revision=available(repo, revision or None)
+        )
+        model = (
+            transformers.AutoModel._model_mapping[type(config)]
+            if kind.kind == "AutoModel"
+            else getattr(transformers, kind.kind)
+        )
         count, _ = _count(model, config.to_dict())
-    return Need(name, repo, "", count, _download(repo, revision or None, "", None, count, size=FULL), FULL * count)
+    return Need(
+        name, repo, "", count, _download(repo, revision or None, "", None, count, size=FULL), FULL * count
+    )
 
 
 def effort(family: FamilyCard, name: str) -> float:
-    """Floating-point operations of one evaluation of a member for one image. Reads configs; raises UserError without them."""
-    return _effort(family.architecture, json.dumps(config(family, name), sort_keys=True, default=str), latent_shape(family))
+    """Floating-point operations of one evaluation of a member for one image.
+
+    Reads configs; raises UserError without them.
+    """
+    return _effort(
+        family.architecture,
+        json.dumps(config(family, name), sort_keys=True, default=str),
+        latent_shape(family),
+    )
 
 
 @cache
@@ -130,7 +178,9 @@ def _effort(architecture: str, values: str, shape: tuple[int, int, int]) -> floa
 
 
 def pace(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second that a network may reach on a device: half of what a large product of matrices does."""
+    """Floating-point operations per second that a network may reach on a device: half of what a large product
+    of matrices does.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a, start, done = torch.ones(size, size, device=device, dtype=dtype), time.perf_counter(), 0
     while time.perf_counter() - start < 0.5:
@@ -140,7 +190,9 @@ def pace(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.device, dtype: torch.dtype) -> str:
-    """How long evaluations, counted per member, may take on a device, in words: a rough guess, of the networks alone."""
+    """How long evaluations, counted per member, may take on a device, in words: a rough guess, of the
+    networks alone.
+    """
     try:
         work = sum(count * effort(family, name) for name, count in calls.items() if count)
     except UserError as error:
@@ -151,16 +203,28 @@ def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.devic
 
 def spelt(seconds: float) -> str:
     """A duration in its best unit."""
-    size, unit = next(pair for pair in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds >= pair[0] or pair[0] == 60)
+    size, unit = next(
+        pair
+        for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"))
+        if seconds >= pair[0] or pair[0] == 60
+    )
     return f"{seconds / size:.1f} {unit}"
 
 
 def forecast(
-    family: FamilyCard, calls: Mapping[str, float], dtype: torch.dtype, device: torch.device, evaluators: Sequence[str] = ()
+    family: FamilyCard,
+    calls: Mapping[str, float],
+    dtype: torch.dtype,
+    device: torch.device,
+    evaluators: Sequence[str] = (),
 ) -> str:
-    """What a run will load, ask and take, as text: a budget of the members and evaluators, evaluations per image summed, time."""
+    """What a run will load, ask and take, as text: a budget of the members and evaluators, evaluations per
+    image summed, time.
+    """
     try:
-        parts = table([*needs(family, list(calls), dtype), *(evaluator_need(family, name) for name in evaluators)])
+        parts = table(
+            [*needs(family, list(calls), dtype), *(evaluator_need(family, name) for name in evaluators)]
+        )
     except UserError as error:
         parts = f"download and memory: unknown ({error})"
     asked = ", ".join(f"{count:.0f} of {name}" for name, count in calls.items())
@@ -181,13 +245,21 @@ def free(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def check(what: str, needed: Sequence[Need], device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
-    """Raises UserError, with what would fit, when parts need more memory than is free; fixed: dtype is not the user's to choose."""
+def check(
+    what: str, needed: Sequence[Need], device: torch.device, dtype: torch.dtype, fixed: bool = False
+) -> None:
+    """Raises UserError, with what would fit, when parts need more memory than is free; fixed: dtype is not
+    the user's to choose.
+    """
     need, room = sum(part.memory for part in needed), free(device)
     if need <= room:
         return
     smaller = need * HALF / dtype.itemsize
-    ways = [f"dtype=bf16 needs {smaller / GB:.1f}"] if not fixed and dtype.itemsize > HALF and smaller <= room else []
+    ways = (
+        [f"dtype=bf16 needs {smaller / GB:.1f}"]
+        if not fixed and dtype.itemsize > HALF and smaller <= room
+        else []
+    )
     raise UserError(
         f"{what} needs {need / GB:.1f} GB of memory on {device.type} in {str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; "
         + (ways or ["fewer members at once, or another device, would fit"])[0]
@@ -196,12 +268,18 @@ def check(what: str, needed: Sequence[Need], device: torch.device, dtype: torch.
 
 def table(needed: Sequence[Need]) -> str:
     """The budget as text: a line per part, and the sums."""
-    rows = [(n.part, f"{n.parameters / GB:.3g}", _gb(n.download), _gb(n.memory), n.repo, n.licence) for n in needed]
+    rows = [
+        (n.part, f"{n.parameters / GB:.3g}", _gb(n.download), _gb(n.memory), n.repo, n.licence)
+        for n in needed
+    ]
     total = ("together", "", _gb(sum(n.download for n in needed)), _gb(sum(n.memory for n in needed)), "", "")
     head = ("part", "10^9 parameters", "GB to download", "GB of memory", "repository", "licence")
     lines = [head, *rows, total]
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _gb(size: float) -> str:
@@ -212,7 +290,11 @@ def _config(kind: type, repo: str, subfolder: str | None, **home) -> dict:
     """A part's config as plain values."""
     if hasattr(kind, "load_config"):  # diffusers'
         return dict(kind.load_config(place(repo), subfolder=subfolder, **home))
-    return import_module("transformers").AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home).to_dict()
+    return (
+        import_module("transformers")
+        .AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home)
+        .to_dict()
+    )
 
 
 def _count(kind: type, config: dict) -> tuple[int, int]:
@@ -224,30 +306,52 @@ def _counted(kind: type, config: str) -> tuple[int, int]:
     """The number of parameters of a network by its config, and how many of them quantising packs."""
     values = json.loads(config)
     with init_empty_weights():
-        net = kind.from_config(values) if hasattr(kind, "load_config") else kind(kind.config_class.from_dict(values))
+        net = (
+            kind.from_config(values)
+            if hasattr(kind, "load_config")
+            else kind(kind.config_class.from_dict(values))
+        )
     if hasattr(net, "tie_weights"):
         net.tie_weights()  # on the meta device shared embeddings are two
-    return sum(weight.numel() for weight in net.parameters()), sum(net.get_submodule(name).weight.numel() for name in inside(net))
+    return sum(weight.numel() for weight in net.parameters()), sum(
+        net.get_submodule(name).weight.numel() for name in inside(net)
+    )
 
 
 def _download(
-    repo: str, revision: str | None, subfolder: str, variant: str | None, count: int, file: str = "", size: int = HALF
+    repo: str,
+    revision: str | None,
+    subfolder: str,
+    variant: str | None,
+    count: int,
+    file: str = "",
+    size: int = HALF,
 ) -> float:
-    """Bytes of the weights that diffusers would fetch for a part; `size` bytes a number are assumed where the Hub cannot be asked."""
+    """Bytes of the weights that diffusers would fetch for a part; `size` bytes a number are assumed where the
+    Hub cannot be asked.
+    """
     folder = f"{subfolder}/" if subfolder else ""
     home = _home(repo, revision)
     if file:
         return 0 if _file(repo, revision, file) else _sizes(repo, revision).get(file, size * count)
     if home and _chosen([path.name for path in (home / subfolder).glob("*") if path.is_file()], variant):
         return 0
-    sizes = {name.removeprefix(folder): own for name, own in _sizes(repo, revision).items() if name.startswith(folder)}
+    sizes = {
+        name.removeprefix(folder): own
+        for name, own in _sizes(repo, revision).items()
+        if name.startswith(folder)
+    }
     return sum(sizes[name] for name in _chosen(sizes, variant)) or size * count
 
 
 def _chosen(names: Iterable[str], variant: str | None) -> list[str]:
     """The weight files of a folder that diffusers takes: the variant's, safetensors before others."""
     marks = (f".{variant}.", f".{variant}-") if variant else ()  # the latter in front of a shard's number
-    right = [name for name in names if "/" not in name and (any(m in name for m in marks) if marks else name.count(".") == 1)]
+    right = [
+        name
+        for name in names
+        if "/" not in name and (any(m in name for m in marks) if marks else name.count(".") == 1)
+    ]
     return next((found for kind in WEIGHTS if (found := [name for name in right if name.endswith(kind)])), [])
 
 
@@ -257,7 +361,10 @@ def _sizes(repo: str, revision: str | None) -> dict[str, int]:
     if constants.HF_HUB_OFFLINE:
         return {}
     try:
-        return {file.rfilename: file.size or 0 for file in HfApi().model_info(repo, revision=revision, files_metadata=True).siblings}
+        return {
+            file.rfilename: file.size or 0
+            for file in HfApi().model_info(repo, revision=revision, files_metadata=True).siblings
+        }
     except BROKEN:
         return {}
 
@@ -266,7 +373,10 @@ def _home(repo: str, revision: str | None) -> Path | None:
     """Where a repository's revision lies on disk; None where it does not."""
     if Path(place(repo)).is_dir():
         return Path(place(repo))
-    cached, revision = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}", available(repo, revision) or "main"
+    cached, revision = (
+        Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}",
+        available(repo, revision) or "main",
+    )
     named = cached / "refs" / revision
     found = cached / "snapshots" / (named.read_text().strip() if named.is_file() else revision)
     return found if found.is_dir() else None
@@ -275,7 +385,9 @@ def _home(repo: str, revision: str | None) -> Path | None:
 def _file(repo: str, revision: str | None, file: str) -> Path | None:
     """Where a file of a repository, or one of one's own, lies on disk; None where it does not."""
     home = _home(repo, revision)
-    return next((path for path in [*([home / file] if home else []), Path(file), ROOT / file] if path.is_file()), None)
+    return next(
+        (path for path in [*([home / file] if home else []), Path(file), ROOT / file] if path.is_file()), None
+    )
 
 
 @dataclass
@@ -290,7 +402,9 @@ def main(cfg: Config) -> None:
     family, dtypes = card(cfg.family), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     unknown = [name for name in cfg.members if name not in family.members]
     if unknown or cfg.dtype not in dtypes:
-        raise UserError(f"no member or dtype {(unknown or [cfg.dtype])[0]!r}; there are {', '.join([*family.members, *dtypes])}")
+        raise UserError(
+            f"no member or dtype {(unknown or [cfg.dtype])[0]!r}; there are {', '.join([*family.members, *dtypes])}"
+        )
     print(table(needs(family, cfg.members or list(family.members), dtypes[cfg.dtype])))
 
 

@@ -13,10 +13,19 @@ from models.noise import TRAIN_STEPS, timesteps
 
 CARDS = ROOT / "configs/families"
 PEOPLE = (  # most sliders are about them
-    "photo of a woman in a park", "photo of a man at a desk", "portrait of a chef in a kitchen", "portrait of a dancer on a stage",
-    "photo of a farmer in a field", "photo of a student in a library", "portrait of a sailor on a boat", "photo of a person in the rain",
-    "portrait of a nurse in a hospital", "photo of a cyclist on a street", "portrait of a singer on a stool", "photo of a child at a beach",
-)  # fmt: skip
+    "photo of a woman in a park",
+    "photo of a man at a desk",
+    "portrait of a chef in a kitchen",
+    "portrait of a dancer on a stage",
+    "photo of a farmer in a field",
+    "photo of a student in a library",
+    "portrait of a sailor on a boat",
+    "photo of a person in the rain",
+    "portrait of a nurse in a hospital",
+    "photo of a cyclist on a street",
+    "portrait of a singer on a stool",
+    "photo of a child at a beach",
+)
 
 
 @dataclass
@@ -26,8 +35,11 @@ class MemberCard:
     repo: str = ""  # Hub id, or folder relative to the project; empty = the family's
     revision: str | None = None  # commit or branch on the Hub; null = of the family's repo, the family's
     variant: str | None = None  # of the weight files, e.g. fp16; null = of the family's repo, the family's
-    subfolder: str | None = ""  # folder of the network inside the repo; empty = unet or transformer, null = the repo itself
-    file: str = ""  # a single weights file in the repo or on disk, for the base's architecture; empty = a diffusers folder
+    subfolder: str | None = (
+        ""  # folder of the network inside the repo; empty = unet or transformer, null = the repo itself
+    )
+    # a single weights file in the repo or on disk, for the base's architecture; empty = a diffusers folder
+    file: str = ""
     lora: str = ""  # a LoRA file in the repo or on disk: this member is the base with it
     lora_scale: float = 1.0  # of that LoRA
     sha256: str = ""  # of the file, checked when given
@@ -36,13 +48,19 @@ class MemberCard:
     prediction_type: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
     noise_schedule: Literal["vp", "vp-linear", "flow"] = "vp"  # how alpha and sigma follow t
     steps: int = 50  # evaluations of a sampling run
-    spacing: Literal["leading", "trailing", "linspace"] = "leading"  # timestep spacing; flows take their scheduler's instead
+    spacing: Literal["leading", "trailing", "linspace"] = (
+        "leading"  # timestep spacing; flows take their scheduler's instead
+    )
     timesteps: list[float] = field(default_factory=list)  # explicit timesteps, which win over the spacing
     eta: float = 0.0  # share of fresh noise per update: 0 DDIM and Euler, 1 LCM and DMD2
     ancestral: bool = False  # Euler-ancestral's eta instead
     guidance: float | None = None  # classifier-free guidance; null = conditional only
-    guidance_embedding: float | None = None  # what the network itself is told: LCM the guidance scale minus one, Flux the scale
-    final: Literal["clean", "first"] = "clean"  # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
+    guidance_embedding: float | None = (
+        None  # what the network itself is told: LCM the guidance scale minus one, Flux the scale
+    )
+    final: Literal["clean", "first"] = (
+        "clean"  # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
+    )
     start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)
 
 
@@ -53,22 +71,32 @@ class FamilyCard:
     name: str = ""
     extends: str = ""  # another card, by name or path, of which this one says only what differs
     architecture: str = "sdxl"  # kind of network and pipeline, see models/architectures.py
-    repo: str = ""  # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
+    repo: str = (
+        ""  # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
+    )
     revision: str | None = None  # commit or branch on the Hub
     variant: str | None = None  # of the weight files, e.g. fp16; null = the plain ones
     licence: str = ""
     size_px: int = 1024  # images are square
     text_length: int | None = None  # tokens of a T5 or Qwen prompt; null = the pipeline's default
-    encoders: Literal["fp32", "network"] = "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
-    batch_size: int = 8  # latents at once in training, where the run does not say; a slider's step then takes less than 24 GB if any does
+    encoders: Literal["fp32", "network"] = (
+        "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
+    )
+    # latents at once in training, where the run does not say; a slider's step then takes less than 24 GB if
+    # any does
+    batch_size: int = 8
     base: str = "base"  # the member the others were distilled from
-    clip: str = ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
+    clip: str = (
+        ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
+    )
     siglip: str = ""  # evaluator: a SiglipModel, likewise
     dino: str = ""  # evaluator without words: a Dinov2Model, likewise
     dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble
     inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
-    prompts: list[str] = field(default_factory=lambda: list(PEOPLE))  # what controls are measured on by default
+    prompts: list[str] = field(
+        default_factory=lambda: list(PEOPLE)
+    )  # what controls are measured on by default
     members: dict[str, MemberCard] = field(default_factory=dict)
 
 
@@ -81,14 +109,20 @@ def card(name: str) -> FamilyCard:
         if ":" in name:
             raise UserError(f"{path}: name={name!r} has a colon, which stands between a member and a plan")
     if found.architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: no architecture {found.architecture!r}; there are {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"{path}: no architecture {found.architecture!r}; there are {', '.join(ARCHITECTURES)}"
+        )
     if found.base not in found.members:
         raise UserError(f"{path}: base {found.base!r} is not one of its members: {', '.join(found.members)}")
     for member, its in found.members.items():
         if (its.noise_schedule == "flow") != (its.prediction_type == "flow"):
-            raise UserError(f"{path}: member {member} has noise_schedule {its.noise_schedule} and prediction_type {its.prediction_type}; flow goes with flow")
+            raise UserError(
+                f"{path}: member {member} has noise_schedule {its.noise_schedule} and prediction_type {its.prediction_type}; flow goes with flow"
+            )
         if bool(its.file) + bool(its.lora) > 1 or (member == found.base and its.lora):
-            raise UserError(f"{path}: member {member} has a file or a lora, not both, and the base has no lora")
+            raise UserError(
+                f"{path}: member {member} has a file or a lora, not both, and the base has no lora"
+            )
         if its.subfolder == "":
             its.subfolder = ARCHITECTURES[found.architecture].part
         if its.guidance == 1:
@@ -98,11 +132,15 @@ def card(name: str) -> FamilyCard:
 
 
 def _schedule(member: MemberCard, where: str) -> None:
-    """Raises UserError for noise levels that no run could go through: they fall, and lie where the network was trained."""
+    """Raises UserError for noise levels that no run could go through: they fall, and lie where the network
+    was trained.
+    """
     if not 1 <= member.steps <= TRAIN_STEPS:
         raise UserError(f"{where} has steps {member.steps}; there can be 1 … {TRAIN_STEPS}")
     last = TRAIN_STEPS if member.noise_schedule == "flow" else TRAIN_STEPS - 1
-    steps = member.timesteps or ([] if member.noise_schedule == "flow" else timesteps(member.spacing, member.steps))
+    steps = member.timesteps or (
+        [] if member.noise_schedule == "flow" else timesteps(member.spacing, member.steps)
+    )
     if any(not 0 <= t <= last for t in steps):
         raise UserError(f"{where} has timesteps outside of 0 … {last}: {steps}")
     if any(b >= a for a, b in pairwise(steps)):

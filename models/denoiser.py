@@ -18,10 +18,14 @@ class Denoiser:
 
     net: nn.Module
     prediction_type: str = "eps"  # what the network predicts: eps, v, flow, sample
-    guidance_embedding: float | None = None  # guidance that the network itself is told: LCM the scale minus one, Flux the scale
+    guidance_embedding: float | None = (
+        None  # guidance that the network itself is told: LCM the scale minus one, Flux the scale
+    )
     call: Call = call_sdxl  # how this kind of network is called, see models/architectures.py
     delta: Delta | None = None  # of a student that is a LoRA over the network
-    lora_scale: Scale = 1.0  # of the delta; a function of the noise level for one that changes from step to step
+    lora_scale: Scale = (
+        1.0  # of the delta; a function of the noise level for one that changes from step to step
+    )
     nfe: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
 
     def __call__(self, x: Tensor, noise: Noise, prompts: Prompts, guidance: float | None = None) -> Tensor:
@@ -29,7 +33,9 @@ class Denoiser:
         if guidance is None:
             return self._x0(x, noise, prompts)
         if prompts.negative is None:
-            raise UserError("guidance needs prompts with a negative side; say guidance=null for conditional only")
+            raise UserError(
+                "guidance needs prompts with a negative side; say guidance=null for conditional only"
+            )
         both = self._x0(torch.cat([x, x]), noise, concatenate(prompts.negative, prompts))
         self.nfe += 1
         negative, positive = both.chunk(2)
@@ -39,5 +45,7 @@ class Denoiser:
         self.nfe += 1
         dtype = next(self.net.parameters()).dtype
         dial(self.net, self.delta, self.lora_scale(noise) if callable(self.lora_scale) else self.lora_scale)
-        out = self.call(self.net, x.to(dtype), noise.t, prompts.conditional().to(dtype), self.guidance_embedding)
+        out = self.call(
+            self.net, x.to(dtype), noise.t, prompts.conditional().to(dtype), self.guidance_embedding
+        )
         return to_x0(x, out.to(x.dtype), noise, self.prediction_type)

@@ -15,10 +15,13 @@ from torch import Tensor
 from configs import UserError, folders, tracking
 from models.families import DTYPES, fast_dtype
 
-SHARDED = {  # what `accelerate launch` says in the environment: ways to cut a network in pieces, which nothing here does
-    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+# what `accelerate launch` says in the environment: ways to cut a network in pieces, which nothing here does
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config (tensor, context or sequence parallel)",
-}  # fmt: skip
+}
 
 
 class Processes(Accelerator):
@@ -29,7 +32,9 @@ class Processes(Accelerator):
             super().wait_for_everyone()
 
     def mean(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The mean of each tensor over all processes, in one exchange; the tensors themselves where there is one process."""
+        """The mean of each tensor over all processes, in one exchange; the tensors themselves where there is
+        one process.
+        """
         if self.num_processes == 1 or not tensors:
             return tensors
         with _together():
@@ -44,10 +49,11 @@ class Processes(Accelerator):
 
 
 def start(cfg: Any, free: tuple[str, ...] | None = None) -> Processes:
-    """The processes of a command, after a look at its folder: what cannot be is said before anything is loaded or touched.
+    """The processes of a command, after a look at its folder: what cannot be is said before anything is
+    loaded or touched.
 
-    free: as `folders.look` has it. Raises UserError for a setting of `accelerate launch` that is not heeded, for a W&B mode that
-    there is not, and as `folders.look` does.
+    free: as `folders.look` has it. Raises UserError for a setting of `accelerate launch` that is not heeded,
+    for a W&B mode that there is not, and as `folders.look` does.
     """
     tracking.check(cfg.wandb)
     if not cfg.dry_run:
@@ -56,9 +62,16 @@ def start(cfg: Any, free: tuple[str, ...] | None = None) -> Processes:
     heed(os.environ, cfg, device)
     found = Processes(cpu=_cpu(), mixed_precision="no")  # what was heeded is ours from here on
     atexit.register(_part)
-    if found.num_processes == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        print("note: this is one process; for more on CPUs: torchrun --nproc_per_node=N FILE …, or accelerate launch with mpirun_hostfile",
-              file=sys.stderr, flush=True)  # fmt: skip
+    if (
+        found.num_processes == 1
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+        and "MASTER_ADDR" in os.environ
+    ):
+        print(
+            "note: this is one process; for more on CPUs: torchrun --nproc_per_node=N FILE …, or accelerate launch with mpirun_hostfile",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
@@ -66,25 +79,39 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
     """Raises UserError for a setting of `accelerate launch` that says something else than the config does."""
     for name, what in SHARDED.items():
         if settings.get(name, "false").lower() in ("1", "true", "yes"):
-            raise UserError(f"accelerate's {what} is not heeded: every process holds the whole network; choose a launch without it"
-                            " (for less memory: memory.offload=true, quantize=nf4)")  # fmt: skip
+            raise UserError(
+                f"accelerate's {what} is not heeded: every process holds the whole network; choose a launch without it"
+                " (for less memory: memory.offload=true, quantize=nf4)"
+            )
     dtype = DTYPES.get(cfg.dtype) or fast_dtype(torch.device(device))
     runs_in = next(name for name, kind in DTYPES.items() if kind is dtype)
     precision = settings.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", runs_in):
         instead = precision if precision in DTYPES else "bf16"
-        raise UserError(f"accelerate's mixed_precision={precision} is not heeded: with dtype={cfg.dtype} the network runs in {runs_in};"
-                        f" give dtype={instead}, or mixed_precision=no")  # fmt: skip
+        raise UserError(
+            f"accelerate's mixed_precision={precision} is not heeded: with dtype={cfg.dtype} the network runs in {runs_in};"
+            f" give dtype={instead}, or mixed_precision=no"
+        )
     compiled, backend = cfg.memory.compile or "no", settings.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("no", compiled):
-        raise UserError(f"accelerate's dynamo_backend={backend} is not heeded; give memory.compile={backend}, or dynamo_backend=no")
-    batches, steps = getattr(cfg, "gradient_accumulation_steps", 1), settings.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        raise UserError(
+            f"accelerate's dynamo_backend={backend} is not heeded; give memory.compile={backend}, or dynamo_backend=no"
+        )
+    batches, steps = (
+        getattr(cfg, "gradient_accumulation_steps", 1),
+        settings.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+    )
     if steps not in ("1", str(batches)):
-        raise UserError(f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have accumulate={batches}")
+        raise UserError(
+            f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have accumulate={batches}"
+        )
 
 
 def claim(processes: Accelerator, cfg: Any, free: tuple[str, ...] = ()) -> Path:
-    """The folder of the run, claimed by the first process for all: see `folders.claim`. The others end with it where it is refused."""
+    """The folder of the run, claimed by the first process for all: see `folders.claim`.
+
+    The others end with it where it is refused.
+    """
     error = None
     if processes.is_main_process:
         try:
@@ -99,11 +126,17 @@ def claim(processes: Accelerator, cfg: Any, free: tuple[str, ...] = ()) -> Path:
 
 
 def _cpu() -> bool:
-    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    return not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in (
+        "1",
+        "true",
+        "yes",
+    )
 
 
 def _part() -> None:
-    """Ends the connections of processes on CPUs, whose threads would else be torn down with the interpreter, which is a crash."""
+    """Ends the connections of processes on CPUs, whose threads would else be torn down with the interpreter,
+    which is a crash.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
@@ -116,5 +149,6 @@ def _together():
     except RuntimeError as error:
         if not torch.distributed.is_initialized():
             raise
-        raise UserError(f"another process of this run has ended ({str(error)[:80]}…); its own message says why; the same command continues"
-                        ) from None  # fmt: skip
+        raise UserError(
+            f"another process of this run has ended ({str(error)[:80]}…); its own message says why; the same command continues"
+        ) from None

@@ -31,7 +31,10 @@ class Evaluator(Protocol):
     def features(self, images: Tensor) -> np.ndarray: ...
 
     def direction(self, positive: str, negative: str) -> np.ndarray:
-        """From the negative to the positive description, (d,). Raises UserError where it cannot tell them apart, or reads no words."""
+        """From the negative to the positive description, (d,).
+
+        Raises UserError where it cannot tell them apart, or reads no words.
+        """
         ...
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
@@ -46,7 +49,8 @@ class Evaluator(Protocol):
 class Picture:
     """A vision model of transformers: pictures to unit-length embeddings. It reads no words.
 
-    Its parts are loaded when they are first asked for; each raises UserError in one line when it cannot be loaded.
+    Its parts are loaded when they are first asked for; each raises UserError in one line when it cannot be
+    loaded.
     """
 
     kind = "AutoModel"
@@ -71,15 +75,21 @@ class Picture:
     def pixels(self) -> dict:
         """How the model was trained to see pictures."""
         with one_line(f"the evaluator {self.repo}"):
-            return json.loads(file_of(self.repo, self.revision or None, "preprocessor_config.json").read_text())
+            return json.loads(
+                file_of(self.repo, self.revision or None, "preprocessor_config.json").read_text()
+            )
 
     def _part(self, name: str, **options) -> Any:
-        from transformers import logging  # seconds, which a command that finds everything seen already need not wait
+        from transformers import (
+            logging,
+        )  # seconds, which a command that finds everything seen already need not wait
 
         logging.disable_progress_bar()
         with one_line(f"the evaluator {self.repo}"):
             kind = getattr(import_module("transformers"), name)
-            return kind.from_pretrained(place(self.repo), revision=available(self.repo, self.revision or None), **options)
+            return kind.from_pretrained(
+                place(self.repo), revision=available(self.repo, self.revision or None), **options
+            )
 
     @property
     def resize_px(self) -> int:
@@ -89,7 +99,11 @@ class Picture:
     @property
     def size_px(self) -> int:
         """Side of a picture as the model sees it."""
-        return _side(self.pixels["crop_size"]) if self.pixels.get("crop_size") and self.pixels.get("do_center_crop") else self.resize_px
+        return (
+            _side(self.pixels["crop_size"])
+            if self.pixels.get("crop_size") and self.pixels.get("do_center_crop")
+            else self.resize_px
+        )
 
     @cached_property
     def mean(self) -> Tensor:
@@ -123,7 +137,9 @@ class Picture:
         return (pixels[..., edge : edge + inner, edge : edge + inner] - self.mean) / self.std
 
     def direction(self, positive: str, negative: str) -> np.ndarray:
-        raise UserError(f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's own direction")
+        raise UserError(
+            f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's own direction"
+        )
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """Cosine to the positive description minus cosine to the negative one, where there is one."""
@@ -164,8 +180,13 @@ class Clip(Picture):
         length = self.model.config.text_config.max_position_embeddings
         for line in cuts([(self.tokenizer, length)], [text]):
             note(f"the evaluator {self.repo}: {line}")
-        ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        return finite(F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0], type(self).__name__.lower())
+        ids = self.tokenizer(
+            [text], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+        return finite(
+            F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0],
+            type(self).__name__.lower(),
+        )
 
     def read(self, ids: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
@@ -177,7 +198,8 @@ class Clip(Picture):
         return features - (features @ direction)[..., None] * direction
 
     def direction(self, positive: str, negative: str) -> np.ndarray:
-        """From the negative to the positive description, (d,); the positive one itself where there is no other.
+        """From the negative to the positive description, (d,); the positive one itself where there is no
+        other.
 
         Raises UserError for two that it cannot tell apart.
         """
@@ -203,7 +225,10 @@ class Siglip(Clip):
 
 
 class DreamSim(Picture):
-    """DreamSim (Fu et al. 2023), the paper's measure of diversity: its distance is 1 - cosine of these. Extra `dreamsim`."""
+    """DreamSim (Fu et al. 2023), the paper's measure of diversity: its distance is 1 - cosine of these.
+
+    Extra `dreamsim`.
+    """
 
     def __init__(self, kind: str, device: str | torch.device = "cpu"):
         """kind: which of the published models, e.g. ensemble; the package itself fetches the weights."""
@@ -211,7 +236,9 @@ class DreamSim(Picture):
         self.device, self.identity = device, kind
 
     def embed(self, images: Tensor) -> Tensor:
-        pixels = F.interpolate(images.to(self.device) / 2 + 0.5, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+        pixels = F.interpolate(
+            images.to(self.device) / 2 + 0.5, (224, 224), mode="bicubic", antialias=True
+        ).clamp(0, 1)
         return F.normalize(self.model.embed(pixels), dim=-1)
 
 
@@ -220,7 +247,9 @@ class Inception(Picture):
 
     def __init__(self, kind: str, device: str | torch.device = "cpu"):
         """kind: torch-fidelity's name of the network, inception-v3-compat."""
-        net = extra("torch_fidelity.feature_extractor_inceptionv3", "inception").FeatureExtractorInceptionV3(kind, ["2048"])
+        net = extra("torch_fidelity.feature_extractor_inceptionv3", "inception").FeatureExtractorInceptionV3(
+            kind, ["2048"]
+        )
         self.model, self.device, self.identity = net.to(device).eval(), device, kind
 
     def embed(self, images: Tensor) -> Tensor:
@@ -234,7 +263,9 @@ def extra(package: str, name: str = "") -> Any:
     try:
         return import_module(package)
     except ImportError:
-        raise UserError(f"this evaluator needs {package.partition('.')[0]}: pip install -e '.[{name or package}]'") from None
+        raise UserError(
+            f"this evaluator needs {package.partition('.')[0]}: pip install -e '.[{name or package}]'"
+        ) from None
 
 
 class Attributes:
@@ -243,15 +274,23 @@ class Attributes:
     def __init__(self, folder: str, device: str | torch.device = "cpu"):
         if not (Path(place(folder)) / "model.safetensors").is_file():
             raise UserError(f"no attribute probe in {folder}; train it with python train/tiny.py probe")
-        self.device, self.probe, self.identity = device, Probe.load(Path(place(folder))).to(device), content(folder, None, "", "")
+        self.device, self.probe, self.identity = (
+            device,
+            Probe.load(Path(place(folder))).to(device),
+            content(folder, None, "", ""),
+        )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
         """The attributes (B, len(ATTRIBUTES)). Raises UserError for what is not finite."""
-        return finite(self.probe(images.to(self.device)).double().cpu().numpy(), "the attribute probe", images)
+        return finite(
+            self.probe(images.to(self.device)).double().cpu().numpy(), "the attribute probe", images
+        )
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
-        """Where the picture stands between what the two descriptions claim: 0 at the negative, 1 at the positive one."""
+        """Where the picture stands between what the two descriptions claim: 0 at the negative, 1 at the
+        positive one.
+        """
         direction, less = self.direction(positive, negative), claims(negative)
         origin = np.array([less.get(a, 0.0) for a in ATTRIBUTES])
         return (features - origin) @ direction / (direction @ direction)
@@ -270,28 +309,53 @@ class Attributes:
 
 
 def finite(features: np.ndarray, evaluator_name: str, images: Tensor | None = None) -> np.ndarray:
-    """The features of images, or of a text. Raises UserError, which names whose fault it is, where they are not finite."""
+    """The features of images, or of a text.
+
+    Raises UserError, which names whose fault it is, where they are not finite.
+    """
     if not np.isfinite(features).all():
         if images is not None and not torch.isfinite(images).all():
-            raise UserError("the pictures are not finite: a smaller scale, or dtype=fp32, may do, or weights are damaged")
+            raise UserError(
+                "the pictures are not finite: a smaller scale, or dtype=fp32, may do, or weights are damaged"
+            )
         raise UserError(f"{evaluator_name} gives numbers that are not finite: its weights are damaged")
     return features
 
 
-EVALUATORS = {"clip": Clip, "siglip": Siglip, "probe": Attributes, "dino": Dino, "dreamsim": DreamSim, "inception": Inception}
-UNIT = ("clip", "siglip", "dino", "dreamsim")  # whose features are of unit length: their distance is 1 - cosine
+EVALUATORS = {
+    "clip": Clip,
+    "siglip": Siglip,
+    "probe": Attributes,
+    "dino": Dino,
+    "dreamsim": DreamSim,
+    "inception": Inception,
+}
+UNIT = (
+    "clip",
+    "siglip",
+    "dino",
+    "dreamsim",
+)  # whose features are of unit length: their distance is 1 - cosine
 READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
 
 
-PACKAGED = {"dreamsim": (258e6, 1.3e9), "inception": (23.9e6, 95.6e6)}  # parameters, and bytes that their packages fetch, about
+PACKAGED = {
+    "dreamsim": (258e6, 1.3e9),
+    "inception": (23.9e6, 95.6e6),
+}  # parameters, and bytes that their packages fetch, about
 
 
 def chosen(card: FamilyCard, names: Sequence[str] = ()) -> list[str]:
-    """The names of a card's evaluators, or of all of them that read words. Raises UserError for one that the card has nothing for."""
+    """The names of a card's evaluators, or of all of them that read words.
+
+    Raises UserError for one that the card has nothing for.
+    """
     there = [name for name in EVALUATORS if getattr(card, name)]
     for name in names:
         if name not in there:
-            raise UserError(f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}")
+            raise UserError(
+                f"the card of family {card.name} has no evaluator {name!r}; it has {', '.join(there)}"
+            )
     return list(dict.fromkeys(names or [name for name in there if name in READERS]))
 
 
@@ -300,7 +364,8 @@ def load_evaluators(
 ) -> dict[str, Evaluator]:
     """A card's evaluators by name, or all of them that read words; the first is the primary one.
 
-    load_now: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and for what cannot be loaded.
+    load_now: loaded now, not when first asked. Raises UserError for a name that the card has nothing for, and
+    for what cannot be loaded.
     """
     found = {name: EVALUATORS[name](getattr(card, name), device) for name in chosen(card, names)}
     for evaluator in found.values() if load_now else ():

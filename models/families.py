@@ -14,7 +14,17 @@ from models import budget
 from models.architectures import ARCHITECTURES
 from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
-from models.loading import fetch, file_of, latent_shape, network, one_line, place, published_scheduler, skeleton, source
+from models.loading import (
+    fetch,
+    file_of,
+    latent_shape,
+    network,
+    one_line,
+    place,
+    published_scheduler,
+    skeleton,
+    source,
+)
 from models.lora_student import Delta
 from models.lora_student import read as delta_of
 from models.noise import BETAS, CLEAN, NOISE_SCHEDULES, Noise, ancestral
@@ -24,18 +34,31 @@ from models.quantized import quantize as pack
 from models.sampler import Denoiser, Member, alone, draw_noise, finish, levels_of
 from models.tokens import Reader, cuts, tell_apart
 
-if TYPE_CHECKING:  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
+if (
+    TYPE_CHECKING
+):  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
     from diffusers import DiffusionPipeline
 
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
 REMEMBERED = 2e9  # bytes of encoded prompts that are kept
 ENCODED = 64  # texts that are encoded at once
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "sample"}  # diffusers' words for what a network predicts
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # auto = fast_dtype
+PREDICTIONS = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "sample",
+}  # diffusers' words for what a network predicts
+DTYPES = {
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}  # auto = fast_dtype
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, fp32 on a CPU, where small networks gain little from bf16 and images would vary with the batch (LOG.md)."""
+    """bf16 on a GPU, fp32 on a CPU, where small networks gain little from bf16 and images would vary with the
+    batch (LOG.md).
+    """
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
@@ -43,17 +66,30 @@ class Family:
     """A loaded family. VAE and text encoders are shared; networks are loaded when first asked for."""
 
     def __init__(
-        self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, memory: Memory | None = None,
-        bare: bool = False, batch_size: int = 0,
-    ):  # fmt: skip
-        """bare: networks have no weights, for a plan of what a run will ask of them. batch: images drawn at once; 0 = as many as usual
-        at their size, see models/batches.py. Raises UserError as `card` does."""
+        self,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        memory: Memory | None = None,
+        bare: bool = False,
+        batch_size: int = 0,
+    ):
+        """bare: networks have no weights, for a plan of what a run will ask of them. batch: images drawn at
+        once; 0 = as many as usual
+        at their size, see models/batches.py. Raises UserError as `card` does.
+        """
         self.card, self.memory, self.bare = card(name), memory or Memory(), bare
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
-        self.turns, self.home = Offloader(self.device), torch.device("cpu") if self.memory.offload else self.device
-        self.drawing, self.decoding = Batches.drawn(batch_size, self.card.size_px), Batches.decoded(self.card.size_px)
+        self.turns, self.home = (
+            Offloader(self.device),
+            torch.device("cpu") if self.memory.offload else self.device,
+        )
+        self.drawing, self.decoding = (
+            Batches.drawn(batch_size, self.card.size_px),
+            Batches.decoded(self.card.size_px),
+        )
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
         self._encoded: dict[tuple[str, str | None], Prompts] = {}
@@ -71,7 +107,9 @@ class Family:
             self._pipe.set_progress_bar_config(disable=True)
             if self.memory.tiling:
                 self._pipe.vae.enable_slicing()
-            if self.memory.tiling and type(self._pipe.vae).__name__ == "AutoencoderKL":  # the tiny one tiles for a factor of 8 only
+            if (
+                self.memory.tiling and type(self._pipe.vae).__name__ == "AutoencoderKL"
+            ):  # the tiny one tiles for a factor of 8 only
                 self._pipe.vae.enable_tiling()
         return self._pipe
 
@@ -79,10 +117,22 @@ class Family:
         """The pipeline from its repository, at home: without its network, and without what is given as None."""
         its, fixed = self.architecture, self.card.encoders == "fp32"
         text = torch.float32 if fixed else self.dtype
-        budget.check(f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype), self.home, text, fixed)
+        budget.check(
+            f"{self.card.name} (VAE, text encoders)",
+            budget.shared(self.card, self.dtype),
+            self.home,
+            text,
+            fixed,
+        )
         absent = dict.fromkeys((its.part, *its.absent)) | without
-        pipe = fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant, **absent,
-                     dtype={"vae": torch.float32, "default": text})  # fmt: skip
+        pipe = fetch(
+            its.pipeline,
+            self.card.repo,
+            self.card.revision,
+            variant=self.card.variant,
+            **absent,
+            dtype={"vae": torch.float32, "default": text},
+        )
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.to(self.home).eval().requires_grad_(False)
@@ -90,26 +140,47 @@ class Family:
 
     def encoders(self) -> dict[str, nn.Module]:
         """The text encoders by their names in the pipeline; none after `forget_encoders`."""
-        return {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+        return {
+            name: part
+            for name, part in self.pipe.components.items()
+            if isinstance(part, nn.Module) and name != "vae"
+        }
 
     def forget_encoders(self) -> None:
-        """Frees the text encoders, which are most of some families' memory; the next `encode` loads them anew."""
+        """Frees the text encoders, which are most of some families' memory; the next `encode` loads them
+        anew.
+        """
         self.turns.bring([part for part in self.turns.here if part not in self.encoders().values()])
         self.pipe.register_modules(**dict.fromkeys(self.encoders()))
         release()
 
     def readers(self) -> list[Reader]:
-        """The tokenizers, each with the tokens that its text encoder takes. Loads nothing else; raises UserError where it cannot."""
+        """The tokenizers, each with the tokens that its text encoder takes.
+
+        Loads nothing else; raises UserError where it cannot.
+        """
         parts = self._pipe.components if self._pipe else self._tokenizers().components
         own = self.card.text_length or self.architecture.text_length
-        return [(part, part.model_max_length if "CLIP" in type(part).__name__ else own)
-                for name, part in parts.items() if name.startswith("tokenizer") and part is not None]  # fmt: skip
+        return [
+            (part, part.model_max_length if "CLIP" in type(part).__name__ else own)
+            for name, part in parts.items()
+            if name.startswith("tokenizer") and part is not None
+        ]
 
     def _tokenizers(self) -> "DiffusionPipeline":
         its = self.architecture
-        others = [name for name in signature(its.pipeline.__init__).parameters if name.startswith(("text_encoder", "vae"))]
-        return fetch(its.pipeline, self.card.repo, self.card.revision, variant=self.card.variant,
-                     **dict.fromkeys((its.part, *its.absent, *others)))  # fmt: skip
+        others = [
+            name
+            for name in signature(its.pipeline.__init__).parameters
+            if name.startswith(("text_encoder", "vae"))
+        ]
+        return fetch(
+            its.pipeline,
+            self.card.repo,
+            self.card.revision,
+            variant=self.card.variant,
+            **dict.fromkeys((its.part, *its.absent, *others)),
+        )
 
     def tell_apart(self, a: str, b: str) -> None:
         """Raises UserError for two texts that are the same to all of the family's text encoders."""
@@ -125,7 +196,8 @@ class Family:
 
     @torch.no_grad()
     def encode(self, texts: list[str], negative: list[str] | None = None) -> Prompts:
-        """Prompts as the pipeline itself encodes them; without negative texts the negative side is the pipeline's own (SDXL: zeros).
+        """Prompts as the pipeline itself encodes them; without negative texts the negative side is the
+        pipeline's own (SDXL: zeros).
 
         What was encoded is kept, up to REMEMBERED bytes, so that a text costs its encoders once.
         """
@@ -134,14 +206,18 @@ class Family:
         if new:
             found = self._encode([text for text, _ in new], negative and [away for _, away in new]).to("cpu")
             if found.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
-                self._encoded = {pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded}
+                self._encoded = {
+                    pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded
+                }
             self._encoded |= {pair: found[[row]] for row, pair in enumerate(new)}
         return stacked([self._encoded[pair] for pair in wanted]).to(self.device)
 
     def _encode(self, texts: list[str], negative: list[str] | None) -> Prompts:
         if not self.encoders():
             again = self._parts(vae=None)
-            self.pipe.register_modules(**{name: part for name, part in again.components.items() if isinstance(part, nn.Module)})
+            self.pipe.register_modules(
+                **{name: part for name, part in again.components.items() if isinstance(part, nn.Module)}
+            )
         self.bring(*self.encoders().values())
         new = dict.fromkeys(text for text in [*texts, *(negative or [])] if text not in self._noted)
         self._noted |= new.keys()
@@ -164,7 +240,9 @@ class Family:
         return torch.cat(self.decoding.of(lambda rows: self._pixels(latents[rows]).cpu(), len(latents)))
 
     def pixels(self, latents: Tensor) -> Tensor:
-        """The same on the device, in a way that gradients pass; what does not fit at once is computed again for them, part by part."""
+        """The same on the device, in a way that gradients pass; what does not fit at once is computed again
+        for them, part by part.
+        """
 
         def part(rows: Tensor) -> Tensor:
             if len(rows) == len(latents):
@@ -174,13 +252,17 @@ class Family:
         return torch.cat(self.decoding.of(part, len(latents)))
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        self.bring(*(self.turns.here if latents.requires_grad else ()), self.pipe.vae)  # beside the network that gradients still must pass
+        self.bring(
+            *(self.turns.here if latents.requires_grad else ()), self.pipe.vae
+        )  # beside the network that gradients still must pass
         vae, (scale, shift) = self.pipe.vae, self._latent_scale()
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a distribution."""
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a
+        distribution.
+        """
         vae, (scale, shift) = self._vae(), self._latent_scale()
 
         def encoded(rows: Tensor) -> Tensor:
@@ -205,11 +287,17 @@ class Family:
 
     @torch.no_grad()
     def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int]) -> Tensor:
-        """One image per prompt (text or encoded) and seed by the member alone, (B, 3, size_px, size_px) in [-1, 1], whatever the batch."""
+        """One image per prompt (text or encoded) and seed by the member alone, (B, 3, size_px, size_px) in
+        [-1, 1], whatever the batch.
+        """
 
         def drawn(rows: Tensor) -> Tensor:
-            noise = draw_noise([seeds[row] for row in rows], self.latent_shape, len(member.levels), self.device)
-            conditioning = prompts[rows] if isinstance(prompts, Prompts) else self.encode([prompts[row] for row in rows])
+            noise = draw_noise(
+                [seeds[row] for row in rows], self.latent_shape, len(member.levels), self.device
+            )
+            conditioning = (
+                prompts[rows] if isinstance(prompts, Prompts) else self.encode([prompts[row] for row in rows])
+            )
             return self.decode(finish(alone(member), noise, conditioning))
 
         return torch.cat(self.drawing.of(drawn, len(prompts)))
@@ -221,7 +309,9 @@ class Family:
         """
         if name not in self._members:
             if name not in self.card.members:
-                raise UserError(f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}")
+                raise UserError(
+                    f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}"
+                )
             self._members[name] = self._load(name, self.card.members[name], quantize)
         return self._members[name]
 
@@ -231,8 +321,14 @@ class Family:
         return list(self._members)
 
     def keep(self, names: Iterable[str]) -> None:
-        """Frees the networks of all members but these, and of the bases whose LoRA students these are; `member` loads them anew."""
-        kept = {base for name in names for base in (name, self.card.base if self.card.members[name].lora else name)}
+        """Frees the networks of all members but these, and of the bases whose LoRA students these are;
+        `member` loads them anew.
+        """
+        kept = {
+            base
+            for name in names
+            for base in (name, self.card.base if self.card.members[name].lora else name)
+        }
         gone = [self._members.pop(name).denoiser.net for name in self._members.keys() - kept]
         if gone:
             self.turns.here = [part for part in self.turns.here if all(part is not net for net in gone)]
@@ -241,10 +337,19 @@ class Family:
 
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
         if member.trained_px and member.trained_px != self.card.size_px:
-            note(f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at {self.card.size_px}: its images may suffer")
+            note(
+                f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at {self.card.size_px}: its images may suffer"
+            )
         self._agrees(name, member)
         net, delta = self._network(name, member, quantize)
-        denoiser = Denoiser(net, member.prediction_type, member.guidance_embedding, self.architecture.call, delta, member.lora_scale)
+        denoiser = Denoiser(
+            net,
+            member.prediction_type,
+            member.guidance_embedding,
+            self.architecture.call,
+            delta,
+            member.lora_scale,
+        )
         return Member(
             name=f"{self.card.name}/{name}",
             denoiser=denoiser,
@@ -258,7 +363,9 @@ class Family:
         )
 
     def _agrees(self, name: str, member: MemberCard) -> None:
-        """Raises UserError where the scheduler beside a member's own network says that it was trained on other noise than the card."""
+        """Raises UserError where the scheduler beside a member's own network says that it was trained on
+        other noise than the card.
+        """
         if member.noise_schedule == "flow" or member.file or member.lora:
             return
         repo, revision, _ = source(self.card, member)
@@ -267,16 +374,26 @@ class Family:
         except UserError:  # many repositories have none
             return
         first, last, power = BETAS[member.noise_schedule]
-        betas = {"beta_start": first, "beta_end": last, "beta_schedule": "scaled_linear" if power < 1 else "linear"}
+        betas = {
+            "beta_start": first,
+            "beta_end": last,
+            "beta_schedule": "scaled_linear" if power < 1 else "linear",
+        }
         other = {key: config[key] for key, value in betas.items() if key in config and config[key] != value}
         if config.get("rescale_betas_zero_snr"):
-            raise UserError(f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero (rescale_betas_zero_snr), which is "
-                            "not supported: here its first step would be told a picture that still shines through")  # fmt: skip
+            raise UserError(
+                f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero (rescale_betas_zero_snr), which is "
+                "not supported: here its first step would be told a picture that still shines through"
+            )
         if other:
-            raise UserError(f"{self.card.name}/{name} was trained on other noise than noise_schedule {member.noise_schedule}: {other}")
+            raise UserError(
+                f"{self.card.name}/{name} was trained on other noise than noise_schedule {member.noise_schedule}: {other}"
+            )
         says = PREDICTIONS.get(config.get("prediction_type", ""), member.prediction_type)
         if says != member.prediction_type:
-            note(f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says {member.prediction_type}, which is done")
+            note(
+                f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says {member.prediction_type}, which is done"
+            )
 
     def _network(self, name: str, member: MemberCard, quantize: str) -> tuple[nn.Module, Delta | None]:
         """A member's own network, or its base's with the delta that makes the student."""
@@ -288,8 +405,12 @@ class Family:
             what, home = f"{self.card.name}/{name}", torch.device("cpu") if quantize else self.home
             budget.check(what, [budget.network_need(self.card, name, self.dtype)], home, self.dtype)
             if quantize:  # whole on the CPU alone
-                budget.check(what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype)
-            net = network(self.card, name, self.dtype, home).to(home, self.dtype, memory_format=torch.channels_last)
+                budget.check(
+                    what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype
+                )
+            net = network(self.card, name, self.dtype, home).to(
+                home, self.dtype, memory_format=torch.channels_last
+            )
             trim()
             if quantize:
                 pack(net, quantize, self.device).to(self.home)
@@ -317,11 +438,19 @@ class Family:
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        repo, revision = (self.card.repo, self.card.revision) if member.file or member.lora else source(self.card, member)[:2]
+        repo, revision = (
+            (self.card.repo, self.card.revision)
+            if member.file or member.lora
+            else source(self.card, member)[:2]
+        )
         scheduler = fetch(FlowMatchEulerDiscreteScheduler, repo, revision, subfolder="scheduler")
         its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2
-        mu = calculate_shift(patches, its.base_image_seq_len, its.max_image_seq_len, its.base_shift, its.max_shift)
+        mu = calculate_shift(
+            patches, its.base_image_seq_len, its.max_image_seq_len, its.base_shift, its.max_shift
+        )
         evenly = {"sigmas": [1 - k / steps for k in range(steps)]}
-        scheduler.set_timesteps(mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": steps}))
+        scheduler.set_timesteps(
+            mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": steps})
+        )
         pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False)
         return tuple(Noise(t, 1 - sigma, sigma) for t, sigma in pairs)

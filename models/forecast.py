@@ -1,4 +1,6 @@
-"""What memory a run takes at the most, moment by moment, from configs alone: every tensor followed on torch's `meta` device."""
+"""What memory a run takes at the most, moment by moment, from configs alone: every tensor followed on torch's
+`meta` device.
+"""
 
 import json
 import weakref
@@ -65,7 +67,9 @@ def shared(card: FamilyCard, dtype: torch.dtype) -> tuple[dict[str, float], dict
     return {"VAE": parts.pop("vae", 0.0)}, {"text encoders": sum(parts.values())}
 
 
-def networks(card: FamilyCard, names: Iterable[str], dtype: torch.dtype, quantize: str = "") -> dict[str, float]:
+def networks(
+    card: FamilyCard, names: Iterable[str], dtype: torch.dtype, quantize: str = ""
+) -> dict[str, float]:
     """The networks of members, a base once for all of its LoRA students, and these students' deltas."""
     needed = {}
     for name in dict.fromkeys(names):
@@ -77,10 +81,19 @@ def networks(card: FamilyCard, names: Iterable[str], dtype: torch.dtype, quantiz
 
 
 def sums(tensors: dict[str, Tensor], dtype: torch.dtype, count: int = 1) -> dict[str, float]:
-    """What `fusing` holds beside so many networks for a control: its layers' weights, and in fp32 those of the largest, three at once."""
-    halves = {key.rsplit(".lora_", 1)[0]: tensor.shape for key, tensor in tensors.items() if ".lora_A." in key}
-    sizes = [tensors[f"{layer}.lora_B.weight"].shape[0] * shape[1:].numel() for layer, shape in halves.items()]
-    return {"weights with the control": count * sum(sizes) * dtype.itemsize + 3 * max(sizes, default=0) * torch.float32.itemsize}
+    """What `fusing` holds beside so many networks for a control: its layers' weights, and in fp32 those of
+    the largest, three at once.
+    """
+    halves = {
+        key.rsplit(".lora_", 1)[0]: tensor.shape for key, tensor in tensors.items() if ".lora_A." in key
+    }
+    sizes = [
+        tensors[f"{layer}.lora_B.weight"].shape[0] * shape[1:].numel() for layer, shape in halves.items()
+    ]
+    return {
+        "weights with the control": count * sum(sizes) * dtype.itemsize
+        + 3 * max(sizes, default=0) * torch.float32.itemsize
+    }
 
 
 def evaluating(card: FamilyCard, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, float]:
@@ -89,37 +102,56 @@ def evaluating(card: FamilyCard, rows: Mapping[str, int], dtype: torch.dtype) ->
     return {f"activations of {rows[most]} latents": rows[most] * evaluation(card, most, dtype)}
 
 
-def decoding(card: FamilyCard, images: int, memory: Memory | None = None, learning: bool = False) -> dict[str, float]:
+def decoding(
+    card: FamilyCard, images: int, memory: Memory | None = None, learning: bool = False
+) -> dict[str, float]:
     """What the VAE takes to make so many pictures at once; learning: and to pass gradients back."""
     images = 1 if memory and memory.tiling else images
     with one_line(f"the VAE's config in {card.repo}"):
         home = {"revision": available(card.repo, card.revision)}
-        library, kind = import_module("diffusers").DiffusionPipeline.load_config(place(card.repo), **home)["vae"]
+        library, kind = import_module("diffusers").DiffusionPipeline.load_config(place(card.repo), **home)[
+            "vae"
+        ]
         values = getattr(import_module(library), kind).load_config(place(card.repo), subfolder="vae", **home)
     tiled = bool(memory and memory.tiling and kind == "AutoencoderKL")
-    each = _decoding(kind, json.dumps(dict(values), sort_keys=True, default=str), latent_shape(card), tiled, learning)
+    each = _decoding(
+        kind, json.dumps(dict(values), sort_keys=True, default=str), latent_shape(card), tiled, learning
+    )
     return {f"decoding of {images} at {card.size_px} px": images * each}
 
 
 def seeing(card: FamilyCard, names: Sequence[str], images: int) -> dict[str, float]:
     """What evaluators take to look at so many pictures at once."""
-    return {f"evaluators' look at {images}": images * VIEWS * 3 * card.size_px**2 * torch.float32.itemsize} if names else {}
+    return (
+        {f"evaluators' look at {images}": images * VIEWS * 3 * card.size_px**2 * torch.float32.itemsize}
+        if names
+        else {}
+    )
 
 
 def guided(card: FamilyCard, names: Iterable[str], images: int) -> dict[str, int]:
-    """How many latents members' networks are asked for at once to draw so many images: guidance asks for each twice."""
+    """How many latents members' networks are asked for at once to draw so many images: guidance asks for each
+    twice.
+    """
     return {name: images * (1 if card.members[name].guidance is None else 2) for name in names}
 
 
 def drawing(
-    family: "Family", turns: Iterable[tuple[Iterable[str], Iterable[str]]], images: int, controls: Sequence[Mapping[str, Tensor]],
-    evaluators: Sequence[str], apart: bool = False, reading: bool = False,
-) -> list[Moment]:  # fmt: skip
-    """The moments of an analysis: prompts are encoded, then networks draw, the VAE decodes and evaluators look.
+    family: "Family",
+    turns: Iterable[tuple[Iterable[str], Iterable[str]]],
+    images: int,
+    controls: Sequence[Mapping[str, Tensor]],
+    evaluators: Sequence[str],
+    apart: bool = False,
+    reading: bool = False,
+) -> list[Moment]:
+    """The moments of an analysis: prompts are encoded, then networks draw, the VAE decodes and evaluators
+    look.
 
-    turns: the members that are in memory together and those among them that are asked, time by time. images: of one drawing. controls:
-    tensors of those that are put into the weights, one at a time. apart: pictures are decoded when the control is out of them again.
-    reading: text encoders stay, for there are too many texts.
+    turns: the members that are in memory together and those among them that are asked, time by time. images:
+    of one drawing. controls: tensors of those that are put into the weights, one at a time. apart: pictures
+    are decoded when the control is out of them again. reading: text encoders stay, for there are too many
+    texts.
     """
     card, dtype, device, each = family.card, family.dtype, family.device, min(images, family.drawing.size)
     vae, encoders = shared(card, dtype)
@@ -129,12 +161,29 @@ def drawing(
     moments = [Moment("when prompts are encoded", always | encoders | ({} if away else vae))]
     always |= encoders if reading and not away else {}
     for held, asked in dict.fromkeys((tuple(sorted(held)), tuple(sorted(asked))) for held, asked in turns):
-        nets, own = networks(card, held, dtype), {card.base if card.members[name].lora else name for name in asked}
+        nets, own = (
+            networks(card, held, dtype),
+            {card.base if card.members[name].lora else name for name in asked},
+        )
         nets = dict([max(nets.items(), key=lambda item: item[1])]) if away else nets
-        added = max((sums(control, dtype, 1 if away else len(own)) for control in controls), key=total, default={})
+        added = max(
+            (sums(control, dtype, 1 if away else len(own)) for control in controls), key=total, default={}
+        )
         when = f"when {', '.join(asked)} {'draw' if len(asked) > 1 else 'draws'} {each} at once"
-        moments.append(Moment(when, always | ({} if away else vae) | nets | added | evaluating(card, guided(card, asked, each), dtype)))
-        moments += [Moment(when, always | vae | ({} if away else nets) | ({} if apart or away else added) | look) for look in looks]
+        moments.append(
+            Moment(
+                when,
+                always
+                | ({} if away else vae)
+                | nets
+                | added
+                | evaluating(card, guided(card, asked, each), dtype),
+            )
+        )
+        moments += [
+            Moment(when, always | vae | ({} if away else nets) | ({} if apart or away else added) | look)
+            for look in looks
+        ]
     return moments
 
 
@@ -143,7 +192,10 @@ def total(held: Mapping[str, float]) -> float:
 
 
 def evaluation(card: FamilyCard, name: str, dtype: torch.dtype) -> float:
-    """Bytes of activations at the most, of one evaluation of a member's network for one latent. Raises UserError without its config."""
+    """Bytes of activations at the most, of one evaluation of a member's network for one latent.
+
+    Raises UserError without its config.
+    """
     values = json.dumps(config(card, name), sort_keys=True, default=str)
     return _evaluation(card.architecture, values, latent_shape(card), dtype)
 
@@ -161,7 +213,9 @@ def _evaluation(architecture: str, values: str, shape: tuple[int, int, int], dty
 @cache
 def _decoding(kind: str, values: str, shape: tuple[int, int, int], tiled: bool, learning: bool) -> float:
     with init_empty_weights():
-        vae = nn.Module.to(getattr(import_module("diffusers"), kind).from_config(json.loads(values)), "meta", torch.float32)
+        vae = nn.Module.to(
+            getattr(import_module("diffusers"), kind).from_config(json.loads(values)), "meta", torch.float32
+        )
     vae.requires_grad_(False).eval()
     side = min(shape[1], vae.tile_latent_min_size) if tiled else shape[1]
     latents = torch.zeros(1, shape[0], side, side, device="meta", requires_grad=learning)
@@ -180,7 +234,9 @@ def beside(net: nn.Module, work: Callable[[], Tensor | None]) -> float:
 
 
 class Peak(TorchDispatchMode):
-    """Inside, the bytes of all tensors that live, a network's included, and the most that ever did; no tensor has to hold anything."""
+    """Inside, the bytes of all tensors that live, a network's included, and the most that ever did; no tensor
+    has to hold anything.
+    """
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -211,7 +267,9 @@ class Peak(TorchDispatchMode):
 
 @contextmanager
 def flash() -> Iterator[None]:
-    """Inside, attention is the kernel that a GPU takes for it; on `meta` torch would write down every attention matrix."""
+    """Inside, attention is the kernel that a GPU takes for it; on `meta` torch would write down every
+    attention matrix.
+    """
     plain = F.scaled_dot_product_attention
     kernel = torch.ops.aten._scaled_dot_product_flash_attention
     F.scaled_dot_product_attention = lambda query, key, value, *_, **__: kernel(query, key, value)[0]

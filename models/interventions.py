@@ -1,4 +1,7 @@
-"""What a plan may do differently: to the first noise, to the prompts, to x0, to the weights. Each is a small frozen value."""
+"""What a plan may do differently: to the first noise, to the prompts, to x0, to the weights.
+
+Each is a small frozen value.
+"""
 
 import zlib
 from collections.abc import Iterator
@@ -15,7 +18,8 @@ from models.prompts import Prompts
 
 
 def derived(own: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
-    """More noise for each image, (B, *shape), a function of its own initial noise (B, ...) and of the salt alone.
+    """More noise for each image, (B, *shape), a function of its own initial noise (B, ...) and of the salt
+    alone.
 
     So an image is the same alone or in a batch, though the noise is none that its seed has drawn before.
     """
@@ -44,10 +48,13 @@ class Pink:
 
 @dataclass(frozen=True)
 class CADS:
-    """CADS: noise on the prompts that fades with the noise level. Sadat et al. 2024, arXiv 2310.17347, eqs. 2 to 4.
+    """CADS: noise on the prompts that fades with the noise level.
 
-    y <- sqrt(gamma) y + scale sqrt(1 - gamma) n, then brought back to its own mean and deviation. gamma is 1 for t below `low`,
-    0 above `high` and linear between them, t as a share of the training steps. The negative side stays.
+    Sadat et al. 2024, arXiv 2310.17347, eqs. 2 to 4.
+
+    y <- sqrt(gamma) y + scale sqrt(1 - gamma) n, then brought back to its own mean and deviation. gamma is 1
+    for t below `low`, 0 above `high` and linear between them, t as a share of the training steps. The
+    negative side stays.
     """
 
     scale: float
@@ -68,16 +75,22 @@ class CADS:
 
     def _noised(self, y: Tensor, level: Noise, own: Tensor, part: int) -> Tensor:
         gamma, over = self.gamma(level), tuple(range(1, y.dim()))
-        new = gamma**0.5 * y + self.scale * (1 - gamma) ** 0.5 * derived(own, tuple(y.shape[1:]), part * 10_000 + round(level.t)).to(y)
+        new = gamma**0.5 * y + self.scale * (1 - gamma) ** 0.5 * derived(
+            own, tuple(y.shape[1:]), part * 10_000 + round(level.t)
+        ).to(y)
         deviation = lambda z: z.std(over, keepdim=True)  # noqa: E731
-        scaled = (new - new.mean(over, keepdim=True)) / deviation(new).clamp_min(1e-12) * deviation(y) + y.mean(over, keepdim=True)
+        scaled = (new - new.mean(over, keepdim=True)) / deviation(new).clamp_min(1e-12) * deviation(
+            y
+        ) + y.mean(over, keepdim=True)
         return self.rescale * scaled + (1 - self.rescale) * new
 
 
 class WeightInterpolation:
-    """A network with the weights base + share (network - base), as a context: computed once, then a swap of pointers.
+    """A network with the weights base + share (network - base), as a context: computed once, then a swap of
+    pointers.
 
-    Weights that the base lacks (LCM's guidance embedding) stay. Raises UserError for a weight of another shape.
+    Weights that the base lacks (LCM's guidance embedding) stay. Raises UserError for a weight of another
+    shape.
     """
 
     def __init__(self, base: nn.Module, net: nn.Module, share: float):
@@ -89,7 +102,9 @@ class WeightInterpolation:
         found = [(weight, there[name], name) for name, weight in _bare(self.net).items() if name in there]
         other = [name for weight, origin, name in found if weight.shape != origin.shape]
         if other or not found:
-            raise UserError(f"no way between two networks of different shapes: {(other or ['no layer in common'])[0]}")
+            raise UserError(
+                f"no way between two networks of different shapes: {(other or ['no layer in common'])[0]}"
+            )
         return [(weight, _between(origin, weight, self.share)) for weight, origin, _ in found]
 
     @contextmanager
@@ -107,11 +122,17 @@ class WeightInterpolation:
 
 def _bare(net: nn.Module) -> dict[str, nn.Parameter]:
     """A network's own weights by name, whatever controls are attached."""
-    return {n.replace(".base_layer.", "."): p for n, p in net.named_parameters() if ".lora_A." not in n and ".lora_B." not in n}
+    return {
+        n.replace(".base_layer.", "."): p
+        for n, p in net.named_parameters()
+        if ".lora_A." not in n and ".lora_B." not in n
+    }
 
 
 def _between(base: nn.Parameter, weight: nn.Parameter, share: float) -> Tensor:
-    """base + share (weight - base), summed in fp32, in the weight's own type and strides, since kernels differ by them."""
+    """base + share (weight - base), summed in fp32, in the weight's own type and strides, since kernels
+    differ by them.
+    """
     own, other = weight.data.float(), base.data.to(weight.device, torch.float32)
     found = torch.lerp(other, own, share)  # exact at both ends, unlike base + 1 (weight - base)
     return torch.empty_like(weight.data).copy_(found)

@@ -14,7 +14,12 @@ from pickle import UnpicklingError
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -24,7 +29,8 @@ from models.cards import FamilyCard, MemberCard
 
 BROKEN = (OSError, EOFError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError, UnpicklingError)
 
-ORIGINAL = "model.diffusion_model."  # a network's keys in a checkpoint as Stability's code, trainers and civitai save it
+# a network's keys in a checkpoint as Stability's code, trainers and civitai save it
+ORIGINAL = "model.diffusion_model."
 LARGE = 2**24  # bytes of a file whose hash is worth keeping
 
 
@@ -55,22 +61,35 @@ def source(family: FamilyCard, member: MemberCard) -> tuple[str, str | None, str
     return family.repo, member.revision or family.revision, member.variant or family.variant
 
 
-def network(family: FamilyCard, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def network(
+    family: FamilyCard, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
     """A member's own network in a type, on a device. Raises UserError in one line for what cannot be loaded.
 
-    A file is mapped, not read, so that beside the network itself no more memory is taken than for a tensor of it.
+    A file is mapped, not read, so that beside the network itself no more memory is taken than for a tensor of
+    it.
     """
-    member, kind, device = family.members[name], ARCHITECTURES[family.architecture].network, torch.device(device)
+    member, kind, device = (
+        family.members[name],
+        ARCHITECTURES[family.architecture].network,
+        torch.device(device),
+    )
     repo, revision, variant = source(family, member)
     if not member.file:
         straight = {} if device.type in ("cpu", "meta") else {"device_map": {"": device}}
-        return fetch(kind, repo, revision, subfolder=member.subfolder, variant=variant, dtype=dtype, **straight)
+        return fetch(
+            kind, repo, revision, subfolder=member.subfolder, variant=variant, dtype=dtype, **straight
+        )
     base = family.members[family.base]
     with one_line(f"{member.file} of {repo}"):
         weights = plain_weights(file_of(repo, revision, member.file, member.sha256))
         home, pinned, _ = source(family, base)
         if any(key.startswith(ORIGINAL) for key in weights):
-            where = {"config": place(home), "subfolder": base.subfolder, "config_revision": available(home, pinned)}
+            where = {
+                "config": place(home),
+                "subfolder": base.subfolder,
+                "config_revision": available(home, pinned),
+            }
             return kind.from_single_file(weights, dtype=dtype, **where).to(device)
         net = skeleton(family, family.base)
         net.load_state_dict({key: weight.to(device, dtype) for key, weight in weights.items()}, assign=True)
@@ -89,7 +108,10 @@ def config(family: FamilyCard, name: str) -> dict:
 
 
 def skeleton(family: FamilyCard, name: str) -> nn.Module:
-    """A member's network without weights, for the names and shapes of its layers. Reads a config; raises UserError."""
+    """A member's network without weights, for the names and shapes of its layers.
+
+    Reads a config; raises UserError.
+    """
     with init_empty_weights(include_buffers=False):
         return ARCHITECTURES[family.architecture].network.from_config(config(family, name))
 
@@ -101,32 +123,43 @@ def published_scheduler(repo: str, revision: str | None) -> dict:
 
     with one_line(f"the scheduler's config in {repo}"):
         inside(repo, "scheduler")
-        return dict(DDIMScheduler.load_config(place(repo), subfolder="scheduler", revision=available(repo, revision)))
+        return dict(
+            DDIMScheduler.load_config(place(repo), subfolder="scheduler", revision=available(repo, revision))
+        )
 
 
 def latent_shape(family: FamilyCard) -> tuple[int, int, int]:
     """(C, H, W) of one latent, by the VAE's config. Raises UserError."""
     kind = import_module("diffusers").AutoencoderKL
     with one_line(f"the VAE's config in {family.repo}"):
-        its = kind.load_config(place(family.repo), subfolder="vae", revision=available(family.repo, family.revision))
+        its = kind.load_config(
+            place(family.repo), subfolder="vae", revision=available(family.repo, family.revision)
+        )
     side = family.size_px // 2 ** (len(its["block_out_channels"]) - 1)
     return its["latent_channels"], side, side
 
 
 def file_of(repo: str, revision: str | None, file: str, sha256: str = "") -> Path:
-    """Where a file of a folder or of the Hub lies on disk. Raises UserError for another hash than the card's; call it in `one_line`."""
+    """Where a file of a folder or of the Hub lies on disk.
+
+    Raises UserError for another hash than the card's; call it in `one_line`.
+    """
     folder = Path(place(repo))
     near = next((path for path in (folder / file, Path(file), ROOT / file) if path.is_file()), None)
     if near is None and (folder.is_dir() or Path(file).is_absolute()):
         raise FileNotFoundError("there is no such file")
     path = near or Path(hf_hub_download(repo, file, revision=available(repo, revision)))
     if sha256 and file_hash(path) != sha256:
-        raise UserError(f"{file} of {repo} is not the file of the card: its sha256 differs from {sha256[:12]}…")
+        raise UserError(
+            f"{file} of {repo} is not the file of the card: its sha256 differs from {sha256[:12]}…"
+        )
     return path
 
 
 def file_hash(path: Path) -> str:
-    """The sha256 of a file; of a large one it is kept beside the Hub's cache, for as long as time and size of the file stay."""
+    """The sha256 of a file; of a large one it is kept beside the Hub's cache, for as long as time and size of
+    the file stay.
+    """
     about, notes = path.stat(), Path(constants.HF_HOME) / "distilled-control-hashes.json"
     key, known = f"{path.resolve()} {about.st_mtime_ns} {about.st_size}", {}
     with suppress(OSError, ValueError):
@@ -142,7 +175,8 @@ def file_hash(path: Path) -> str:
 
 
 def plain_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a .bin or .ckpt of plain tensors, of which no code is run; of a checkpoint of all parts its network's alone.
+    """A safetensors file, or a .bin or .ckpt of plain tensors, of which no code is run; of a checkpoint of
+    all parts its network's alone.
 
     The tensors are the mapped file where it allows it: they take memory when they are changed or moved.
     """
@@ -161,14 +195,23 @@ def _own(keys: Iterable[str]) -> list[str]:
 
 
 def available(repo: str, revision: str | None) -> str | None:
-    """The pinned revision; where the Hub is out of reach and the cache holds only another one, that, with a warning."""
+    """The pinned revision; where the Hub is out of reach and the cache holds only another one, that, with a
+    warning.
+    """
     home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     if not (revision and constants.HF_HUB_OFFLINE and home.is_dir()):
         return revision
-    if (home / "snapshots" / revision).is_dir() or (home / "refs" / revision).is_file() or not (home / "refs/main").is_file():
+    if (
+        (home / "snapshots" / revision).is_dir()
+        or (home / "refs" / revision).is_file()
+        or not (home / "refs/main").is_file()
+    ):
         return revision
     other = (home / "refs/main").read_text().strip()
-    warnings.warn(f"{repo}: the card pins revision {revision[:12]}, the cache holds only {other[:12]}, which is used", stacklevel=2)
+    warnings.warn(
+        f"{repo}: the card pins revision {revision[:12]}, the cache holds only {other[:12]}, which is used",
+        stacklevel=2,
+    )
     return other
 
 
@@ -192,6 +235,10 @@ def _reason(error: BaseException) -> str:
     if RepositoryNotFoundError in kinds:
         return "the Hub knows no such repository, or it is private: check the name; for a private one `hf auth login`"
     if LocalEntryNotFoundError in kinds:
-        why = "HF_HUB_OFFLINE keeps it from being downloaded" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        why = (
+            "HF_HUB_OFFLINE keeps it from being downloaded"
+            if constants.HF_HUB_OFFLINE
+            else "the Hub cannot be reached"
+        )
         return f"it is not in the cache, and {why}"
     return " ".join(str(error).split())[:200]

@@ -15,7 +15,9 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class Noise:
-    """One noise level. t is what the network is told; ratio = sigma / alpha is the measure that no schedule changes."""
+    """One noise level. t is what the network is told; ratio = sigma / alpha is the measure that no schedule
+    changes.
+    """
 
     t: float
     alpha: float
@@ -30,7 +32,8 @@ class Noise:
 CLEAN = Noise(0.0, 1.0, 0.0)
 
 
-# first and last beta, and the power of them that is spaced evenly: scaled_linear of Stable Diffusion, linear of DDPM and PixArt
+# first and last beta, and the power of them that is spaced evenly: scaled_linear of Stable Diffusion, linear
+# of DDPM and PixArt
 BETAS = {"vp": (0.00085, 0.012, 0.5), "vp-linear": (0.0001, 0.02, 1.0)}
 
 
@@ -44,7 +47,9 @@ def _vp_ratios(noise_schedule: str) -> np.ndarray:
 
 
 def vp(t: float, noise_schedule: str = "vp") -> Noise:
-    """The variance-preserving level at training step t in [0, 999]; between steps sigma / alpha is linear, as in diffusers' Euler."""
+    """The variance-preserving level at training step t in [0, 999]; between steps sigma / alpha is linear, as
+    in diffusers' Euler.
+    """
     ratio = float(np.interp(t, np.arange(TRAIN_STEPS), _vp_ratios(noise_schedule)))
     return Noise(t, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
 
@@ -55,7 +60,9 @@ def vp_at(ratio: float, noise_schedule: str = "vp") -> Noise:
 
 
 def flow(t: float, shift: float = 1.0) -> Noise:
-    """The rectified-flow level at t in [0, 1000], x = (1 - s) x0 + s eps; shift as in Esser et al. 2024, eq. 23."""
+    """The rectified-flow level at t in [0, 1000], x = (1 - s) x0 + s eps; shift as in Esser et al. 2024, eq.
+    23.
+    """
     s = t / TRAIN_STEPS
     s = shift * s / (1 + (shift - 1) * s)
     return Noise(s * TRAIN_STEPS, 1 - s, s)
@@ -78,15 +85,16 @@ NOISE_SCHEDULES: dict[str, tuple[Callable[[float], Noise], Callable[[float], Noi
 def timesteps(spacing: str, steps: int) -> list[float]:
     """The falling training steps of a schedule (Lin et al. 2023, table 2): leading, trailing or linspace.
 
-    leading: multiples of 1000 // steps, plus 1 (SDXL's steps_offset); trailing: ends of equal parts (Lightning, Turbo).
-    Raises UserError for another spacing, or steps outside 1 … 1000.
+    leading: multiples of 1000 // steps, plus 1 (SDXL's steps_offset); trailing: ends of equal parts
+    (Lightning, Turbo). Raises UserError for another spacing, or steps outside 1 … 1000.
     """
     if not 1 <= steps <= TRAIN_STEPS:
         raise UserError(f"steps must be 1 … {TRAIN_STEPS}, got {steps}")
     if spacing == "leading":
         return [float(k * (TRAIN_STEPS // steps) + 1) for k in reversed(range(steps))]
     if spacing == "trailing":
-        # diffusers' own expression, so that halves round as there; cut, for with some steps it yields one too many
+        # diffusers' own expression, so that halves round as there; cut, for with some steps it yields one too
+        # many
         return [float(t) - 1 for t in np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)[:steps].round()]
     if spacing == "linspace":
         return [float(t) for t in np.linspace(0, TRAIN_STEPS - 1, steps)[::-1]]
@@ -96,8 +104,8 @@ def timesteps(spacing: str, steps: int) -> list[float]:
 def to_x0(x: Tensor, out: Tensor, noise: Noise, prediction_type: str) -> Tensor:
     """The clean latent that a network's output implies.
 
-    x, out: (B, C, H, W). Inverts x = alpha x0 + sigma eps; v as in Salimans & Ho 2022, sec. 4; flow is v = eps - x0.
-    Raises UserError for a prediction_type other than eps, v, flow, sample.
+    x, out: (B, C, H, W). Inverts x = alpha x0 + sigma eps; v as in Salimans & Ho 2022, sec. 4; flow is v =
+    eps - x0. Raises UserError for a prediction_type other than eps, v, flow, sample.
     """
     if prediction_type == "eps":
         return (x - noise.sigma * out) / noise.alpha

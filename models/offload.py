@@ -22,8 +22,12 @@ class Memory:
 
     def __post_init__(self):
         """Raises UserError for a backend that does not exist."""
-        if self.compile and self.compile not in torch._dynamo.list_backends(exclude_tags=()):  # for debugging, there are more than it lists
-            raise UserError(f"no backend {self.compile!r} of torch.compile; there are {', '.join(torch._dynamo.list_backends())}")
+        if self.compile and self.compile not in torch._dynamo.list_backends(
+            exclude_tags=()
+        ):  # for debugging, there are more than it lists
+            raise UserError(
+                f"no backend {self.compile!r} of torch.compile; there are {', '.join(torch._dynamo.list_backends())}"
+            )
 
 
 def release() -> None:
@@ -40,7 +44,9 @@ def trim() -> None:
 
 def compiled(net: nn.Module, backend: str) -> None:
     """Compiles a network at its first call."""
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # or recordings and LoRA students, which are hooks, would go unnoticed later
+    torch._dynamo.config.skip_nnmodule_hook_guards = (
+        False  # or recordings and LoRA students, which are hooks, would go unnoticed later
+    )
     net.compile(backend=backend)
 
 
@@ -59,7 +65,9 @@ class Offloader:
             if id(part) not in staying:
                 part.to(self.away)
         for part in parts:
-            part.to(self.device)  # even if it is here: a control that was merged left some weights where they lay
+            part.to(
+                self.device
+            )  # even if it is here: a control that was merged left some weights where they lay
         self.here = list(parts)
 
     def comes_when_called(self, net: nn.Module) -> None:

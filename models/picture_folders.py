@@ -13,7 +13,11 @@ from configs.ranges import checked
 from models.pictures import SUFFIXES
 from models.tables import rows_of, text_of, words
 
-CAPTIONS = ("text", "caption", "prompt")  # columns of a metadata file that say what a picture shows, the first that is there
+CAPTIONS = (
+    "text",
+    "caption",
+    "prompt",
+)  # columns of a metadata file that say what a picture shows, the first that is there
 METADATA = ("metadata.jsonl", "metadata.csv")  # as `datasets` names them
 BESIDE = (".txt", ".caption")  # a.txt or a.png.txt beside a.png
 
@@ -30,9 +34,12 @@ class Folder:
 
 
 def read(source: str) -> Folder:
-    """What a folder of pictures holds. Hidden files are left out, everything else that is not used stands in the report.
+    """What a folder of pictures holds.
 
-    Raises UserError for a folder without pictures, for metadata that cannot be read or names none of the pictures.
+    Hidden files are left out, everything else that is not used stands in the report.
+
+    Raises UserError for a folder without pictures, for metadata that cannot be read or names none of the
+    pictures.
     """
     folder = Path(os.path.expanduser(source))
     if not source or not os.path.isdir(folder):
@@ -48,16 +55,33 @@ def read(source: str) -> Folder:
     beside = [next((texts[key] for key in _beside(path) if key in texts), None) for path in pictures]
     found = [rows.pop(_key(path), {}) for path in pictures]
     column = next((name for name in CAPTIONS if any(row.get(name) for row in found)), "")
-    told = [words(row.get(column), f"{folder}: {column} of {path.name}") for path, row in zip(pictures, found, strict=True)]
+    told = [
+        words(row.get(column), f"{folder}: {column} of {path.name}")
+        for path, row in zip(pictures, found, strict=True)
+    ]
     if tables and not any(found):
-        raise UserError(f"{tables[0]} names none of the {len(pictures)} pictures; file_name is a path from there, like {pictures[0].name}")
+        raise UserError(
+            f"{tables[0]} names none of the {len(pictures)} pictures; file_name is a path from there, like {pictures[0].name}"
+        )
     captions = [text or (_caption(path) if path else "") for text, path in zip(told, beside, strict=True)]
-    sources = [f"{column} of {tables[0].name}" if text else path.suffix if path and caption else ""
-               for text, path, caption in zip(told, beside, captions, strict=True)]  # fmt: skip
-    used = {*pictures, *tables, *(path for path, source in zip(beside, sources, strict=True) if source in BESIDE)}
-    left = [f"the column {name}" for name in CAPTIONS if name != column and any(row.get(name) for row in found)] + lost
+    sources = [
+        f"{column} of {tables[0].name}" if text else path.suffix if path and caption else ""
+        for text, path, caption in zip(told, beside, captions, strict=True)
+    ]
+    used = {
+        *pictures,
+        *tables,
+        *(path for path, source in zip(beside, sources, strict=True) if source in BESIDE),
+    }
+    left = [
+        f"the column {name}" for name in CAPTIONS if name != column and any(row.get(name) for row in found)
+    ] + lost
     left += [f"rows without a picture ({_some(path.name for path in rows)})"] if rows else []
-    left += [_counted(path.suffix or path.name for path in files if path not in used)] if len(used) < len(files) else []
+    left += (
+        [_counted(path.suffix or path.name for path in files if path not in used)]
+        if len(used) < len(files)
+        else []
+    )
     names = [path.relative_to(folder).as_posix() for path in pictures]
     return Folder(pictures, names, found, captions, _report(folder, names, sources, left))
 
@@ -116,4 +140,6 @@ def _counted(kinds: Iterable[str]) -> str:
 def _some(names: Iterable[str]) -> str:
     """The first three."""
     names = list(names)
-    return ", ".join(name[:60] for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:60] for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -1,4 +1,7 @@
-"""Plans by name: base, student, hybrid(k) and what the paper and others compare with it. A plan is stages end to end."""
+"""Plans by name: base, student, hybrid(k) and what the paper and others compare with it.
+
+A plan is stages end to end.
+"""
 
 import math
 import re
@@ -13,7 +16,9 @@ from models.sampler import Member, Mix, Plan, Stage, alone
 
 
 def hybrid(base: Member, student: Member, k: int = 1) -> Plan:
-    """The base on the student's first k noise levels, the student after them (the paper's diversity distillation)."""
+    """The base on the student's first k noise levels, the student after them (the paper's diversity
+    distillation).
+    """
     return _two(f"hybrid({k})", base, student.levels[: _count(k, student)], student, student.levels[k:])
 
 
@@ -24,7 +29,9 @@ def late(base: Member, student: Member, k: int = 1) -> Plan:
 
 
 def skip(student: Member, k: int = 1) -> Plan:
-    """The student without its first k steps, started from pure noise at its level k: the control experiment to hybrid."""
+    """The student without its first k steps, started from pure noise at its level k: the control experiment
+    to hybrid.
+    """
     if k >= len(student.levels):
         raise UserError(f"skip({k}) leaves nothing of {student.name}'s {len(student.levels)} steps")
     return Plan(f"skip({k})", (Stage(student, student.levels[_count(k, student) :]),))
@@ -36,7 +43,9 @@ def only(base: Member, student: Member, k: int = 1) -> Plan:
 
 
 def renoised(base: Member, student: Member, k: int = 1) -> Plan:
-    """As hybrid, but the base's updates add as much fresh noise as the student's: only its x0 is taken, nothing of its eps."""
+    """As hybrid, but the base's updates add as much fresh noise as the student's: only its x0 is taken,
+    nothing of its eps.
+    """
     return replace(hybrid(replace(base, eta=student.eta), student, k), name=f"renoised({k})")
 
 
@@ -49,9 +58,13 @@ def guided(base: Member, student: Member, guidance: float) -> Plan:
 
 
 def schedule(base: Member, student: Member, n: int) -> Plan:
-    """The base on an n-step schedule of its own down to the student's second level, the student from there: hybrid(1) in finer steps."""
+    """The base on an n-step schedule of its own down to the student's second level, the student from there:
+    hybrid(1) in finer steps.
+    """
     if len(student.levels) < 2:
-        raise UserError(f"schedule({n}) needs a student of at least 2 steps; {student.name} has {len(student.levels)}")
+        raise UserError(
+            f"schedule({n}) needs a student of at least 2 steps; {student.name} has {len(student.levels)}"
+        )
     own = [level for level in base.in_steps(n) if level.ratio > student.levels[1].ratio]
     return _two(f"schedule({n})", base, own, student, student.levels[1:])
 
@@ -62,16 +75,23 @@ def shorter(base: Member, n: int) -> Plan:
 
 
 def interval(base: Member, low: float, high: float) -> Plan:
-    """The base alone, with its guidance only at training steps low <= t <= high. Kynkäänniemi et al. 2024, arXiv 2404.07724."""
+    """The base alone, with its guidance only at training steps low <= t <= high.
+
+    Kynkäänniemi et al. 2024, arXiv 2404.07724.
+    """
     if not low < high or base.guidance is None:
-        raise UserError(f"interval(low,high) needs low < high and a guided base; got {low:g}, {high:g} on {base.name}")
+        raise UserError(
+            f"interval(low,high) needs low < high and a guided base; got {low:g}, {high:g} on {base.name}"
+        )
     free = replace(base, guidance=None)
     stages = [Stage(base if low <= level.t <= high else free, (level,)) for level in base.levels]
     return Plan(f"interval({low:g},{high:g})", tuple(stages))
 
 
 def mixed(name: str, student: Member, mix: Mix) -> Plan:
-    """The student with something made of its first step's x0: attenuate, other, blend, which lie on one line with skip and hybrid."""
+    """The student with something made of its first step's x0: attenuate, other, blend, which lie on one line
+    with skip and hybrid.
+    """
     return _changed(f"{name}({mix.keep:g})", student, Stage(student, student.levels[:1], mix=mix), 1)
 
 
@@ -86,22 +106,31 @@ def cads(student: Member, scale: float) -> Plan:
 
 
 def delta(base: Member, student: Member, s: float, k: int | None = None) -> Plan:
-    """The student with the weights base + s (student - base), in all steps or in step k alone, counted from 1."""
+    """The student with the weights base + s (student - base), in all steps or in step k alone, counted from
+    1.
+    """
     if base.denoiser.prediction_type != student.denoiser.prediction_type:
-        raise UserError(f"delta({s:g}) needs a student that predicts what its base does; {student.name} says {student.denoiser.prediction_type}")
+        raise UserError(
+            f"delta({s:g}) needs a student that predicts what its base does; {student.name} says {student.denoiser.prediction_type}"
+        )
     within = WeightInterpolation(base.denoiser.net, student.denoiser.net, s)
     if k is None:
         return Plan(f"delta({s:g})", (Stage(student, student.levels, within),))
-    return _changed(f"delta({s:g},{k})", student, Stage(student, student.levels[_which(k, student) :][:1], within), k)
+    return _changed(
+        f"delta({s:g},{k})", student, Stage(student, student.levels[_which(k, student) :][:1], within), k
+    )
 
 
 def few(member: Member, steps: int) -> Plan:
-    """The member in a few trailing steps and without guidance, as a student is sampled: what is left is due to its weights."""
+    """The member in a few trailing steps and without guidance, as a student is sampled: what is left is due
+    to its weights.
+    """
     levels = member.in_steps(steps)
     return Plan(f"few({steps})", (Stage(replace(member, guidance=None, levels=levels), levels),))
 
 
-# name: (its arguments, of which k and n are whole and those in brackets may be left out; base, student, *arguments -> plan)
+# name: (its arguments, of which k and n are whole and those in brackets may be left out; base, student,
+# *arguments -> plan)
 PLANS: dict[str, tuple[str, Callable[..., Plan]]] = {
     "base": ("[n]", lambda base, _, n=None: alone(base) if n is None else shorter(base, n)),
     "student": ("", lambda _, student: alone(student)),
@@ -123,11 +152,19 @@ PLANS: dict[str, tuple[str, Callable[..., Plan]]] = {
 }
 
 
-LIMITS = {"exponent": 10, "keep": 10, "scale": 10, "s": 10}  # of these arguments, beyond which no picture is left; of others, TRAIN_STEPS
+LIMITS = {
+    "exponent": 10,
+    "keep": 10,
+    "scale": 10,
+    "s": 10,
+}  # of these arguments, beyond which no picture is left; of others, TRAIN_STEPS
 
 
 def named(text: str, base: Member, student: Member) -> Plan:
-    """The plan that a name means for a base and a student: hybrid(1), skip(1), delta(0.8,1). Raises UserError for another."""
+    """The plan that a name means for a base and a student: hybrid(1), skip(1), delta(0.8,1).
+
+    Raises UserError for another.
+    """
     found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", text.replace(" ", ""))
     if not found or found[1] not in PLANS:
         raise UserError(f"no plan {text[:60]!r}; there are {', '.join(map(_written, PLANS))}")
@@ -135,10 +172,17 @@ def named(text: str, base: Member, student: Member) -> Plan:
     names, given = wanted.split(",") if wanted else [], found[2].split(",") if found[2] else []
     needed = sum(name[0] != "[" for name in names)
     try:
-        values = [(int if name.strip("[]") in "kn" else float)(word) for name, word in zip(names, given, strict=False)]
+        values = [
+            (int if name.strip("[]") in "kn" else float)(word)
+            for name, word in zip(names, given, strict=False)
+        ]
     except ValueError:
         values = []
-    if not needed <= len(given) <= len(names) or len(values) < len(given) or not all(map(math.isfinite, values)):
+    if (
+        not needed <= len(given) <= len(names)
+        or len(values) < len(given)
+        or not all(map(math.isfinite, values))
+    ):
         raise UserError(f"no plan {text[:60]!r}; it is written {_written(found[1])}, k and n whole numbers")
     for name, value in zip(names, values, strict=False):
         most = LIMITS.get(name.strip("[]"), TRAIN_STEPS)
@@ -175,5 +219,7 @@ def _two(name: str, first: Member, early: Sequence[Noise], second: Member, rest:
 
 def _changed(name: str, student: Member, stage: Stage, k: int) -> Plan:
     """The student with another stage in the place of its step k, counted from 1."""
-    around = [Stage(student, levels) if levels else None for levels in (student.levels[: k - 1], student.levels[k:])]
+    around = [
+        Stage(student, levels) if levels else None for levels in (student.levels[: k - 1], student.levels[k:])
+    ]
     return Plan(name, tuple(part for part in (around[0], stage, around[1]) if part))

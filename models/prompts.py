@@ -9,11 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompts:
-    """B encoded prompts; what a kind of network is not told is None. Where `negative` is None, guidance has nothing to push away from."""
+    """B encoded prompts; what a kind of network is not told is None.
+
+    Where `negative` is None, guidance has nothing to push away from.
+    """
 
     tokens: Tensor  # (B, L, D) text encoder states
     pooled: Tensor | None = None  # (B, P) one vector for the whole text: SDXL, SD3, Flux
-    size: Tensor | None = None  # pixels. SDXL (B, 6): original size, crop, target size. PixArt (B, 2): height, width
+    size: Tensor | None = (
+        None  # pixels. SDXL (B, 6): original size, crop, target size. PixArt (B, 2): height, width
+    )
     negative: "Prompts | None" = None
     mask: Tensor | None = None  # (B, L) 1 where a token counts: PixArt, Z-Image
 
@@ -27,7 +32,9 @@ class Prompts:
     @property
     def size_bytes(self) -> int:
         """Of all its tensors."""
-        own = sum(tensor.nbytes for tensor in (self.tokens, self.pooled, self.size, self.mask) if tensor is not None)
+        own = sum(
+            tensor.nbytes for tensor in (self.tokens, self.pooled, self.size, self.mask) if tensor is not None
+        )
         return own + (self.negative.size_bytes if self.negative else 0)
 
     def to(self, *args, **kwargs) -> "Prompts":

@@ -15,18 +15,24 @@ COLUMNS = ("prompt", "text", "caption")  # where a table may keep its texts, the
 SEED = "evaluation_seed"  # as COCO-30k's published table calls it
 LARGEST = 2**62  # seed: the images of a prompt count on from it
 FILE = re.compile(r"(.+\.(?:csv|tsv|jsonl|txt))(?::(\S*))?", re.IGNORECASE | re.DOTALL)
-OTHER = re.compile(r"\S+\.(?:json|ya?ml|parquet|xlsx?)", re.IGNORECASE)  # files too, of kinds that are not read
+OTHER = re.compile(
+    r"\S+\.(?:json|ya?ml|parquet|xlsx?)", re.IGNORECASE
+)  # files too, of kinds that are not read
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """N prompts; seeds (N) where the source fixes one for each, as COCO-30k's published table does, else None."""
+    """N prompts; seeds (N) where the source fixes one for each, as COCO-30k's published table does, else
+    None.
+    """
 
     texts: list[str]
     seeds: list[int] | None = None
 
     def numbers(self, seeds: int, seed: int) -> list[int]:
-        """The seed of every image, prompt by prompt, `seeds` each: from the prompt's own on, or else counted from `seed`."""
+        """The seed of every image, prompt by prompt, `seeds` each: from the prompt's own on, or else counted
+        from `seed`.
+        """
         own = self.seeds or [seed + p * seeds for p in range(len(self.texts))]
         return [first + s for first in own for s in range(seeds)]
 
@@ -34,18 +40,23 @@ class PromptSet:
 def read(prompts: Sequence[str]) -> PromptSet:
     """What a config's prompts mean: each is a text, or a source of many, which takes its place.
 
-    Sources: a .csv, .tsv or .jsonl with a column prompt and perhaps evaluation_seed (case_number orders it, where it is there); a .txt with
-    a prompt per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes the first hundred. Seeds are kept when every prompt has one.
-    Raises UserError for what cannot be read, and for no prompt at all.
+    Sources: a .csv, .tsv or .jsonl with a column prompt and perhaps evaluation_seed (case_number orders it,
+    where it is there); a .txt with a prompt per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes
+    the first hundred. Seeds are kept when every prompt has one. Raises UserError for what cannot be read, and
+    for no prompt at all.
     """
     found = [pair for prompt in prompts for pair in _pairs(prompt)]
     if not found:
-        raise UserError("there are no prompts, neither given nor on the family's card; prompts=[...] gives them")
+        raise UserError(
+            "there are no prompts, neither given nor on the family's card; prompts=[...] gives them"
+        )
     seeds = [seed for _, seed in found if seed is not None]
     if seeds and len(seeds) < len(found):
         first = next(text for text, seed in found if seed is None)
-        note(f"{len(found) - len(seeds)} of {len(found)} prompts have no {SEED}, such as {quoted(first, 40)}; "
-             "the others' seeds are not used either")  # fmt: skip
+        note(
+            f"{len(found) - len(seeds)} of {len(found)} prompts have no {SEED}, such as {quoted(first, 40)}; "
+            "the others' seeds are not used either"
+        )
     return PromptSet([text for text, _ in found], seeds if len(seeds) == len(found) else None)
 
 
@@ -56,11 +67,19 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     file = FILE.fullmatch(prompt)
     if file and file[2] is not None and not os.path.isfile(prompt):  # a file may have a colon in its name
         if not file[2].isdecimal() or len(file[2]) > 18 or not int(file[2]):
-            raise UserError(f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the first hundred")
+            raise UserError(
+                f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the first hundred"
+            )
         return _file(file[1])[: int(file[2])]
     if file:
         return _file(prompt)
-    if OTHER.fullmatch(prompt) or "." in prompt and os.path.isfile(prompt) or os.sep in prompt and os.path.isdir(prompt):
+    if (
+        OTHER.fullmatch(prompt)
+        or "." in prompt
+        and os.path.isfile(prompt)
+        or os.sep in prompt
+        and os.path.isdir(prompt)
+    ):
         raise UserError(f"{quoted(prompt)} is no prompt file: .csv, .tsv, .jsonl and .txt are read")
     if not prompt.strip():
         raise UserError("a prompt is empty; leave it out, or write what it should draw")
@@ -117,8 +136,12 @@ def _dataset(source: str) -> list[str]:
         raise UserError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
     column = column or next((known for known in COLUMNS if known in table.column_names), "")
     if column not in table.column_names:
-        raise UserError(f"{name} has no column {column or ', '.join(COLUMNS)}; it has {', '.join(table.column_names)}")
+        raise UserError(
+            f"{name} has no column {column or ', '.join(COLUMNS)}; it has {', '.join(table.column_names)}"
+        )
     found = [words(text, f"{name}, row {row}") for row, text in enumerate(table[column])]
     if not all(found):
-        raise UserError(f"{name}, row {found.index('')}: no {column}" if found else f"{name} holds no prompts")
+        raise UserError(
+            f"{name}, row {found.index('')}: no {column}" if found else f"{name} holds no prompts"
+        )
     return found

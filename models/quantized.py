@@ -1,7 +1,8 @@
-"""Quantised networks: the linear layers of their blocks held in 4 or 8 bits, to train a control on in less memory.
+"""Quantised networks: the linear layers of their blocks held in 4 or 8 bits, to train a control on in less
+memory.
 
-A layer's weight is unpacked whenever it is used, forward and backward, and never kept: a quantised network is exactly the network that has
-the unpacked weights, in any type and on any device, whatever package packs them.
+A layer's weight is unpacked whenever it is used, forward and backward, and never kept: a quantised network is
+exactly the network that has the unpacked weights, in any type and on any device, whatever package packs them.
 """
 
 import re
@@ -18,20 +19,26 @@ from models.hashing import fingerprint
 from models.offload import trim
 
 SPELL = 32  # layers after which the memory of their whole weights is given back
-INSIDE = re.compile(r"^(?!.*embed).*\.\d+\.")  # of a repeated block: embedders and the ends of a network are small and say much
+INSIDE = re.compile(
+    r"^(?!.*embed).*\.\d+\."
+)  # of a repeated block: embedders and the ends of a network are small and say much
 
 
 def _nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=False, quant_type="nf4")
+    codes, state = quantize_4bit(
+        weight.contiguous(), blocksize=64, compress_statistics=False, quant_type="nf4"
+    )
     return codes, state.absmax
 
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    return dequantize_4bit(codes, QuantState(scales, torch.Size(shape), blocksize=64, quant_type="nf4", dtype=dtype))
+    return dequantize_4bit(
+        codes, QuantState(scales, torch.Size(shape), blocksize=64, quant_type="nf4", dtype=dtype)
+    )
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +71,12 @@ class Kind:
 
 
 KINDS = {
-    "nf4": Kind("bitsandbytes", "8bit", 4.5, _nf4, _from_nf4),  # QLoRA, Dettmers et al. 2023, sec. 3; a scale per 64 weights
-    "int8": Kind("bitsandbytes", "8bit", 8.0, _int8, _from_int8),  # a scale per row: LLM.int8, Dettmers et al. 2022, for weights alone
+    "nf4": Kind(
+        "bitsandbytes", "8bit", 4.5, _nf4, _from_nf4
+    ),  # QLoRA, Dettmers et al. 2023, sec. 3; a scale per 64 weights
+    "int8": Kind(
+        "bitsandbytes", "8bit", 8.0, _int8, _from_int8
+    ),  # a scale per row: LLM.int8, Dettmers et al. 2022, for weights alone
     "int8-torchao": Kind("torchao", "torchao", 8.0, _int8_torchao, _from_int8),
 }
 
@@ -92,7 +103,9 @@ class Quantized(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b with gradients for x alone; plain autograd would keep every unpacked W until the backward pass."""
+    """x Wᵀ + b with gradients for x alone; plain autograd would keep every unpacked W until the backward
+    pass.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: Quantized) -> Tensor:
@@ -105,15 +118,20 @@ class _Product(torch.autograd.Function):
 
 
 def check(kind: str) -> None:
-    """Raises UserError for a quantisation that does not exist or whose package is not installed; empty is none."""
+    """Raises UserError for a quantisation that does not exist or whose package is not installed; empty is
+    none.
+    """
     if kind and kind not in KINDS:
         raise UserError(f"no quantize {kind!r}; there are {', '.join(KINDS)}")
     if kind and find_spec(KINDS[kind].package) is None:
-        raise UserError(f"quantize={kind} needs {KINDS[kind].package}: pip install -e '.[{KINDS[kind].extra}]'")
+        raise UserError(
+            f"quantize={kind} needs {KINDS[kind].package}: pip install -e '.[{KINDS[kind].extra}]'"
+        )
 
 
 def quantize(net: nn.Module, kind: str, device: torch.device) -> nn.Module:
-    """Packs a bare network's layers in place, one by one on a device, where they then lie; the rest stays where it is.
+    """Packs a bare network's layers in place, one by one on a device, where they then lie; the rest stays
+    where it is.
 
     Its `fingerprint` stays that of the whole weights.
     """
@@ -133,4 +151,6 @@ def quantized(net: nn.Module) -> bool:
 
 def inside(net: nn.Module) -> list[str]:
     """The names of the layers that are packed."""
-    return [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and INSIDE.search(name)]
+    return [
+        name for name, module in net.named_modules() if isinstance(module, nn.Linear) and INSIDE.search(name)
+    ]

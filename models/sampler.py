@@ -37,7 +37,9 @@ class Member:
         return self.shifted(steps) if self.shifted else levels_of(self.noise_schedule, spacing, steps)
 
 
-def levels_of(noise_schedule: str, spacing: str, steps: int, explicit: Sequence[float] = ()) -> tuple[Noise, ...]:
+def levels_of(
+    noise_schedule: str, spacing: str, steps: int, explicit: Sequence[float] = ()
+) -> tuple[Noise, ...]:
     """The noise levels of a schedule; explicit timesteps win over the spacing."""
     at = NOISE_SCHEDULES[noise_schedule][0]
     return tuple(at(t) for t in (explicit or timesteps(spacing, steps)))
@@ -51,16 +53,26 @@ class Mix:
     beside: "Member | None" = None  # who else is asked; None = nobody, x0 fades
     another: bool = False  # asked about another seed's initial noise, so only a first step can do this
 
-    def __call__(self, x0: Tensor, x: Tensor, now: Noise, conditioning: Prompts, own: Tensor, noise_schedule: str) -> Tensor:
-        """x0, x: (B, C, H, W) at `now` in `noise_schedule`; conditioning: the network's; own: the images' initial noise."""
+    def __call__(
+        self, x0: Tensor, x: Tensor, now: Noise, conditioning: Prompts, own: Tensor, noise_schedule: str
+    ) -> Tensor:
+        """x0, x: (B, C, H, W) at `now` in `noise_schedule`; conditioning: the network's; own: the images'
+        initial noise.
+        """
         if self.beside is None:
             return self.keep * x0
-        there = now if self.beside.noise_schedule == noise_schedule else NOISE_SCHEDULES[self.beside.noise_schedule][1](now.ratio)
+        there = (
+            now
+            if self.beside.noise_schedule == noise_schedule
+            else NOISE_SCHEDULES[self.beside.noise_schedule][1](now.ratio)
+        )
         if self.another:
             x = derived(own, tuple(x.shape[1:])) * (there.sigma if self.beside.start == "sigma" else 1.0)
         else:
             x = x * (there.alpha / now.alpha)  # the same eps in both schedules
-        return self.keep * x0 + (1 - self.keep) * self.beside.denoiser(x, there, conditioning, self.beside.guidance)
+        return self.keep * x0 + (1 - self.keep) * self.beside.denoiser(
+            x, there, conditioning, self.beside.guidance
+        )
 
 
 @dataclass(frozen=True)
@@ -69,14 +81,24 @@ class Stage:
 
     member: Member
     levels: tuple[Noise, ...]
-    within: Callable[[], AbstractContextManager] = nullcontext  # held while the network is asked, e.g. a control at a strength
-    conditioning: Callable[[Prompts, Noise, Tensor], Prompts] | None = None  # (prompts, level, own noise) -> what the network is told instead
+    within: Callable[[], AbstractContextManager] = (
+        nullcontext  # held while the network is asked, e.g. a control at a strength
+    )
+    conditioning: Callable[[Prompts, Noise, Tensor], Prompts] | None = (
+        None  # (prompts, level, own noise) -> what the network is told instead
+    )
     mix: Mix | None = None  # what is made of x0
 
     @classmethod
     def of(cls, member: Member, levels: Sequence[Noise]) -> "Stage":
         """The member on another's levels: the same sigma / alpha in the member's own noise schedule."""
-        return cls(member, tuple(level if level in member.levels else NOISE_SCHEDULES[member.noise_schedule][1](level.ratio) for level in levels))
+        return cls(
+            member,
+            tuple(
+                level if level in member.levels else NOISE_SCHEDULES[member.noise_schedule][1](level.ratio)
+                for level in levels
+            ),
+        )
 
     @property
     def members(self) -> list[Member]:
@@ -128,13 +150,22 @@ def alone(member: Member) -> Plan:
 
 def during(plan: Plan, holds: Callable[[Noise], bool], within: Callable[[], AbstractContextManager]) -> Plan:
     """The same plan with `within` held too at the noise levels where `holds` is true, and there alone."""
-    stages = [replace(stage, levels=(level,), within=partial(_both, stage.within, within) if holds(level) else stage.within)
-              for stage in plan.stages for level in stage.levels]  # fmt: skip
+    stages = [
+        replace(
+            stage,
+            levels=(level,),
+            within=partial(_both, stage.within, within) if holds(level) else stage.within,
+        )
+        for stage in plan.stages
+        for level in stage.levels
+    ]
     return replace(plan, stages=tuple(stages))
 
 
 @contextmanager
-def _both(outer: Callable[[], AbstractContextManager], inner: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def _both(
+    outer: Callable[[], AbstractContextManager], inner: Callable[[], AbstractContextManager]
+) -> Iterator[None]:
     with outer(), inner():
         yield
 
@@ -151,11 +182,15 @@ class Step:
     after: Tensor  # (B, C, H, W), at the next level, in the next member's noise schedule
 
 
-def update(x: Tensor, x0: Tensor, now: Noise, after: Noise, eta: Eta = 0.0, fresh: Tensor | None = None) -> Tensor:
-    """x at the next level: eps = (x - alpha x0) / sigma; eps <- sqrt(1 - eta^2) eps + eta fresh; alpha' x0 + sigma' eps.
+def update(
+    x: Tensor, x0: Tensor, now: Noise, after: Noise, eta: Eta = 0.0, fresh: Tensor | None = None
+) -> Tensor:
+    """x at the next level: eps = (x - alpha x0) / sigma; eps <- sqrt(1 - eta^2) eps + eta fresh; alpha' x0 +
+    sigma' eps.
 
-    Reproduces DDIM and Euler (eta 0), LCM and DMD2 (eta 1), Euler-ancestral (eta = noise.ancestral) and flow Euler.
-    Between noise schedules it converts by itself, for eps means the same in all of them. All tensors (B, C, H, W).
+    Reproduces DDIM and Euler (eta 0), LCM and DMD2 (eta 1), Euler-ancestral (eta = noise.ancestral) and flow
+    Euler. Between noise schedules it converts by itself, for eps means the same in all of them. All tensors
+    (B, C, H, W).
     """
     eps = to_eps(x, x0, now)
     eta = eta(now, after) if callable(eta) else eta
@@ -165,9 +200,11 @@ def update(x: Tensor, x0: Tensor, now: Noise, after: Noise, eta: Eta = 0.0, fres
 
 
 def draw_noise(seeds: Sequence[int], shape: tuple[int, ...], steps: int, device="cpu") -> Tensor:
-    """All noise of each image from its own generator: (B, steps + 1, *shape), first the initial, then one per step.
+    """All noise of each image from its own generator: (B, steps + 1, *shape), first the initial, then one per
+    step.
 
-    Image i depends on seeds[i] alone, so it is the same alone or in a batch, and plans with the same seeds are paired.
+    Image i depends on seeds[i] alone, so it is the same alone or in a batch, and plans with the same seeds
+    are paired.
     """
     rows = []
     for seed in seeds:
@@ -179,7 +216,8 @@ def draw_noise(seeds: Sequence[int], shape: tuple[int, ...], steps: int, device=
 def sample(plan: Plan, noise: Tensor, prompts: Prompts) -> Iterator[Step]:
     """Runs the plan; the last step's `after` is the finished latent.
 
-    noise: (B, ≥ plan.steps + 1, C, H, W) from `draw_noise`. prompts: B of them, with a negative side where a member guides.
+    noise: (B, ≥ plan.steps + 1, C, H, W) from `draw_noise`. prompts: B of them, with a negative side where a
+    member guides.
     """
     todo = [(stage, level) for stage in plan.stages for level in stage.levels]
     if noise.shape[1] <= len(todo):

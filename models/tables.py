@@ -1,4 +1,6 @@
-"""Tables and texts as people have them: .csv, .tsv and .jsonl with other separators, line ends and encodings, as rows."""
+"""Tables and texts as people have them: .csv, .tsv and .jsonl with other separators, line ends and encodings,
+as rows.
+"""
 
 import csv
 import json
@@ -13,13 +15,22 @@ from configs import UserError, quoted
 from configs.ranges import checked
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-MARKS = {BOM_UTF8: "utf-8", BOM_UTF32_LE: "utf-32", BOM_UTF32_BE: "utf-32", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+MARKS = {
+    BOM_UTF8: "utf-8",
+    BOM_UTF32_LE: "utf-32",
+    BOM_UTF32_BE: "utf-32",
+    BOM_UTF16_LE: "utf-16",
+    BOM_UTF16_BE: "utf-16",
+}
 LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also splits at characters that stand inside texts
 Row = tuple[int, dict[str, Any]]  # its line or number in the file, counted as an editor does, and its cells
 
 
 def text_of(path: Path) -> str:
-    """A text file's text: UTF-8, or what its byte order mark says. Raises UserError for another encoding, naming the line."""
+    """A text file's text: UTF-8, or what its byte order mark says.
+
+    Raises UserError for another encoding, naming the line.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -31,7 +42,9 @@ def text_of(path: Path) -> str:
         line = 1 + len(LINE_END.findall(data[: error.start].decode("latin-1")))
         raise UserError(f"{path}, line {line}: not a text in UTF-8; save the file as UTF-8") from None
     if "\0" in text:
-        raise UserError(f"{path} holds NUL characters, as UTF-16 without a byte order mark does; save the file as UTF-8")
+        raise UserError(
+            f"{path} holds NUL characters, as UTF-16 without a byte order mark does; save the file as UTF-8"
+        )
     return text
 
 
@@ -43,8 +56,8 @@ def lines_of(path: Path) -> list[str]:
 def rows_of(path: Path, wanted: Sequence[str]) -> list[Row]:
     """The rows of a table with names in lower case, empty rows left out.
 
-    wanted: names of which a table must have one; a .csv may be separated by whichever of , ; tab | gives it one. Raises UserError in one
-    line that names the file and the row.
+    wanted: names of which a table must have one; a .csv may be separated by whichever of , ; tab | gives it
+    one. Raises UserError in one line that names the file and the row.
     """
     rows = _objects(path) if path.suffix.lower() == ".jsonl" else _cells(path, wanted)
     if rows and not any(name in row for name in wanted for _, row in rows):
@@ -84,11 +97,15 @@ def _cells(path: Path, wanted: Sequence[str]) -> list[Row]:
                     raise UserError(f"{path} has the column {quoted(min(twice))} twice")
                 continue
             if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
-                raise UserError(f"{path}, line {start}: {len(cells)} cells under {len(names)} columns; "
-                                f"a text with {separator!r} in it needs quotes: {quoted(separator.join(cells), 60)}")  # fmt: skip
+                raise UserError(
+                    f"{path}, line {start}: {len(cells)} cells under {len(names)} columns; "
+                    f"a text with {separator!r} in it needs quotes: {quoted(separator.join(cells), 60)}"
+                )
             rows.append((start, dict(zip(names, [*cells, *[""] * len(names)], strict=False))))
     except csv.Error as error:
-        raise UserError(f"{path}, line {number}: {error}; is a quotation mark missing, or one too many?") from None
+        raise UserError(
+            f"{path}, line {number}: {error}; is a quotation mark missing, or one too many?"
+        ) from None
     return rows
 
 

@@ -14,9 +14,13 @@ def kept(reader: Reader, text: str) -> tuple[list[int], bool]:
     tokenizer, length = reader
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        text = tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
     whole = tokenizer(text, padding=False, truncation=False).input_ids
-    return tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids, len(whole) > length
+    return tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids, len(
+        whole
+    ) > length
 
 
 def cuts(readers: Iterable[Reader], texts: Iterable[str]) -> list[str]:
@@ -26,18 +30,28 @@ def cuts(readers: Iterable[Reader], texts: Iterable[str]) -> list[str]:
         tokens, cut = kept(most, text)
         if cut:
             end = most[0].decode(tokens, skip_special_tokens=True)[-40:]
-            lines.append(f"{quoted(text, 60)} is longer than the {most[1]} tokens that are read: it ends at {quoted(end)}")
+            lines.append(
+                f"{quoted(text, 60)} is longer than the {most[1]} tokens that are read: it ends at {quoted(end)}"
+            )
     more = len(lines) - SAID
-    return lines if more <= 0 else [*lines[:SAID], f"{more} more texts are longer than the {most[1]} tokens that are read"]
+    return (
+        lines
+        if more <= 0
+        else [*lines[:SAID], f"{more} more texts are longer than the {most[1]} tokens that are read"]
+    )
 
 
 def tell_apart(readers: Iterable[Reader], a: str, b: str, what: str) -> None:
-    """Raises UserError for two texts that are the same to all readers: cut to the same beginning, or of words that they do not know."""
+    """Raises UserError for two texts that are the same to all readers: cut to the same beginning, or of words
+    that they do not know.
+    """
     if all(kept(reader, a)[0] == kept(reader, b)[0] for reader in readers):
         raise alike(a, b, what)
 
 
 def alike(a: str, b: str, what: str) -> UserError:
     """What is wrong with two texts that say the same to `what`."""
-    return UserError(f"{quoted(a, 60)} and {quoted(b, 60)} are the same text to {what}: "
-                     "they differ in words that it does not know, or beyond what it reads")  # fmt: skip
+    return UserError(
+        f"{quoted(a, 60)} and {quoted(b, 60)} are the same text to {what}: "
+        "they differ in words that it does not know, or beyond what it reads"
+    )

@@ -1,7 +1,9 @@
-"""The real thing at full size: SDXL with random weights of the published sizes, run by the real commands, their memory against the plan's.
+"""The real thing at full size: SDXL with random weights of the published sizes, run by the real commands,
+their memory against the plan's.
 
-python -m pytest -m full tests/full_size.py, or python tests/full_size.py [part …]. Some 21 GB of disk under FULL_CACHE (runs/full_cache),
-which later runs use again, less than 15 GB of memory, an hour on two cores; with a GPU at 1024 px its own peak is measured instead.
+python -m pytest -m full tests/full_size.py, or python tests/full_size.py [part …]. Some 21 GB of disk under
+FULL_CACHE (runs/full_cache), which later runs use again, less than 15 GB of memory, an hour on two cores;
+with a GPU at 1024 px its own peak is measured instead.
 """
 
 import json
@@ -38,8 +40,15 @@ WITHIN = 0.15  # of what is measured
 # the cache: a repository after the other, a tensor after the other
 
 
-def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, taken: Mapping[str, torch.Tensor] | None = None) -> None:
-    """A safetensors file of random weights, or of those taken, one at a time, so that it takes the memory of the largest."""
+def write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    taken: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """A safetensors file of random weights, or of those taken, one at a time, so that it takes the memory of
+    the largest.
+    """
     if path.exists():
         return
     head, at = {"__metadata__": {"format": "pt"}}, 0
@@ -56,7 +65,9 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
 
 
 def weights(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Small normal ones that keep activations finite: norms are ones, biases zeros, the rest keeps half of what comes in."""
+    """Small normal ones that keep activations finite: norms are ones, biases zeros, the rest keeps half of
+    what comes in.
+    """
     if key.endswith("bias") or not shape:
         return torch.zeros(shape)
     if len(shape) == 1:
@@ -69,16 +80,28 @@ def shapes(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def build(cache: Path = CACHE) -> None:
-    """Publishes what the check needs of SDXL: the base, DMD2's U-Net, Lightning's LoRA, a checkpoint of one's own, CLIP."""
+    """Publishes what the check needs of SDXL: the base, DMD2's U-Net, Lightning's LoRA, a checkpoint of one's
+    own, CLIP.
+    """
     family = hub.write_configs(cache, "sdxl")
     words, parts = hub.clip_words(), json.loads((ROOT / "models/published.json").read_text())["sdxl"]
     words.model_max_length = 77
-    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    ends = {
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
     home = hub.publish(cache, family.repo, family.revision)
     with init_empty_weights(include_buffers=False):
         net = hub.UNet2DConditionModel.from_config(parts["unet"])
-        nets = {"unet/diffusion_pytorch_model": net, "vae/diffusion_pytorch_model": hub.AutoencoderKL.from_config(parts["vae"])}
-        for part, kind in {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}.items():
+        nets = {
+            "unet/diffusion_pytorch_model": net,
+            "vae/diffusion_pytorch_model": hub.AutoencoderKL.from_config(parts["vae"]),
+        }
+        for part, kind in {
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+        }.items():
             config = CLIPTextConfig(**parts[part] | ends)
             config.save_pretrained(home / part)
             nets[f"{part}/model"] = kind(config)
@@ -87,9 +110,14 @@ def build(cache: Path = CACHE) -> None:
         clip = CLIPModel(config)
     for name, part in nets.items():
         write(home / f"{name}.fp16.safetensors", shapes(part), torch.float16)
-    hub.DDIMScheduler(**hub.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(home / "scheduler")
-    index = parts["model_index"] | {"tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-                                    "scheduler": ["diffusers", "DDIMScheduler"]}  # fmt: skip
+    hub.DDIMScheduler(**hub.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
+        home / "scheduler"
+    )
+    index = parts["model_index"] | {
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (home / "model_index.json").write_text(json.dumps(index))
     for part in ("tokenizer", "tokenizer_2"):
         words.save_pretrained(home / part)
@@ -107,18 +135,40 @@ def build(cache: Path = CACHE) -> None:
     for key, value in theirs.items():  # the checkpoint of a trainer holds all parts by Stability's names
         module, _, last = key.rpartition(".")
         setattr(net.get_submodule(module), last, torch.nn.Parameter(value, requires_grad=False))
-    unet, prefixes = original(net), dict(zip(list(nets)[1:], ("first_stage_model", "conditioner.embedders.0.transformer",
-                                                              "conditioner.embedders.1.model"), strict=True))  # fmt: skip
-    rest = {f"{prefix}.{key}": shape for name, prefix in prefixes.items() for key, shape in shapes(nets[name]).items()}
-    write(cache / "mine.safetensors", {key: tuple(value.shape) for key, value in unet.items()} | rest, torch.float16, unet)
+    unet, prefixes = (
+        original(net),
+        dict(
+            zip(
+                list(nets)[1:],
+                ("first_stage_model", "conditioner.embedders.0.transformer", "conditioner.embedders.1.model"),
+                strict=True,
+            )
+        ),
+    )
+    rest = {
+        f"{prefix}.{key}": shape
+        for name, prefix in prefixes.items()
+        for key, shape in shapes(nets[name]).items()
+    }
+    write(
+        cache / "mine.safetensors",
+        {key: tuple(value.shape) for key, value in unet.items()} | rest,
+        torch.float16,
+        unet,
+    )
 
     name, _, revision = family.clip.partition("@")
     seen = hub.publish(cache, name, revision)
     clip.config.save_pretrained(seen)
     write(seen / "model.safetensors", shapes(clip), torch.float32)
     words.save_pretrained(seen)
-    pixels = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
-              "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
+    pixels = {
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
     (seen / "preprocessor_config.json").write_text(json.dumps(pixels))
 
 
@@ -132,21 +182,74 @@ members:
   lightning-lora: {{steps: 2}}
   mine: {{file: {file}, steps: 2, spacing: trailing, start: sigma}}
 """
-SMALL = ["steps=2", "batch_size=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled", "overwrite=true"]
+SMALL = [
+    "steps=2",
+    "batch_size=1",
+    "trajectories=1",
+    "sample_seeds=[1]",
+    "sample_scales=[0,1]",
+    "wandb=disabled",
+    "overwrite=true",
+]
 FEW = ["evaluators=[clip]", "wandb=disabled", "overwrite=true", "prompts=[a man at a desk,a woman in a park]"]
 PARTS = {  # name: what is run, {family} the user's card, {out} the folder of runs
     "slider": ["train/slider.py", "member={family}/base", "name=fp32", "dtype=fp32", "out={out}", *SMALL],
-    "slider-nf4": ["train/slider.py", "member={family}/base", "name=nf4", "dtype=bf16", "quantize=nf4", "out={out}", *SMALL],
-    "slider-watch": ["train/slider.py", "member={family}/base", "name=watched", "dtype=bf16", "watch=[{family}/lightning-lora]",
-                     "watch_every=2", "watch_prompts=1", "out={out}", *SMALL],
-    "show": ["controls/show.py", "{out}/fp32/control.safetensors", "member={family}/mine", "dtype=bf16", "scales=[0,1]",
-             "out={out}/show.png"],
-    "transfer": ["analysis/transfer.py", "family={family}", "controls=[{out}/fp32/control.safetensors]", "name=five", "dtype=bf16",
-                 "targets=[base,dmd2,lightning-lora,mine]", "seeds=1", "scales=[0,1]", "references=false", "out={out}",
-                 "cache={out}/cache", *FEW],
-    "trace": ["analysis/trace.py", "family={family}", "control={out}/fp32/control.safetensors", "students=[dmd2]", "plans=[]",
-              "bands=[750]", "seeds=2", "dtype=bf16", "name=trace", "out={out}", *FEW],
-}  # fmt: skip
+    "slider-nf4": [
+        "train/slider.py",
+        "member={family}/base",
+        "name=nf4",
+        "dtype=bf16",
+        "quantize=nf4",
+        "out={out}",
+        *SMALL,
+    ],
+    "slider-watch": [
+        "train/slider.py",
+        "member={family}/base",
+        "name=watched",
+        "dtype=bf16",
+        "watch=[{family}/lightning-lora]",
+        "watch_every=2",
+        "watch_prompts=1",
+        "out={out}",
+        *SMALL,
+    ],
+    "show": [
+        "controls/show.py",
+        "{out}/fp32/control.safetensors",
+        "member={family}/mine",
+        "dtype=bf16",
+        "scales=[0,1]",
+        "out={out}/show.png",
+    ],
+    "transfer": [
+        "analysis/transfer.py",
+        "family={family}",
+        "controls=[{out}/fp32/control.safetensors]",
+        "name=five",
+        "dtype=bf16",
+        "targets=[base,dmd2,lightning-lora,mine]",
+        "seeds=1",
+        "scales=[0,1]",
+        "references=false",
+        "out={out}",
+        "cache={out}/cache",
+        *FEW,
+    ],
+    "trace": [
+        "analysis/trace.py",
+        "family={family}",
+        "control={out}/fp32/control.safetensors",
+        "students=[dmd2]",
+        "plans=[]",
+        "bands=[750]",
+        "seeds=2",
+        "dtype=bf16",
+        "name=trace",
+        "out={out}",
+        *FEW,
+    ],
+}
 PLANLESS = ("show",)
 
 
@@ -169,14 +272,27 @@ class Measured:
 def run(part: str, cache: Path = CACHE) -> Measured:
     """What a part takes and what its plan says."""
     family, out = cache / "mine.yaml", cache / "runs"
-    family.write_text(CARD.format(size_px=1024 if torch.cuda.is_available() else 128, file=cache / "mine.safetensors"))
+    family.write_text(
+        CARD.format(size_px=1024 if torch.cuda.is_available() else 128, file=cache / "mine.safetensors")
+    )
     words = [word.format(family=family, out=out) for word in PARTS[part]]
     words[0] = str(ROOT / words[0])
-    settings = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HOME": str(cache / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    settings = os.environ | {
+        "HF_HUB_CACHE": str(cache),
+        "HF_HOME": str(cache / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     with (cache / f"{part}.log").open("w") as log:
 
         def command(*before: str, more: list[str]) -> None:
-            done = subprocess.run([sys.executable, *before, *words, *more], env=settings, stdout=log, stderr=subprocess.STDOUT, cwd=cache)
+            done = subprocess.run(
+                [sys.executable, *before, *words, *more],
+                env=settings,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=cache,
+            )
             assert done.returncode == 0, Path(log.name).read_text()[-3000:]
 
         if part not in PLANLESS:
@@ -185,11 +301,15 @@ def run(part: str, cache: Path = CACHE) -> Measured:
         command(str(Path(__file__).resolve()), "--measure", str(cache / "peak.json"), more=[])
     said = re.search(r"memory at the most: ([\d.]+) GB.*", Path(log.name).read_text())
     peak = json.loads((cache / "peak.json").read_text())
-    return Measured(part, float(said[1]) if said else None, peak / 1e9, time.time() - start, said[0] if said else "")
+    return Measured(
+        part, float(said[1]) if said else None, peak / 1e9, time.time() - start, said[0] if said else ""
+    )
 
 
 def measure(file: str, words: list[str]) -> None:
-    """Runs a script here, and writes the most memory that it took: torch's on a GPU, else this process's without mapped files."""
+    """Runs a script here, and writes the most memory that it took: torch's on a GPU, else this process's
+    without mapped files.
+    """
     most, sys.argv = [0], words
     sys.path.insert(0, str(Path(words[0]).parent))
 
@@ -201,7 +321,9 @@ def measure(file: str, words: list[str]) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     runpy.run_path(words[0], run_name="__main__")
-    Path(file).write_text(json.dumps(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else most[0]))
+    Path(file).write_text(
+        json.dumps(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else most[0])
+    )
 
 
 @pytest.mark.full
@@ -216,7 +338,10 @@ def test_a_command_runs_at_full_size_in_the_memory_that_its_plan_says(part):
 def show(rows: list[Measured]) -> None:
     for row in rows:
         said = "no plan" if row.off is None else f"{row.forecast:5.1f} GB forecast, {100 * row.off:+.0f} %"
-        print(f"{row.part:14} {row.peak:5.1f} GB measured, {said}, {row.seconds:.0f} s  {row.moment}", flush=True)
+        print(
+            f"{row.part:14} {row.peak:5.1f} GB measured, {said}, {row.seconds:.0f} s  {row.moment}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -58,11 +58,25 @@ FLOWS = {  # published scheduler configs
 
 EVALUATORS = {  # published configs; SigLIP's and DINOv2's of this size are transformers' own defaults
     "clip": CLIPConfig(
-        text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768},
-        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-                       "patch_size": 14, "projection_dim": 768}, projection_dim=768),
-    "siglip": SiglipConfig(), "dino": Dinov2Config(image_size=518),
-}  # fmt: skip
+        text_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "projection_dim": 768,
+        },
+        vision_config={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        projection_dim=768,
+    ),
+    "siglip": SiglipConfig(),
+    "dino": Dinov2Config(image_size=518),
+}
 
 
 def publish(cache: Path, repo: str, revision: str | None = None) -> Path:
@@ -85,35 +99,96 @@ def publish(cache: Path, repo: str, revision: str | None = None) -> Path:
 def unet(seed: int, sdxl: bool, **changes) -> UNet2DConditionModel:
     torch.manual_seed(seed)
     config = {
-        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "attention_head_dim": 16, "norm_num_groups": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "cross_attention_dim": 2 * WIDTH if sdxl else WIDTH,
-    }  # fmt: skip
+    }
     if sdxl:
-        config |= {"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-                   "projection_class_embeddings_input_dim": WIDTH + 6 * 8}  # fmt: skip
+        config |= {
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+        }
     return UNet2DConditionModel(**{**config, **changes}).eval()
 
 
 def transformer(architecture: str, seed: int, **changes):
     torch.manual_seed(seed)
     kind, config = {
-        "pixart": (PixArtTransformer2DModel, {
-            "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 128,
-            "cross_attention_dim": 48, "caption_channels": WIDTH, "patch_size": 2, "norm_num_groups": 1}),
-        "sd3": (SD3Transformer2DModel, {
-            "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 16,
-            "num_attention_heads": 2, "joint_attention_dim": 2 * WIDTH, "caption_projection_dim": 32, "pooled_projection_dim": 2 * WIDTH,
-            "pos_embed_max_size": 16, "qk_norm": "rms_norm"}),
-        "flux": (FluxTransformer2DModel, {
-            "in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-            "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "guidance_embeds": True, "axes_dims_rope": (4, 4, 8)}),
-        "zimage": (ZImageTransformer2DModel, {
-            "in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": WIDTH,
-            "axes_dims": [4, 4, 8], "axes_lens": [256, 64, 64]}),
-    }[architecture]  # fmt: skip
+        "pixart": (
+            PixArtTransformer2DModel,
+            {
+                "num_attention_heads": 3,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "out_channels": 8,
+                "num_layers": 2,
+                "sample_size": 128,
+                "cross_attention_dim": 48,
+                "caption_channels": WIDTH,
+                "patch_size": 2,
+                "norm_num_groups": 1,
+            },
+        ),
+        "sd3": (
+            SD3Transformer2DModel,
+            {
+                "sample_size": 8,
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 2 * WIDTH,
+                "caption_projection_dim": 32,
+                "pooled_projection_dim": 2 * WIDTH,
+                "pos_embed_max_size": 16,
+                "qk_norm": "rms_norm",
+            },
+        ),
+        "flux": (
+            FluxTransformer2DModel,
+            {
+                "in_channels": 64,
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": WIDTH,
+                "pooled_projection_dim": WIDTH,
+                "guidance_embeds": True,
+                "axes_dims_rope": (4, 4, 8),
+            },
+        ),
+        "zimage": (
+            ZImageTransformer2DModel,
+            {
+                "in_channels": 16,
+                "dim": 32,
+                "n_layers": 2,
+                "n_refiner_layers": 1,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "cap_feat_dim": WIDTH,
+                "axes_dims": [4, 4, 8],
+                "axes_lens": [256, 64, 64],
+            },
+        ),
+    }[architecture]
     net = kind(**{**config, **changes}).eval()
-    for name, weight in net.named_parameters():  # the padding tokens and gates of a fresh network are zeros, which would hide mistakes
+    for (
+        name,
+        weight,
+    ) in (
+        net.named_parameters()
+    ):  # the padding tokens and gates of a fresh network are zeros, which would hide mistakes
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(len(name)))
     return net
@@ -122,9 +197,13 @@ def transformer(architecture: str, seed: int, **changes):
 def vae(channels: int, **changes) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=channels, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, **changes,
-    ).eval()  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **changes,
+    ).eval()
 
 
 def clip_words() -> CLIPTokenizer:
@@ -133,37 +212,64 @@ def clip_words() -> CLIPTokenizer:
 
 def clip(words: CLIPTokenizer, kind=CLIPTextModelWithProjection):
     torch.manual_seed(1)
-    special = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    return kind(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=WIDTH,
-        max_position_embeddings=words.model_max_length, **special,
-    )).eval()  # fmt: skip
+    special = {
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=WIDTH,
+            max_position_embeddings=words.model_max_length,
+            **special,
+        )
+    ).eval()
 
 
 def t5_words() -> T5Tokenizer:
     """A Unigram tokenizer of single characters."""
-    return T5Tokenizer(vocab=[(piece, -2.0) for piece in ("<pad>", "</s>", "<unk>", *ALPHABET)], extra_ids=0, model_max_length=LENGTH)
+    return T5Tokenizer(
+        vocab=[(piece, -2.0) for piece in ("<pad>", "</s>", "<unk>", *ALPHABET)],
+        extra_ids=0,
+        model_max_length=LENGTH,
+    )
 
 
 def t5(words: T5Tokenizer, width: int = WIDTH) -> T5EncoderModel:
     torch.manual_seed(2)
-    return T5EncoderModel(T5Config(vocab_size=len(words), d_model=width, d_kv=16, d_ff=32, num_layers=2, num_heads=2)).eval()
+    return T5EncoderModel(
+        T5Config(vocab_size=len(words), d_model=width, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+    ).eval()
 
 
 def qwen_words() -> Qwen2Tokenizer:
     """A byte-level tokenizer of single bytes, with a chat template."""
     letters = {letter: k for k, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    words = Qwen2Tokenizer(vocab={**letters, "<|endoftext|>": len(letters)}, merges=[], model_max_length=LENGTH)
+    words = Qwen2Tokenizer(
+        vocab={**letters, "<|endoftext|>": len(letters)}, merges=[], model_max_length=LENGTH
+    )
     words.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     return words
 
 
 def qwen(words: Qwen2Tokenizer) -> Qwen3Model:
     torch.manual_seed(3)
-    return Qwen3Model(Qwen3Config(
-        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16,
-    )).eval()  # fmt: skip
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+        )
+    ).eval()
 
 
 def network(family: FamilyCard, member: MemberCard, seed: int):
@@ -171,7 +277,9 @@ def network(family: FamilyCard, member: MemberCard, seed: int):
     if family.architecture in ("sd", "sdxl"):
         embeds = {"time_cond_proj_dim": 16} if member.guidance_embedding is not None else {}
         return unet(seed, family.architecture == "sdxl", **embeds)
-    guided = {"guidance_embeds": member.guidance_embedding is not None} if family.architecture == "flux" else {}
+    guided = (
+        {"guidance_embeds": member.guidance_embedding is not None} if family.architecture == "flux" else {}
+    )
     return transformer(family.architecture, seed, **guided)
 
 
@@ -180,19 +288,32 @@ def pipeline(family: FamilyCard):
     kind, net, words = family.architecture, network(family, family.members[family.base], 0), clip_words()
     flow = FlowMatchEulerDiscreteScheduler(**FLOWS.get(family.repo, {}))
     ddim = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    shifted = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    shifted = {
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
     if kind == "sdxl":
-        return StableDiffusionXLPipeline(vae(4, scaling_factor=0.13025), clip(words, CLIPTextModel), clip(words), words, words, net, ddim)
+        return StableDiffusionXLPipeline(
+            vae(4, scaling_factor=0.13025), clip(words, CLIPTextModel), clip(words), words, words, net, ddim
+        )
     if kind == "sd":
-        return StableDiffusionPipeline(vae(4), clip(words, CLIPTextModel), words, net, ddim, None, None, requires_safety_checker=False)
+        return StableDiffusionPipeline(
+            vae(4), clip(words, CLIPTextModel), words, net, ddim, None, None, requires_safety_checker=False
+        )
     if kind == "pixart":
         steps = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
         return PixArtAlphaPipeline(t5_words(), t5(t5_words()), vae(4), net, steps)
     if kind == "sd3":
         both = t5_words()
-        return StableDiffusion3Pipeline(net, flow, vae(16, **shifted), clip(words), words, clip(words), words, t5(both, 2 * WIDTH), both)
+        return StableDiffusion3Pipeline(
+            net, flow, vae(16, **shifted), clip(words), words, clip(words), words, t5(both, 2 * WIDTH), both
+        )
     if kind == "flux":
-        return FluxPipeline(flow, vae(16, **shifted), clip(words, CLIPTextModel), words, t5(t5_words()), t5_words(), net)
+        return FluxPipeline(
+            flow, vae(16, **shifted), clip(words, CLIPTextModel), words, t5(t5_words()), t5_words(), net
+        )
     return ZImagePipeline(flow, vae(16, **shifted), qwen(qwen_words()), qwen_words(), net)
 
 
@@ -201,7 +322,9 @@ def half(net) -> dict[str, torch.Tensor]:
 
 
 def lora(net, seed: int, rank: int = 2, alpha: float = 1.0) -> dict[str, torch.Tensor]:
-    """A LoRA of a network's attention and convolutions in kohya's layout with diffusers' names, as the published students are."""
+    """A LoRA of a network's attention and convolutions in kohya's layout with diffusers' names, as the
+    published students are.
+    """
     rng, found = torch.Generator().manual_seed(seed), {}
     for name, layer in net.named_modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and (".attn" in name or ".resnets." in name):
@@ -227,12 +350,16 @@ def write(cache: Path, name: str) -> FamilyCard:
             save_file(lora(network(family, family.members[family.base], 0), seed), folder / its.lora)
         elif its.file:
             weights = half(network(family, its, seed))
-            torch.save(weights, folder / its.file) if its.file.endswith(".bin") else save_file(weights, folder / its.file)
+            torch.save(weights, folder / its.file) if its.file.endswith(".bin") else save_file(
+                weights, folder / its.file
+            )
         else:
             network(family, its, seed).save_pretrained(folder / (its.subfolder or ""), variant=variant)
             if family.architecture == "pixart":  # published before the class had its own name
                 config = folder / its.subfolder / "config.json"
-                config.write_text(config.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel"))
+                config.write_text(
+                    config.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel")
+                )
             if its.noise_schedule == "flow":
                 FlowMatchEulerDiscreteScheduler(**FLOWS[repo]).save_pretrained(folder / "scheduler")
     return family
@@ -249,7 +376,9 @@ def write_configs(cache: Path, name: str) -> FamilyCard:
         folder, net = publish(cache, repo, revision), "unet" if "unet" in parts else "transformer"
         files = {f"{its.subfolder}/config.json" if its.subfolder else "config.json": parts[net]}
         if member == family.base:
-            files |= {f"{part}/config.json": config for part, config in parts.items() if part != "model_index"}
+            files |= {
+                f"{part}/config.json": config for part, config in parts.items() if part != "model_index"
+            }
             files["model_index.json"] = parts["model_index"]
         for file, config in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""A made-up run folder of the transfer validator: known retentions, every part of the record, a grey per column of its sheets."""
+"""A made-up run folder of the transfer validator: known retentions, every part of the record, a grey per
+column of its sheets.
+"""
 
 import json
 import re
@@ -14,8 +16,18 @@ from controls import retention as stats
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
 ZERO = 2
-TARGETS = {"base": 1.0, "dmd": 0.93, "lcm": 0.55, "lightning": 1.4, "base:few(4)": 0.4}  # the retention of a control from base
-CONTROLS = {"smile": ("base", 0.03), "age <b>": ("base", 0.02), "eyes-dmd": ("dmd", 0.025)}  # source and slope
+TARGETS = {
+    "base": 1.0,
+    "dmd": 0.93,
+    "lcm": 0.55,
+    "lightning": 1.4,
+    "base:few(4)": 0.4,
+}  # the retention of a control from base
+CONTROLS = {
+    "smile": ("base", 0.03),
+    "age <b>": ("base", 0.02),
+    "eyes-dmd": ("dmd", 0.025),
+}  # source and slope
 GREYS = [20, 60, 100, 140, 180, 220]  # of the columns of a sheet
 
 
@@ -28,7 +40,12 @@ def png(image: np.ndarray) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def sheet(size: int = 16, rows: int = 4) -> np.ndarray:
@@ -37,7 +54,9 @@ def sheet(size: int = 16, rows: int = 4) -> np.ndarray:
 
 
 def simulated(strength: float, seed: int) -> np.ndarray:
-    """Effects (12, 4, 6) of a control of this strength, saturating, with noise of prompts and images; same prompts for every seed."""
+    """Effects (12, 4, 6) of a control of this strength, saturating, with noise of prompts and images; same
+    prompts for every seed.
+    """
     prompts = np.random.default_rng(7).normal(1, 0.15, (12, 1, 1))
     noise = np.random.default_rng(seed).normal(0, 0.003, (12, 4, len(SCALES)))
     return effect.change(strength * prompts * np.tanh(np.array(SCALES) / 1.5) * 1.5 + noise, ZERO)
@@ -46,22 +65,39 @@ def simulated(strength: float, seed: int) -> np.ndarray:
 def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
     inside = stats.window(source, SCALES)
     below, above = stats.slopes(source, target, SCALES)
-    kept, same, other = intervals.ratio(above, below), intervals.equivalence(above, below), intervals.difference(above, below)
+    kept, same, other = (
+        intervals.ratio(above, below),
+        intervals.equivalence(above, below),
+        intervals.difference(above, below),
+    )
     share = lambda factor: intervals.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)  # noqa: E731
     part = lambda factor: {"slope": intervals.mean(factor * below), "share": share(factor)}  # noqa: E731
     return {
-        "window": inside.tolist(), **stats.estimate(target, SCALES, inside), "retention": kept,
-        "equivalence": {"p": same, "p_holm": min(1.0, 3 * same)}, "difference": {"p": other, "p_holm": min(1.0, 3 * other)},
-        "matched_scale": stats.matched_scale(source, target, SCALES), "shape": stats.shape(target, SCALES),
-        "monotonicity": stats.monotonicity(target, SCALES), "preservation": 0.97, "preservation_curve": [0.9, 0.95, 1.0, 0.98, 0.95, 0.9],
-        "preservation_matched": {"source": 0.96, "target": 0.95, "difference": {"value": -0.01, "low": -0.02, "high": 0.0}},
-        "references": {
-            "floor": None if own else part(0.04), "ceiling": None if own else {"control": "its twin", **part(1.02)},
-            "wrong": None if own else {"control": "another", **part(-0.1)},
-            "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}}, "normalised": None if own else share(0.91),
+        "window": inside.tolist(),
+        **stats.estimate(target, SCALES, inside),
+        "retention": kept,
+        "equivalence": {"p": same, "p_holm": min(1.0, 3 * same)},
+        "difference": {"p": other, "p_holm": min(1.0, 3 * other)},
+        "matched_scale": stats.matched_scale(source, target, SCALES),
+        "shape": stats.shape(target, SCALES),
+        "monotonicity": stats.monotonicity(target, SCALES),
+        "preservation": 0.97,
+        "preservation_curve": [0.9, 0.95, 1.0, 0.98, 0.95, 0.9],
+        "preservation_matched": {
+            "source": 0.96,
+            "target": 0.95,
+            "difference": {"value": -0.01, "low": -0.02, "high": 0.0},
         },
-        "spread": stats.spread(source, target, SCALES), "verdict": stats.verdict(kept, same, other),
-    }  # fmt: skip
+        "references": {
+            "floor": None if own else part(0.04),
+            "ceiling": None if own else {"control": "its twin", **part(1.02)},
+            "wrong": None if own else {"control": "another", **part(-0.1)},
+            "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
+            "normalised": None if own else share(0.91),
+        },
+        "spread": stats.spread(source, target, SCALES),
+        "verdict": stats.verdict(kept, same, other),
+    }
 
 
 def cell(control: str, target: str) -> dict:
@@ -69,35 +105,68 @@ def cell(control: str, target: str) -> dict:
     number = sum(map(ord, control))
     factor = TARGETS[target] / TARGETS[source]
     pairs = {
-        evaluator_name: [simulated(factor * strength * unit, number + seed) for factor, seed in ((1, 0), (factor, 10 * (target != source)))]
+        evaluator_name: [
+            simulated(factor * strength * unit, number + seed)
+            for factor, seed in ((1, 0), (factor, 10 * (target != source)))
+        ]
         for evaluator_name, unit in (("clip", 1), ("probe", 12))
     }
     return {
-        "control": control, "kind": "slider", "source": f"tiny/{source}", "target": f"tiny/{target}", "reference": target == "base:few(4)",
-        "scales": SCALES, "readings": {name: reading(*pair, target == source) for name, pair in pairs.items()}, "clip_change_percent": 17.8, "images": 288, "prompts": 12, "seeds": 4,
-        "positive": "person, smiling", "negative": "person, sad", "below": None,
+        "control": control,
+        "kind": "slider",
+        "source": f"tiny/{source}",
+        "target": f"tiny/{target}",
+        "reference": target == "base:few(4)",
+        "scales": SCALES,
+        "readings": {name: reading(*pair, target == source) for name, pair in pairs.items()},
+        "clip_change_percent": 17.8,
+        "images": 288,
+        "prompts": 12,
+        "seeds": 4,
+        "positive": "person, smiling",
+        "negative": "person, sad",
+        "below": None,
         "picture": f"images/{number}/{target.replace(':', '-')}.png",
-    }  # fmt: skip
+    }
 
 
 def leakage(names: list[str]) -> list[dict]:
     """One row per evaluator, target, control and attribute."""
     share = lambda a, b: 1.0 if a == b else 0.11 * (len(a) - len(b))  # noqa: E731
     return [
-        {"evaluator": evaluator_name, "target": f"tiny/{target}", "control": a, "attribute": b, "slope": {"value": 0.02, "low": 0.01, "high": 0.03},
-         "share": {"value": share(a, b), "low": share(a, b) - 0.1, "high": share(a, b) + 0.1}}
-        for evaluator_name in ("clip", "probe") for target in ("base", "dmd", "lcm", "lightning") for a in names for b in names
-    ]  # fmt: skip
+        {
+            "evaluator": evaluator_name,
+            "target": f"tiny/{target}",
+            "control": a,
+            "attribute": b,
+            "slope": {"value": 0.02, "low": 0.01, "high": 0.03},
+            "share": {"value": share(a, b), "low": share(a, b) - 0.1, "high": share(a, b) + 0.1},
+        }
+        for evaluator_name in ("clip", "probe")
+        for target in ("base", "dmd", "lcm", "lightning")
+        for a in names
+        for b in names
+    ]
 
 
 def results(controls: tuple[str, ...] = tuple(CONTROLS)) -> dict:
     """The record, as analysis.transfer writes it."""
     return {
-        "schema": 2, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
-        "seconds": 61.5, "config": {"prompts": ["portrait of a person", "a man", "a woman", "an old man", "a child"], "seeds": 4},
-        "evaluators": ["clip", "probe"], "margin": [0.8, 1.25], "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
-        "cells": [cell(control, target) for control in controls for target in TARGETS], "leakage": leakage(list(controls)),
-    }  # fmt: skip
+        "schema": 2,
+        "command": "python -m analysis.transfer",
+        "versions": {"torch": "2.13"},
+        "created": "2026-01-01T00:00:00",
+        "seconds": 61.5,
+        "config": {
+            "prompts": ["portrait of a person", "a man", "a woman", "an old man", "a child"],
+            "seeds": 4,
+        },
+        "evaluators": ["clip", "probe"],
+        "margin": [0.8, 1.25],
+        "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
+        "cells": [cell(control, target) for control in controls for target in TARGETS],
+        "leakage": leakage(list(controls)),
+    }
 
 
 def write(found: dict, folder: Path) -> Path:
@@ -137,7 +206,11 @@ def documented(*commands: str) -> dict[str, re.Pattern]:
     """The keys of the README's table, all or of some commands; <words> stand for anything."""
     section = (ROOT / "README.md").read_text().split("## W&B keys")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `([^`]+)` \|.*\| (\w+)[^|]* \|$", section, re.M)
-    return {key: re.compile(re.sub(r"<[^>]+>", ".+", key)) for key, where in rows if where in (commands or (where,))}
+    return {
+        key: re.compile(re.sub(r"<[^>]+>", ".+", key))
+        for key, where in rows
+        if where in (commands or (where,))
+    }
 
 
 def undocumented(logged: set[str], command: str) -> list[str]:

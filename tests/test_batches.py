@@ -1,4 +1,6 @@
-"""As many images at once as memory holds, in every command: a VAE that holds one image, and a network that holds two latents."""
+"""As many images at once as memory holds, in every command: a VAE that holds one image, and a network that
+holds two latents.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,11 @@ def full(monkeypatch):
 
     for name in ("decode", "encode"):
         original = getattr(AutoencoderTiny, name)
-        monkeypatch.setattr(AutoencoderTiny, name, lambda vae, x, *args, o=original: Small(lambda y, *a: o(vae, y, *a), 1)(x, *args))
+        monkeypatch.setattr(
+            AutoencoderTiny,
+            name,
+            lambda vae, x, *args, o=original: Small(lambda y, *a: o(vae, y, *a), 1)(x, *args),
+        )
 
 
 def test_work_is_halved_until_it_fits_and_no_row_is_lost_or_done_twice(capsys):
@@ -48,18 +54,32 @@ def test_work_is_halved_until_it_fits_and_no_row_is_lost_or_done_twice(capsys):
         Batches(2).of(lambda rows: 1 / 0, 2)
 
 
-@pytest.mark.parametrize(("size_px", "drawn", "decoded"), [(64, 48, 64), (512, 16, 4), (1024, 4, 1), (2048, 1, 1)])
+@pytest.mark.parametrize(
+    ("size_px", "drawn", "decoded"), [(64, 48, 64), (512, 16, 4), (1024, 4, 1), (2048, 1, 1)]
+)
 def test_what_goes_at_once_follows_the_size(size_px, drawn, decoded):
-    assert Batches.drawn(0, size_px).size == drawn and Batches.decoded(size_px).size == decoded and Batches.drawn(7, size_px).size == 7
+    assert (
+        Batches.drawn(0, size_px).size == drawn
+        and Batches.decoded(size_px).size == decoded
+        and Batches.drawn(7, size_px).size == 7
+    )
 
 
 @torch.no_grad()
 def test_images_are_the_same_where_memory_is_short(full):
     family = Family("tiny", dtype=torch.float32)
-    latents = finish(alone(family.member("dmd")), draw_noise([1, 2, 3], family.latent_shape, 4), family.encode(["a person"] * 3))
+    latents = finish(
+        alone(family.member("dmd")),
+        draw_noise([1, 2, 3], family.latent_shape, 4),
+        family.encode(["a person"] * 3),
+    )
     images = family.decode(latents)
     assert family.decoding.size == 1 and images.shape == (3, 3, 64, 64)
-    assert torch.allclose(images, Family("tiny", batch_size=1).draw(family.member("dmd"), ["a person"] * 3, [1, 2, 3]), atol=1e-4)
+    assert torch.allclose(
+        images,
+        Family("tiny", batch_size=1).draw(family.member("dmd"), ["a person"] * 3, [1, 2, 3]),
+        atol=1e-4,
+    )
     assert torch.allclose(family.to_latents(images)[2:], family.to_latents(images[2:]), atol=1e-5)
 
 
@@ -75,13 +95,22 @@ def test_gradients_pass_through_the_vae_part_by_part(full):
 
 def some(table: list, quick: int) -> list:
     """The rows of a table as cases, all but one of them slow."""
-    return [pytest.param(*row, id=row[0].__name__, marks=[] if k == quick else pytest.mark.slow) for k, row in enumerate(table)]
+    return [
+        pytest.param(*row, id=row[0].__name__, marks=[] if k == quick else pytest.mark.slow)
+        for k, row in enumerate(table)
+    ]
 
 
 @pytest.mark.parametrize(("command", "words"), some(ANALYSES[1:], 0))
 def test_analyses_with_a_small_vae(full, tmp_path, command, words):
     words = [*words, PROMPTS, f"out={tmp_path}", "wandb=disabled"]
-    words += [f"cache={tmp_path}/cache"] if command is transfer else ["captions=16", "neighbours=2"] if command is diversity else []
+    words += (
+        [f"cache={tmp_path}/cache"]
+        if command is transfer
+        else ["captions=16", "neighbours=2"]
+        if command is diversity
+        else []
+    )
     assert command.main(merge(command.Config, words)).exists()
 
 

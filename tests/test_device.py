@@ -1,6 +1,8 @@
-"""On another device than the CPU: torch's `meta` stands in for a GPU, so that what stays behind on the CPU fails here as it would there.
+"""On another device than the CPU: torch's `meta` stands in for a GPU, so that what stays behind on the CPU
+fails here as it would there.
 
-What leaves the device arrives as noise, and a number read from it is one half or true: the claim is that every part is where it has to be.
+What leaves the device arrives as noise, and a number read from it is one half or true: the claim is that
+every part is where it has to be.
 """
 
 import pytest
@@ -19,10 +21,20 @@ from train import image_slider, lora, slider, sliderspace, tiny_students
 from train.tiny_parts import WEIGHTS, Config
 
 DEVICE = torch.device("meta")
-ARGUMENTS = {"k": "1", "[n]": "4", "n": "8", "guidance": "2", "low,high": "0,800", "s,[k]": "0.6,1"}  # of plans; of others one half
+ARGUMENTS = {
+    "k": "1",
+    "[n]": "4",
+    "n": "8",
+    "guidance": "2",
+    "low,high": "0,800",
+    "s,[k]": "0.6,1",
+}  # of plans; of others one half
 PROMPTS = "prompts=[portrait of a person,'portrait of a person, hat']"
 TRAINERS = [
-    (slider, ["trajectories=2", "watch=[tiny/dmd]", "watch_every=1", "ema=0.9", "gradient_checkpointing=true"]),
+    (
+        slider,
+        ["trajectories=2", "watch=[tiny/dmd]", "watch_every=1", "ema=0.9", "gradient_checkpointing=true"],
+    ),
     (slider, ["recipe=published", "denoise_steps=3"]),
     (slider, ["member=tiny/dmd", "trajectories=2"]),
     (lora, ["images=4", "prior=1", "prior_images=2"]),
@@ -30,11 +42,31 @@ TRAINERS = [
     (sliderspace, ["directions=2", "trajectories=3"]),
 ]
 ANALYSES = [
-    (transfer, ["controls=[controls/tiny/smile.safetensors,controls/tiny/space-1.safetensors]", "targets=[dmd]", "seeds=2"]),
-    (transfer, ["controls=[controls/tiny/smile.safetensors]", "targets=[dmd]", "seeds=2", "scales=[0,1]", "below=2.0", "references=false"]),
+    (
+        transfer,
+        [
+            "controls=[controls/tiny/smile.safetensors,controls/tiny/space-1.safetensors]",
+            "targets=[dmd]",
+            "seeds=2",
+        ],
+    ),
+    (
+        transfer,
+        [
+            "controls=[controls/tiny/smile.safetensors]",
+            "targets=[dmd]",
+            "seeds=2",
+            "scales=[0,1]",
+            "below=2.0",
+            "references=false",
+        ],
+    ),
     (trace, ["students=[dmd]", "plans=[hybrid(1)]", "seeds=2", "bands=[500]"]),
     (diversity, ["students=[dmd]", "plans=[hybrid(1),delta(0.8)]", "seeds=3", "captions=0"]),
-    (similarity, ["targets=[dmd]", "seeds=2", "controls=[controls/tiny/smile.safetensors]", "neighbours=2", "draws=5"]),
+    (
+        similarity,
+        ["targets=[dmd]", "seeds=2", "controls=[controls/tiny/smile.safetensors]", "neighbours=2", "draws=5"],
+    ),
 ]
 
 
@@ -52,17 +84,28 @@ def elsewhere(monkeypatch):
 
     def to(x, *args, **kwargs):
         said = [*args, *kwargs.values()]
-        where = [w.device if isinstance(w, tensor) else torch.device(w) for w in said if isinstance(w, str | torch.device | tensor)]
+        where = [
+            w.device if isinstance(w, tensor) else torch.device(w)
+            for w in said
+            if isinstance(w, str | torch.device | tensor)
+        ]
         if not gone(x) or where[:1] != [torch.device("cpu")]:
             return originals["to"](x, *args, **kwargs)
-        return originals["to"](torch.rand(x.shape, generator=rng), next((word for word in said if isinstance(word, torch.dtype)), x.dtype))
+        return originals["to"](
+            torch.rand(x.shape, generator=rng),
+            next((word for word in said if isinstance(word, torch.dtype)), x.dtype),
+        )
 
     number = lambda x: 0.5 if gone(x) else originals["item"](x)  # noqa: E731
     for name, change in {
-        "to": to, "cpu": lambda x: to(x, "cpu"), "item": number, "__float__": lambda x: float(number(x)),
+        "to": to,
+        "cpu": lambda x: to(x, "cpu"),
+        "item": number,
+        "__float__": lambda x: float(number(x)),
         "__bool__": lambda x: gone(x) or originals["__bool__"](x),
-        "tolist": lambda x: originals["tolist"](to(x, "cpu")), "numpy": lambda x, **how: originals["numpy"](to(x.detach(), "cpu"), **how),
-    }.items():  # fmt: skip
+        "tolist": lambda x: originals["tolist"](to(x, "cpu")),
+        "numpy": lambda x, **how: originals["numpy"](to(x.detach(), "cpu"), **how),
+    }.items():
         monkeypatch.setattr(tensor, name, change)
     monkeypatch.setattr(devices, "start", lambda *_: Elsewhere())
 
@@ -72,27 +115,49 @@ def test_families_plans_and_evaluators(elsewhere):
     family = Family("tiny", DEVICE, torch.bfloat16)
     prompts, base, student = family.encode(["a person"] * 2), family.member("base"), family.member("dmd")
     shape, control = family.latent_shape, formats.load("controls/tiny/smile.safetensors")
-    written = [f"{name}({ARGUMENTS.get(words, '0.5')})" if words else name for name, (words, _) in PLANS.items()]
-    for plan in [*(named(text, base, student) for text in written), *(alone(family.member(name)) for name in ("lcm", "lightning"))]:
+    written = [
+        f"{name}({ARGUMENTS.get(words, '0.5')})" if words else name for name, (words, _) in PLANS.items()
+    ]
+    for plan in [
+        *(named(text, base, student) for text in written),
+        *(alone(family.member(name)) for name in ("lcm", "lightning")),
+    ]:
         with fused(plan.members[0].denoiser.net, control, 1.0, "tiny"):
             found = finish(plan, draw_noise([1, 2], shape, plan.steps, DEVICE), prompts)
         assert found.device == DEVICE and family.decode(found).device.type == "cpu"
     assert family.to_latents(torch.zeros(2, 3, 64, 64)).device == DEVICE
     for evaluator in load_evaluators(family.card, DEVICE).values():
-        assert evaluator.score(evaluator.features(torch.zeros(2, 3, 64, 64)), "a smiling person", "a frowning person").shape == (2,)
+        assert evaluator.score(
+            evaluator.features(torch.zeros(2, 3, 64, 64)), "a smiling person", "a frowning person"
+        ).shape == (2,)
 
 
 @pytest.mark.slow  # python takes as long on `meta` as elsewhere
 @pytest.mark.parametrize(("recipe", "words"), TRAINERS)
 def test_training(elsewhere, tmp_path, recipe, words):
-    words = [*words, "steps=2", "batch_size=2", "sample_every=1", "sample_seeds=[1]", "sample_scales=[0,1]", f"out={tmp_path}", "wandb=disabled"]
+    words = [
+        *words,
+        "steps=2",
+        "batch_size=2",
+        "sample_every=1",
+        "sample_seeds=[1]",
+        "sample_scales=[0,1]",
+        f"out={tmp_path}",
+        "wandb=disabled",
+    ]
     assert recipe.main(merge(recipe.Config, words)).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), ANALYSES)
 def test_analyses(elsewhere, tmp_path, command, words):
-    words = [*words, PROMPTS, f"out={tmp_path}", "wandb=disabled", *([f"cache={tmp_path}/cache"] if command is transfer else [])]
+    words = [
+        *words,
+        PROMPTS,
+        f"out={tmp_path}",
+        "wandb=disabled",
+        *([f"cache={tmp_path}/cache"] if command is transfer else []),
+    ]
     assert command.main(merge(command.Config, words)).exists()
 
 
@@ -102,6 +167,14 @@ def test_the_embedded_students(elsewhere, tmp_path, monkeypatch, name):
     adamw = torch.optim.AdamW  # there is no fused one for `meta`
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **words: adamw(*args, **words))
     monkeypatch.setattr(tiny_students, "save_student", lambda *_: None)
-    words = {"steps": 2, "batch_size": 2, "faces": 40, "trajectories": 80, "device": "meta", "work": str(tmp_path), "weights": WEIGHTS}
+    words = {
+        "steps": 2,
+        "batch_size": 2,
+        "faces": 40,
+        "trajectories": 80,
+        "device": "meta",
+        "work": str(tmp_path),
+        "weights": WEIGHTS,
+    }
     getattr(tiny_students, name)(merge(Config, words))
     assert (tmp_path / f"{name}.jsonl").exists()

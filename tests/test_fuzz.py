@@ -1,7 +1,9 @@
-"""Damaged and nonsensical input, seeded, over every reader: each gives one clear line, or something whose numbers hold; none hangs.
+"""Damaged and nonsensical input, seeded, over every reader: each gives one clear line, or something whose
+numbers hold; none hangs.
 
-An input is a shipped or made file, or a command line, that is then changed at random. A reader may refuse it by a UserError of one short
-line; what it accepts must be what its invariant says. Anything else, a traceback or more than SECONDS, fails with the input's number.
+An input is a shipped or made file, or a command line, that is then changed at random. A reader may refuse it
+by a UserError of one short line; what it accepts must be what its invariant says. Anything else, a traceback
+or more than SECONDS, fails with the input's number.
 """
 
 import io
@@ -36,14 +38,79 @@ from train.pictures import read as read_pictures
 SECONDS = 5
 LONGEST = 700  # characters of a message: less than a screen
 WORDS = [
-    "", "nan", "inf", "-inf", "1e400", "-1", "0", "1e20", "9" * 21, "null", "~", "true", "no", "[]", "{}", "[[]]", "..", ".", "/",
-    "a/b", "../x", "\x00", "ü", "=", "a=b", "[1,2", "{a: b", "'", '"', "x" * 400, "\ud800", "☃", "%s", "$(id)", "*a", "&a",
-    "!!python/object:os.system", "- a", "a: b: c", "0x1f", "1_000", "2026-01-01", "<script>", "[nan]", "[0, inf]", "🙂", "\t", "\n",
-]  # fmt: skip
+    "",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1",
+    "0",
+    "1e20",
+    "9" * 21,
+    "null",
+    "~",
+    "true",
+    "no",
+    "[]",
+    "{}",
+    "[[]]",
+    "..",
+    ".",
+    "/",
+    "a/b",
+    "../x",
+    "\x00",
+    "ü",
+    "=",
+    "a=b",
+    "[1,2",
+    "{a: b",
+    "'",
+    '"',
+    "x" * 400,
+    "\ud800",
+    "☃",
+    "%s",
+    "$(id)",
+    "*a",
+    "&a",
+    "!!python/object:os.system",
+    "- a",
+    "a: b: c",
+    "0x1f",
+    "1_000",
+    "2026-01-01",
+    "<script>",
+    "[nan]",
+    "[0, inf]",
+    "🙂",
+    "\t",
+    "\n",
+]
 KINDS = ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "F", "CMYK", "I"]  # of pictures
-FILES = [b"", b"null", b"[]", b"{}", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04", b"\x80\x04."]
-SCHEMAS = [slider.Config, lora.Config, image_slider.Config, sliderspace.Config, transfer.Config, trace.Config, diversity.Config,
-           similarity.Config, convert.Config, merge.Config, show.Config]  # fmt: skip
+FILES = [
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b"<!DOCTYPE html>",
+    b"version https://git-lfs.github.com/spec/v1\n",
+    b"PK\x03\x04",
+    b"\x80\x04.",
+]
+SCHEMAS = [
+    slider.Config,
+    lora.Config,
+    image_slider.Config,
+    sliderspace.Config,
+    transfer.Config,
+    trace.Config,
+    diversity.Config,
+    similarity.Config,
+    convert.Config,
+    merge.Config,
+    show.Config,
+]
 
 
 @contextmanager
@@ -63,7 +130,9 @@ def at_most(seconds: int):
 
 
 def refused(call, *args) -> bool:
-    """Whether a reader refuses, in one short line and with exit code 2, as a command does; raises what else it raises."""
+    """Whether a reader refuses, in one short line and with exit code 2, as a command does; raises what else
+    it raises.
+    """
     said = io.StringIO()
     try:
         with at_most(SECONDS), redirect_stderr(said):
@@ -71,7 +140,9 @@ def refused(call, *args) -> bool:
     except SystemExit as stop:
         text = said.getvalue().strip()
         assert stop.code in (0, 2), stop.code  # 0: --help
-        assert not stop.code or 0 < len(text) <= LONGEST and "\n" not in text, f"{len(text)} characters: {text[:300]!r}"
+        assert not stop.code or 0 < len(text) <= LONGEST and "\n" not in text, (
+            f"{len(text)} characters: {text[:300]!r}"
+        )
         return stop.code == 2
     return False
 
@@ -95,8 +166,25 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def twisted(value, rng: random.Random, depth: int = 0):
     """A plain value with one part replaced, removed or added."""
-    odd = [None, True, -1, 0, 10**30, float("nan"), float("inf"), 1e-320, "", "../x", "x" * 500, [], {}, [None], {"a": {}},
-           "<script>alert(1)</script>", "\x00"]  # fmt: skip
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        float("nan"),
+        float("inf"),
+        1e-320,
+        "",
+        "../x",
+        "x" * 500,
+        [],
+        {},
+        [None],
+        {"a": {}},
+        "<script>alert(1)</script>",
+        "\x00",
+    ]
     if depth > 3 or not isinstance(value, (dict, list)) or not value or rng.random() < 0.2:
         return rng.choice(odd)
     if isinstance(value, list):
@@ -118,7 +206,15 @@ def options(rng: random.Random, folder: Path) -> None:
     """Command lines of every command."""
     schema = rng.choice(SCHEMAS)
     keys = sorted(schema.__dataclass_fields__)
-    key = rng.choice([*keys, "config", rng.choice(string.ascii_lowercase), "memory.offload", f"{rng.choice(keys)}.{rng.choice(keys)}"])
+    key = rng.choice(
+        [
+            *keys,
+            "config",
+            rng.choice(string.ascii_lowercase),
+            "memory.offload",
+            f"{rng.choice(keys)}.{rng.choice(keys)}",
+        ]
+    )
     found = load(schema, [f"{key}={rng.choice(WORDS)}" for _ in range(rng.randrange(1, 3))])
     check(found)
     plain_name(found.name) if getattr(found, "name", "") else None
@@ -137,12 +233,23 @@ def config_files(rng: random.Random, folder: Path) -> None:
 
 def pairs(rng: random.Random, folder: Path) -> None:
     """Prompt pairs of sliders, published keys among them."""
-    pair = {"target": "a", "positive": "b", "unconditional": "", "neutral": "", "action": "enhance", "guidance_scale": 4, "resolution": 512}
+    pair = {
+        "target": "a",
+        "positive": "b",
+        "unconditional": "",
+        "neutral": "",
+        "action": "enhance",
+        "guidance_scale": 4,
+        "resolution": 512,
+    }
     rows = [twisted(pair, rng) if rng.random() < 0.8 else pair for _ in range(rng.randrange(3))]
     new = folder / "pairs.yaml"
     new.write_text(yaml.safe_dump({"prompts": rows}))
     for found in slider.spread(load(slider.Config, [f"config={new}"])):
-        assert all(isinstance(text, str) for text in (found.target, found.positive, found.unconditional, found.neutral, found.action))
+        assert all(
+            isinstance(text, str)
+            for text in (found.target, found.positive, found.unconditional, found.neutral, found.action)
+        )
 
 
 def family_cards(rng: random.Random, folder: Path) -> None:
@@ -159,7 +266,10 @@ def family_cards(rng: random.Random, folder: Path) -> None:
 
 def control_files(rng: random.Random, folder: Path) -> None:
     """Bytes of shipped controls, changed."""
-    path, new = ROOT / f"controls/tiny/{rng.choice(['space-1', 'crayon'])}.safetensors", folder / f"x{rng.choice(['.safetensors', '.pt'])}"
+    path, new = (
+        ROOT / f"controls/tiny/{rng.choice(['space-1', 'crayon'])}.safetensors",
+        folder / f"x{rng.choice(['.safetensors', '.pt'])}",
+    )
     content = path.read_bytes()
     head = 8 + int.from_bytes(content[:8], "little")
     part = rng.random() < 0.7  # most of the harm is done in the header
@@ -181,10 +291,31 @@ def control_tensors(rng: random.Random, folder: Path) -> None:
     tensors, metadata = formats.read(ROOT / "controls/tiny/space-1.safetensors")
     key = rng.choice(sorted(tensors))
     value = tensors[key]
-    odd = [value.half(), value.int(), value[:0], value * float("nan"), value * 1e38 * 10, value[..., None], value.flatten(),
-           value.to(torch.complex64), value.bool(), torch.zeros(()), value.to(torch.float8_e4m3fn),
-           value[:, :-1].contiguous()]  # fmt: skip
-    ends = [".alpha", ".lora_mid.weight", ".dora_scale", ".lokr_w1", ".hada_w1_a", ".diff", "", ".lora_A.weight", ".lora_magnitude_vector"]
+    odd = [
+        value.half(),
+        value.int(),
+        value[:0],
+        value * float("nan"),
+        value * 1e38 * 10,
+        value[..., None],
+        value.flatten(),
+        value.to(torch.complex64),
+        value.bool(),
+        torch.zeros(()),
+        value.to(torch.float8_e4m3fn),
+        value[:, :-1].contiguous(),
+    ]
+    ends = [
+        ".alpha",
+        ".lora_mid.weight",
+        ".dora_scale",
+        ".lokr_w1",
+        ".hada_w1_a",
+        ".diff",
+        "",
+        ".lora_A.weight",
+        ".lora_magnitude_vector",
+    ]
     if rng.random() < 0.5:
         tensors[key] = rng.choice(odd)
     else:
@@ -198,15 +329,21 @@ def control_tensors(rng: random.Random, folder: Path) -> None:
 def read_control(path: Path) -> None:
     refused(info.describe, path)
     found = convert.opened(path, convert.Config(member="tiny/base"))
-    assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values()) and np.isfinite(found.card.alpha)
+    assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values()) and np.isfinite(
+        found.card.alpha
+    )
     assert found.card.rank >= 1 and plain_name(found.card.name)
     refused(formats.load, path)
 
 
 def prompt_tables(rng: random.Random, folder: Path) -> None:
-    table = "case_number,prompt,evaluation_seed\n0,a cat,5\n1,\"a dog, running\",6\n2,ein schöner Tag,7\n"
+    table = 'case_number,prompt,evaluation_seed\n0,a cat,5\n1,"a dog, running",6\n2,ein schöner Tag,7\n'
     new = folder / f"p.{rng.choice(['csv', 'txt'])}"
-    text = table if rng.random() < 0.5 else table.replace(rng.choice(["5", "a cat", "prompt", ",", "\n", "1"]), rng.choice(WORDS))
+    text = (
+        table
+        if rng.random() < 0.5
+        else table.replace(rng.choice(["5", "a cat", "prompt", ",", "\n", "1"]), rng.choice(WORDS))
+    )
     content = text.encode(rng.choice(["utf-8", "utf-16", "cp1252"]), errors="replace")
     new.write_bytes(content if rng.random() < 0.6 else damaged(content, rng))
     found = promptsets.read([f"{new}{rng.choice(['', ':1', ':0', ':-1', ':99', ':x'])}"])
@@ -224,11 +361,17 @@ def picture_folders(rng: random.Random, folder: Path) -> None:
         path.write_bytes(damaged(path.read_bytes(), rng))
     if rng.random() < 0.5:
         row = twisted({"file_name": "b.png", "text": "red"}, rng)
-        (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n" if rng.random() < 0.7 else rng.choice(WORDS).replace("\ud800", ""))
+        (folder / "metadata.jsonl").write_text(
+            json.dumps(row) + "\n" if rng.random() < 0.7 else rng.choice(WORDS).replace("\ud800", "")
+        )
     if rng.random() < 0.3:
         (folder / "b.txt").write_bytes(damaged(b"a red thing", rng))
     images, columns = read_pictures(str(folder), 8)
-    assert images.shape[1:] == (3, 8, 8) and images.abs().max() <= 1 and all(len(column) == len(images) for column in columns.values())
+    assert (
+        images.shape[1:] == (3, 8, 8)
+        and images.abs().max() <= 1
+        and all(len(column) == len(images) for column in columns.values())
+    )
     found = lora.pictures(lora.Config(data=str(folder)), 8)[1]
     assert all(isinstance(text, str) for text in found)
 
@@ -250,7 +393,19 @@ def states(rng: random.Random, folder: Path) -> None:
     if rng.random() < 0.7:
         path.write_bytes(damaged(path.read_bytes(), rng))
     else:
-        torch.save(rng.choice([{}, [], {"done": "x"}, {"done": 2, "part": {}}, {"done": -5, "part": part.state_dict()}, {"part": 3}]), path)
+        torch.save(
+            rng.choice(
+                [
+                    {},
+                    [],
+                    {"done": "x"},
+                    {"done": 2, "part": {}},
+                    {"done": -5, "part": part.state_dict()},
+                    {"part": 3},
+                ]
+            ),
+            path,
+        )
     assert all(0 <= step < 5 for step in resumable(path, {"part": part}, 5, 5, write=False))
 
 
@@ -264,14 +419,30 @@ def run_configs(rng: random.Random, folder: Path) -> None:
 def plans(rng: random.Random, folder: Path) -> None:
     base, student = toys()
 
-    name, numbers = rng.choice(sorted(PLANS)), ["1", "0", "-1", "2.5", "nan", "inf", "1e9", "99999999", "", "x", "None"]
+    name, numbers = (
+        rng.choice(sorted(PLANS)),
+        ["1", "0", "-1", "2.5", "nan", "inf", "1e9", "99999999", "", "x", "None"],
+    )
     arguments = ",".join(rng.choice(numbers) for _ in range(rng.randrange(3)))
     plan = named(f"{name}({arguments})", base, student)
     assert 0 < plan.steps <= 1000
 
 
-READERS = {options: 200, config_files: 60, pairs: 40, family_cards: 60, control_files: 50, control_headers: 50, control_tensors: 60,
-           prompt_tables: 60, picture_folders: 60, records: 60, states: 30, run_configs: 30, plans: 60}  # fmt: skip
+READERS = {
+    options: 200,
+    config_files: 60,
+    pairs: 40,
+    family_cards: 60,
+    control_files: 50,
+    control_headers: 50,
+    control_tensors: 60,
+    prompt_tables: 60,
+    picture_folders: 60,
+    records: 60,
+    states: 30,
+    run_configs: 30,
+    plans: 60,
+}
 RECORD = fake_record()
 
 

@@ -26,7 +26,16 @@ ALLOWED = {  # package: the packages it may import besides itself
     "train": {"configs", "models", "controls"},
     "analysis": {"configs", "models", "controls"},
 }
-HEAVY = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "peft", "accelerate", "datasets"}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+}
 SCHEMAS = {  # folder under configs/: module and dataclass of its YAMLs
     "families": ("models.families", "FamilyCard"),
     "sliders": ("train.slider", "Config"),
@@ -94,7 +103,9 @@ def test_the_report_reads_files_and_imports_no_torch():
         seen.add(module)
         names = imported(source(module))
         assert module.split(".")[0] in ("analysis", "configs", "controls"), f"the report reaches {module}"
-        assert not {name.split(".")[0] for name in names} & HEAVY, f"{module}, which the report reaches, imports a heavy library"
+        assert not {name.split(".")[0] for name in names} & HEAVY, (
+            f"{module}, which the report reaches, imports a heavy library"
+        )
         todo |= ours(names) - seen
 
 
@@ -105,11 +116,16 @@ def test_importing_the_report_loads_no_torch():
 
 def test_a_transfer_run_with_nothing_new_need_not_wait_for_heavy_libraries():
     code = "import sys, analysis.transfer; sys.exit(str({'diffusers', 'transformers', 'peft'} & set(sys.modules)))"
-    assert "set()" in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
+    assert (
+        "set()"
+        in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
+    )
 
 
 def test_no_file_in_train_shadows_a_library():
-    """accelerate launch train/x.py puts train/ first on sys.path, so that train/types.py would be everybody's `types`."""
+    """accelerate launch train/x.py puts train/ first on sys.path, so that train/types.py would be everybody's
+    `types`.
+    """
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     for folder in ("train", "train/bench"):
         names = {path.stem for path in (ROOT / folder).iterdir()} - {"__init__", "__pycache__"}
@@ -139,7 +155,9 @@ def test_yaml_loads_against_its_schema(path):
 
 
 def schemas() -> set[type]:
-    """The dataclasses that are read from files and command lines: every Config and card, and what stands in them."""
+    """The dataclasses that are read from files and command lines: every Config and card, and what stands in
+    them.
+    """
     found, todo = set(), [controls.lora.Card, models.cards.FamilyCard]
     for package in ("train", "analysis", "controls", "models"):
         for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
@@ -148,7 +166,12 @@ def schemas() -> set[type]:
     while todo:
         if (schema := todo.pop()) not in found:
             found.add(schema)
-            todo += [kind for hint in get_type_hints(schema).values() for kind in kinds(hint) if dataclasses.is_dataclass(kind)]
+            todo += [
+                kind
+                for hint in get_type_hints(schema).values()
+                for kind in kinds(hint)
+                if dataclasses.is_dataclass(kind)
+            ]
     return found
 
 
@@ -158,15 +181,22 @@ def kinds(hint) -> list[type]:
 
 
 def test_every_number_of_a_config_and_card_has_its_range():
-    names = {(field.name, schema.__name__) for schema in schemas() for field in dataclasses.fields(schema)
-             if {int, float} & set(kinds(get_type_hints(schema)[field.name]))}  # fmt: skip
+    names = {
+        (field.name, schema.__name__)
+        for schema in schemas()
+        for field in dataclasses.fields(schema)
+        if {int, float} & set(kinds(get_type_hints(schema)[field.name]))
+    }
     assert len(schemas()) > 12 and not {(name, of) for name, of in names if name not in RANGES}
     assert not RANGES.keys() - {name for name, _ in names}, "ranges of no key"
 
 
 def test_every_default_is_in_its_range():
     for schema in schemas():
-        if all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING for f in dataclasses.fields(schema)):
+        if all(
+            f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+            for f in dataclasses.fields(schema)
+        ):
             merge(schema)
 
 
@@ -189,7 +219,10 @@ def readme() -> list[tuple[str, str, str]]:
 def shell_lines(blocks: list[tuple[str, str, str]]) -> list[str]:
     """The commands of the shell blocks, without prompts and comments, continuations joined."""
     text = "\n".join(content for _, language, content in blocks if language in ("bash", "sh", "console"))
-    lines = [re.sub(r"(^|\s)#.*", "", line.removeprefix("$ ")).strip() for line in text.replace("\\\n", " ").splitlines()]
+    lines = [
+        re.sub(r"(^|\s)#.*", "", line.removeprefix("$ ")).strip()
+        for line in text.replace("\\\n", " ").splitlines()
+    ]
     return [line for line in lines if line]
 
 
@@ -219,7 +252,10 @@ def _found(module: str) -> bool:
 
 
 def tree_paths(tree: str) -> list[str]:
-    """The paths of a file tree, indented or drawn with lines. What follows two spaces or the first word that is no path is prose."""
+    """The paths of a file tree, indented or drawn with lines.
+
+    What follows two spaces or the first word that is no path is prose.
+    """
     paths, above = [], []  # above: (column, path) of the folders that the line may stand in
     for line in tree.splitlines():
         bare = re.sub(r"[│├└─|`]", " ", line)
@@ -239,7 +275,11 @@ def tree_paths(tree: str) -> list[str]:
 
 def test_the_readme_has_the_two_commands_that_ci_runs():
     for name in ("run", "test"):
-        (block,) = [content for before, language, content in readme() if before == f"<!-- ci: {name} -->" and language == "bash"]
+        (block,) = [
+            content
+            for before, language, content in readme()
+            if before == f"<!-- ci: {name} -->" and language == "bash"
+        ]
         assert block.strip()
 
 
@@ -250,10 +290,16 @@ def test_commands_in_the_readme_name_things_that_exist():
 
 
 def test_paths_in_the_readmes_file_tree_exist():
-    (tree,) = [content for _, language, content in readme() if language in ("", "text") and re.search(r"^\W*configs/", content, re.M)]
+    (tree,) = [
+        content
+        for _, language, content in readme()
+        if language in ("", "text") and re.search(r"^\W*configs/", content, re.M)
+    ]
     paths = tree_paths(tree)
     assert len(paths) > 10
-    assert not [path for path in paths if not path.startswith("runs/") and not (ROOT / path).exists()]  # runs/ is what commands make
+    assert not [
+        path for path in paths if not path.startswith("runs/") and not (ROOT / path).exists()
+    ]  # runs/ is what commands make
 
 
 def test_the_checks_themselves_see_what_is_wrong():
@@ -267,12 +313,21 @@ def test_the_checks_themselves_see_what_is_wrong():
     drawn = "distilled-control/\n├── configs/      the defaults\n│   └── sliders/  a.yaml: x\n├── LICENSE\n└── .ci/run  what CI runs\n"
     assert tree_paths(drawn) == ["configs/", "configs/sliders/", "LICENSE", ".ci/run"]
     plain = "configs/\n    __init__.py: load\n    sliders/ loras/    short\nmodels/ the family\n    noise.py  levels\n"
-    assert tree_paths(plain) == ["configs/", "configs/__init__.py", "configs/sliders/", "configs/loras/", "models/", "models/noise.py"]
+    assert tree_paths(plain) == [
+        "configs/",
+        "configs/__init__.py",
+        "configs/sliders/",
+        "configs/loras/",
+        "models/",
+        "models/noise.py",
+    ]
 
 
 def test_make_explains_each_target():
     targets = make_targets()
-    assert {"help", "check", "test", "demo", "tiny", "report", "proof"} <= targets.keys() and all(targets.values())
+    assert {"help", "check", "test", "demo", "tiny", "report", "proof"} <= targets.keys() and all(
+        targets.values()
+    )
 
 
 def test_the_readme_lists_every_member_as_its_card_has_it():
@@ -285,7 +340,19 @@ def test_the_readme_lists_every_member_as_its_card_has_it():
         family = card(path.stem)
         for name, its in family.members.items():
             file = f", `{its.file or its.lora}`" if its.file or its.lora else ""
-            words = [f"{family.name}/{name}", f"{whence(family, its)[0]}{file}", str(len(its.timesteps) or its.steps)]
-            expected |= {f"| {' | '.join([*words, its.licence or family.licence])} |"} if family.name != "tiny" else set()
-    found = {line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| [a-z0-9]+/[\w-]+ \| [\w-]+/", line)}
+            words = [
+                f"{family.name}/{name}",
+                f"{whence(family, its)[0]}{file}",
+                str(len(its.timesteps) or its.steps),
+            ]
+            expected |= (
+                {f"| {' | '.join([*words, its.licence or family.licence])} |"}
+                if family.name != "tiny"
+                else set()
+            )
+    found = {
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if re.match(r"\| [a-z0-9]+/[\w-]+ \| [\w-]+/", line)
+    }
     assert found == expected

@@ -15,17 +15,26 @@ LAST: dict[Path, int] = {}  # log: the last step that this process wrote to it
 
 
 def resumable(
-    path: Path, state: dict[str, Any], steps: int, every: int, label: str = "", write: bool = True, bound: str = ""
+    path: Path,
+    state: dict[str, Any],
+    steps: int,
+    every: int,
+    label: str = "",
+    write: bool = True,
+    bound: str = "",
 ) -> Iterator[int]:
-    """Yields the steps still to do, 0 … steps - 1; saves `state` to `path` every `every` steps and after the last.
+    """Yields the steps still to do, 0 … steps - 1; saves `state` to `path` every `every` steps and after the
+    last.
 
-    state: names to anything with state_dict() and load_state_dict(). If `path` exists, the state is loaded from it and the
-    count goes on where it was saved. Randomness must depend on the step alone (see `seeded`), so no generator is stored.
-    write: False in all but one process of a distributed run. bound: the hash of the config that the state belongs to.
-    Raises UserError for a file that is damaged, or of another config.
+    state: names to anything with state_dict() and load_state_dict(). If `path` exists, the state is loaded
+    from it and the count goes on where it was saved. Randomness must depend on the step alone (see `seeded`),
+    so no generator is stored. write: False in all but one process of a distributed run. bound: the hash of
+    the config that the state belongs to. Raises UserError for a file that is damaged, or of another config.
     """
     done = restore(Path(path), state, steps, bound) if Path(path).exists() else 0
-    for step in tqdm(range(done, steps), desc=label, initial=done, total=steps, mininterval=2, disable=not write):
+    for step in tqdm(
+        range(done, steps), desc=label, initial=done, total=steps, mininterval=2, disable=not write
+    ):
         yield step
         if write and ((step + 1) % every == 0 or step + 1 == steps):
             store(path, state, step + 1, bound)
@@ -34,7 +43,9 @@ def resumable(
 def store(path: Path, state: dict[str, Any], done: int, bound: str = "") -> None:
     """Writes the state after `done` steps."""
     with replacing(path) as new:
-        torch.save({"done": done, "bound": bound, **{name: part.state_dict() for name, part in state.items()}}, new)
+        torch.save(
+            {"done": done, "bound": bound, **{name: part.state_dict() for name, part in state.items()}}, new
+        )
 
 
 def restore(path: Path, state: dict[str, Any], steps: int, bound: str = "") -> int:
@@ -56,7 +67,10 @@ def restore(path: Path, state: dict[str, Any], steps: int, bound: str = "") -> i
 
 
 def progress(path: Path) -> int:
-    """How many steps the state in a file has done; 0 where there is none. Raises UserError as `restore` does."""
+    """How many steps the state in a file has done; 0 where there is none.
+
+    Raises UserError as `restore` does.
+    """
     return restore(path, {}, sys.maxsize) if path.exists() else 0
 
 
@@ -69,7 +83,10 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def append(path: Path, values: dict) -> None:
-    """Appends one JSON line. Lines of the same step or a later one, as a killed run leaves them after its last checkpoint, go first."""
+    """Appends one JSON line.
+
+    Lines of the same step or a later one, as a killed run leaves them after its last checkpoint, go first.
+    """
     step = values.get("step")
     if step is not None and step <= LAST.get(path, step) and path.exists():
         _cut(path, step)

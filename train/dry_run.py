@@ -1,4 +1,6 @@
-"""What training will load, evaluate, take and hold, from configs alone: every tensor of a step is followed on torch's `meta` device."""
+"""What training will load, evaluate, take and hold, from configs alone: every tensor of a step is followed on
+torch's `meta` device.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,15 +40,26 @@ class Cost:
 
 
 def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
-    """Prints what is loaded, network evaluations, time, the control's size, memory at its fullest. Raises UserError as a run would."""
+    """Prints what is loaded, network evaluations, time, the control's size, memory at its fullest.
+
+    Raises UserError as a run would.
+    """
     check(cfg)
     accelerator, (name, member) = devices.start(cfg), split(cfg.member)
     if not accelerator.is_main_process:
         return
     family = Family(name, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=True)
     bare, card = family.member(member), family.card
-    its, left, latents = cost(bare), cfg.steps - gone(cfg), cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
-    again = f"; {cfg.steps - left} are done, what comes before the first is done again" if left < cfg.steps else ""
+    its, left, latents = (
+        cost(bare),
+        cfg.steps - gone(cfg),
+        cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes,
+    )
+    again = (
+        f"; {cfg.steps - left} are done, what comes before the first is done again"
+        if left < cfg.steps
+        else ""
+    )
     print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
     asked = its.before + its.each * left * latents * (4 / 3 if cfg.gradient_checkpointing else 1)
     calls = {member: asked} | {other: 0.0 for _, other in map(split, cfg.watch)}
@@ -54,10 +67,14 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     net = torch.nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
     create(net, "control", cfg.layers, cfg.scope, cfg.rank)
     weights = parameters(net, "control")
-    print(f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in {len(weights) // 2} layers")
+    print(
+        f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in {len(weights) // 2} layers"
+    )
     control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)
-    step = follow(net, family.architecture, cfg, family.latent_shape, bare.noise_schedule, cfg.gradient_checkpointing)
+    step = follow(
+        net, family.architecture, cfg, family.latent_shape, bare.noise_schedule, cfg.gradient_checkpointing
+    )
     print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
 
 
@@ -74,7 +91,9 @@ def looking(cfg: Training, card: FamilyCard, its: Cost) -> list[str]:
     return list(dict.fromkeys([*its.evaluators, *(chosen(card)[:1] if cfg.watch else [])]))
 
 
-def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict[str, Tensor]) -> list[Moment]:
+def moments(
+    cfg: Training, family: Family, its: Cost, step: float, control: dict[str, Tensor]
+) -> list[Moment]:
     """What is held together before the first step, in one, when a strip is drawn, when others are watched.
 
     step: its bytes beside the network, those of the control included.
@@ -83,39 +102,64 @@ def moments(cfg: Training, family: Family, its: Cost, step: float, control: dict
     (vae, encoders), nets = forecast.shared(card, dtype), forecast.networks(card, [own], dtype, cfg.quantize)
     watched = forecast.networks(card, [name for _, name in map(split, cfg.watch)], dtype)
     others = {name: size for name, size in watched.items() if name not in nets}
-    beside, aside, reading = vae | others, nets | others, encoders  # the network; the VAE; either before the first step
+    beside, aside, reading = (
+        vae | others,
+        nets | others,
+        encoders,
+    )  # the network; the VAE; either before the first step
     if cfg.memory.offload and family.device.type != "cpu":
         beside, aside, reading = {}, {}, {}  # what is at work is alone
     evaluators, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
-    always = forecast.program(family.device) | {name: budget.evaluator_need(card, name).memory for name in evaluators}
+    always = forecast.program(family.device) | {
+        name: budget.evaluator_need(card, name).memory for name in evaluators
+    }
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
 
     def asked(name: str, images: int) -> dict[str, float]:
-        return forecast.evaluating(card, forecast.guided(card, [name], min(images, family.drawing.size)), dtype)
+        return forecast.evaluating(
+            card, forecast.guided(card, [name], min(images, family.drawing.size)), dtype
+        )
 
     def decoded(images: int, learning: bool = False) -> dict[str, float]:
         return vae | forecast.decoding(card, min(images, family.decoding.size), family.memory, learning)
 
     early = reading | {"what is trained on, in parts": kept}
     found = [
-        Moment("before the first step", always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype)),
-        Moment("in a step", always | nets | beside | {"control, optimizer, activations": step}
-               | (decoded(cfg.batch_size, True) if its.learning else {})),
+        Moment(
+            "before the first step",
+            always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype),
+        ),
+        Moment(
+            "in a step",
+            always
+            | nets
+            | beside
+            | {"control, optimizer, activations": step}
+            | (decoded(cfg.batch_size, True) if its.learning else {}),
+        ),
         Moment("when a strip is drawn", always | trained | nets | beside | asked(own, len(cfg.sample_seeds))),
         Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
-    ]  # fmt: skip
+    ]
     if its.pictures:
         found.append(Moment("when pictures pass the VAE", always | early | aside | decoded(its.pictures)))
     if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
-        found.append(Moment("when the network is packed", forecast.program(family.device) | forecast.networks(card, [own], dtype)))
+        found.append(
+            Moment(
+                "when the network is packed",
+                forecast.program(family.device) | forecast.networks(card, [own], dtype),
+            )
+        )
     images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
     net = {name: card.base if its.lora else name for name, its in card.members.items()}
     for _, name in map(split, cfg.watch):
         added = trained | ({} if net[name] == net[own] else forecast.sums(control, dtype))
         found += [
             Moment(f"when {name} is watched", always | nets | beside | added | asked(name, images)),
-            Moment(f"when {name} is watched", always | aside | added | decoded(images) | forecast.seeing(card, evaluators, images)),
+            Moment(
+                f"when {name} is watched",
+                always | aside | added | decoded(images) | forecast.seeing(card, evaluators, images),
+            ),
         ]
     return found
 
@@ -131,7 +175,12 @@ class Step(Protocol):
 
 @contextmanager
 def training(
-    net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], noise_schedule: str, gradient_checkpointing: bool
+    net: nn.Module,
+    its: Architecture,
+    cfg: Step,
+    shape: tuple[int, ...],
+    noise_schedule: str,
+    gradient_checkpointing: bool,
 ) -> Iterator[Callable[[], None]]:
     """Gives a step as train/slider.py makes it, with the optimizer's moments and the weights' moving average.
 
@@ -146,11 +195,17 @@ def training(
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
-    x, conditioning, noise = torch.zeros((cfg.batch_size, *shape), device=net.device), blank(its, net, cfg.batch_size), NOISE_SCHEDULES[noise_schedule][0](500.0)
+    x, conditioning, noise = (
+        torch.zeros((cfg.batch_size, *shape), device=net.device),
+        blank(its, net, cfg.batch_size),
+        NOISE_SCHEDULES[noise_schedule][0](500.0),
+    )
 
     def step() -> None:
         with strength(net, slider=1.0):
-            loss_target(x, Denoiser(net, call=its.call)(x, noise, conditioning), noise, noise_schedule).square().mean().backward()
+            loss_target(
+                x, Denoiser(net, call=its.call)(x, noise, conditioning), noise, noise_schedule
+            ).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [weight.detach() for weight in weights], 0.1)
@@ -162,15 +217,33 @@ def training(
         detach(net)
 
 
-def update(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], noise_schedule: str, gradient_checkpointing: bool) -> None:
+def update(
+    net: nn.Module,
+    its: Architecture,
+    cfg: Step,
+    shape: tuple[int, ...],
+    noise_schedule: str,
+    gradient_checkpointing: bool,
+) -> None:
     """One such step."""
     with training(net, its, cfg, shape, noise_schedule, gradient_checkpointing) as step:
         step()
 
 
-def follow(net: nn.Module, its: Architecture, cfg: Step, shape: tuple[int, ...], noise_schedule: str, gradient_checkpointing: bool) -> dict[str, int]:
+def follow(
+    net: nn.Module,
+    its: Architecture,
+    cfg: Step,
+    shape: tuple[int, ...],
+    noise_schedule: str,
+    gradient_checkpointing: bool,
+) -> dict[str, int]:
     """The bytes of the bare network, and the most that lived during a step."""
-    with Peak(net) as peak, flash(), torch.device(net.device):  # what a network makes without saying where, is made there
+    with (
+        Peak(net) as peak,
+        flash(),
+        torch.device(net.device),
+    ):  # what a network makes without saying where, is made there
         network = peak.live
         update(net, its, cfg, shape, noise_schedule, gradient_checkpointing)
     return {"network": network, "peak": peak.most}

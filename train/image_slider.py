@@ -1,7 +1,9 @@
-"""Trains a Concept Slider from pairs of pictures: accelerate launch train/image_slider.py [config=FILE] [key=value ...]
+"""Trains a Concept Slider from pairs of pictures: accelerate launch train/image_slider.py [config=FILE]
+[key=value ...]
 
-Without arguments: eye size from six pairs of the embedded world, on tiny/base. Pictures are a folder with one folder per scale
-(data/-1/a.png and data/1/a.png are a pair), or one whose metadata.jsonl has the columns file_name, scale and pair.
+Without arguments: eye size from six pairs of the embedded world, on tiny/base. Pictures are a folder with one
+folder per scale (data/-1/a.png and data/1/a.png are a pair), or one whose metadata.jsonl has the columns
+file_name, scale and pair.
 """
 
 import os
@@ -21,7 +23,11 @@ from train import dry_run
 from train.pictures import read
 from train.run import Run, Training
 
-ENDS = {"age": (0.1, 0.9), "eyes": (0.1, 0.9), "smile": (-0.8, 0.8)}  # the embedded world's attributes at scale -1 and 1
+ENDS = {
+    "age": (0.1, 0.9),
+    "eyes": (0.1, 0.9),
+    "smile": (-0.8, 0.8),
+}  # the embedded world's attributes at scale -1 and 1
 
 
 @dataclass
@@ -29,7 +35,9 @@ class Config(Training):
     name: str = "eyes-image"  # of the control, and of the run folder
     data: str = "tiny:eyes"  # a folder of pictures, or tiny:ATTRIBUTE for pairs of the embedded world
     pairs: int = 6  # of the embedded world: how many pairs
-    folders: list[str] = field(default_factory=list)  # one per scale, inside data; empty = those whose names are numbers
+    folders: list[str] = field(
+        default_factory=list
+    )  # one per scale, inside data; empty = those whose names are numbers
     scales: list[float] = field(default_factory=list)  # of the folders; empty = their names
     prompt: str = "portrait of a person"  # what a picture without a caption shows; also of the strips
     positive: str = "portrait of a person, big eyes"  # what more of it is: the card's words for measuring it
@@ -52,29 +60,50 @@ class Pairs:
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.dry_run:
-        cost = dry_run.Cost(0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs)  # both sides of a pair, there and back
+        cost = dry_run.Cost(
+            0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs
+        )  # both sides of a pair, there and back
         return dry_run.show(cfg, lambda _: cost)
-    family = Family(split(cfg.member)[0])  # its tokenizers and its card; nothing is loaded or written for what is refused here
+    family = Family(
+        split(cfg.member)[0]
+    )  # its tokenizers and its card; nothing is loaded or written for what is refused here
     if cfg.positive or cfg.negative:
         family.tell_apart(cfg.positive, cfg.negative)
     pairs = pictures(cfg, family.card.size_px)
     run = Run(cfg, "slider")
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
     prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
-    kept = ("positive", "negative", "data", "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "seed")
+    kept = (
+        "positive",
+        "negative",
+        "data",
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "seed",
+    )
     recipe = {**{key: getattr(cfg, key) for key in kept}, "pairs": latents.shape[1], "scales": pairs.scales}
     with run.training(cfg.prompt, recipe):
         for step in run.steps():
             for generator in run.parts(step):
-                noise = NOISE_SCHEDULES[run.member.noise_schedule][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
+                noise = NOISE_SCHEDULES[run.member.noise_schedule][0](
+                    float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator))
+                )
                 rows = torch.randint(latents.shape[1], (cfg.batch_size,), generator=generator)
-                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator).to(latents)  # the same for all scales of a pair
+                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator).to(
+                    latents
+                )  # the same for all scales of a pair
                 for scale, x0 in zip(pairs.scales, latents, strict=True):
                     x = noise.alpha * x0[rows] + noise.sigma * eps
                     with strength(run.net, {cfg.name: scale}):
-                        seen = loss_target(x, run.member.denoiser(x, noise, prompts[rows]), noise, run.member.noise_schedule)
+                        seen = loss_target(
+                            x, run.member.denoiser(x, noise, prompts[rows]), noise, run.member.noise_schedule
+                        )
                         aim = loss_target(x, x0[rows], noise, run.member.noise_schedule)
-                        run.backward((seen - aim).square().mean())  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
+                        run.backward(
+                            (seen - aim).square().mean()
+                        )  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
             run.descend(step)
         return run.save()
 
@@ -88,14 +117,20 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
     if not cfg.data or not os.path.isdir(folder):
         raise UserError(f"no folder {quoted(cfg.data)}; data is a folder of pictures, or tiny:ATTRIBUTE")
     there = sorted(inner.name for inner in folder.iterdir() if not inner.name.startswith("."))
-    named = cfg.folders or sorted((name for name in there if number(name) is not None and (folder / name).is_dir()), key=float)
+    named = cfg.folders or sorted(
+        (name for name in there if number(name) is not None and (folder / name).is_dir()), key=float
+    )
     if not named and not cfg.scales:
         return listed(cfg.data, size_px)
     scales = cfg.scales or [number(name) for name in named]
     if len(scales) != len(named) or None in scales:
-        raise UserError(f"folders {', '.join(named) or '(none)'} need as many scales, like scales=[-1,1]; there are {len(cfg.scales)}")
+        raise UserError(
+            f"folders {', '.join(named) or '(none)'} need as many scales, like scales=[-1,1]; there are {len(cfg.scales)}"
+        )
     if len(set(scales)) < len(scales) or len(set(named)) < len(named):
-        raise UserError(f"folders {', '.join(named)} need scales of their own; got {', '.join(f'{scale:g}' for scale in scales)}")
+        raise UserError(
+            f"folders {', '.join(named)} need scales of their own; got {', '.join(f'{scale:g}' for scale in scales)}"
+        )
     if left := [name for name in there if name not in named]:
         note(f"{cfg.data}: left out, for they are no folders of a scale: {', '.join(left)[:200]}")
     found, captions = {}, {}
@@ -119,24 +154,33 @@ def listed(folder: str, size_px: int) -> Pairs:
     """Pairs of a folder whose metadata has the columns scale and pair, and perhaps text."""
     images, columns = read(folder, size_px)
     if not {"scale", "pair"} <= columns.keys():
-        raise UserError(f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair")
+        raise UserError(
+            f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair"
+        )
     found, captions = {}, {}
     rows = zip(columns["file_name"], images, columns["scale"], columns["pair"], columns["text"], strict=True)
     for name, image, cell, pair, caption in rows:
         scale = number(cell)
         if scale is None or pair is None or pair == "":
-            raise UserError(f"{folder}: {name} needs a scale, which is a number, and a pair; got {quoted(cell, 40)} and {quoted(pair, 40)}")
+            raise UserError(
+                f"{folder}: {name} needs a scale, which is a number, and a pair; got {quoted(cell, 40)} and {quoted(pair, 40)}"
+            )
         if str(pair) in found.setdefault(scale, {}):
-            raise UserError(f"{folder}: {name} is a second picture of pair {quoted(pair, 40)} at scale {scale:g}")
+            raise UserError(
+                f"{folder}: {name} is a second picture of pair {quoted(pair, 40)} at scale {scale:g}"
+            )
         found[scale][str(pair)] = image
         captions.setdefault(scale, {})[str(pair)] = caption
     return matched(found, captions)
 
 
 def matched(found: dict[float, dict[str, Tensor]], captions: dict[float, dict[str, str]]) -> Pairs:
-    """Every pair at every scale but 0, which trains nothing. Raises UserError for a picture without its partners.
+    """Every pair at every scale but 0, which trains nothing.
 
-    Both are by scale and the pair's name. A pair has one caption: the first, by scale; others are said to be left out.
+    Raises UserError for a picture without its partners.
+
+    Both are by scale and the pair's name. A pair has one caption: the first, by scale; others are said to be
+    left out.
     """
     scales = sorted(scale for scale in found if scale)
     names = sorted(set().union(*(found[scale] for scale in scales)))
@@ -144,26 +188,37 @@ def matched(found: dict[float, dict[str, Tensor]], captions: dict[float, dict[st
     if len(scales) < 2 or lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
         missing = ", ".join(lonely[:3]) or "a second scale"
-        raise UserError(f"pairs do not match: missing {missing}{more}; every picture is needed at every scale")
+        raise UserError(
+            f"pairs do not match: missing {missing}{more}; every picture is needed at every scale"
+        )
     told = [[captions[scale][name] for scale in scales if captions[scale][name]] for name in names]
     unlike = sum(len(set(words)) > 1 for words in told)
     if 0 in found:
         note(f"{len(found[0])} pictures at scale 0 are left out: they train nothing")
     if unlike:
         note(f"{unlike} pairs have other captions at other scales; the one at the lowest scale is used")
-    return Pairs(scales, torch.stack([torch.stack([found[scale][name] for name in names]) for scale in scales]),
-                 [words[0] if words else "" for words in told])  # fmt: skip
+    return Pairs(
+        scales,
+        torch.stack([torch.stack([found[scale][name] for name in names]) for scale in scales]),
+        [words[0] if words else "" for words in told],
+    )
 
 
 def drawn(attribute: str, count: int, seed: int) -> Pairs:
     """Pairs of the embedded world that differ in one attribute alone."""
     if attribute not in ENDS:
         raise UserError(f"the embedded world draws pairs of {', '.join(ENDS)}; got {attribute!r}")
-    ends = [[replace(face, **{attribute: end}) for face in world.faces(count, seed + 2)] for end in ENDS[attribute]]
+    ends = [
+        [replace(face, **{attribute: end}) for face in world.faces(count, seed + 2)]
+        for end in ENDS[attribute]
+    ]
     told = [[caption.split(", ") for caption in world.captions(people, seed, keep=1.0)] for people in ends]
     common = [[phrase for phrase in low[1:] if phrase in high] for low, high in zip(*told, strict=True)]
-    return Pairs([-1.0, 1.0], torch.stack([world.to_unit(world.pictures(people)) for people in ends]),
-                 [", ".join(["portrait of a person", *phrases]) for phrases in common])  # fmt: skip
+    return Pairs(
+        [-1.0, 1.0],
+        torch.stack([world.to_unit(world.pictures(people)) for people in ends]),
+        [", ".join(["portrait of a person", *phrases]) for phrases in common],
+    )
 
 
 if __name__ == "__main__":

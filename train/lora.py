@@ -1,4 +1,5 @@
-"""Trains a LoRA on pictures of one subject or style: accelerate launch train/lora.py [config=FILE] [key=value ...]
+"""Trains a LoRA on pictures of one subject or style: accelerate launch train/lora.py [config=FILE] [key=value
+...]
 
 Without arguments: the watercolour style, which the embedded base has never seen, on tiny/base.
 """
@@ -27,16 +28,23 @@ from train.run import Run, Training
 @dataclass
 class Config(Training):
     name: str = "watercolour"  # of the control, and of the run folder
-    data: str = "tiny:watercolour"  # a folder of pictures, a dataset of the Hub, or tiny:STYLE, a held-out style of the embedded world
+    # a folder of pictures, a dataset of the Hub, or tiny:STYLE, a held-out style of the embedded world
+    data: str = "tiny:watercolour"
     images: int = 200  # pictures of the embedded world to train on
-    token: str = "watercolour"  # rare word put before half of the captions, so that the LoRA works with and without it
+    token: str = (
+        "watercolour"  # rare word put before half of the captions, so that the LoRA works with and without it
+    )
     prompt: str = "portrait of a person"  # caption of pictures that have none; also what the strips draw
-    positive: str = "watercolour portrait of a person"  # what the LoRA makes: the card's words for measuring it
+    positive: str = (
+        "watercolour portrait of a person"  # what the LoRA makes: the card's words for measuring it
+    )
     negative: str = "portrait of a person"  # what it departs from
     prior: float = 0.0  # weight of the prior term: the member goes on drawing `negative` as before; 0 = off
     prior_images: int = 32  # pictures of the member itself that say how
     alpha: float = 4.0  # effective strength is scale * alpha / rank
-    layers: str = "full"  # layer set, see controls/layers.py; xattn-strict with scope=lierla is Custom Diffusion's
+    layers: str = (
+        "full"  # layer set, see controls/layers.py; xattn-strict with scope=lierla is Custom Diffusion's
+    )
     steps: int = 500  # optimizer steps
     sample_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])  # columns of a strip
     out: str = "runs/lora"  # the run is written to out/name
@@ -49,9 +57,23 @@ def main(cfg: Config) -> Path | None:
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     run = Run(cfg, "lora")
     latents = run.family.to_latents(images)
-    prompts = run.family.encode([*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]).conditional()
+    prompts = run.family.encode(
+        [*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]
+    ).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
-    kept = ("positive", "negative", "data", "images", "token", "prior", "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "seed")
+    kept = (
+        "positive",
+        "negative",
+        "data",
+        "images",
+        "token",
+        "prior",
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "seed",
+    )
     with run.training(cfg.prompt, {key: getattr(cfg, key) for key in kept}):
         for step in run.steps():
             with strength(run.net, {cfg.name: 1.0}):
@@ -78,41 +100,56 @@ def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
         if style not in STYLES:
             raise UserError(f"the embedded world's held-out styles are {', '.join(STYLES)}; got {cfg.data!r}")
         people = world.faces(cfg.images, cfg.seed + 1)
-        return world.to_unit(world.pictures([styled(face, style) for face in people])), world.captions(people, cfg.seed)
+        return world.to_unit(world.pictures([styled(face, style) for face in people])), world.captions(
+            people, cfg.seed
+        )
     images, columns = read(cfg.data, size_px)
     if not all(columns["text"]):
         note(f"pictures without a caption are told prompt={quoted(cfg.prompt)}")
     return images, [text or cfg.prompt for text in columns["text"]]
 
 
-def denoising(member: Member, latents: Tensor, prompts: Prompts, batch_size: int, generator: torch.Generator) -> Tensor:
+def denoising(
+    member: Member, latents: Tensor, prompts: Prompts, batch_size: int, generator: torch.Generator
+) -> Tensor:
     """The plain denoising loss at one noise level; half of the captions carry the token."""
-    noise = NOISE_SCHEDULES[member.noise_schedule][0](float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator)))
+    noise = NOISE_SCHEDULES[member.noise_schedule][0](
+        float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator))
+    )
     rows = torch.randint(len(latents), (batch_size,), generator=generator)
     told = rows + len(latents) * torch.randint(2, (batch_size,), generator=generator)
     eps = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
     x = noise.alpha * latents[rows] + noise.sigma * eps
-    seen, aim = (loss_target(x, x0, noise, member.noise_schedule) for x0 in (member.denoiser(x, noise, prompts[told]), latents[rows]))
+    seen, aim = (
+        loss_target(x, x0, noise, member.noise_schedule)
+        for x0 in (member.denoiser(x, noise, prompts[told]), latents[rows])
+    )
     return (seen - aim).square().mean()
 
 
 class Memory:
     """What the member itself draws for the class: the x of its own sampling runs, and what it saw there.
 
-    Prior preservation as in DreamBooth (Ruiz et al. 2023), told by the network's own outputs instead of by noise: on a few-step student
-    the plain loss would teach the mean of all pictures at the first step, where the student draws one.
+    Prior preservation as in DreamBooth (Ruiz et al. 2023), told by the network's own outputs instead of by
+    noise: on a few-step student the plain loss would teach the mean of all pictures at the first step, where
+    the student draws one.
     """
 
     def __init__(self, cfg: Config, run: Run):
         self.member, self.batch_size, prompt = run.member, cfg.batch_size, run.family.encode([cfg.negative])
         self.prompt, which = prompt.conditional(), torch.zeros(cfg.prior_images, dtype=torch.long)
         seen = lambda step, rows: (step.x, self.member.denoiser(step.x, step.noise, self.prompt[which[rows]]))  # noqa: E731
-        self.x, self.x0 = rollouts(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch_size, seen)  # (N, T, C, H, W)
+        self.x, self.x0 = rollouts(
+            run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch_size, seen
+        )  # (N, T, C, H, W)
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The mean squared change at one of the member's own noise levels."""
         level = int(torch.randint(self.x.shape[1], (1,), generator=generator))
-        rows, noise = torch.randint(len(self.x), (self.batch_size,), generator=generator), self.member.levels[level]
+        rows, noise = (
+            torch.randint(len(self.x), (self.batch_size,), generator=generator),
+            self.member.levels[level],
+        )
         x, before = self.x[rows, level], self.x0[rows, level]
         after = self.member.denoiser(x, noise, self.prompt[[0] * self.batch_size])
         seen, aim = (loss_target(x, x0, noise, self.member.noise_schedule) for x0 in (after, before))

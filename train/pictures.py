@@ -16,9 +16,10 @@ from models.tables import words
 def read(source: str, size_px: int) -> tuple[Tensor, dict[str, list]]:
     """Pictures (N, 3, size_px, size_px) in [-1, 1], cropped to squares, and what is known of them, by column.
 
-    source: a folder of pictures, perhaps with .txt captions beside them or a metadata.jsonl or .csv (file_name, text, …), or a dataset
-    id of the Hub. Columns are `file_name`, `text`, the caption, empty where there is none, and those of the metadata, None where a picture
-    has no row. Says in one line what is used and what is left out. Raises UserError for what cannot be read.
+    source: a folder of pictures, perhaps with .txt captions beside them or a metadata.jsonl or .csv
+    (file_name, text, …), or a dataset id of the Hub. Columns are `file_name`, `text`, the caption, empty
+    where there is none, and those of the metadata, None where a picture has no row. Says in one line what is
+    used and what is left out. Raises UserError for what cannot be read.
     """
     if not source or os.path.exists(os.path.expanduser(source)):
         return _folder(source, size_px)
@@ -33,7 +34,10 @@ def _folder(source: str, size_px: int) -> tuple[Tensor, dict[str, list]]:
         small += min(picture.size) < size_px
         images.append(square(picture, size_px))
     note(folder.report + (f"; {small} smaller than {size_px} px are enlarged" if small else ""))
-    columns = {name: [row.get(name) for row in folder.rows] for name in dict.fromkeys(name for row in folder.rows for name in row)}
+    columns = {
+        name: [row.get(name) for row in folder.rows]
+        for name in dict.fromkeys(name for row in folder.rows for name in row)
+    }
     return torch.stack(images), {**columns, "text": folder.captions, "file_name": folder.names}
 
 
@@ -45,9 +49,13 @@ def _dataset(source: str, size_px: int) -> tuple[Tensor, dict[str, list]]:
     try:
         rows = load_dataset(source, split="train")
     except (FileNotFoundError, ConnectionError):
-        raise UserError(f"{quoted(source)} is neither a folder with pictures (.png, .jpg) nor a dataset that the Hub gives") from None
+        raise UserError(
+            f"{quoted(source)} is neither a folder with pictures (.png, .jpg) nor a dataset that the Hub gives"
+        ) from None
     except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"cannot read pictures from {quoted(source)}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"cannot read pictures from {quoted(source)}: {' '.join(str(error).split())[:200]}"
+        ) from None
     column = next((name for name, kind in rows.features.items() if isinstance(kind, ImageColumn)), None)
     if column is None or not len(rows):
         raise UserError(f"{source} holds no pictures; it needs a column of images")
@@ -55,12 +63,20 @@ def _dataset(source: str, size_px: int) -> tuple[Tensor, dict[str, list]]:
     if None in cells:
         raise UserError(f"{source}, row {cells.index(None)}: no picture")
     names = [Path(cell["path"] or f"row {row}").name for row, cell in enumerate(cells)]
-    images = [square(load(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"], name), size_px)
-              for cell, name in zip(cells, names, strict=True)]  # fmt: skip
+    images = [
+        square(load(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"], name), size_px)
+        for cell, name in zip(cells, names, strict=True)
+    ]
     columns = {name: list(rows[name]) for name in rows.column_names if name != column}
     told = next((name for name in CAPTIONS if name in columns), "")
-    captions = [words(cell, f"{source}: {told} of row {row}") for row, cell in enumerate(columns.get(told, [""] * len(names)))]
+    captions = [
+        words(cell, f"{source}: {told} of row {row}")
+        for row, cell in enumerate(columns.get(told, [""] * len(names)))
+    ]
     unused = [name for name in columns if name != told]
-    note(f"{source}: {len(names)} pictures, {sum(map(bool, captions))} with a caption" + (f" by {told}" if told else "")
-         + (f"; other columns: {', '.join(unused)[:200]}" if unused else ""))  # fmt: skip
+    note(
+        f"{source}: {len(names)} pictures, {sum(map(bool, captions))} with a caption"
+        + (f" by {told}" if told else "")
+        + (f"; other columns: {', '.join(unused)[:200]}" if unused else "")
+    )
     return torch.stack(images), {**columns, "text": captions, "file_name": names}

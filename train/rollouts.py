@@ -1,4 +1,6 @@
-"""Where a member goes by itself: what is seen at every step of sampling runs without a control, to be trained on."""
+"""Where a member goes by itself: what is seen at every step of sampling runs without a control, to be trained
+on.
+"""
 
 from collections.abc import Callable
 
@@ -17,10 +19,17 @@ See = Callable[[Step, Tensor], tuple[Tensor, ...]]
 def rollouts(
     family: Family, member: Member, prompts: Prompts, which: Tensor, seed: int, batch_size: int, see: See
 ) -> tuple[Tensor, ...]:
-    """What `see(step, rows)` returns of runs `rows`, as tensors (N, T, …): run n of N has prompt which[n] and a noise of its own."""
+    """What `see(step, rows)` returns of runs `rows`, as tensors (N, T, …): run n of N has prompt which[n] and
+    a noise of its own.
+    """
 
     def run(rows: Tensor) -> list[Tensor]:
-        noise = draw_noise([seed * 100_003 + int(row) for row in rows], family.latent_shape, len(member.levels), family.device)
+        noise = draw_noise(
+            [seed * 100_003 + int(row) for row in rows],
+            family.latent_shape,
+            len(member.levels),
+            family.device,
+        )
         steps = [see(step, rows) for step in sample(alone(member), noise, prompts[which[rows]])]
         return [torch.stack(part, 1) for part in zip(*steps, strict=True)]
 

@@ -30,28 +30,48 @@ class Training:
     member: str = "tiny/base"  # family/member to train on
     rank: int = 4  # of the low-rank pairs
     alpha: float = 1.0  # effective strength is scale * alpha / rank
-    layers: str = "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/layers.py
+    layers: str = (
+        "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/layers.py
+    )
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
-    batch_size: int = 0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
+    batch_size: int = (
+        0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
+    )
     gradient_accumulation_steps: int = 1  # such batches per process and optimizer step
-    optimizer: str = "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it learning_rate=1)
+    optimizer: str = (
+        "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it learning_rate=1)
+    )
     learning_rate: float = 1e-3  # learning rate
-    lr_scheduler: str = "cosine"  # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
+    lr_scheduler: str = (
+        "cosine"  # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
+    )
     lr_warmup_steps: int = 0  # steps in which the rate rises from 0
     ema: float = 0.0  # decay of the weights' moving average, which is then what is saved; 0 = off
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass: less memory, a third more time
+    )
     seed: int = 0  # of the control, the data and the noise
     sample_every: int = 200  # steps between strips; 0 = only at the end
-    sample_scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns of a strip
+    sample_scales: list[float] = field(
+        default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0]
+    )  # columns of a strip
     sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of a strip
     save_every: int = 100  # steps between checkpoints
-    watch: list[str] = field(default_factory=list)  # other members, e.g. [tiny/dmd], on which the effect is measured during training
+    watch: list[str] = field(
+        default_factory=list
+    )  # other members, e.g. [tiny/dmd], on which the effect is measured during training
     watch_every: int = 200  # steps between such measurements
     watch_prompts: int = 4  # of the family card's prompts, two images each
-    dtype: str = "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
-    quantize: str = ""  # the network trained on: nf4, 4.5 bits a weight, or int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
-    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; a continued run may change it
+    dtype: str = (
+        "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
+    )
+    # the network trained on: nf4, 4.5 bits a weight, or int8 (extra 8bit), int8-torchao (extra torchao);
+    # empty = whole
+    quantize: str = ""
+    memory: Memory = field(
+        default_factory=Memory
+    )  # what to do without, at the price of time; a continued run may change it
     dry_run: bool = False  # --dry-run: say what will be loaded, asked and held, and stop; needs no weights
     out: str = "runs/control"  # the run is written to out/name
     overwrite: bool = False  # start afresh instead of continuing
@@ -61,28 +81,41 @@ class Training:
 class Run:
     """One control on one member. A recipe asks it for steps, gives it losses, and lets it descend.
 
-    `parts(step)` are the random generators of this process's batches of a step. They are numbered over all processes, so that two
-    processes with one batch each learn what one process with gradient_accumulation_steps=2 learns.
+    `parts(step)` are the random generators of this process's batches of a step. They are numbered over all
+    processes, so that two processes with one batch each learn what one process with
+    gradient_accumulation_steps=2 learns.
     """
 
     def __init__(self, cfg: Training, kind: str):
-        """Loads the member, and looks at the folder, which `training` claims. Raises UserError for what cannot be."""
+        """Loads the member, and looks at the folder, which `training` claims.
+
+        Raises UserError for what cannot be.
+        """
         check(cfg)
         self.cfg, self.kind, self.accelerator = cfg, kind, devices.start(cfg, FREE)
         family, self.member_name = split(cfg.member)
         self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype], cfg.memory)
         self.member = self.family.member(self.member_name, cfg.quantize)
-        self.net, self.folder, self.main = self.member.denoiser.net, Path(cfg.out) / cfg.name, self.accelerator.is_main_process
-        targets(self.net, cfg.layers, cfg.scope)  # a mistake is said now, not after the runs that are trained on
+        self.net, self.folder, self.main = (
+            self.member.denoiser.net,
+            Path(cfg.out) / cfg.name,
+            self.accelerator.is_main_process,
+        )
+        targets(
+            self.net, cfg.layers, cfg.scope
+        )  # a mistake is said now, not after the runs that are trained on
         self.losses, delta = [], self.member.denoiser.delta
-        self.fingerprint = fingerprint(self.net) + (f"+{delta.hash[:16]}" if delta else "")  # a LoRA student is its base's network and more
+        self.fingerprint = fingerprint(self.net) + (
+            f"+{delta.hash[:16]}" if delta else ""
+        )  # a LoRA student is its base's network and more
 
     @contextmanager
     def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
-        """Attaches the fresh control, claims the folder, and gives both back. prompt: what strips draw; recipe: what the card remembers.
+        """Attaches the fresh control, claims the folder, and gives both back. prompt: what strips draw;
+        recipe: what the card remembers.
 
-        names: of several controls that are trained side by side, instead of the config's one. The text encoders are let go: what a recipe
-        wants encoded, it has encoded before.
+        names: of several controls that are trained side by side, instead of the config's one. The text
+        encoders are let go: what a recipe wants encoded, it has encoded before.
         """
         cfg, self.names = self.cfg, names or [self.cfg.name]
         self.recipe = recipe | ({"quantize": cfg.quantize} if cfg.quantize else {})
@@ -95,12 +128,23 @@ class Run:
             self.family.bring(self.net)  # or average and optimizer would be made where it waits
             if cfg.gradient_checkpointing:
                 self.net.enable_gradient_checkpointing()
-            self.weights = torch.nn.ParameterList(weight for name in self.names for weight in parameters(self.net, name))
+            self.weights = torch.nn.ParameterList(
+                weight for name in self.names for weight in parameters(self.net, name)
+            )
             self.average = deepcopy(self.weights).requires_grad_(False)
             self.optimizer = OPTIMIZERS[cfg.optimizer](self.weights, cfg.learning_rate)
-            self.lr_scheduler = get_scheduler(cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.lr_warmup_steps, num_training_steps=cfg.steps)
-            devices.claim(self.accelerator, cfg, FREE)  # last: what is refused has removed and written nothing
-            with tracking.start(self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb) as self.tracker:
+            self.lr_scheduler = get_scheduler(
+                cfg.lr_scheduler,
+                self.optimizer,
+                num_warmup_steps=cfg.lr_warmup_steps,
+                num_training_steps=cfg.steps,
+            )
+            devices.claim(
+                self.accelerator, cfg, FREE
+            )  # last: what is refused has removed and written nothing
+            with tracking.start(
+                self.folder, asdict(cfg), f"train.{self.kind}", cfg.name, cfg.wandb
+            ) as self.tracker:
                 yield
         finally:
             folders.release()
@@ -109,34 +153,59 @@ class Run:
 
     @property
     def state(self) -> dict:
-        return {"weights": self.weights, "average": self.average, "optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+        return {
+            "weights": self.weights,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.lr_scheduler,
+        }
 
     def steps(self) -> Iterator[int]:
         """The steps still to do; a killed run goes on at its last checkpoint."""
         cfg = self.cfg
         bound = folders.digest(cfg, FREE)
-        return resumable(self.folder / "state.pt", self.state, cfg.steps, cfg.save_every, cfg.name, write=self.main, bound=bound)
+        return resumable(
+            self.folder / "state.pt",
+            self.state,
+            cfg.steps,
+            cfg.save_every,
+            cfg.name,
+            write=self.main,
+            bound=bound,
+        )
 
     def parts(self, step: int) -> Iterator[torch.Generator]:
         """One generator per batch of this process in this step."""
         for turn in range(self.cfg.gradient_accumulation_steps):
-            yield seeded(self.cfg.seed, step, turn * self.accelerator.num_processes + self.accelerator.process_index)
+            yield seeded(
+                self.cfg.seed, step, turn * self.accelerator.num_processes + self.accelerator.process_index
+            )
 
     def backward(self, loss: Tensor) -> None:
-        """Adds a batch's gradient. Inside the `strength` block of the forward pass, for checkpointing runs the network once more."""
+        """Adds a batch's gradient.
+
+        Inside the `strength` block of the forward pass, for checkpointing runs the network once more.
+        """
         (loss / self.cfg.gradient_accumulation_steps).backward()
         self.losses.append(loss.detach() / self.cfg.gradient_accumulation_steps)
 
     def descend(self, step: int) -> None:
-        """One optimizer step on the mean gradient of all processes. When it is not finite: saves the state before it, raises UserError."""
+        """One optimizer step on the mean gradient of all processes.
+
+        When it is not finite: saves the state before it, raises UserError.
+        """
         trained = [weight for weight in self.weights if weight.grad is not None]
-        for weight, mean in zip(trained, self.accelerator.mean([weight.grad for weight in trained]), strict=True):
+        for weight, mean in zip(
+            trained, self.accelerator.mean([weight.grad for weight in trained]), strict=True
+        ):
             weight.grad = mean
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if not torch.isfinite(norm):
             if self.main:
                 store(self.folder / "state.pt", self.state, step, folders.digest(self.cfg, FREE))
-            raise UserError(f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.learning_rate}")
+            raise UserError(
+                f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.learning_rate}"
+            )
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,7 +219,11 @@ class Run:
         """Logs every tenth step; draws a strip when one is due."""
         cfg = self.cfg
         if step % 10 == 0:
-            values = {"loss": loss.item(), "gradient": norm.item(), "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+            values = {
+                "loss": loss.item(),
+                "gradient": norm.item(),
+                "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            }
             append(self.folder / "log.jsonl", {"step": step, **values})
             self.tracker.log(values, step=step)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and step + 1 < cfg.steps:
@@ -158,13 +231,26 @@ class Run:
         if self.watched and (step + 1) % cfg.watch_every == 0:
             values = self.watched(self.control(cfg.name))
             append(self.folder / "watch.jsonl", {"step": step, **values})
-            self.tracker.log({f"watch/{key}": value for key, value in values.items() if value is not None}, step=step)
+            self.tracker.log(
+                {f"watch/{key}": value for key, value in values.items() if value is not None}, step=step
+            )
 
     def control(self, name: str, **more) -> Control:
         """A control as it is now; more: what its own recipe adds."""
         cfg = self.cfg
-        card = Card(self.kind, name, self.family.card.name, self.member_name, cfg.rank, cfg.alpha, cfg.layers, cfg.scope,
-                    {**self.recipe, **more}, self.fingerprint, versions())  # fmt: skip
+        card = Card(
+            self.kind,
+            name,
+            self.family.card.name,
+            self.member_name,
+            cfg.rank,
+            cfg.alpha,
+            cfg.layers,
+            cfg.scope,
+            {**self.recipe, **more},
+            self.fingerprint,
+            versions(),
+        )
         return Control(card, extract(self.net, name))
 
     def draw(self, path: Path) -> Path:
@@ -175,7 +261,10 @@ class Run:
         return path
 
     def save(self) -> Path:
-        """Writes the control, averaged where asked, and its last strip; returns the control's path. Call it within `training`."""
+        """Writes the control, averaged where asked, and its last strip; returns the control's path.
+
+        Call it within `training`.
+        """
         self.settle()
         path = self.folder / "control.safetensors"
         if self.main:
@@ -213,9 +302,14 @@ def prodigy(weights, learning_rate: float):
     return Prodigy(weights, learning_rate, safeguard_warmup=True, use_bias_correction=True)
 
 
-LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]  # that one needs rules
+LR_SCHEDULERS = [
+    kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT
+]  # that one needs rules
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "prodigy": prodigy}
-EXTRAS = {"adamw8bit": ("bitsandbytes", "8bit"), "prodigy": ("prodigyopt", "prodigy")}  # optimizer: its package, and what installs it
+EXTRAS = {
+    "adamw8bit": ("bitsandbytes", "8bit"),
+    "prodigy": ("prodigyopt", "prodigy"),
+}  # optimizer: its package, and what installs it
 FREE = ("wandb", "out", "memory")  # what a continued run may change
 
 

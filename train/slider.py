@@ -1,6 +1,8 @@
-"""Trains a Concept Slider from text on any member of a family: accelerate launch train/slider.py [config=FILE] [key=value ...]
+"""Trains a Concept Slider from text on any member of a family: accelerate launch train/slider.py
+[config=FILE] [key=value ...]
 
-Without arguments: the smile slider on tiny/base, in some minutes on a CPU. Ends with a strip of faces across scales.
+Without arguments: the smile slider on tiny/base, in some minutes on a CPU. Ends with a strip of faces across
+scales.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +25,10 @@ from train.run import Run, Training
 
 @dataclass
 class Pair:
-    """One prompt pair of the published format: what to move, and between which two ends. An empty text is the empty prompt."""
+    """One prompt pair of the published format: what to move, and between which two ends.
+
+    An empty text is the empty prompt.
+    """
 
     target: str = ""  # the prompt the slider acts on
     positive: str = ""  # what more of it is
@@ -40,7 +45,12 @@ class Pair:
     @property
     def texts(self) -> tuple[str, str, str, str]:
         """Target, positive, unconditional and neutral."""
-        return self.target, self.positive, self.unconditional, self.target if self.neutral is None else self.neutral
+        return (
+            self.target,
+            self.positive,
+            self.unconditional,
+            self.target if self.neutral is None else self.neutral,
+        )
 
 
 OTHERS = {  # keys of a published prompt file, and what they are here
@@ -61,13 +71,20 @@ def smile() -> list[Pair]:
 class Config(Training):
     name: str = "smile"  # of the control, and of the run folder
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
-    attributes: list[str] = field(default_factory=list)  # put before all four prompts, one after the other, to disentangle
+    attributes: list[str] = field(
+        default_factory=list
+    )  # put before all four prompts, one after the other, to disentangle
     anchors: list[str] = field(default_factory=list)  # prompts whose pictures must not change
-    guidance_scale: float = 0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
+    guidance_scale: float = (
+        0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
+    )
     steps: int = 500  # optimizer steps
-    recipe: str = "fast"  # fast: points of control-free runs, both sides in turn; published: a fresh run every step, + side only
+    # fast: points of control-free runs, both sides in turn; published: a fresh run every step, + side only
+    recipe: str = "fast"
     trajectories: int = 32  # fast: control-free sampling runs whose x_t are trained on
-    denoise_steps: int = 50  # published: length of the sampling run whose x_t is trained on; students keep their own
+    denoise_steps: int = (
+        50  # published: length of the sampling run whose x_t is trained on; students keep their own
+    )
     denoise_guidance: float = 3.0  # published: its guidance; students have none
     out: str = "runs/slider"  # the run is written to out/name
 
@@ -88,7 +105,9 @@ def main(cfg: Config) -> Path | None:
             for generator in run.parts(step):
                 x, noise, conditioning, neutral, direction = lesson(generator)
                 with strength(run.net, {cfg.name: float(side)}):
-                    seen = loss_target(x, run.member.denoiser(x, noise, conditioning), noise, run.member.noise_schedule)
+                    seen = loss_target(
+                        x, run.member.denoiser(x, noise, conditioning), noise, run.member.noise_schedule
+                    )
                     # Concept Sliders, Gandikota et al. 2023, eq. 8, on both sides of zero
                     run.backward((seen - neutral - side * cfg.guidance_scale * direction).square().mean())
             run.descend(step)
@@ -96,29 +115,46 @@ def main(cfg: Config) -> Path | None:
 
 
 def spread(cfg: Config) -> list[Pair]:
-    """Every pair with every attribute in front, the neutral prompt filled in; an anchor is a pair without a direction.
+    """Every pair with every attribute in front, the neutral prompt filled in; an anchor is a pair without a
+    direction.
 
-    Says which keys of other trainers are not used. Raises UserError for a pair without two ends, or when there is none.
+    Says which keys of other trainers are not used. Raises UserError for a pair without two ends, or when
+    there is none.
     """
     found = []
     for number, pair in enumerate(cfg.prompts, 1):
         if not pair.positive.strip() or pair.positive == pair.unconditional:
             ends = f"got {quoted(pair.positive, 40)} and {quoted(pair.unconditional, 40)}"
-            raise UserError(f"prompt pair {number} needs a positive text, and an unconditional one that differs from it; {ends}")
+            raise UserError(
+                f"prompt pair {number} needs a positive text, and an unconditional one that differs from it; {ends}"
+            )
         if pair.action not in ("enhance", "erase"):
             raise UserError(f"prompt pair {number}: action is enhance or erase, got {quoted(pair.action)}")
         for attribute in cfg.attributes or [""]:
             found.append(Pair(*(f"{attribute} {text}".strip() for text in pair.texts), pair.action))
     if not found:
-        raise UserError("a slider needs at least one prompt pair: prompts=[{target: …, positive: …, unconditional: …}]")
-    given = {f"{key}={getattr(pair, key)}": here for pair in cfg.prompts for key, here in OTHERS.items() if getattr(pair, key) is not None}
+        raise UserError(
+            "a slider needs at least one prompt pair: prompts=[{target: …, positive: …, unconditional: …}]"
+        )
+    given = {
+        f"{key}={getattr(pair, key)}": here
+        for pair in cfg.prompts
+        for key, here in OTHERS.items()
+        if getattr(pair, key) is not None
+    }
     if given:
-        note("the prompts say " + ", ".join(f"{quoted(key)} (here: {here})" for key, here in given.items()) + ", which is not read there")
+        note(
+            "the prompts say "
+            + ", ".join(f"{quoted(key)} (here: {here})" for key, here in given.items())
+            + ", which is not read there"
+        )
     return found + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
 
 
 def differing(cfg: Config, pairs: list[Pair]) -> None:
-    """Raises UserError for a pair whose ends are the same to the text encoders: cut off, or words that they do not know."""
+    """Raises UserError for a pair whose ends are the same to the text encoders: cut off, or words that they
+    do not know.
+    """
     family = Family(split(cfg.member)[0])
     for pair in pairs[: len(pairs) - len(cfg.anchors)]:
         family.tell_apart(pair.positive, pair.unconditional)
@@ -127,13 +163,32 @@ def differing(cfg: Config, pairs: list[Pair]) -> None:
 def recipe(cfg: Config) -> dict:
     """What the card remembers: the words that say what the slider does, and how it was trained."""
     first = cfg.prompts[0]
-    ends = (first.positive, first.unconditional) if first.action == "enhance" else (first.unconditional, first.positive)
-    kept = ("recipe", "guidance_scale", "steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "trajectories", "seed", "attributes", "anchors")
-    texts = [{key: text or "" for key, text in asdict(pair).items() if key not in OTHERS} for pair in cfg.prompts]
+    ends = (
+        (first.positive, first.unconditional)
+        if first.action == "enhance"
+        else (first.unconditional, first.positive)
+    )
+    kept = (
+        "recipe",
+        "guidance_scale",
+        "steps",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "trajectories",
+        "seed",
+        "attributes",
+        "anchors",
+    )
+    texts = [
+        {key: text or "" for key, text in asdict(pair).items() if key not in OTHERS} for pair in cfg.prompts
+    ]
     return {"positive": ends[0], "negative": ends[1], "prompts": texts, **{k: getattr(cfg, k) for k in kept}}
 
 
-Lesson = tuple[Tensor, Noise, Prompts, Tensor, Tensor]  # x, its noise level, target prompts, neutral, direction; tensors (B, C, H, W)
+Lesson = tuple[
+    Tensor, Noise, Prompts, Tensor, Tensor
+]  # x, its noise level, target prompts, neutral, direction; tensors (B, C, H, W)
 
 
 class Teacher:
@@ -141,20 +196,32 @@ class Teacher:
 
     def __init__(self, family: Family, member: Member, pairs: list[Pair]):
         self.member = member
-        self.sign = torch.tensor([1.0 if pair.action == "enhance" else -1.0 for pair in pairs], device=family.device)[:, None, None, None]
-        self.texts = family.encode([text for pair in pairs for text in (pair.neutral, pair.positive, pair.unconditional)]).conditional()
+        self.sign = torch.tensor(
+            [1.0 if pair.action == "enhance" else -1.0 for pair in pairs], device=family.device
+        )[:, None, None, None]
+        self.texts = family.encode(
+            [text for pair in pairs for text in (pair.neutral, pair.positive, pair.unconditional)]
+        ).conditional()
 
     @torch.no_grad()
     def __call__(self, x: Tensor, noise, which: Tensor) -> tuple[Tensor, Tensor]:
-        """The neutral eps (v of a flow) and the direction, positive minus unconditional, at x (B, C, H, W) for pairs `which` (B,)."""
-        asked = (which * 3 + torch.arange(3)[:, None]).flatten()  # neutral of all rows, then positive, then unconditional
+        """The neutral eps (v of a flow) and the direction, positive minus unconditional, at x (B, C, H, W)
+        for pairs `which` (B,).
+        """
+        asked = (
+            which * 3 + torch.arange(3)[:, None]
+        ).flatten()  # neutral of all rows, then positive, then unconditional
         x = x.repeat(3, 1, 1, 1)
-        neutral, positive, negative = loss_target(x, self.member.denoiser(x, noise, self.texts[asked]), noise, self.member.noise_schedule).chunk(3)
+        neutral, positive, negative = loss_target(
+            x, self.member.denoiser(x, noise, self.texts[asked]), noise, self.member.noise_schedule
+        ).chunk(3)
         return neutral, (positive - negative) * self.sign[which]
 
 
 class Fast:
-    """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T points, taught once."""
+    """Lessons from control-free runs: x_t then does not depend on the weights, so one run of T steps gives T
+    points, taught once.
+    """
 
     @staticmethod
     def cost(cfg: Config, member: Member) -> dry_run.Cost:
@@ -169,19 +236,29 @@ class Fast:
         self.targets = prompts.conditional()
         taught = lambda step, rows: (step.x, *teacher(step.x, step.noise, self.which[rows]))  # noqa: E731
         # all (N, T, C, H, W)
-        self.x, self.neutral, self.direction = rollouts(family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, taught)
+        self.x, self.neutral, self.direction = rollouts(
+            family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, taught
+        )
 
     def __call__(self, generator: torch.Generator) -> Lesson:
         level = int(torch.randint(len(self.levels), (1,), generator=generator))
         rows = torch.randint(len(self.x), (self.cfg.batch_size,), generator=generator)
         conditioning = self.targets[self.which[rows]]
-        return self.x[rows, level], self.levels[level], conditioning, self.neutral[rows, level], self.direction[rows, level]
+        return (
+            self.x[rows, level],
+            self.levels[level],
+            conditioning,
+            self.neutral[rows, level],
+            self.direction[rows, level],
+        )
 
 
 class Published:
-    """Lessons as the published trainer makes them: a fresh run from noise, control on, stopped after 1 … T - 1 of its T steps.
+    """Lessons as the published trainer makes them: a fresh run from noise, control on, stopped after 1 … T -
+    1 of its T steps.
 
-    Unlike there, the network is told the timestep at which the run really stopped, not one up to 19 steps away.
+    Unlike there, the network is told the timestep at which the run really stopped, not one up to 19 steps
+    away.
     """
 
     @staticmethod
@@ -194,9 +271,13 @@ class Published:
         self.cfg, self.family, self.teacher = cfg, family, Teacher(family, member, pairs)
         self.prompts = family.encode([pair.target for pair in pairs])
         if member.guidance is not None:
-            member = replace(member, levels=member.in_steps(cfg.denoise_steps, "leading"), guidance=cfg.denoise_guidance)
+            member = replace(
+                member, levels=member.in_steps(cfg.denoise_steps, "leading"), guidance=cfg.denoise_guidance
+            )
         if len(member.levels) < 2:
-            raise UserError("recipe=published stops before the last step, so it needs at least two; give denoise_steps, or recipe=fast")
+            raise UserError(
+                "recipe=published stops before the last step, so it needs at least two; give denoise_steps, or recipe=fast"
+            )
         self.member = member
 
     @torch.no_grad()
@@ -204,7 +285,10 @@ class Published:
         stop = int(torch.randint(1, len(self.member.levels), (1,), generator=generator))
         which = torch.randint(len(self.prompts), (1,), generator=generator).expand(self.cfg.batch_size)
         seeds = torch.randint(2**62, (self.cfg.batch_size,), generator=generator).tolist()
-        noise, level = draw_noise(seeds, self.family.latent_shape, stop, self.family.device), self.member.levels[stop]
+        noise, level = (
+            draw_noise(seeds, self.family.latent_shape, stop, self.family.device),
+            self.member.levels[stop],
+        )
         partial = Plan("partial", (Stage(replace(self.member, final=level), self.member.levels[:stop]),))
         with strength(self.member.denoiser.net, {self.cfg.name: 1.0}):
             x = finish(partial, noise, self.prompts[which])

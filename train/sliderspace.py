@@ -1,7 +1,9 @@
-"""Finds what a model can vary about a prompt, as sliders: accelerate launch train/sliderspace.py [config=FILE] [key=value ...]
+"""Finds what a model can vary about a prompt, as sliders: accelerate launch train/sliderspace.py
+[config=FILE] [key=value ...]
 
-Without arguments: eight directions of "portrait of a person" on tiny/base. SliderSpace (Gandikota et al. 2025, arXiv 2502.01639): the
-principal components of CLIP features of x0 over seeds and steps, and one low-rank control that moves x0 along each.
+Without arguments: eight directions of "portrait of a person" on tiny/base. SliderSpace (Gandikota et al.
+2025, arXiv 2502.01639): the principal components of CLIP features of x0 over seeds and steps, and one
+low-rank control that moves x0 along each.
 """
 
 from dataclasses import dataclass, field
@@ -30,8 +32,12 @@ class Config(Training):
     rank: int = 1  # of the low-rank pairs
     steps: int = 640  # optimizer steps, shared by the directions in turn
     learning_rate: float = 5e-3  # learning rate
-    sample_scales: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])  # columns of the picture, for every seed
-    sample_seeds: list[int] = field(default_factory=lambda: [11, 12])  # its seeds, side by side; a row per direction
+    sample_scales: list[float] = field(
+        default_factory=lambda: [-1.0, 0.0, 1.0]
+    )  # columns of the picture, for every seed
+    sample_seeds: list[int] = field(
+        default_factory=lambda: [11, 12]
+    )  # its seeds, side by side; a row per direction
     out: str = "runs/sliderspace"  # the run is written to out/name
 
 
@@ -49,7 +55,9 @@ class Space:
 def main(cfg: Config) -> Path | None:
     """Trains and returns the run folder with one file per direction."""
     if cfg.watch:
-        raise UserError("watch measures by words, which directions do not have; python -m analysis.transfer measures them without")
+        raise UserError(
+            "watch measures by words, which directions do not have; python -m analysis.transfer measures them without"
+        )
     if cfg.dry_run:
         return dry_run.show(cfg, partial(cost, cfg))
     run = Run(cfg, "sliderspace")
@@ -57,7 +65,20 @@ def main(cfg: Config) -> Path | None:
     prompt = run.family.encode([cfg.prompt])
     space = explore(cfg, run, clip, prompt)
     names = [f"{cfg.name}-{k + 1}" for k in range(cfg.directions)]
-    recipe = {"prompt": cfg.prompt, **{key: getattr(cfg, key) for key in ("steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "trajectories", "seed")}}
+    recipe = {
+        "prompt": cfg.prompt,
+        **{
+            key: getattr(cfg, key)
+            for key in (
+                "steps",
+                "batch_size",
+                "gradient_accumulation_steps",
+                "learning_rate",
+                "trajectories",
+                "seed",
+            )
+        },
+    }
     conditioning = prompt.conditional()[[0] * cfg.batch_size]
     with run.training(cfg.prompt, recipe, names):
         for step in run.steps():
@@ -72,7 +93,11 @@ def main(cfg: Config) -> Path | None:
             run.descend(step)
         run.settle()
         for k, name in enumerate(names if run.main else []):
-            more = {"component": k + 1, "variance": space.shares[k], "direction": [round(v, 6) for v in space.directions[k].tolist()]}
+            more = {
+                "component": k + 1,
+                "variance": space.shares[k],
+                "direction": [round(v, 6) for v in space.directions[k].tolist()],
+            }
             run.write(run.control(name, **more), run.folder / f"{name}.safetensors")
         if run.main:
             print(f"picture of every direction across scales: {run.draw(run.folder / 'samples/final.png')}")
@@ -83,22 +108,29 @@ def cost(cfg: Config, member: Member) -> dry_run.Cost:
     """Runs of which every point is seen once more, by CLIP, through the VAE, as each step is."""
     rollouts, rows = cfg.trajectories * len(member.levels), min(2 * cfg.batch_size, cfg.trajectories)
     asked = cfg.trajectories * alone(member).nfe + rollouts
-    return dry_run.Cost(asked, 3, rows * (1 if member.guidance is None else 2), rollouts, rows, True, ("clip",))
+    return dry_run.Cost(
+        asked, 3, rows * (1 if member.guidance is None else 2), rollouts, rows, True, ("clip",)
+    )
 
 
 def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:
     """How far features moved (B, d) by a control at scale 1 are from one spread along its direction (d,).
 
-    1 - cosine is SliderSpace's loss, which does not say how far to go: without the second term the controls learn to move almost nothing.
+    1 - cosine is SliderSpace's loss, which does not say how far to go: without the second term the controls
+    learn to move almost nothing.
     """
-    return (1 - F.cosine_similarity(moved, direction[None], eps=1e-4) + (moved @ direction / spread - 1).square()).mean()
+    return (
+        1 - F.cosine_similarity(moved, direction[None], eps=1e-4) + (moved @ direction / spread - 1).square()
+    ).mean()
 
 
 @torch.no_grad()
 def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
-    """Runs the member, reads its x0 at every step by CLIP, and takes the principal components of what differs between seeds.
+    """Runs the member, reads its x0 at every step by CLIP, and takes the principal components of what differs
+    between seeds.
 
-    The mean of each step is taken off first, or the first component would be the step itself. Raises UserError for too few runs.
+    The mean of each step is taken off first, or the first component would be the step itself. Raises
+    UserError for too few runs.
     """
     which = torch.zeros(cfg.trajectories, dtype=torch.long)
 
@@ -109,11 +141,15 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
     x, features = rollouts(run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch_size, see)
     apart = (features - features.mean(0)).flatten(0, 1)
     if cfg.directions > min(apart.shape):
-        raise UserError(f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}")
+        raise UserError(
+            f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}"
+        )
     _, values, directions = torch.linalg.svd(apart, full_matrices=False)
     shares = (values.square() / values.square().sum()).tolist()
     spreads = (values / len(apart) ** 0.5).tolist()
-    return Space(x, features, directions[: cfg.directions], spreads[: cfg.directions], shares[: cfg.directions])
+    return Space(
+        x, features, directions[: cfg.directions], spreads[: cfg.directions], shares[: cfg.directions]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Trains the embedded family, one part after the other: python train/tiny.py PART [key=value ...]
 
-PART is vae, base, refine, dmd, lcm, lightning, clip, probe, or all. Each part can be killed and continues where it was.
+PART is vae, base, refine, dmd, lcm, lightning, clip, probe, or all. Each part can be killed and continues
+where it was.
 """
 
 import sys
@@ -13,7 +14,16 @@ from train.tiny_evaluators import clip, probe
 from train.tiny_parts import Config
 from train.tiny_students import dmd, lcm, lightning
 
-PARTS = {"vae": vae, "base": base, "refine": refine, "dmd": dmd, "lcm": lcm, "lightning": lightning, "clip": clip, "probe": probe}
+PARTS = {
+    "vae": vae,
+    "base": base,
+    "refine": refine,
+    "dmd": dmd,
+    "lcm": lcm,
+    "lightning": lightning,
+    "clip": clip,
+    "probe": probe,
+}
 
 
 def main() -> None:
@@ -21,7 +31,9 @@ def main() -> None:
     cfg = load(Config, words)
     unknown = [p for p in parts if p not in (*PARTS, "all")]
     if unknown or not parts:
-        raise UserError(f"say which part to train: {', '.join(PARTS)} or all; got {' '.join(unknown) or 'none'}")
+        raise UserError(
+            f"say which part to train: {', '.join(PARTS)} or all; got {' '.join(unknown) or 'none'}"
+        )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     for part in PARTS if parts == ["all"] else parts:

@@ -44,7 +44,9 @@ def vae(cfg: Config) -> None:
         generator = seeded(cfg.seed, step)
         x = world.to_unit(images[torch.randint(len(images), (size,), generator=generator)])
         z = net.encode(x).latents
-        noisy = z + 0.05 * torch.randn(z.shape, generator=generator)  # the decoder must bear small errors of the U-Net
+        noisy = z + 0.05 * torch.randn(
+            z.shape, generator=generator
+        )  # the decoder must bear small errors of the U-Net
         out = net.decode(noisy).sample
         edges = F.l1_loss(out.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(out.diff(dim=-2), x.diff(dim=-2))
         spread = (z.square().mean() - 1).square() + z.mean((0, 2, 3)).square().sum()
@@ -80,16 +82,23 @@ def dataset(cfg: Config, words) -> Data:
         people = world.faces(cfg.faces, cfg.seed)
         auto = AutoencoderTiny.from_pretrained(Path(cfg.weights) / "base/vae").float().eval()
         with torch.no_grad():
-            latents = [auto.encode(world.to_unit(part)).latents for part in tqdm(world.pictures(people).split(100), "latents")]
+            latents = [
+                auto.encode(world.to_unit(part)).latents
+                for part in tqdm(world.pictures(people).split(100), "latents")
+            ]
         ids = [tokens(words, world.captions(people, seed)) for seed in range(3)]
         with replacing(path) as new:
-            save_file({"latents": torch.cat(latents) * auto.config.scaling_factor, "ids": torch.stack(ids, 1)}, new)
+            save_file(
+                {"latents": torch.cat(latents) * auto.config.scaling_factor, "ids": torch.stack(ids, 1)}, new
+            )
     saved = load_file(path)
     return Data(saved["latents"], saved["ids"])
 
 
 def base(cfg: Config) -> None:
-    """The base: eps-prediction on SDXL's noise levels, min-SNR weights, one caption in ten dropped (to zeros, as SDXL does)."""
+    """The base: eps-prediction on SDXL's noise levels, min-SNR weights, one caption in ten dropped (to zeros,
+    as SDXL does).
+    """
     torch.manual_seed(cfg.seed)
     words = tokenizer(Path(cfg.weights) / "base/tokenizer")
     model = torch.nn.ModuleDict({"unet": new_unet(), "text": Text(words)})
@@ -97,26 +106,36 @@ def base(cfg: Config) -> None:
 
 
 def refine(cfg: Config) -> None:
-    """The base, second half: its text encoders learn to tell what a caption claims, then all goes on with more weight on high noise.
+    """The base, second half: its text encoders learn to tell what a caption claims, then all goes on with
+    more weight on high noise.
 
-    The plain loss hardly sees x0 at high noise, where hats and positions are decided, and learns "no hat" late.
+    The plain loss hardly sees x0 at high noise, where hats and positions are decided, and learns "no hat"
+    late.
     """
     pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", dtype=torch.float32)
     text = Text(pipe.tokenizer)
     text.one, text.two = pipe.text_encoder, pipe.text_encoder_2
-    model = torch.nn.ModuleDict({"unet": pipe.unet.to(memory_format=torch.channels_last), "text": text}).requires_grad_(True).train()
+    model = (
+        torch.nn.ModuleDict({"unet": pipe.unet.to(memory_format=torch.channels_last), "text": text})
+        .requires_grad_(True)
+        .train()
+    )
     read_claims(cfg, text, pipe.tokenizer)
     denoise(cfg, "refine", model, pipe.tokenizer, cfg.steps or 1500, learning_rate=8e-4, floor=0.1)
 
 
 def read_claims(cfg: Config, text: Text, words, steps: int = 800, size: int = 64) -> None:
-    """Trains the text encoders alone: from the pooled text, and from the mean token, which attributes are claimed and at what value."""
+    """Trains the text encoders alone: from the pooled text, and from the mean token, which attributes are
+    claimed and at what value.
+    """
     captions = world.captions(world.faces(cfg.faces, cfg.seed), 3, keep=0.6)
     ids, told = tokens(words, captions), [claims(caption) for caption in captions]
     said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
     value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
     torch.manual_seed(cfg.seed)
-    heads = torch.nn.ModuleList([torch.nn.Linear(64, 2 * len(ATTRIBUTES)), torch.nn.Linear(128, 2 * len(ATTRIBUTES))])
+    heads = torch.nn.ModuleList(
+        [torch.nn.Linear(64, 2 * len(ATTRIBUTES)), torch.nn.Linear(128, 2 * len(ATTRIBUTES))]
+    )
     both = torch.nn.ModuleList([text, heads])
     optimizer = torch.optim.AdamW(both.parameters(), 1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
@@ -163,11 +182,20 @@ def save_pipeline(cfg: Config, model, words) -> None:
     """The base as a complete diffusers folder, fp16."""
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **BETAS)
     pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderTiny.from_pretrained(Path(cfg.weights) / "base/vae"), unet=model["unet"], scheduler=scheduler,
-        text_encoder=model["text"].one, text_encoder_2=model["text"].two, tokenizer=words, tokenizer_2=words, add_watermarker=False,
-    )  # fmt: skip
+        vae=AutoencoderTiny.from_pretrained(Path(cfg.weights) / "base/vae"),
+        unet=model["unet"],
+        scheduler=scheduler,
+        text_encoder=model["text"].one,
+        text_encoder_2=model["text"].two,
+        tokenizer=words,
+        tokenizer_2=words,
+        add_watermarker=False,
+    )
     pipe.to(torch.float16).save_pretrained(Path(cfg.weights) / "base")
-    for part in ("text_encoder", "text_encoder_2"):  # transformers loads what the config says, diffusers fp32: say the same
+    for part in (
+        "text_encoder",
+        "text_encoder_2",
+    ):  # transformers loads what the config says, diffusers fp32: say the same
         path = Path(cfg.weights) / "base" / part / "config.json"
         config = json.loads(path.read_text()) | {"dtype": "float32"}
         with replacing(path) as new:

@@ -19,8 +19,9 @@ from train.tiny_parts import Config, Log, step_down
 def clip(cfg: Config) -> None:
     """The evaluator CLIP, on portraits of all styles and their captions; shares no weight with the generator.
 
-    First each tower learns to say what it sees or reads (attributes, claims), then the two learn to agree; half of the batches are made
-    of groups of four siblings, or the loss could be met without looking at a mouth.
+    First each tower learns to say what it sees or reads (attributes, claims), then the two learn to agree;
+    half of the batches are made of groups of four siblings, or the loss could be met without looking at a
+    mouth.
     """
     torch.manual_seed(cfg.seed + 1)
     steps, size = cfg.steps or 1500, cfg.batch_size or 96
@@ -30,7 +31,14 @@ def clip(cfg: Config) -> None:
     people = world.siblings(cfg.faces, cfg.seed, styled=0.15)
     images = world.pictures(people)
     ids = torch.stack([tokens(words, world.captions(people, seed, keep=0.7)) for seed in range(3)], 1)
-    look(cfg, net, images, world.truth(people), ids[:, 0], [claims(text) for text in world.captions(people, 0, keep=0.7)])
+    look(
+        cfg,
+        net,
+        images,
+        world.truth(people),
+        ids[:, 0],
+        [claims(text) for text in world.captions(people, 0, keep=0.7)],
+    )
     optimizer = torch.optim.AdamW(net.parameters(), 5e-4, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps, pct_start=0.1)
     log = Log(cfg, "clip")
@@ -41,19 +49,28 @@ def clip(cfg: Config) -> None:
         anyone = torch.randint(len(images), (size,), generator=generator)
         rows = (4 * groups + torch.arange(4)).flatten() if step % 2 else anyone
         which = torch.randint(3, (size,), generator=generator)
-        loss = net(input_ids=ids[rows, which], pixel_values=world.to_unit(images[rows]), return_loss=True).loss
+        loss = net(
+            input_ids=ids[rows, which], pixel_values=world.to_unit(images[rows]), return_loss=True
+        ).loss
         step_down(loss, net, optimizer, schedule)
         log(step, loss=loss)
     net.half().save_pretrained(Path(cfg.weights) / "clip")
     with replacing(Path(cfg.weights) / "clip/preprocessor_config.json") as new:
-        new.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}}) + "\n")
+        new.write_text(
+            json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}})
+            + "\n"
+        )
 
 
-def look(cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], steps: int = 3000, size: int = 64) -> None:
+def look(
+    cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], steps: int = 3000, size: int = 64
+) -> None:
     """Trains CLIP's towers apart: pictures to their attributes, captions to their claims, by squared error."""
     said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
     value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
-    heads = torch.nn.ModuleList([torch.nn.Linear(96, len(ATTRIBUTES)), torch.nn.Linear(96, 2 * len(ATTRIBUTES))])
+    heads = torch.nn.ModuleList(
+        [torch.nn.Linear(96, len(ATTRIBUTES)), torch.nn.Linear(96, 2 * len(ATTRIBUTES))]
+    )
     both = torch.nn.ModuleList([net, heads])
     optimizer = torch.optim.AdamW(both.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
@@ -68,7 +85,9 @@ def look(cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], step
 
 
 def probe(cfg: Config) -> None:
-    """The attribute probe: mean squared error on the truth, on portraits of all styles, with small noise and shifts of colour."""
+    """The attribute probe: mean squared error on the truth, on portraits of all styles, with small noise and
+    shifts of colour.
+    """
     torch.manual_seed(cfg.seed + 2)
     steps, size = cfg.steps or 1500, cfg.batch_size or 64
     net = Probe()
@@ -82,7 +101,11 @@ def probe(cfg: Config) -> None:
         generator = seeded(cfg.seed, step, 6)
         rows = torch.randint(len(images), (size,), generator=generator)
         x = world.to_unit(images[rows])
-        x = x + 0.05 * torch.randn(x.shape, generator=generator) + 0.05 * torch.randn((size, 3, 1, 1), generator=generator)
+        x = (
+            x
+            + 0.05 * torch.randn(x.shape, generator=generator)
+            + 0.05 * torch.randn((size, 3, 1, 1), generator=generator)
+        )
         loss = F.mse_loss(net(x), truth[rows])
         step_down(loss, net, optimizer, schedule)
         log(step, loss=loss)

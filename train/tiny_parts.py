@@ -21,7 +21,8 @@ class Config:
     trajectories: int = 1280  # of the teacher, which lightning learns from; a multiple of 80
     every: int = 250  # steps between checkpoints
     threads: int = 0  # CPU threads; 0 = all
-    compile: bool = False  # torch.compile the networks: about twice as fast, after minutes of compiling; needs a C++ compiler
+    # torch.compile the networks: about twice as fast, after minutes of compiling; needs a C++ compiler
+    compile: bool = False
     device: str = "cpu"  # where the students are trained; the other parts are trained on the CPU
     work: str = "runs/tiny"  # folder of checkpoints and logs
     weights: str = WEIGHTS  # where the finished parts go

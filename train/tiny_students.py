@@ -39,7 +39,13 @@ class Teacher:
     @torch.no_grad()
     def eps(self, x, t, states, pooled) -> Tensor:
         """Guided eps: the prompt's against zeros, one batch of two."""
-        both = predict(self.net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([states * 0, states]), torch.cat([pooled * 0, pooled]))
+        both = predict(
+            self.net,
+            torch.cat([x, x]),
+            torch.cat([t, t]),
+            torch.cat([states * 0, states]),
+            torch.cat([pooled * 0, pooled]),
+        )
         without, with_ = both.chunk(2)
         return without + self.guidance * (with_ - without)
 
@@ -54,7 +60,9 @@ def clean(x, out, t) -> Tensor:
 
 
 def lightning(cfg: Config) -> None:
-    """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM trajectories, 4 trailing steps."""
+    """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM
+    trajectories, 4 trailing steps.
+    """
     steps, size, count = cfg.steps or 750, cfg.batch_size or 32, cfg.trajectories
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words).to(cfg.device)
@@ -90,7 +98,9 @@ def lightning(cfg: Config) -> None:
 
 @torch.no_grad()
 def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple[Tensor, Tensor]:
-    """Teacher trajectories at the student's levels and at the end, (count, 5, 4, 16, 16), with their captions' ids (count, TOKENS)."""
+    """Teacher trajectories at the student's levels and at the end, (count, 5, 4, 16, 16), with their
+    captions' ids (count, TOKENS).
+    """
     path = Path(cfg.work) / f"trajectories-{count}-{cfg.seed}.safetensors"
     size, grid = 80, torch.tensor([*range(999, 0, -50), -1], device=cfg.device)
     if not path.exists():
@@ -115,7 +125,9 @@ def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple
 
 
 def lcm(cfg: Config) -> None:
-    """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further down; k = 20 of 1000."""
+    """Consistency distillation (Luo et al. 2023): x0 at a level agrees with x0 one guided DDIM step further
+    down; k = 20 of 1000.
+    """
     steps, size, skip = cfg.steps or 2000, cfg.batch_size or 24, 20
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words).to(cfg.device)
@@ -130,7 +142,9 @@ def lcm(cfg: Config) -> None:
         generator = seeded(cfg.seed, step, 3)
         x0, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
-        t = torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1  # 19, 39, … 999
+        t = (
+            torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1
+        )  # 19, 39, … 999
         t = t.to(cfg.device)
         alpha, sigma = levels(t)
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(cfg.device)
@@ -140,7 +154,9 @@ def lcm(cfg: Config) -> None:
             next_alpha, next_sigma = levels(below.clamp(min=0))
             guided = clean(x, eps, t)
             nearer = next_alpha * guided + next_sigma * eps
-            goal = clean(nearer, predict(slow, nearer, below.clamp(min=0), states, pooled), below.clamp(min=0))
+            goal = clean(
+                nearer, predict(slow, nearer, below.clamp(min=0), states, pooled), below.clamp(min=0)
+            )
             goal = torch.where((below < 0)[:, None, None, None], guided, goal)
         loss = huber(clean(x, predict(net, x, t, states, pooled), t) - goal)
         step_down(loss, student, optimizer, schedule)
@@ -155,7 +171,9 @@ def huber(error: Tensor, c: float = 0.03) -> Tensor:
 
 
 def dmd(cfg: Config) -> None:
-    """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher against a fake-score network."""
+    """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher
+    against a fake-score network.
+    """
     steps, size, updates = cfg.steps or 800, cfg.batch_size or 24, 2
     teacher = Teacher(cfg)
     data = dataset(cfg, teacher.words).to(cfg.device)
@@ -163,11 +181,20 @@ def dmd(cfg: Config) -> None:
     average = copy.deepcopy(student).requires_grad_(False)
     net, fake_net = fast(student, cfg), fast(fake, cfg)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-    fake_optimizer = torch.optim.AdamW(fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+    fake_optimizer = torch.optim.AdamW(
+        fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True
+    )
     warm = lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 50)  # noqa: E731
     schedule, fake_schedule = warm(optimizer), warm(fake_optimizer)
-    state = {"student": student, "average": average, "fake": fake, "optimizer": optimizer, "fake_optimizer": fake_optimizer,
-             "schedule": schedule, "fake_schedule": fake_schedule}  # fmt: skip
+    state = {
+        "student": student,
+        "average": average,
+        "fake": fake,
+        "optimizer": optimizer,
+        "fake_optimizer": fake_optimizer,
+        "schedule": schedule,
+        "fake_schedule": fake_schedule,
+    }
     log = Log(cfg, "dmd")
     for step in resumable(Path(cfg.work) / "dmd.pt", state, steps, cfg.every, "dmd"):
         generator = seeded(cfg.seed, step, 4)
@@ -195,7 +222,11 @@ def dmd(cfg: Config) -> None:
             s = torch.randint(TRAIN_STEPS, (size,), generator=generator).to(cfg.device)
             alpha, sigma = levels(s)
             eps = draw()
-            fake_loss = (predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps).square().mean()
+            fake_loss = (
+                (predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps)
+                .square()
+                .mean()
+            )
             step_down(fake_loss, fake, fake_optimizer, fake_schedule)
         follow(average, student, min(0.98, step / (step + 10)))
         log(step, gradient=gradient.abs().mean(), fake=fake_loss)

@@ -21,7 +21,9 @@ SEEDS = 2  # images per prompt
 
 
 @torch.no_grad()
-def pictures(family: Family, member: Member, prompt: Prompts, seeds: list[int], control: str, scales: list[float]) -> Tensor:
+def pictures(
+    family: Family, member: Member, prompt: Prompts, seeds: list[int], control: str, scales: list[float]
+) -> Tensor:
     """What a member draws with an attached control: one prompt, (S seeds, K scales, 3, H, W) in [-1, 1]."""
     columns = []
     for scale in scales:
@@ -30,23 +32,50 @@ def pictures(family: Family, member: Member, prompt: Prompts, seeds: list[int], 
     return torch.stack(columns, 1)
 
 
-def strip(family: Family, member: Member, prompt: Prompts, seeds: list[int], control: str, scales: list[float], path: Path) -> Path:
+def strip(
+    family: Family,
+    member: Member,
+    prompt: Prompts,
+    seeds: list[int],
+    control: str,
+    scales: list[float],
+    path: Path,
+) -> Path:
     """Writes a picture of an attached control: seeds in rows, scales in columns. Returns its path."""
     shown = pictures(family, member, prompt, seeds, control, scales)
     return sheet([(f"seed {seed}", scales, row) for seed, row in zip(seeds, shown, strict=True)], path)
 
 
-def overview(family: Family, member: Member, prompt: Prompts, seeds: list[int], names: list[str], scales: list[float], path: Path) -> Path:
-    """Writes one picture of several attached controls: a row each, the scales of every seed in columns. Returns its path."""
-    rows = [(name, scales * len(seeds), pictures(family, member, prompt, seeds, name, scales).flatten(0, 1)) for name in names]
+def overview(
+    family: Family,
+    member: Member,
+    prompt: Prompts,
+    seeds: list[int],
+    names: list[str],
+    scales: list[float],
+    path: Path,
+) -> Path:
+    """Writes one picture of several attached controls: a row each, the scales of every seed in columns.
+
+    Returns its path.
+    """
+    rows = [
+        (name, scales * len(seeds), pictures(family, member, prompt, seeds, name, scales).flatten(0, 1))
+        for name in names
+    ]
     return sheet(rows, path)
 
 
 class Watch:
-    """Draws a few paired images with and without the control on the member it is trained on and on others, and measures its effect."""
+    """Draws a few paired images with and without the control on the member it is trained on and on others,
+    and measures its effect.
+    """
 
     def __init__(self, cfg, family: Family, source: Member, recipe: dict):
-        """Loads the watched members, encodes what they draw. Raises UserError for one of another family and a recipe without words."""
+        """Loads the watched members, encodes what they draw.
+
+        Raises UserError for one of another family and a recipe without words.
+        """
         self.family, self.source = family, source
         self.words = recipe.get("positive", ""), recipe.get("negative", "")
         if not all(self.words):
@@ -55,7 +84,9 @@ class Watch:
         strange = [f"{other}/{name}" for other, name in others if other != split(cfg.member)[0]]
         if strange:
             raise UserError(f"watch takes members of the family {family.card.name}; got {', '.join(strange)}")
-        self.others = [family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name]
+        self.others = [
+            family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name
+        ]
         (self.evaluator,) = load_evaluators(family.card, family.device, chosen(family.card)[:1]).values()
         texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
         if not texts:
@@ -64,7 +95,9 @@ class Watch:
         self.plain = {member.name: self.score(member) for member in self.others}
 
     def __call__(self, control: Control) -> dict[str, float | None]:
-        """The effect at scale 1 on every member, and the retention on the others with its interval, by names like retention/tiny/dmd."""
+        """The effect at scale 1 on every member, and the retention on the others with its interval, by names
+        like retention/tiny/dmd.
+        """
         net = self.source.denoiser.net
         with strength(net):
             plain = self.score(self.source)
@@ -73,7 +106,11 @@ class Watch:
         found = {f"effect/{self.source.name}": float(here[..., -1].mean())}
         for member in self.others:
             shared = member.denoiser.net is net  # as of a base with its LoRA students
-            with strength(net, {control.card.name: 1.0}) if shared else fused(member.denoiser.net, control, 1.0, self.family.card.name):
+            with (
+                strength(net, {control.card.name: 1.0})
+                if shared
+                else fused(member.denoiser.net, control, 1.0, self.family.card.name)
+            ):
                 there = self.effect(self.plain[member.name], self.score(member))
             kept = stats.retention(here, there, SCALES)
             found[f"effect/{member.name}"] = float(there[..., -1].mean())

@@ -1,8 +1,9 @@
 """What the blocks of two networks hold at the same step, streamed into numbers per block and step.
 
-Inputs are `forced`, both networks at the same x_t (the first one's finished latent, noised to the second's levels), which isolates
-weights; or `own`, each on its own trajectory, which isolates dynamics: there the first one's step nearest in noise level stands for it.
-Always the conditional branch alone. A sample is a (prompt, seed); its vector is the block's activation averaged over positions.
+Inputs are `forced`, both networks at the same x_t (the first one's finished latent, noised to the second's
+levels), which isolates weights; or `own`, each on its own trajectory, which isolates dynamics: there the
+first one's step nearest in noise level stands for it. Always the conditional branch alone. A sample is a
+(prompt, seed); its vector is the block's activation averaged over positions.
 """
 
 from collections import defaultdict
@@ -94,14 +95,20 @@ def nearest(levels: Sequence[Noise], wanted: Sequence[Noise]) -> list[int]:
 
 @torch.no_grad()
 def walk(family: Family, name: str, chunk: Chunk) -> dict[str, Tensor]:
-    """A member's own run of a chunk: x (B, steps, C, H, W) that it held at each step, and the finished x0 (B, C, H, W)."""
+    """A member's own run of a chunk: x (B, steps, C, H, W) that it held at each step, and the finished x0 (B,
+    C, H, W).
+    """
     member = family.member(name)
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor]:
-        noise = draw_noise([chunk.seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device)
+        noise = draw_noise(
+            [chunk.seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device
+        )
         steps = list(sample(alone(member), noise, family.encode([chunk.text] * len(rows))))
         held = torch.stack([step.x for step in steps], 1)
-        return held.to("cpu", torch.float16 if family.device.type != "cpu" else torch.float32), steps[-1].after.cpu()
+        return held.to("cpu", torch.float16 if family.device.type != "cpu" else torch.float32), steps[
+            -1
+        ].after.cpu()
 
     held, finished = (torch.cat(part) for part in zip(*family.drawing.of(run, len(chunk.seeds)), strict=True))
     return {"x": held, "x0": finished}
@@ -127,16 +134,23 @@ class Site:
                 kept.append(row[:room])
 
     def numbers(self) -> dict:
-        """CKA with its interval and null, the standardised one, Procrustes, mutual neighbours, variance over seeds, second / first.
+        """CKA with its interval and null, the standardised one, Procrustes, mutual neighbours, variance over
+        seeds, second / first.
 
-        seed_share: of each, seeds / (seeds + prompts) in variance, which a mere change of the activations' size leaves as it is.
+        seed_share: of each, seeds / (seeds + prompts) in variance, which a mere change of the activations'
+        size leaves as it is.
         """
         m, (x, y) = self.measure, (np.concatenate(side) for side in self.kept)
         prompts = np.repeat(np.arange(len(x) // m.kept), m.kept)
         k, l = alignment.gram(x), alignment.gram(y)  # noqa: E741
-        around = alignment.jackknife(lambda rows: alignment.cka(k[np.ix_(rows, rows)], l[np.ix_(rows, rows)]), prompts)
+        around = alignment.jackknife(
+            lambda rows: alignment.cka(k[np.ix_(rows, rows)], l[np.ix_(rows, rows)]), prompts
+        )
         first, second = (spread.finish() for spread in self.spreads)
-        chance = [alignment.procrustes(x, y[rows]) for rows in alignment.permutations(prompts, PROCRUSTES_DRAWS, m.seed)]
+        chance = [
+            alignment.procrustes(x, y[rows])
+            for rows in alignment.permutations(prompts, PROCRUSTES_DRAWS, m.seed)
+        ]
         return {
             "cka": {**around, "value": self.alignment.cka()},
             "null": alignment.null(k, l, prompts, m.draws, m.seed),
@@ -158,9 +172,16 @@ def _share(spread: tuple[np.ndarray, float]) -> float | None:
 
 @torch.no_grad()
 def compare(
-    family: Family, pair: Pair, todo: list[Chunk], measure: Measure, walked: Callable[[Chunk], dict[str, Tensor]], quiet: bool
+    family: Family,
+    pair: Pair,
+    todo: list[Chunk],
+    measure: Measure,
+    walked: Callable[[Chunk], dict[str, Tensor]],
+    quiet: bool,
 ) -> list[dict]:
-    """Cells of every block and step of a pair, forced and own, and its cross-block maps. walked: what `walk` of the first member kept."""
+    """Cells of every block and step of a pair, forced and own, and its cross-block maps. walked: what `walk`
+    of the first member kept.
+    """
     first, second = family.member(pair.first), family.member(pair.second)
     names = shared_blocks(first, second, measure.kind)
     sites = defaultdict(lambda: Site(measure))
@@ -172,25 +193,55 @@ def compare(
     cells = []
     for (inputs, step, block), site in sites.items():
         t_first = first.levels[near[step]].t if inputs == "own" else levels[step].t
-        cells.append({"what": "block", **about, "inputs": inputs, "block": block, "step": step, "t": levels[step].t, "t_first": t_first,
-                      **site.numbers()})  # fmt: skip
+        cells.append(
+            {
+                "what": "block",
+                **about,
+                "inputs": inputs,
+                "block": block,
+                "step": step,
+                "t": levels[step].t,
+                "t_first": t_first,
+                **site.numbers(),
+            }
+        )
     nets = first.denoiser.net, second.denoiser.net
     if not pair.control:
-        cells += [{"what": "weights", **about, "block": name, "change": change(*nets, name)} for name in names]
-    return cells + [{"what": "cross", **about, "step": s, "t": levels[s].t, "blocks": names, "cka": cross(sites, s, names)}
-                    for s in range(len(levels))]  # fmt: skip
+        cells += [
+            {"what": "weights", **about, "block": name, "change": change(*nets, name)} for name in names
+        ]
+    return cells + [
+        {
+            "what": "cross",
+            **about,
+            "step": s,
+            "t": levels[s].t,
+            "blocks": names,
+            "cka": cross(sites, s, names),
+        }
+        for s in range(len(levels))
+    ]
 
 
 def shared_blocks(first: Member, second: Member, kind: str) -> list[str]:
     """The blocks that both members have. Raises UserError where they differ."""
     names, theirs = (blocks(member.denoiser.net, kind) for member in (first, second))
     if names != theirs:
-        raise UserError(f"{first.name} and {second.name} have different blocks ({len(names)} and {len(theirs)}): nothing to compare")
+        raise UserError(
+            f"{first.name} and {second.name} have different blocks ({len(names)} and {len(theirs)}): nothing to compare"
+        )
     return names
 
 
 def looks(
-    family: Family, pair: Pair, first: Member, second: Member, names: list[str], chunk: Chunk, walked: dict[str, Tensor], grid: int
+    family: Family,
+    pair: Pair,
+    first: Member,
+    second: Member,
+    names: list[str],
+    chunk: Chunk,
+    walked: dict[str, Tensor],
+    grid: int,
 ) -> Iterator[tuple[tuple[str, int, str], tuple[Tensor, Tensor]]]:
     """((inputs, step, block), (map of the first, map of the second)) of one chunk; maps (B, C, grid, grid)."""
     levels = second.levels
@@ -204,7 +255,11 @@ def looks(
         x0, eps = walked["x0"][rows].to(family.device), spare_noise(family, first, seeds)
         own = [(level, held[rows, place].to(x0)) for place, level in enumerate(at)]
         here = look(first, own + forced(first, x0, eps, levels), conditioning, names, grid)
-        with fused(second.denoiser.net, pair.control, pair.scale, family.card.name) if pair.control else nullcontext():
+        with (
+            fused(second.denoiser.net, pair.control, pair.scale, family.card.name)
+            if pair.control
+            else nullcontext()
+        ):
             noise = draw_noise(seeds, family.latent_shape, len(levels), family.device)
             theirs = [(step.noise, step.x) for step in sample(alone(second), noise, conditioning)]
             there = look(second, theirs + forced(second, x0, eps, levels), conditioning, names, grid)
@@ -219,7 +274,10 @@ def looks(
 
 def joined(batches: Sequence[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
     """Maps of several batches, state by state and block by block, as those of one."""
-    return [{name: torch.cat([batch_size[k][name] for batch_size in batches]) for name in state} for k, state in enumerate(batches[0])]
+    return [
+        {name: torch.cat([batch_size[k][name] for batch_size in batches]) for name in state}
+        for k, state in enumerate(batches[0])
+    ]
 
 
 def spare_noise(family: Family, member: Member, seeds: Sequence[int]) -> Tensor:
@@ -228,11 +286,15 @@ def spare_noise(family: Family, member: Member, seeds: Sequence[int]) -> Tensor:
 
 
 def forced(member: Member, x0: Tensor, eps: Tensor, levels: Sequence[Noise]) -> list[tuple[Noise, Tensor]]:
-    """Clean latents noised to these levels, in the member's own noise schedule: for every member the same picture and the same noise."""
+    """Clean latents noised to these levels, in the member's own noise schedule: for every member the same
+    picture and the same noise.
+    """
     return [(level, level.alpha * x0 + level.sigma * eps) for level in Stage.of(member, levels).levels]
 
 
-def look(member: Member, states: list[tuple[Noise, Tensor]], conditioning: Prompts, names: list[str], grid: int) -> list[dict[str, Tensor]]:
+def look(
+    member: Member, states: list[tuple[Noise, Tensor]], conditioning: Prompts, names: list[str], grid: int
+) -> list[dict[str, Tensor]]:
     """What the blocks hold at each state, by the conditional branch alone."""
     found = []
     with recording(member.denoiser.net, names, grid) as seen:
@@ -243,6 +305,11 @@ def look(member: Member, states: list[tuple[Noise, Tensor]], conditioning: Promp
 
 
 def cross(sites: dict, step: int, names: list[str]) -> list[list[float | None]]:
-    """Debiased CKA of every block of the first (rows) with every block of the second at one step, forced inputs, kept samples."""
-    grams = [[alignment.gram(np.concatenate(sites["forced", step, name].kept[side])) for name in names] for side in (0, 1)]
+    """Debiased CKA of every block of the first (rows) with every block of the second at one step, forced
+    inputs, kept samples.
+    """
+    grams = [
+        [alignment.gram(np.concatenate(sites["forced", step, name].kept[side])) for name in names]
+        for side in (0, 1)
+    ]
     return [[None if value is None else round(value, 4) for value in row] for row in alignment.cross(*grams)]

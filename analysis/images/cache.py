@@ -1,7 +1,8 @@
-"""Images of every prompt and seed, drawn once: latents and features are kept by content, so that only what is new is drawn.
+"""Images of every prompt and seed, drawn once: latents and features are kept by content, so that only what is
+new is drawn.
 
-A drawing is found again by the hash of all that it depends on: networks, plan, control, scale, prompts, seeds. It does not depend on the
-batch, on the process that drew it and on the run that asked for it.
+A drawing is found again by the hash of all that it depends on: networks, plan, control, scale, prompts,
+seeds. It does not depend on the batch, on the process that drew it and on the run that asked for it.
 """
 
 import hashlib
@@ -47,12 +48,30 @@ class Job:
 
 
 class Drawings:
-    """The drawings of one measurement, made when they are asked for, in a folder that several measurements share."""
+    """The drawings of one measurement, made when they are asked for, in a folder that several measurements
+    share.
+    """
 
-    def __init__(self, family: Family, controls: dict[tuple[str, bool], Control], evaluators: dict[str, Evaluator], prompts: PromptSet,
-                 seeds: int, seed: int, below: float | None, folder: Path):  # fmt: skip
+    def __init__(
+        self,
+        family: Family,
+        controls: dict[tuple[str, bool], Control],
+        evaluators: dict[str, Evaluator],
+        prompts: PromptSet,
+        seeds: int,
+        seed: int,
+        below: float | None,
+        folder: Path,
+    ):
         """controls: by (name, whether it is the random one of that control's norms)."""
-        self.family, self.controls, self.evaluators, self.texts, self.seeds, self.below = family, controls, evaluators, prompts.texts, seeds, below
+        self.family, self.controls, self.evaluators, self.texts, self.seeds, self.below = (
+            family,
+            controls,
+            evaluators,
+            prompts.texts,
+            seeds,
+            below,
+        )
         self.numbers = prompts.numbers(seeds, seed)  # each image its own
         self.folder = Path(folder)
         self.contents = {key: content(control) for key, control in controls.items()}
@@ -61,7 +80,9 @@ class Drawings:
         self.signs = {name: sign(name, evaluator) for name, evaluator in evaluators.items()}
         store.sweep(self.folder)
         for name, path in self.words():
-            evaluators[name].known |= {text: vector.numpy() for text, vector in (store.read(path, path.stem) or {}).items()}
+            evaluators[name].known |= {
+                text: vector.numpy() for text, vector in (store.read(path, path.stem) or {}).items()
+            }
 
     def key(self, job: Job) -> str:
         """The hash of what the images of a job depend on."""
@@ -74,35 +95,58 @@ class Drawings:
         member, _, plan = job.target.partition(":")
         card, acts = self.family.card, bool(job.control is not None and job.scale)
         return {
-            "version": VERSION, "target": job.target, "again": job.again, "prompts": self.texts, "seeds": self.numbers,
+            "version": VERSION,
+            "target": job.target,
+            "again": job.again,
+            "prompts": self.texts,
+            "seeds": self.numbers,
             "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
-            "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None, "dtype": str(self.family.dtype),
-        }  # fmt: skip
+            "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None,
+            "dtype": str(self.family.dtype),
+        }
 
     def path(self, job: Job, evaluator_name: str = "") -> Path:
         """Where a job's latents are, or its features by one evaluator."""
         key = self.key(job)
-        return self.folder / key[:2] / f"{key[:32]}{'-' + self.signs[evaluator_name] if evaluator_name else ''}.safetensors"
+        return (
+            self.folder
+            / key[:2]
+            / f"{key[:32]}{'-' + self.signs[evaluator_name] if evaluator_name else ''}.safetensors"
+        )
 
     def files(self, job: Job) -> list[Path]:
         return [self.path(job), *(self.path(job, evaluator_name) for evaluator_name in self.evaluators)]
 
     def words(self) -> Iterator[tuple[str, Path]]:
         """The evaluators that embed texts, and where these embeddings are kept."""
-        return ((name, self.folder / f"words-{self.signs[name]}.safetensors") for name, evaluator in self.evaluators.items() if hasattr(evaluator, "known"))
+        return (
+            (name, self.folder / f"words-{self.signs[name]}.safetensors")
+            for name, evaluator in self.evaluators.items()
+            if hasattr(evaluator, "known")
+        )
 
     def remember_words(self) -> None:
         """Keeps what evaluators made of texts, so that a run with nothing new need not load them."""
         for name, path in self.words():
-            store.write(path, {text: torch.from_numpy(vector) for text, vector in self.evaluators[name].known.items()}, path.stem)
+            store.write(
+                path,
+                {text: torch.from_numpy(vector) for text, vector in self.evaluators[name].known.items()},
+                path.stem,
+            )
 
     def missing(self, jobs: list[Job]) -> list[Job]:
-        """The jobs of which something is still to be made, each kind of images once; what is damaged is missing, and said."""
+        """The jobs of which something is still to be made, each kind of images once; what is damaged is
+        missing, and said.
+        """
         different = {self.key(job): job for job in jobs}
         found = [job for job in different.values() if not all([self.there(path) for path in self.files(job)])]
-        spoilt = [path for job in found for path in self.files(job) if path.exists() and path not in self.whole]
+        spoilt = [
+            path for job in found for path in self.files(job) if path.exists() and path not in self.whole
+        ]
         if spoilt:
-            note(f"{len(spoilt)} of the drawings in {self.folder} are damaged, or of an earlier version: they are made again")
+            note(
+                f"{len(spoilt)} of the drawings in {self.folder} are damaged, or of an earlier version: they are made again"
+            )
         return found
 
     def there(self, path: Path) -> bool:
@@ -124,22 +168,41 @@ class Drawings:
         """Draws what is not yet drawn, and looks at it by what has not yet looked; an image is decoded once."""
         new = not self.there(self.path(job))
         latents = self.latents(job) if new else self.read(self.path(job))["latents"].to(self.family.device)
-        blind = [evaluator_name for evaluator_name in self.evaluators if not self.there(self.path(job, evaluator_name))]
+        blind = [
+            evaluator_name
+            for evaluator_name in self.evaluators
+            if not self.there(self.path(job, evaluator_name))
+        ]
         shown = set(range(0, len(latents), self.seeds)[:SHOWN]) if new else set()
 
         def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             """The pictures to show among these, and what every evaluator sees."""
             images = self.family.decode(latents[rows])
-            pictures = [((images[k] + 1) * 127.5).round().to(torch.uint8) for k, row in enumerate(rows.tolist()) if row in shown]
-            return pictures, [torch.from_numpy(self.evaluators[evaluator_name].features(images)) for evaluator_name in blind]
+            pictures = [
+                ((images[k] + 1) * 127.5).round().to(torch.uint8)
+                for k, row in enumerate(rows.tolist())
+                if row in shown
+            ]
+            return pictures, [
+                torch.from_numpy(self.evaluators[evaluator_name].features(images)) for evaluator_name in blind
+            ]
 
         pictures, features = zip(*self.family.drawing.of(seen, len(latents)), strict=True)
-        features = {evaluator_name: torch.cat(parts) for evaluator_name, parts in zip(blind, zip(*features, strict=True), strict=True)}
+        features = {
+            evaluator_name: torch.cat(parts)
+            for evaluator_name, parts in zip(blind, zip(*features, strict=True), strict=True)
+        }
         for evaluator_name, found in features.items():
             if not torch.isfinite(found).all():
-                raise UserError(f"{evaluator_name} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged")
+                raise UserError(
+                    f"{evaluator_name} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged"
+                )
         if new:
-            self.keep(self.path(job), latents=latents, pictures=torch.stack([one for part in pictures for one in part]))
+            self.keep(
+                self.path(job),
+                latents=latents,
+                pictures=torch.stack([one for part in pictures for one in part]),
+            )
         for evaluator_name, found in features.items():
             self.keep(self.path(job, evaluator_name), features=found)
 
@@ -191,7 +254,8 @@ def plan_of(family: Family, target: str) -> Plan:
 
 
 def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[tuple[str, str]]:
-    """Every (student, plan) that a run draws; plans of the base alone stand once, under the base's name. students: empty = all.
+    """Every (student, plan) that a run draws; plans of the base alone stand once, under the base's name.
+    students: empty = all.
 
     family: a bare one does. Raises UserError for a member of another family and for a plan that is none.
     """
@@ -201,7 +265,9 @@ def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[
     found = {}
     for plan in plans:
         for name in students or others:
-            named(plan, family.member(base), family.member(name))  # a mistake is said now, not after an hour of drawing
+            named(
+                plan, family.member(base), family.member(name)
+            )  # a mistake is said now, not after an hour of drawing
             found[base if plan.split("(")[0] in OF_THE_BASE else name, plan] = None
     return list(found)
 
@@ -209,16 +275,23 @@ def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[
 def networks(target: str, family: FamilyCard) -> set[str]:
     """The members whose networks a target needs; a LoRA student's is its base's."""
     member, _, plan = target.partition(":")
-    return {family.base if family.members[name].lora else name for name in ((member, family.base) if plan else (member,))}
+    return {
+        family.base if family.members[name].lora else name
+        for name in ((member, family.base) if plan else (member,))
+    }
 
 
 def in_turn(jobs: Sequence[T], family: FamilyCard) -> list[T]:
-    """Jobs, each with a target, by the networks that they need, so that few are in memory at once: the base's first."""
+    """Jobs, each with a target, by the networks that they need, so that few are in memory at once: the base's
+    first.
+    """
     return sorted(jobs, key=lambda job: sorted(networks(job.target, family) - {family.base}))
 
 
 def one_by_one(jobs: Sequence[T], family: Family, label: str, quiet: bool) -> Iterator[T]:
-    """The jobs, each when it is its turn, with a bar; a network that no later one needs is let go, and after the last all are."""
+    """The jobs, each when it is its turn, with a bar; a network that no later one needs is let go, and after
+    the last all are.
+    """
     needed = [networks(job.target, family.card) for job in jobs]
     for k, job in enumerate(tqdm(jobs, label, unit="set", disable=quiet)):
         family.keep(set().union(*needed[k:]))
@@ -227,28 +300,39 @@ def one_by_one(jobs: Sequence[T], family: Family, label: str, quiet: bool) -> It
 
 
 def in_memory(jobs: Sequence[T], family: FamilyCard) -> list[tuple[set[str], set[str]]]:
-    """For the jobs one by one: the members that are in memory, LoRA students by their own names, and those that are asked."""
+    """For the jobs one by one: the members that are in memory, LoRA students by their own names, and those
+    that are asked.
+    """
     needed, held, found = [networks(job.target, family) for job in jobs], set(), []
     for k, job in enumerate(jobs):
         later = set().union(*needed[k:])
         asked = needed[k] | {job.target.partition(":")[0]}
-        held = {name for name in held if (family.base if family.members[name].lora else name) in later} | asked
+        held = {
+            name for name in held if (family.base if family.members[name].lora else name) in later
+        } | asked
         found.append((held, asked))
     return found
 
 
 @contextmanager
 def acting(
-    plan: Plan, control: Control | None, scale: float, family: str, holds: Callable[[Noise], bool] | None = None
+    plan: Plan,
+    control: Control | None,
+    scale: float,
+    family: str,
+    holds: Callable[[Noise], bool] | None = None,
 ) -> Iterator[Plan]:
-    """Inside, the plan returned runs with a control at a scale on all of its networks; holds: at these noise levels alone.
+    """Inside, the plan returned runs with a control at a scale on all of its networks; holds: at these noise
+    levels alone.
 
     Levels, not steps: so base and student are changed at the same noise.
     """
     if control is None:
         yield plan
         return
-    contexts = [fusing(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}]
+    contexts = [
+        fusing(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}
+    ]
 
     def on() -> ExitStack:
         with ExitStack() as stack:
@@ -265,7 +349,10 @@ def acting(
 
 def broken(member: Member) -> str:
     """Which of a network's own weights is not finite; empty where all are."""
-    name = next((name for name, weight in member.denoiser.net.named_parameters() if not torch.isfinite(weight).all()), "")
+    name = next(
+        (name for name, weight in member.denoiser.net.named_parameters() if not torch.isfinite(weight).all()),
+        "",
+    )
     return name and f"{name} of {member.name} is not"
 
 

@@ -1,4 +1,6 @@
-"""What images are compared with and how well they do: real pictures, captions, Fréchet, Inception-style, CLIP, neighbours, by blocks."""
+"""What images are compared with and how well they do: real pictures, captions, Fréchet, Inception-style,
+CLIP, neighbours, by blocks.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,16 +31,18 @@ def against(
 ) -> tuple[PromptSet, Batches | None]:
     """What the images are told, and the real pictures to compare them with; None where there are none.
 
-    reference: a folder of pictures, or "" for the world's own where it is known. Images are told what is chosen, else the captions of
-    the folder's pictures, or of the world, else the prompts. k: neighbours that a picture must have. Raises UserError for a folder
-    with too few pictures.
+    reference: a folder of pictures, or "" for the world's own where it is known. Images are told what is
+    chosen, else the captions of the folder's pictures, or of the world, else the prompts. k: neighbours that
+    a picture must have. Raises UserError for a folder with too few pictures.
     """
     prompts, real = promptsets.read(chosen or prompts), None
     if reference:
         folder = picture_folders.read(reference)
         files, captions_beside = folder.files, [caption for caption in folder.captions if caption]
         if len(files) <= k:
-            raise UserError(f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has {len(files)}")
+            raise UserError(
+                f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has {len(files)}"
+            )
         for file in files:
             check(file)  # before hours of drawing
         note(folder.report)
@@ -55,17 +59,25 @@ def against(
 def cycled(prompts: PromptSet, n: int) -> PromptSet:
     """n of the texts, over and over, each time with other seeds."""
     turns = [divmod(i, len(prompts.texts)) for i in range(n)]
-    return PromptSet([prompts.texts[k] for _, k in turns], prompts.seeds and [prompts.seeds[k] + turn for turn, k in turns])
+    return PromptSet(
+        [prompts.texts[k] for _, k in turns], prompts.seeds and [prompts.seeds[k] + turn for turn, k in turns]
+    )
 
 
 def opened(files: list[Path], size_px: int) -> Tensor:
-    """The middles of picture files, (B, 3, size_px, size_px) in [-1, 1]. Raises UserError for one that cannot be read."""
+    """The middles of picture files, (B, 3, size_px, size_px) in [-1, 1].
+
+    Raises UserError for one that cannot be read.
+    """
     return torch.stack([square(load(file), size_px) for file in files])
 
 
 @dataclass
 class Tally:
-    """What is kept of a set of images: sums, and for recall a bounded number of features. Two tallies add up."""
+    """What is kept of a set of images: sums, and for recall a bounded number of features.
+
+    Two tallies add up.
+    """
 
     sharp: InceptionScore
     agreement: Moments  # of the similarity to the caption
@@ -73,7 +85,10 @@ class Tally:
     near: dict[str, PRDC]
 
     def __add__(self, other: "Tally") -> "Tally":
-        moments, near = ({name: a[name] + b[name] for name in a} for a, b in ((self.moments, other.moments), (self.near, other.near)))
+        moments, near = (
+            {name: a[name] + b[name] for name in a}
+            for a, b in ((self.moments, other.moments), (self.near, other.near))
+        )
         return Tally(self.sharp + other.sharp, self.agreement + other.agreement, moments, near)
 
 
@@ -82,7 +97,10 @@ class Judge:
 
     def __init__(self, evaluators: dict[str, Evaluator], labels: list[str], real: Batches | None, k: int):
         """labels: classes of the Inception-style score, told apart by CLIP. k: neighbours."""
-        self.labels, self.heat = evaluators["clip"].texts(labels), evaluators["clip"].model.logit_scale.exp().item()
+        self.labels, self.heat = (
+            evaluators["clip"].texts(labels),
+            evaluators["clip"].model.logit_scale.exp().item(),
+        )
         found: dict[str, list] = {name: [] for name in evaluators}
         for batch in real() if real else ():
             for name, evaluator in evaluators.items():
@@ -104,7 +122,9 @@ class Judge:
             tally.near[name].add(block[name])
 
     def numbers(self, tally: Tally) -> dict[str, float]:
-        """Inception-style score, CLIP score; per evaluator Fréchet distance, precision, recall, density, coverage."""
+        """Inception-style score, CLIP score; per evaluator Fréchet distance, precision, recall, density,
+        coverage.
+        """
         found = {"inception": tally.sharp.score(), "clip": 100 * float(tally.agreement.mean[0])}
         for name, moments in tally.moments.items():
             scores = {"frechet": moments.frechet(self.moments[name]), **tally.near[name].scores()}
@@ -115,7 +135,10 @@ class Judge:
         """The numbers of all tallies together, with 95 % intervals from leaving out one after the other."""
         whole = self.numbers(reduce(add, tallies))
         without = [self.numbers(reduce(add, tallies[:i] + tallies[i + 1 :])) for i in range(len(tallies))]
-        return {name: intervals.jackknife(value, [left[name] for left in without]) for name, value in whole.items()}
+        return {
+            name: intervals.jackknife(value, [left[name] for left in without])
+            for name, value in whole.items()
+        }
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Drawings to cells: what each evaluator reads of one control on one target, with its references, and what it leaks onto others."""
+"""Drawings to cells: what each evaluator reads of one control on one target, with its references, and what it
+leaks onto others.
+"""
 
 import hashlib
 import re
@@ -14,7 +16,9 @@ from controls import retention as stats
 from controls.effect import change, own_directions, percent_change, preservation
 from controls.lora import Control
 
-Words = tuple[str, str] | None  # the positive and the negative description; None: measured along the control's own direction
+Words = (
+    tuple[str, str] | None
+)  # the positive and the negative description; None: measured along the control's own direction
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,19 +62,34 @@ class Measurement:
     def cell(self, subject: Subject, target: str) -> dict:
         """One control on one target: the record that CONTRIBUTING's contract describes, without its verdict."""
         card, words = subject.control.card, subject.words
-        readings = {evaluator_name: self.reading(evaluator_name, subject, target) for evaluator_name in self.drawings.evaluators}
+        readings = {
+            evaluator_name: self.reading(evaluator_name, subject, target)
+            for evaluator_name in self.drawings.evaluators
+        }
         prompts, seeds = len(self.drawings.texts), self.drawings.seeds
         return {
-            "control": card.name, "kind": card.kind, "hash": self.drawings.contents[card.name, False][:16],
-            "source": f"{card.family}/{card.member}", "target": f"{card.family}/{target}", "reference": is_reference(target),
-            "scales": subject.scales, "below": self.drawings.below, "readings": readings, "clip_change_percent": self.clip_change(subject, target),
-            "images": prompts * seeds * len(subject.scales), "prompts": prompts, "seeds": seeds,
-            "positive": words[0] if words else "", "negative": words[1] if words else "",
+            "control": card.name,
+            "kind": card.kind,
+            "hash": self.drawings.contents[card.name, False][:16],
+            "source": f"{card.family}/{card.member}",
+            "target": f"{card.family}/{target}",
+            "reference": is_reference(target),
+            "scales": subject.scales,
+            "below": self.drawings.below,
+            "readings": readings,
+            "clip_change_percent": self.clip_change(subject, target),
+            "images": prompts * seeds * len(subject.scales),
+            "prompts": prompts,
+            "seeds": seeds,
+            "positive": words[0] if words else "",
+            "negative": words[1] if words else "",
             "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png",
-        }  # fmt: skip
+        }
 
     def clip_change(self, subject: Subject, target: str) -> float | None:
-        """The change in % of the mean CLIP score at the largest scale, the column of the paper's Table 1; None without words or CLIP."""
+        """The change in % of the mean CLIP score at the largest scale, the column of the paper's Table 1;
+        None without words or CLIP.
+        """
         clip = self.drawings.evaluators.get("clip")
         if clip is None or subject.words is None:
             return None
@@ -84,7 +103,10 @@ class Measurement:
         inside = stats.window(source, scales)
         below, above = stats.slopes(source, there, scales, inside)
         matched = stats.matched_scale(source, there, scales)
-        kept = {place: preservation(self.rest(evaluator_name, subject, place), zero) for place in {subject.source, target}}
+        kept = {
+            place: preservation(self.rest(evaluator_name, subject, place), zero)
+            for place in {subject.source, target}
+        }
         shape = stats.shape(there, scales)
         return {
             "window": inside.tolist(),
@@ -102,13 +124,19 @@ class Measurement:
             "references": self.compared(evaluator_name, subject, target, below, above),
         }
 
-    def compared(self, evaluator_name: str, subject: Subject, target: str, below: np.ndarray, above: np.ndarray) -> dict:
-        """What a retention is to be held against. below, above: the slopes of the source and of the target, one per independent unit."""
+    def compared(
+        self, evaluator_name: str, subject: Subject, target: str, below: np.ndarray, above: np.ndarray
+    ) -> dict:
+        """What a retention is to be held against. below, above: the slopes of the source and of the target,
+        one per independent unit.
+        """
         found = dict.fromkeys(("floor", "ceiling", "wrong", "rerun", "normalised"))
         if not self.references:
             return found
         at = lambda slopes: {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}  # noqa: E731
-        floor = self.slopes(evaluator_name, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0])
+        floor = self.slopes(
+            evaluator_name, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0]
+        )
         found["floor"] = at(floor)
         ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
         if ceiling and target != subject.source:
@@ -118,40 +146,61 @@ class Measurement:
             found["normalised"] = intervals.ratio(above - floor, slopes - floor)
         wrong = next((s for s in after(self.subjects, subject) if s.words and not twins(s, subject)), None)
         if wrong and subject.words:
-            found["wrong"] = {"control": wrong.name, **at(self.small_slopes(evaluator_name, wrong, target, subject.words))}
+            found["wrong"] = {
+                "control": wrong.name,
+                **at(self.small_slopes(evaluator_name, wrong, target, subject.words)),
+            }
         if not is_reference(target):
             score = self.score(evaluator_name, subject, target, [Job(target), Job(target, again=True)])
             found["rerun"] = {"effect": intervals.mean(intervals.units(change(score, 0)[..., 1]))}
         return found
 
     def leakage(self, targets: list[str]) -> list[dict]:
-        """How much every control moves what every other is for, per target and evaluator; 1 = as much as the attribute's own control."""
+        """How much every control moves what every other is for, per target and evaluator; 1 = as much as the
+        attribute's own control.
+        """
         different: dict[Words, Subject] = {}
         for subject in self.subjects:
             different.setdefault(subject.words, subject)
         owners = [subject for words, subject in different.items() if words]
         return [
-            {"evaluator": evaluator_name, "target": f"{subject.control.card.family}/{target}", "control": subject.name, "attribute": owner.name,
-             "slope": intervals.mean(slopes), "share": intervals.ratio(slopes, own)}
-            for evaluator_name in self.drawings.evaluators for target in targets if not is_reference(target)
-            for owner in owners for own in [self.small_slopes(evaluator_name, owner, target, owner.words)]
-            for subject in self.subjects for slopes in [self.small_slopes(evaluator_name, subject, target, owner.words)]
-        ]  # fmt: skip
+            {
+                "evaluator": evaluator_name,
+                "target": f"{subject.control.card.family}/{target}",
+                "control": subject.name,
+                "attribute": owner.name,
+                "slope": intervals.mean(slopes),
+                "share": intervals.ratio(slopes, own),
+            }
+            for evaluator_name in self.drawings.evaluators
+            for target in targets
+            if not is_reference(target)
+            for owner in owners
+            for own in [self.small_slopes(evaluator_name, owner, target, owner.words)]
+            for subject in self.subjects
+            for slopes in [self.small_slopes(evaluator_name, subject, target, owner.words)]
+        ]
 
     def small_slopes(self, evaluator_name: str, subject: Subject, target: str, words: Words) -> np.ndarray:
-        """Slopes of the effect that words mean, (n,), over the scales from -1 to 1: the dose at which controls are compared."""
+        """Slopes of the effect that words mean, (n,), over the scales from -1 to 1: the dose at which
+        controls are compared.
+        """
         scales = [scale for scale in subject.scales if abs(scale) <= 1]
         jobs = [Job(target, subject.name, scale) for scale in scales]
         return self.slopes(evaluator_name, Subject(subject.control, words, scales), target, jobs, scales)
 
-    def slopes(self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]) -> np.ndarray:
+    def slopes(
+        self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]
+    ) -> np.ndarray:
         """Slopes of the effect of jobs at scales, (n,), one per independent unit."""
         effect = change(self.score(evaluator_name, subject, target, jobs), scales.index(0))
         return intervals.units(stats.slope(np.array(scales), effect))
 
     def effect(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The effect of a subject on a target, (P, S, K)."""
-        return change(self.score(evaluator_name, subject, target, subject.jobs(target)), subject.scales.index(0))
+        return change(
+            self.score(evaluator_name, subject, target, subject.jobs(target)), subject.scales.index(0)
+        )
 
     def score(self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job]) -> np.ndarray:
         """How much the images of jobs are what a subject makes, (P, S, K)."""
@@ -170,7 +219,9 @@ class Measurement:
 
     def directions(self, evaluator_name: str, subject: Subject) -> np.ndarray:
         """Where a subject without words moves the images of its own source, (P, 1, 1, d)."""
-        return own_directions(self.look(evaluator_name, subject, subject.source), subject.scales.index(0))[:, None, None]
+        return own_directions(self.look(evaluator_name, subject, subject.source), subject.scales.index(0))[
+            :, None, None
+        ]
 
     def look(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         return self.stack(evaluator_name, subject.jobs(target))
@@ -186,25 +237,45 @@ class Measurement:
 
 
 def judge(cells: list[dict]) -> None:
-    """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask whether a control survives elsewhere."""
+    """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask whether a control
+    survives elsewhere.
+    """
     for evaluator_name in cells[0]["readings"] if cells else ():
         readings = [(cell, cell["readings"][evaluator_name]) for cell in cells]
-        elsewhere = [reading for cell, reading in readings if cell["source"] != cell["target"] and not cell["reference"]]
+        elsewhere = [
+            reading
+            for cell, reading in readings
+            if cell["source"] != cell["target"] and not cell["reference"]
+        ]
         asked = [reading for reading in elsewhere if reading["retention"]["value"] is not None]
         for test in ("equivalence", "difference"):
             for reading, p in zip(asked, intervals.holm([r[test]["p"] for r in asked]), strict=True):
                 reading[test]["p_holm"] = p
         for _, reading in readings:
-            p = [reading[test].setdefault("p_holm", reading[test]["p"]) for test in ("equivalence", "difference")]
+            p = [
+                reading[test].setdefault("p_holm", reading[test]["p"])
+                for test in ("equivalence", "difference")
+            ]
             reading["verdict"] = stats.verdict(reading["retention"], *p)
 
 
-def at_match(source: np.ndarray, target: np.ndarray, scales: np.ndarray, matched: float | None) -> dict | None:
-    """What is preserved at equal effect: the source at scale 1, the target at the matched scale, (P, S, K) each; None without one."""
+def at_match(
+    source: np.ndarray, target: np.ndarray, scales: np.ndarray, matched: float | None
+) -> dict | None:
+    """What is preserved at equal effect: the source at scale 1, the target at the matched scale, (P, S, K)
+    each; None without one.
+    """
     if matched is None:
         return None
-    here, there = intervals.units(stats.at(source, scales, 1.0)), intervals.units(stats.at(target, scales, matched))
-    return {"source": float(here.mean()), "target": float(there.mean()), "difference": intervals.mean(there - here)}
+    here, there = (
+        intervals.units(stats.at(source, scales, 1.0)),
+        intervals.units(stats.at(target, scales, matched)),
+    )
+    return {
+        "source": float(here.mean()),
+        "target": float(there.mean()),
+        "difference": intervals.mean(there - here),
+    }
 
 
 def twins(a: Subject, b: Subject) -> bool:
@@ -219,9 +290,15 @@ def after(subjects: list[Subject], subject: Subject) -> Iterator[Subject]:
 
 
 def file_name(target: str) -> str:
-    """A target as a file's name: dmd-hybrid(1); with a hash where more than the colon had to go, so that no two targets share one."""
+    """A target as a file's name: dmd-hybrid(1); with a hash where more than the colon had to go, so that no
+    two targets share one.
+    """
     plain = re.sub(r"[^\w.,+=@()-]", "-", target)[:100]
-    return plain if plain == target.replace(":", "-") else f"{plain}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
+    return (
+        plain
+        if plain == target.replace(":", "-")
+        else f"{plain}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
+    )
 
 
 def is_reference(target: str) -> bool:

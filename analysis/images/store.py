@@ -1,6 +1,8 @@
-"""Tensors kept on disk that are known to be whole: each file says what it is of, and has a checksum of its numbers inside.
+"""Tensors kept on disk that are known to be whole: each file says what it is of, and has a checksum of its
+numbers inside.
 
-A file that was cut, changed, emptied or put in another's place is not there for its reader: what it held is made again.
+A file that was cut, changed, emptied or put in another's place is not there for its reader: what it held is
+made again.
 """
 
 import hashlib
@@ -20,12 +22,17 @@ DAY = 86400  # seconds after which a half-written file is nobody's any more
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Writes tensors under the name of what they are of; whole or not at all. Raises UserError for numbers that are not finite."""
+    """Writes tensors under the name of what they are of; whole or not at all.
+
+    Raises UserError for numbers that are not finite.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{cut(what, 200)} is not kept, for its {cut(name, 60)} is not finite: a smaller scale, or dtype=fp32, may do, "
-                            "or weights are damaged")  # fmt: skip
+            raise UserError(
+                f"{cut(what, 200)} is not kept, for its {cut(name, 60)} is not finite: a smaller scale, or dtype=fp32, may do, "
+                "or weights are damaged"
+            )
     with replacing(Path(path)) as new:
         save_file(tensors, new, {"what": what, "sha256": checksum(tensors)})
 
@@ -50,11 +57,15 @@ def load(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def missing(folder: Path, files: Iterable[str], whole: Callable[[Path, str], object] = read) -> set[str]:
-    """Those files of a folder, each of what its path there says, that are still to be made; what is damaged is among them, and said."""
+    """Those files of a folder, each of what its path there says, that are still to be made; what is damaged
+    is among them, and said.
+    """
     lost = {file for file in files if whole(Path(folder) / file, file) is None}
     spoilt = [file for file in lost if (Path(folder) / file).exists()]
     if spoilt:
-        note(f"{len(spoilt)} of the files in {folder} are damaged, or of an earlier version: they are made again")
+        note(
+            f"{len(spoilt)} of the files in {folder} are damaged, or of an earlier version: they are made again"
+        )
     return lost
 
 
@@ -69,7 +80,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed runs left half-written in a folder that runs share; what may be another's at work stays for a day."""
+    """Removes what killed runs left half-written in a folder that runs share; what may be another's at work
+    stays for a day.
+    """
     for path in Path(folder).glob("**/.*.safetensors"):
         try:
             if time.time() - path.stat().st_mtime > DAY:

@@ -1,8 +1,9 @@
 """How alike two representations are: numbers in, numbers out.
 
-A sample is one image, a (prompt, seed); positions of one image are not independent, and treating them so gives a CKA near 1 for anything.
-x: (n, p) and y: (n, q) are paired rows, float64. Debiased, because the plain CKA of independent data with n = 64, p = 1280 is .95.
-`Alignment` needs one pass and a memory of p x q, however many samples come; what takes all samples at once works on those that are kept.
+A sample is one image, a (prompt, seed); positions of one image are not independent, and treating them so
+gives a CKA near 1 for anything. x: (n, p) and y: (n, q) are paired rows, float64. Debiased, because the plain
+CKA of independent data with n = 64, p = 1280 is .95. `Alignment` needs one pass and a memory of p x q,
+however many samples come; what takes all samples at once works on those that are kept.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from controls import intervals
 
 
 class Moments:
-    """Sums over paired rows from which HSIC1 follows exactly, for the channels as they are or scaled afterwards."""
+    """Sums over paired rows from which HSIC1 follows exactly, for the channels as they are or scaled
+    afterwards.
+    """
 
     def __init__(self) -> None:
         self.n = 0
@@ -36,22 +39,28 @@ class Moments:
             total += part.sum(0)
 
     def hsic(self, a: np.ndarray | float = 1.0, b: np.ndarray | float = 1.0) -> float:
-        """Debiased HSIC of a·x and b·y with linear kernels (Song et al. 2012, eq. 5), without an n x n matrix.
+        """Debiased HSIC of a·x and b·y with linear kernels (Song et al. 2012, eq. 5), without an n x n
+        matrix.
 
         a: (p,), b: (q,) or a number. With k_i = |a x_i|², l_i = |b y_i|², C = Σ x yᵀ: tr KL = |C|² - Σ k l,
-        1ᵀKL1 = s_xᵀ C s_y - s_xᵀ Σ l x - s_yᵀ Σ k y + Σ k l, and 1ᵀK1 = |s_x|² - Σ k, K and L with empty diagonals.
+        1ᵀKL1 = s_xᵀ C s_y - s_xᵀ Σ l x - s_yᵀ Σ k y + Σ k l, and 1ᵀK1 = |s_x|² - Σ k, K and L with empty
+        diagonals.
         """
         p, q = self.c.shape
         a, b = np.broadcast_to(a, p), np.broadcast_to(b, q)
         c, sx, sy = a[:, None] * self.c * b, a * self.sums[0], b * self.sums[1]
         lx, ky = a * (self.u @ b**2), b * (a**2 @ self.v)
         k, l, kl = a**2 @ self.sums[2], b**2 @ self.sums[3], a**2 @ self.q @ b**2  # noqa: E741
-        return _hsic1((c**2).sum() - kl, sx @ sx - k, sy @ sy - l, sx @ c @ sy - sx @ lx - sy @ ky + kl, self.n)
+        return _hsic1(
+            (c**2).sum() - kl, sx @ sx - k, sy @ sy - l, sx @ c @ sy - sx @ lx - sy @ ky + kl, self.n
+        )
 
     def scales(self) -> tuple[np.ndarray, np.ndarray]:
         """1 / standard deviation of each channel of x and of y; 0 for a channel that never moves."""
         sx, sy, qx, qy = self.sums
-        return _inverse_root(qx / self.n - (sx / self.n) ** 2), _inverse_root(qy / self.n - (sy / self.n) ** 2)
+        return _inverse_root(qx / self.n - (sx / self.n) ** 2), _inverse_root(
+            qy / self.n - (sy / self.n) ** 2
+        )
 
     def covariance(self) -> np.ndarray:
         """Σ (x - mean)(y - mean)ᵀ, (p, q)."""
@@ -64,7 +73,9 @@ class Moments:
 
 
 class Alignment:
-    """Similarity of two streams of rows: debiased linear CKA, the same of standardised channels, orthogonal Procrustes."""
+    """Similarity of two streams of rows: debiased linear CKA, the same of standardised channels, orthogonal
+    Procrustes.
+    """
 
     def __init__(self) -> None:
         self.both, self.first, self.second = Moments(), Moments(), Moments()
@@ -76,9 +87,11 @@ class Alignment:
         self.second.add(y, y)
 
     def cka(self) -> float | None:
-        """Debiased linear CKA (Kornblith et al. 2019; Murphy et al. 2024): 1 for a rotated and scaled copy, about 0 for unrelated data.
+        """Debiased linear CKA (Kornblith et al. 2019; Murphy et al. 2024): 1 for a rotated and scaled copy,
+        about 0 for unrelated data.
 
-        Not clamped: below 0 is chance too. None where one side's own HSIC is not positive, so that there is nothing to compare.
+        Not clamped: below 0 is chance too. None where one side's own HSIC is not positive, so that there is
+        nothing to compare.
         """
         return _ratio(self.both.hsic(), self.first.hsic(), self.second.hsic())
 
@@ -88,15 +101,19 @@ class Alignment:
         return _ratio(self.both.hsic(a, b), self.first.hsic(a, a), self.second.hsic(b, b))
 
     def procrustes(self) -> float | None:
-        """Orthogonal Procrustes similarity, the nuclear norm of Xᵀ Y over |X| |Y|, both centred: 1 for a rotated copy.
+        """Orthogonal Procrustes similarity, the nuclear norm of Xᵀ Y over |X| |Y|, both centred: 1 for a
+        rotated copy.
 
-        Biased upwards where p is not small against n: read it beside its value for permuted prompts (Ding et al. 2021).
+        Biased upwards where p is not small against n: read it beside its value for permuted prompts (Ding et
+        al. 2021).
         """
         return _procrustes(self.both.covariance(), *self.both.spreads())
 
 
 class Spread:
-    """Variance over the seeds of each prompt, and between prompts, in one pass over samples that come prompt by prompt."""
+    """Variance over the seeds of each prompt, and between prompts, in one pass over samples that come prompt
+    by prompt.
+    """
 
     def __init__(self) -> None:
         self.prompt, self.count, self.variances = None, 0, []
@@ -113,7 +130,9 @@ class Spread:
         self.mean, self.count = self.mean + (mean - self.mean) * m / total, total
 
     def finish(self) -> tuple[np.ndarray, float]:
-        """Each prompt's variance over seeds, summed over channels, (P,); and the variance of the prompts' means."""
+        """Each prompt's variance over seeds, summed over channels, (P,); and the variance of the prompts'
+        means.
+        """
         self._close()
         self.prompt, self.count = None, 0
         prompts = len(self.variances)
@@ -125,7 +144,10 @@ class Spread:
             if not self.variances:
                 self.origin, self.total, self.squares = self.mean, np.zeros_like(self.mean), 0.0
             self.variances.append(float(self.apart) / (self.count - 1))
-            self.total, self.squares = self.total + self.mean - self.origin, self.squares + ((self.mean - self.origin) ** 2).sum()
+            self.total, self.squares = (
+                self.total + self.mean - self.origin,
+                self.squares + ((self.mean - self.origin) ** 2).sum(),
+            )
 
 
 def by_prompt(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:
@@ -145,7 +167,9 @@ def gram(x: np.ndarray) -> np.ndarray:
 
 
 def hsic(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
-    """Debiased HSIC of two kernel matrices (n, n), any kernel; their diagonals do not count (Song et al. 2012, eq. 5)."""
+    """Debiased HSIC of two kernel matrices (n, n), any kernel; their diagonals do not count (Song et al.
+    2012, eq. 5).
+    """
     k, l = _hollow(k), _hollow(l)  # noqa: E741
     return _hsic1((k * l).sum(), k.sum(), l.sum(), k.sum(0) @ l.sum(0), len(k))
 
@@ -158,29 +182,40 @@ def cka(k: np.ndarray, l: np.ndarray) -> float | None:  # noqa: E741
 def cross(ks: list[np.ndarray], ls: list[np.ndarray]) -> list[list[float | None]]:
     """Debiased CKA of every kernel matrix of the first list with every one of the second, (len(ks), len(ls))."""
     own_k, own_l = ([hsic(m, m) for m in side] for side in (ks, ls))
-    return [[_ratio(hsic(k, l), a, b) for l, b in zip(ls, own_l, strict=True)] for k, a in zip(ks, own_k, strict=True)]  # noqa: E741
+    return [
+        [_ratio(hsic(k, l), a, b) for l, b in zip(ls, own_l, strict=True)]
+        for k, a in zip(ks, own_k, strict=True)
+    ]  # noqa: E741
 
 
 def null(k: np.ndarray, l: np.ndarray, prompts: np.ndarray, draws: int = 200, seed: int = 0) -> dict:  # noqa: E741
     """Debiased CKA where the second side's prompts are permuted, whole with their seeds: what chance gives.
 
-    k, l: (n, n). prompts: (n,) the prompt of each row, every one equally often. Returns mean, high (95th percentile) and p, the share of
-    permutations, the true pairing counted as one, that reach the true value. None where the CKA is None.
+    k, l: (n, n). prompts: (n,) the prompt of each row, every one equally often. Returns mean, high (95th
+    percentile) and p, the share of permutations, the true pairing counted as one, that reach the true value.
+    None where the CKA is None.
     """
     norm = hsic(k, k) * hsic(l, l)
     if norm <= 0:
         return {"mean": None, "high": None, "p": None}
     k, l, n = _hollow(k), _hollow(l), len(k)  # noqa: E741
     sums, sides = (k.sum(), l.sum()), (k.sum(0), l.sum(0))
-    values = [_hsic1(np.vdot(k, l[rows][:, rows]), *sums, sides[0] @ sides[1][rows], n) for rows in permutations(prompts, draws, seed)]
+    values = [
+        _hsic1(np.vdot(k, l[rows][:, rows]), *sums, sides[0] @ sides[1][rows], n)
+        for rows in permutations(prompts, draws, seed)
+    ]
     values, true = np.array(values) / norm**0.5, hsic(k, l) / norm**0.5
-    return {"mean": float(values.mean()), "high": float(np.quantile(values, 0.95)), "p": float(1 + (values >= true).sum()) / (1 + draws)}
+    return {
+        "mean": float(values.mean()),
+        "high": float(np.quantile(values, 0.95)),
+        "p": float(1 + (values >= true).sum()) / (1 + draws),
+    }
 
 
 def permutations(prompts: np.ndarray, draws: int, seed: int = 0) -> list[np.ndarray]:
     """Rows (n,) in the order that permuted prompts give; every prompt equally often among the n."""
     rng, kinds = np.random.default_rng(seed), np.unique(prompts)
-    places = np.stack([np.flatnonzero(prompts == kind) for kind in kinds])                       # (P, S)
+    places = np.stack([np.flatnonzero(prompts == kind) for kind in kinds])  # (P, S)
     found = []
     for _ in range(draws):
         rows = np.empty(len(prompts), dtype=int)
@@ -203,7 +238,8 @@ def jackknife(measure: Callable[[np.ndarray], float | None], prompts: np.ndarray
 
 
 def neighbours(x: np.ndarray, y: np.ndarray, k: int) -> float:
-    """Mutual k nearest neighbours (Huh et al. 2024): the mean share of a row's k nearest, by Euclidean distance, that x and y agree on.
+    """Mutual k nearest neighbours (Huh et al. 2024): the mean share of a row's k nearest, by Euclidean
+    distance, that x and y agree on.
 
     Chance is k / (n - 1). Raises ValueError unless 1 <= k < n.
     """
@@ -214,7 +250,9 @@ def neighbours(x: np.ndarray, y: np.ndarray, k: int) -> float:
 
 
 def procrustes(x: np.ndarray, y: np.ndarray) -> float | None:
-    """`Alignment.procrustes` of rows that are all at hand; with fewer rows than channels it works at the size of the rows."""
+    """`Alignment.procrustes` of rows that are all at hand; with fewer rows than channels it works at the size
+    of the rows.
+    """
     x, y = (_short(side - side.mean(0)) for side in (x, y))
     return _procrustes(x.T @ y, float((x**2).sum()), float((y**2).sum()))
 
@@ -225,7 +263,9 @@ def _short(x: np.ndarray) -> np.ndarray:
 
 
 def _procrustes(covariance: np.ndarray, x: float, y: float) -> float | None:
-    return float(np.linalg.svd(covariance, compute_uv=False).sum() / (x * y) ** 0.5) if x > 0 and y > 0 else None
+    return (
+        float(np.linalg.svd(covariance, compute_uv=False).sum() / (x * y) ** 0.5) if x > 0 and y > 0 else None
+    )
 
 
 def _hsic1(trace: float, k: float, l: float, kl: float, n: int) -> float:  # noqa: E741

@@ -1,4 +1,6 @@
-"""The numbers of a trace: how far x0 is from the final image, when that is little, what it begins and abandons, where a control acts."""
+"""The numbers of a trace: how far x0 is from the final image, when that is little, what it begins and
+abandons, where a control acts.
+"""
 
 from typing import Protocol
 
@@ -28,7 +30,9 @@ def concept(text: str) -> tuple[str, str, str]:
     name, _, pair = text.partition(":")
     positive, _, negative = pair.partition("|")
     if not (name.strip() and positive.strip() and negative.strip()):
-        raise UserError(f"a concept is written 'name: positive description | negative description'; got {text!r}")
+        raise UserError(
+            f"a concept is written 'name: positive description | negative description'; got {text!r}"
+        )
     return name.strip(), positive.strip(), negative.strip()
 
 
@@ -49,27 +53,32 @@ def estimate(values: np.ndarray) -> list[dict]:
 
 
 def committed(cfg: Settings, own: dict, unit: dict[str, float]) -> dict:
-    """How far x0 is from the final image at each step, in units of how far two seeds of the base are apart; when that is little."""
+    """How far x0 is from the final image at each step, in units of how far two seeds of the base are apart;
+    when that is little.
+    """
     found: dict = {"distance": {}, "commitment": {}}
     for name, one in unit.items():
-        far = between(name, own[name], own[name][:, :, -1:]) / one                               # (P, S, T)
-        first = (far <= cfg.tolerance).argmax(-1)                                                # (P, S)
+        far = between(name, own[name], own[name][:, :, -1:]) / one  # (P, S, T)
+        first = (far <= cfg.tolerance).argmax(-1)  # (P, S)
         found["distance"][name] = estimate(far)
         share, t = estimate(np.stack([(first + 1) / far.shape[-1], own["t"][first]], -1))
         found["commitment"][name] = {"share": share, "t": t}
     return found
 
 
-def abandoned(cfg: Settings, own: dict, evaluators: dict[str, Evaluator], ends: dict[str, np.ndarray]) -> dict:
-    """Where a concept's score of x0 falls before the end: the share of images, and the deepest falls with their steps.
+def abandoned(
+    cfg: Settings, own: dict, evaluators: dict[str, Evaluator], ends: dict[str, np.ndarray]
+) -> dict:
+    """Where a concept's score of x0 falls before the end: the share of images, and the deepest falls with
+    their steps.
 
-    By the attribute probe where there is one, in its own units; else by the first evaluator that reads words, in units of the middle 90 %
-    of all finished images.
+    By the attribute probe where there is one, in its own units; else by the first evaluator that reads words,
+    in units of the middle 90 % of all finished images.
     """
     name = next((name for name in ("probe", *evaluators) if name in evaluators and name in READERS), "")
     falls, rises, examples = [], [], []
     for word, positive, negative in map(concept, cfg.concepts if name else ()):
-        score = evaluators[name].score(own[name], positive, negative)                                  # (P, S, T)
+        score = evaluators[name].score(own[name], positive, negative)  # (P, S, T)
         if name != "probe":
             low, high = np.quantile(evaluators[name].score(ends[name], positive, negative), (0.05, 0.95))
             score = (score - low) / (high - low)
@@ -77,24 +86,39 @@ def abandoned(cfg: Settings, own: dict, evaluators: dict[str, Evaluator], ends: 
         falls.append((peak - score[..., -1] >= cfg.threshold) & (peak >= 0.5))
         rises.append(falls[-1] & (peak - score[..., 0] >= cfg.threshold))
         for p, s in zip(*np.nonzero(falls[-1]), strict=True):
-            examples.append({"concept": word, "prompt": cfg.prompts[p], "image": int(p * cfg.seeds + s), "score": score[p, s].tolist(),
-                             "fall": float(peak[p, s] - score[p, s, -1]), "rises_first": bool(rises[-1][p, s])})  # fmt: skip
+            examples.append(
+                {
+                    "concept": word,
+                    "prompt": cfg.prompts[p],
+                    "image": int(p * cfg.seeds + s),
+                    "score": score[p, s].tolist(),
+                    "fall": float(peak[p, s] - score[p, s, -1]),
+                    "rises_first": bool(rises[-1][p, s]),
+                }
+            )
     if not falls:
         return {"evaluator": name, "falls": None, "rises_and_falls": None, "examples": []}
     share = estimate(np.stack([np.any(falls, 0), np.any(rises, 0)], -1).astype(float))
     examples.sort(key=lambda e: (-e["rises_first"], -e["fall"]))
-    return {"evaluator": name, "falls": share[0], "rises_and_falls": share[1], "count": len(examples), "examples": examples[:EXAMPLES]}
+    return {
+        "evaluator": name,
+        "falls": share[0],
+        "rises_and_falls": share[1],
+        "count": len(examples),
+        "examples": examples[:EXAMPLES],
+    }
 
 
 def followed(evaluator: Evaluator, name: str, states: dict, pair: tuple[str, str]) -> dict:
-    """The effect of a control on x0 at each step, when half of it is there, and what is left of it when it is on in some bands alone.
+    """The effect of a control on x0 at each step, when half of it is there, and what is left of it when it is
+    on in some bands alone.
 
     half: of each prompt's own mean curve, then averaged over prompts.
     """
     score = {bands: evaluator.score(found[name], *pair) for bands, found in states.items()}
-    effect = score[None] - score[()]                                                             # (P, S, T)
-    by_prompt, steps = effect.mean(1), states[()]["t"]                                           # (P, T), (T,)
-    half = (by_prompt >= 0.5 * by_prompt[:, -1:]).argmax(-1)                                     # (P,)
+    effect = score[None] - score[()]  # (P, S, T)
+    by_prompt, steps = effect.mean(1), states[()]["t"]  # (P, T), (T,)
+    half = (by_prompt >= 0.5 * by_prompt[:, -1:]).argmax(-1)  # (P,)
     parts = []
     for bands in (b for b in score if b):
         left = score[bands][..., -1] - score[()][..., -1]

@@ -1,7 +1,7 @@
 """Metrics over sets of images, from features: diversity and distance between two sets.
 
-`Spread`, `Moments` and `InceptionScore` take features batch by batch and hold sums, so that their memory does not grow with the number of
-images and their time is linear in it; what they give is exact.
+`Spread`, `Moments` and `InceptionScore` take features batch by batch and hold sums, so that their memory does
+not grow with the number of images and their time is linear in it; what they give is exact.
 """
 
 from dataclasses import dataclass, field
@@ -33,22 +33,23 @@ def distances(features: np.ndarray, kind: str = "cosine") -> np.ndarray:
 def diversity(features: np.ndarray, kind: str = "cosine") -> dict:
     """Mean distance of two different images of a set, with a 95 % interval from the jackknife over images.
 
-    features: (N, d), N >= 3. Returns {"value", "low", "high"}. A pairwise mean is a U-statistic: its pairs are not independent, so
-    what is left out is an image with all its pairs. Unbiased in N.
+    features: (N, d), N >= 3. Returns {"value", "low", "high"}. A pairwise mean is a U-statistic: its pairs
+    are not independent, so what is left out is an image with all its pairs. Unbiased in N.
     """
     n = len(features)
     if n < 3:
         raise ValueError(f"the diversity of a set needs at least 3 images, not {n}")
     table = distances(features, kind)
     value = table.sum() / (n * (n - 1))
-    without = (table.sum() - 2 * table.sum(1)) / ((n - 1) * (n - 2))                             # (N,)
+    without = (table.sum() - 2 * table.sum(1)) / ((n - 1) * (n - 2))  # (N,)
     return jackknife(value, without)
 
 
 def frechet(mu_a: np.ndarray, cov_a: np.ndarray, mu_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Fréchet distance of two normal distributions, |mu_a - mu_b|² + tr(A + B - 2 (A^½ B A^½)^½).
 
-    mu: (d,). cov: (d, d), symmetric. Never negative. Source: Heusel et al. 2017, eq. 6, in its symmetric form.
+    mu: (d,). cov: (d, d), symmetric. Never negative. Source: Heusel et al. 2017, eq. 6, in its symmetric
+    form.
     """
     values, vectors = np.linalg.eigh(cov_a)
     root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
@@ -59,7 +60,9 @@ def frechet(mu_a: np.ndarray, cov_a: np.ndarray, mu_b: np.ndarray, cov_b: np.nda
 
 @dataclass
 class Moments:
-    """Count, sum and second moment of features, added batch by batch; sums of the same set may be added and taken away."""
+    """Count, sum and second moment of features, added batch by batch; sums of the same set may be added and
+    taken away.
+    """
 
     n: int = 0
     total: np.ndarray | float = 0.0  # (d,)
@@ -92,10 +95,12 @@ class Moments:
 
 
 class Spread:
-    """How far apart the images of a set are: mean pairwise distance, its jackknife, and the Vendi score, from sums alone.
+    """How far apart the images of a set are: mean pairwise distance, its jackknife, and the Vendi score, from
+    sums alone.
 
-    kind: "cosine", 1 - cos; or "squared", half the squared Euclidean distance, whose mean is the total variance. Both are
-    |a - b|² / 2, of unit vectors and of the features as they are. `origin` (d,) is taken off squared features, for digits' sake.
+    kind: "cosine", 1 - cos; or "squared", half the squared Euclidean distance, whose mean is the total
+    variance. Both are |a - b|² / 2, of unit vectors and of the features as they are. `origin` (d,) is taken
+    off squared features, for digits' sake.
     """
 
     def __init__(self, kind: str = "cosine", origin: np.ndarray | float = 0.0):
@@ -115,25 +120,34 @@ class Spread:
         return self
 
     def distance(self) -> dict:
-        """Mean distance of two different images, with a 95 % interval from the jackknife over images; as `diversity`, from sums.
+        """Mean distance of two different images, with a 95 % interval from the jackknife over images; as
+        `diversity`, from sums.
 
-        An image's distances to the others sum to a_i = (n |x_i|² + Q - 2 x_i · S) / 2, Q = Σ |x|², S = Σ x; what is left out is a_i.
-        Raises ValueError for fewer than 3 images.
+        An image's distances to the others sum to a_i = (n |x_i|² + Q - 2 x_i · S) / 2, Q = Σ |x|², S = Σ x;
+        what is left out is a_i. Raises ValueError for fewer than 3 images.
         """
         n, s, q = self.moments.n, self.moments.total, self.squares
         if n < 3:
             raise ValueError(f"the diversity of a set needs at least 3 images, not {n}")
         value = (n * q - s @ s) / (n * (n - 1))
-        own = n**2 * self.fourths + n * q**2 + 4 * s @ self.moments.second @ s + 2 * n * q * q - 4 * n * self.weighted @ s - 4 * q * s @ s
-        variance = max(own / 4 - (n * q - s @ s) ** 2 / n, 0)                                    # Σ (a_i - mean a)²
+        own = (
+            n**2 * self.fourths
+            + n * q**2
+            + 4 * s @ self.moments.second @ s
+            + 2 * n * q * q
+            - 4 * n * self.weighted @ s
+            - 4 * q * s @ s
+        )
+        variance = max(own / 4 - (n * q - s @ s) ** 2 / n, 0)  # Σ (a_i - mean a)²
         span = quantile(LEVEL, n - 1) * np.sqrt((n - 1) / n * variance) * 2 / ((n - 1) * (n - 2))
         return {"value": float(value), "low": float(value - span), "high": float(value + span)}
 
     def vendi(self) -> float:
-        """The Vendi score of the cosine kernel, exp of the entropy of K / n: 1 for one image over and over, n for orthogonal ones.
+        """The Vendi score of the cosine kernel, exp of the entropy of K / n: 1 for one image over and over, n
+        for orthogonal ones.
 
-        Never compare it across n. K / n and Σ x xᵀ / n have the same eigenvalues. Source: Friedman & Dieng 2023, arXiv 2210.02410.
-        Raises ValueError for squared distances.
+        Never compare it across n. K / n and Σ x xᵀ / n have the same eigenvalues. Source: Friedman & Dieng
+        2023, arXiv 2210.02410. Raises ValueError for squared distances.
         """
         if self.kind != "cosine":
             raise ValueError("the Vendi score needs a kernel of ones on its diagonal: use cosine")
@@ -144,7 +158,9 @@ class Spread:
 
 @dataclass
 class InceptionScore:
-    """An Inception-style score from class probabilities, added batch by batch: exp of the mean KL(p(y|x) | p(y)). Salimans et al. 2016."""
+    """An Inception-style score from class probabilities, added batch by batch: exp of the mean KL(p(y|x) |
+    p(y)). Salimans et al. 2016.
+    """
 
     n: int = 0
     total: np.ndarray | float = 0.0  # (classes,)
@@ -161,15 +177,21 @@ class InceptionScore:
         return InceptionScore(self.n + other.n, self.total + other.total, self.entropy + other.entropy)
 
     def score(self) -> float:
-        """1 where all images look alike to the classifier, the number of classes where each is sure and all are met."""
+        """1 where all images look alike to the classifier, the number of classes where each is sure and all
+        are met.
+        """
         marginal = self.total / self.n
-        return float(np.exp(self.entropy / self.n - (marginal * np.log(np.clip(marginal, 1e-300, None))).sum()))
+        return float(
+            np.exp(self.entropy / self.n - (marginal * np.log(np.clip(marginal, 1e-300, None))).sum())
+        )
 
 
 def radii(features: np.ndarray, k: int) -> np.ndarray:
     """Each point's distance to its k-th nearest other point, (N,). Raises ValueError unless k < N."""
     if not 1 <= k < len(features):
-        raise ValueError(f"the k-th neighbour needs 1 <= k < {len(features)}, the number of images; got k = {k}")
+        raise ValueError(
+            f"the k-th neighbour needs 1 <= k < {len(features)}, the number of images; got k = {k}"
+        )
     return np.sqrt(np.partition(_squares(features, features), k, axis=1)[:, k])
 
 
@@ -177,8 +199,9 @@ def radii(features: np.ndarray, k: int) -> np.ndarray:
 class PRDC:
     """Precision, recall, density and coverage of images against a reference, added batch by batch.
 
-    Holds the reference (R, d) and, for recall, which needs the images' own neighbourhoods, no more than the first R images.
-    Sources: Kynkäänniemi et al. 2019, arXiv 1904.06991 (precision, recall); Naeem et al. 2020, arXiv 2002.09797 (density, coverage).
+    Holds the reference (R, d) and, for recall, which needs the images' own neighbourhoods, no more than the
+    first R images. Sources: Kynkäänniemi et al. 2019, arXiv 1904.06991 (precision, recall); Naeem et al.
+    2020, arXiv 2002.09797 (density, coverage).
     """
 
     reference: np.ndarray  # (R, d)
@@ -197,28 +220,40 @@ class PRDC:
 
     def add(self, features: np.ndarray) -> "PRDC":
         """features: (n, d). Returns self."""
-        within = _squares(self.reference, features) <= self.radii[:, None] ** 2                  # (R, n)
+        within = _squares(self.reference, features) <= self.radii[:, None] ** 2  # (R, n)
         room = len(self.reference) - self.n
         self.first += [np.asarray(features[:room], dtype=np.float64)] if room > 0 else []
-        self.n, self.inside, self.balls = self.n + len(features), self.inside + int(within.any(0).sum()), self.balls + int(within.sum())
+        self.n, self.inside, self.balls = (
+            self.n + len(features),
+            self.inside + int(within.any(0).sum()),
+            self.balls + int(within.sum()),
+        )
         self.met = self.met | within.any(1)
         return self
 
     def __add__(self, other: "PRDC") -> "PRDC":
         """Both sets of images against the same reference."""
         counts = (self.n + other.n, self.inside + other.inside, self.balls + other.balls)
-        return PRDC(self.reference, self.k, *counts, self.first + other.first, self.radii, self.met | other.met)
+        return PRDC(
+            self.reference, self.k, *counts, self.first + other.first, self.radii, self.met | other.met
+        )
 
     def scores(self) -> dict[str, float]:
         """The four numbers. Raises ValueError where there are no more than k images."""
         own = np.concatenate(self.first)[: len(self.reference)]
         recall = (_squares(own, self.reference) <= radii(own, self.k)[:, None] ** 2).any(0).mean()
-        return {"precision": self.inside / self.n, "recall": float(recall), "density": self.balls / (self.k * self.n),
-                "coverage": float(self.met.mean())}  # fmt: skip
+        return {
+            "precision": self.inside / self.n,
+            "recall": float(recall),
+            "density": self.balls / (self.k * self.n),
+            "coverage": float(self.met.mean()),
+        }
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared Euclidean distances (A, B) of (A, d) and (B, d), near a common origin; exactly 0 on the diagonal of a set with itself."""
+    """Squared Euclidean distances (A, B) of (A, d) and (B, d), near a common origin; exactly 0 on the
+    diagonal of a set with itself.
+    """
     same, middle = a is b, np.asarray(a, dtype=np.float64).mean(0)
     a, b = a - middle, b - middle
     table = np.clip((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0, None)

@@ -1,4 +1,6 @@
-"""What predicts retention: one number per control and target against its retention, with whole controls left out."""
+"""What predicts retention: one number per control and target against its retention, with whole controls left
+out.
+"""
 
 from collections.abc import Callable
 
@@ -30,7 +32,9 @@ PREDICTORS: dict[str, Callable[[dict], float | None]] = {  # of a cell of analys
 
 
 def points(cells: list[dict], transfer: list[dict]) -> dict[str, list[dict]]:
-    """Per evaluator the rows {control, source, target, retention, <predictor>: value …} that both have, without undefined retentions."""
+    """Per evaluator the rows {control, source, target, retention, <predictor>: value …} that both have,
+    without undefined retentions.
+    """
     directions = {(c["control"], c["source"], c["target"]): c for c in cells if c["what"] == "direction"}
     found: dict[str, list[dict]] = {}
     for cell in transfer:
@@ -38,15 +42,23 @@ def points(cells: list[dict], transfer: list[dict]) -> dict[str, list[dict]]:
         for evaluator_name, reading in cell["readings"].items():
             if key in directions and reading["retention"]["value"] is not None:
                 values = {name: of(directions[key]) for name, of in PREDICTORS.items()}
-                row = {"control": key[0], "source": key[1], "target": key[2], "retention": reading["retention"]["value"], **values}
+                row = {
+                    "control": key[0],
+                    "source": key[1],
+                    "target": key[2],
+                    "retention": reading["retention"]["value"],
+                    **values,
+                }
                 found.setdefault(evaluator_name, []).append(row)
     return found
 
 
 def predictors(rows: list[dict], evaluator: str, draws: int = 2000, seed: int = 0) -> list[dict]:
-    """One cell per predictor: its correlations with retention, and how well a line through the other controls foretells each control.
+    """One cell per predictor: its correlations with retention, and how well a line through the other controls
+    foretells each control.
 
-    Rows of one control depend on each other: the bootstrap draws controls, and a control is left out with all its targets.
+    Rows of one control depend on each other: the bootstrap draws controls, and a control is left out with all
+    its targets.
     """
     return [_cell(rows, name, evaluator, draws, seed) for name in PREDICTORS]
 
@@ -56,11 +68,17 @@ def _cell(rows: list[dict], name: str, evaluator: str, draws: int, seed: int) ->
     x, y = np.array([row[name] for row in rows]), np.array([row["retention"] for row in rows])
     groups = np.array([row["control"] for row in rows])
     return {
-        "what": "predictor", "evaluator": evaluator, "predictor": name, "points": len(rows), "controls": len(set(groups)),
-        "spearman": bootstrap(spearman, x, y, groups, draws, seed), "pearson": bootstrap(pearson, x, y, groups, draws, seed),
-        "without_one": without_one(spearman, x, y, groups), "r2_cross_validated": r2_cross_validated(x, y, groups),
+        "what": "predictor",
+        "evaluator": evaluator,
+        "predictor": name,
+        "points": len(rows),
+        "controls": len(set(groups)),
+        "spearman": bootstrap(spearman, x, y, groups, draws, seed),
+        "pearson": bootstrap(pearson, x, y, groups, draws, seed),
+        "without_one": without_one(spearman, x, y, groups),
+        "r2_cross_validated": r2_cross_validated(x, y, groups),
         "r2_without_one": r2_without_one(x, y, groups),
-    }  # fmt: skip
+    }
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
@@ -81,19 +99,25 @@ def ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
-def bootstrap(measure: Callable, x: np.ndarray, y: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0) -> dict:
+def bootstrap(
+    measure: Callable, x: np.ndarray, y: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0
+) -> dict:
     """A correlation with the 95 % interval of a bootstrap over whole groups; all None below four groups."""
     kinds = np.unique(groups)
     if len(kinds) < 4:
         return {"value": None, "low": None, "high": None}
     members, rng = [np.flatnonzero(groups == kind) for kind in kinds], np.random.default_rng(seed)
-    drawn = [np.concatenate([members[i] for i in rng.integers(len(kinds), size=len(kinds))]) for _ in range(draws)]
+    drawn = [
+        np.concatenate([members[i] for i in rng.integers(len(kinds), size=len(kinds))]) for _ in range(draws)
+    ]
     low, high = np.quantile([measure(x[rows], y[rows]) for rows in drawn], [0.025, 0.975])
     return {"value": measure(x, y), "low": float(low), "high": float(high)}
 
 
 def without_one(measure: Callable, x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict:
-    """The range of a correlation when each group is left out in turn, and the group that moves it most; None below four groups."""
+    """The range of a correlation when each group is left out in turn, and the group that moves it most; None
+    below four groups.
+    """
     kinds = sorted(set(groups.tolist()))
     if len(kinds) < 4:
         return {"low": None, "high": None, "most": None}
@@ -103,7 +127,9 @@ def without_one(measure: Callable, x: np.ndarray, y: np.ndarray, groups: np.ndar
 
 
 def r2_cross_validated(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> float | None:
-    """Cross-validated R² of a line through the other groups' retentions, against their mean: 1 perfect, 0 no use; None below four groups."""
+    """Cross-validated R² of a line through the other groups' retentions, against their mean: 1 perfect, 0 no
+    use; None below four groups.
+    """
     kinds = np.unique(groups)
     if len(kinds) < 4:
         return None
@@ -117,8 +143,13 @@ def r2_cross_validated(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> floa
 
 
 def r2_without_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> dict:
-    """The lowest cross-validated R² when one group is not there at all, and which: a line that a single group holds up falls here."""
-    left = {kind: r2_cross_validated(x[groups != kind], y[groups != kind], groups[groups != kind]) for kind in sorted(set(groups.tolist()))}
+    """The lowest cross-validated R² when one group is not there at all, and which: a line that a single group
+    holds up falls here.
+    """
+    left = {
+        kind: r2_cross_validated(x[groups != kind], y[groups != kind], groups[groups != kind])
+        for kind in sorted(set(groups.tolist()))
+    }
     left = {kind: value for kind, value in left.items() if value is not None}
     lowest = min(left, key=left.get) if left else None
     return {"value": left.get(lowest), "without": lowest}

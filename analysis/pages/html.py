@@ -1,6 +1,8 @@
-"""What every page of the project is made of: a frame that needs no network, numbers in words, picture sheets with a dial, charts as SVG.
+"""What every page of the project is made of: a frame that needs no network, numbers in words, picture sheets
+with a dial, charts as SVG.
 
-Imports no torch. The frame is page.html, its style page.css, its script page.js; a page's own part is its body.
+Imports no torch. The frame is page.html, its style page.css, its script page.js; a page's own part is its
+body.
 """
 
 import base64
@@ -27,12 +29,15 @@ TINY_PX = 200  # below this a tile is shown as pixels, not smoothed
 
 
 def whole(title: str, lead: str, body: str) -> str:
-    """A body (HTML) as a whole page with style and script; a browser that opens it asks the network for nothing.
+    """A body (HTML) as a whole page with style and script; a browser that opens it asks the network for
+    nothing.
 
     title, lead: plain text.
     """
     frame, style, script = (path.read_text(encoding="utf-8") for path in (FRAME, STYLE, SCRIPT))
-    return Template(frame).substitute(title=escape(title), lead=escape(lead), style=style, script=script, body=body)
+    return Template(frame).substitute(
+        title=escape(title), lead=escape(lead), style=style, script=script, body=body
+    )
 
 
 def short(member: str, beside: str | None = None) -> str:
@@ -51,11 +56,15 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def ranged(interval: dict, digits: int = 2) -> str:
     """An interval as "0.93 [0.88, 0.98]"."""
-    return f"{number(interval['value'], digits)} {brackets(interval, digits)}".removesuffix(f" [{DASH}, {DASH}]")
+    return f"{number(interval['value'], digits)} {brackets(interval, digits)}".removesuffix(
+        f" [{DASH}, {DASH}]"
+    )
 
 
 def side(interval: dict, place: float) -> int:
-    """On which side of a place an interval lies with both ends: -1 below, 1 above, 0 on neither, or where it has no ends."""
+    """On which side of a place an interval lies with both ends: -1 below, 1 above, 0 on neither, or where it
+    has no ends.
+    """
     low, high = interval["low"], interval["high"]
     if low is None or high is None:
         return 0
@@ -88,7 +97,9 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 
 def embedded(path: Path, width_px: int | None = None) -> str:
-    """A picture file as the text that an image's src holds; one wider than width_px is embedded smaller, as WebP. Raises UserError."""
+    """A picture file as the text that an image's src holds; one wider than width_px is embedded smaller, as
+    WebP. Raises UserError.
+    """
     if path.suffix not in KINDS:
         raise UserError(f"{path} is no picture of a page; those are {', '.join(KINDS)}")
     data, kind = path.read_bytes(), KINDS[path.suffix]
@@ -96,15 +107,20 @@ def embedded(path: Path, width_px: int | None = None) -> str:
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 size = (width_px, max(1, round(picture.height * width_px / picture.width)))
-                picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(file := io.BytesIO(), "WEBP", quality=85)
+                picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(
+                    file := io.BytesIO(), "WEBP", quality=85
+                )
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is damaged ({cut(str(error), 100)}); draw it again with overwrite=true") from None
+            raise UserError(
+                f"{path} is damaged ({cut(str(error), 100)}); draw it again with overwrite=true"
+            ) from None
         data, kind = file.getvalue(), KINDS[".webp"]
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def sheet(path: Path, heads: list[str], caption: str, alt: str) -> str:
-    """A PNG sheet of len(heads) columns as a figure; inside a [data-sheets] a dial shows one of its columns, without script all are shown.
+    """A PNG sheet of len(heads) columns as a figure; inside a [data-sheets] a dial shows one of its columns,
+    without script all are shown.
 
     caption: HTML. heads, alt: plain text.
     """
@@ -121,10 +137,13 @@ def sheet(path: Path, heads: list[str], caption: str, alt: str) -> str:
 def dial(name: str, values: list[float], labels: list[str], start: int, whole: str) -> str:
     """A range input over the columns of the sheets beside it, and a box that shows whole sheets.
 
-    name: what the input is called, "scale of smile". values: what the columns stand for; the page's own dial, which is outside of any
-    [data-sheets], turns all others to their nearest value. labels: the same in words. whole: the box in words.
+    name: what the input is called, "scale of smile". values: what the columns stand for; the page's own dial,
+    which is outside of any [data-sheets], turns all others to their nearest value. labels: the same in words.
+    whole: the box in words.
     """
-    data = f"data-values='{json.dumps(values)}' data-labels='{escape(json.dumps(labels, ensure_ascii=False))}'"
+    data = (
+        f"data-values='{json.dumps(values)}' data-labels='{escape(json.dumps(labels, ensure_ascii=False))}'"
+    )
     return (
         f'<div class="dial"><label class="turn"><span class="name">{escape(name)}</span>'
         f'<input type="range" min="0" max="{len(values) - 1}" step="1" value="{start}" aria-valuetext="{escape(labels[start])}" {data}>'
@@ -150,8 +169,9 @@ def chart(
 ) -> str:
     """Curves with interval bands as inline SVG, each labelled at its right end.
 
-    curves: name -> one interval per scale. window: the scales to shade, from the first to the last of them. colours: of each curve, a
-    number of page.css's palette; in its order unless given. dashed: the names of curves that are there for comparison.
+    curves: name -> one interval per scale. window: the scales to shade, from the first to the last of them.
+    colours: of each curve, a number of page.css's palette; in its order unless given. dashed: the names of
+    curves that are there for comparison.
     """
     left, right, top, bottom = 46, 98, 10, 36
     values = [v for points in curves.values() for p in points for v in p.values() if v is not None] + [0.0]
@@ -162,23 +182,38 @@ def chart(
         x = left + (s - scales[0]) / (scales[-1] - scales[0]) * (width - left - right)
         return x, top + (high - v) / (high - low) * (height - top - bottom)
 
-    paint = [f"c{i % COLOURS}{' dashed' * (name in dashed)}" for i, name in zip(colours or range(len(curves)), curves, strict=True)]
+    paint = [
+        f"c{i % COLOURS}{' dashed' * (name in dashed)}"
+        for i, name in zip(colours or range(len(curves)), curves, strict=True)
+    ]
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
-    parts += [_shaded(at, [s for s, inside in zip(scales, window, strict=True) if inside], low, high)] if window else []
+    parts += (
+        [_shaded(at, [s for s, inside in zip(scales, window, strict=True) if inside], low, high)]
+        if window
+        else []
+    )
     parts += [_horizontal(at, scales, v, left) for v in ticks(low, high)]
     parts += [_vertical(at, s, low, high, height - bottom) for s in scales]
-    parts.append(f'<text x="{(left + width - right) / 2:.0f}" y="{height - 4}" text-anchor="middle">scale</text>')
+    parts.append(
+        f'<text x="{(left + width - right) / 2:.0f}" y="{height - 4}" text-anchor="middle">scale</text>'
+    )
     parts += [_band(at, scales, points, c) for points, c in zip(curves.values(), paint, strict=True)]
     parts += [_line(at, scales, points, c) for points, c in zip(curves.values(), paint, strict=True)]
-    ends = spread([at(scales[-1], points[-1]["value"])[1] for points in curves.values()], 16, top + 6, height - bottom)
+    ends = spread(
+        [at(scales[-1], points[-1]["value"])[1] for points in curves.values()], 16, top + 6, height - bottom
+    )
     for name, colour, y in zip(curves, paint, ends, strict=True):
         fill = f"fill: var(--{colour.split()[0]})"
-        parts.append(f'<text class="label" x="{width - right + 8}" y="{y + 4:.1f}" style="{fill}">{escape(name)}</text>')
+        parts.append(
+            f'<text class="label" x="{width - right + 8}" y="{y + 4:.1f}" style="{fill}">{escape(name)}</text>'
+        )
     return "\n".join([*parts, "</svg>"])
 
 
 def ticks(low: float, high: float, count: int = 7) -> list[float]:
-    """At most about `count` round numbers within [low, high], low < high; steps are 1, 2 or 5 times a power of ten."""
+    """At most about `count` round numbers within [low, high], low < high; steps are 1, 2 or 5 times a power
+    of ten.
+    """
     raw = (high - low) / count
     if raw < 1e-200:  # too near to each other for numbers between them
         return []
@@ -221,7 +256,11 @@ def _vertical(at, scale: float, low: float, high: float, foot: float) -> str:
 
 
 def _band(at, scales: list[float], points: list[dict], colour: str) -> str:
-    ends = [(at(s, p["low"]), at(s, p["high"])) for s, p in zip(scales, points, strict=True) if None not in p.values()]
+    ends = [
+        (at(s, p["low"]), at(s, p["high"]))
+        for s, p in zip(scales, points, strict=True)
+        if None not in p.values()
+    ]
     outline = [low for low, _ in ends] + [high for _, high in reversed(ends)]
     return f'<polygon class="band {colour}" points="{_path(outline)}"/>'
 

@@ -1,4 +1,6 @@
-"""The tables of the transfer report, as HTML: the heat map, leakage, references, and every number of a control."""
+"""The tables of the transfer report, as HTML: the heat map, leakage, references, and every number of a
+control.
+"""
 
 import math
 from html import escape
@@ -6,18 +8,32 @@ from html import escape
 from analysis.pages.html import DASH, brackets, number, percent, ranged, scrolled, short, signed
 from analysis.pages.words import groups, is_own, is_verdict, members_of, readings, references, where
 
-MARKS = {"kept": "✓", "weaker": "↓", "stronger": "↑", "dead": "✕", "reversed": "⇄", "unclear": "?", "undefined": "–"}
+MARKS = {
+    "kept": "✓",
+    "weaker": "↓",
+    "stronger": "↑",
+    "dead": "✕",
+    "reversed": "⇄",
+    "unclear": "?",
+    "undefined": "–",
+}
 EMPTY = {"value": None, "low": None, "high": None}
-COLUMNS = {  # of a control's numbers: how each is read from a cell and an evaluator's reading of it; a column of dashes is left out
+# of a control's numbers: how each is read from a cell and an evaluator's reading of it; a column of dashes is
+# left out
+COLUMNS = {
     "slope": lambda cell, reading: ranged(reading["slope"], 3),
     "retention": lambda cell, reading: ranged(reading["retention"]),
-    "verdict": lambda cell, reading: reading["verdict"] if is_verdict(cell) else "source" if is_own(cell) else "for comparison",
+    "verdict": lambda cell, reading: (
+        reading["verdict"] if is_verdict(cell) else "source" if is_own(cell) else "for comparison"
+    ),
     "p equivalent": lambda cell, reading: small(_deep(reading, "equivalence", "p_holm")),
     "p different": lambda cell, reading: small(_deep(reading, "difference", "p_holm")),
     "matched scale": lambda cell, reading: ranged(reading["matched_scale"]),
     "most reached": lambda cell, reading: _reach(reading["matched_scale"].get("reach")),
     "area": lambda cell, reading: ranged(_deep(reading, "shape", "area") or EMPTY, 3),
-    "saturates at": lambda cell, reading: _deep(reading, "shape", "saturation") and signed(reading["shape"]["saturation"]),
+    "saturates at": lambda cell, reading: (
+        _deep(reading, "shape", "saturation") and signed(reading["shape"]["saturation"])
+    ),
     "monotonicity": lambda cell, reading: number(reading.get("monotonicity")),
     "right sign": lambda cell, reading: number(_deep(reading, "shape", "signs")),
     "smoothness": lambda cell, reading: number(_deep(reading, "shape", "smoothness")),
@@ -33,13 +49,21 @@ def small(p: float | None) -> str:
 
 
 def heat_map(cells: list[dict]) -> str:
-    """The table of the paper's T1: a row per control, a column per member, retention as colour; comparisons stand apart."""
+    """The table of the paper's T1: a row per control, a column per member, retention as colour; comparisons
+    stand apart.
+    """
     members, home = members_of(cells), cells[0]["source"]
     apart = [m for m in members if any(c["target"] == m and c.get("reference") for c in cells)]
     first = apart[:1]
     over = f'<tr><td></td><th scope="colgroup" colspan="{len(members) - len(apart)}">tried on</th>'
-    over += f'<th scope="colgroup" colspan="{len(apart)}" class="apart">for comparison</th></tr>' if apart else "</tr>"
-    names = "".join(f'<th scope="col"{_class("apart" * (m in first))}>{escape(short(m, home))}</th>' for m in members)
+    over += (
+        f'<th scope="colgroup" colspan="{len(apart)}" class="apart">for comparison</th></tr>'
+        if apart
+        else "</tr>"
+    )
+    names = "".join(
+        f'<th scope="col"{_class("apart" * (m in first))}>{escape(short(m, home))}</th>' for m in members
+    )
     rows = "\n".join(_heat_row(group, members, first, home) for group in groups(cells).values())
     table = f'<table class="heat">\n<thead>{over}<tr><td></td>{names}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>'
     return scrolled(table, "Retention of each control on each model")
@@ -48,7 +72,11 @@ def heat_map(cells: list[dict]) -> str:
 def _heat_row(group: list[dict], members: list[str], first: list[str], home: str) -> str:
     by_target = {c["target"]: c for c in group}
     columns = "".join(heat_cell(by_target.get(m), "apart" * (m in first)) for m in members)
-    away = f' <span class="away">from {escape(short(group[0]["source"], home))}</span>' if group[0]["source"] != home else ""
+    away = (
+        f' <span class="away">from {escape(short(group[0]["source"], home))}</span>'
+        if group[0]["source"] != home
+        else ""
+    )
     kind = f'<span class="from">{escape(group[0].get("kind", ""))}</span>'
     return f'<tr><th scope="row">{escape(group[0]["control"])}{away}{kind}</th>{columns}</tr>'
 
@@ -64,7 +92,10 @@ def heat_cell(cell: dict | None, kind: str = "") -> str:
     kept, verdict = cell["retention"], escape(cell["verdict"])
     ends = f"<small>{brackets(kept)}</small>" if kept["value"] is not None else ""
     word = f" {MARKS.get(verdict, '')} {verdict}" if is_verdict(cell) else ""
-    others = "".join(f"<small>{escape(f'{evaluator_name} {_second(cell, reading)}')}</small>" for evaluator_name, reading in list(readings(cell).items())[1:])
+    others = "".join(
+        f"<small>{escape(f'{evaluator_name} {_second(cell, reading)}')}</small>"
+        for evaluator_name, reading in list(readings(cell).items())[1:]
+    )
     style = f' style="{shade(kept["value"])}"'
     return f"<td{_class(kind)}{style}><strong>{number(kept['value'])}</strong>{word}{ends}{others}{clip}</td>"
 
@@ -72,7 +103,15 @@ def heat_cell(cell: dict | None, kind: str = "") -> str:
 def _second(cell: dict, reading: dict) -> str:
     """Another evaluator's retention, and its verdict."""
     word = reading["verdict"] if is_verdict(cell) else ""
-    return " ".join(filter(None, [number(reading["retention"]["value"]) if reading["retention"]["value"] is not None else "", word]))
+    return " ".join(
+        filter(
+            None,
+            [
+                number(reading["retention"]["value"]) if reading["retention"]["value"] is not None else "",
+                word,
+            ],
+        )
+    )
 
 
 def shade(value: float | None) -> str:
@@ -85,26 +124,39 @@ def shade(value: float | None) -> str:
 
 def leakage(rows: list[dict], home: str) -> str:
     """Control × attribute matrices, one per target and evaluator, with the choice of one of them."""
-    targets, evaluator_name = (list(dict.fromkeys(row[key] for row in rows)) for key in ("target", "evaluator"))
-    select = _select("target", "on", {t: short(t, home) for t in targets}) + _select("evaluator", "by", {w: w for w in evaluator_name})
-    parts = [matrix([r for r in rows if (r["target"], r["evaluator"]) == (t, w)], t, w, home) for w in evaluator_name for t in targets]
+    targets, evaluator_name = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("target", "evaluator")
+    )
+    select = _select("target", "on", {t: short(t, home) for t in targets}) + _select(
+        "evaluator", "by", {w: w for w in evaluator_name}
+    )
+    parts = [
+        matrix([r for r in rows if (r["target"], r["evaluator"]) == (t, w)], t, w, home)
+        for w in evaluator_name
+        for t in targets
+    ]
     return f'<div data-choices>\n<p class="choose">{select}</p>\n{chr(10).join(parts)}\n</div>'
 
 
 def _select(key: str, name: str, options: dict[str, str]) -> str:
-    inner = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options.items())
+    inner = "".join(
+        f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options.items()
+    )
     return f'<label for="choose-{key}">{name}</label> <select id="choose-{key}" data-choice="{key}">{inner}</select> '
 
 
 def matrix(rows: list[dict], target: str, evaluator: str, home: str) -> str:
-    """How far each control moves each attribute on one target, as a share of what the attribute's own control does."""
+    """How far each control moves each attribute on one target, as a share of what the attribute's own control
+    does.
+    """
     if not rows:
         return ""
     found = {(r["control"], r["attribute"]): r["share"] or EMPTY for r in rows}
     controls, attributes = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
     head = "".join(f'<th scope="col">{escape(a)}</th>' for a in attributes)
     lines = [
-        f'<tr><th scope="row">{escape(c)}</th>{"".join(_leak(found.get((c, a), EMPTY), c == a) for a in attributes)}</tr>' for c in controls
+        f'<tr><th scope="row">{escape(c)}</th>{"".join(_leak(found.get((c, a), EMPTY), c == a) for a in attributes)}</tr>'
+        for c in controls
     ]
     caption = f"<caption>on {escape(short(target, home))}, by {escape(evaluator)}</caption>"
     table = f'<table class="heat leak">{caption}\n<thead><tr><td></td>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody></table>'
@@ -134,7 +186,10 @@ def reference_table(cells: list[dict]) -> str:
 def _reference_row(cell: dict, rows: int) -> str:
     """A cell's row; the first one of a control names it for so many rows."""
     found = references(cell)
-    names = {key: f'<small class="from">{escape(found.get(key, {}).get("control", ""))}</small>' for key in ("ceiling", "wrong")}
+    names = {
+        key: f'<small class="from">{escape(found.get(key, {}).get("control", ""))}</small>'
+        for key in ("ceiling", "wrong")
+    }
     fields = [
         ranged(cell["retention"]),
         ranged(found.get("floor", {}).get("share") or EMPTY),
@@ -143,15 +198,28 @@ def _reference_row(cell: dict, rows: int) -> str:
         ranged(found.get("rerun", {}).get("effect") or EMPTY, 3),
     ]
     head = f'<th scope="rowgroup" rowspan="{rows}">{escape(cell["control"])}</th>' if rows else ""
-    return f'<tr>{head}<th scope="row">{escape(where(cell))}</th>' + "".join(f"<td>{f}</td>" for f in fields) + "</tr>"
+    return (
+        f'<tr>{head}<th scope="row">{escape(where(cell))}</th>'
+        + "".join(f"<td>{f}</td>" for f in fields)
+        + "</tr>"
+    )
 
 
 def numbers_table(group: list[dict]) -> str:
     """All numbers of one control: a row per member and evaluator."""
-    pairs = [(cell, evaluator_name, reading) for cell in group for evaluator_name, reading in readings(cell).items()]
-    columns = {name: [read(cell, reading) or DASH for cell, _, reading in pairs] for name, read in COLUMNS.items()}
+    pairs = [
+        (cell, evaluator_name, reading)
+        for cell in group
+        for evaluator_name, reading in readings(cell).items()
+    ]
+    columns = {
+        name: [read(cell, reading) or DASH for cell, _, reading in pairs] for name, read in COLUMNS.items()
+    }
     columns = {name: column for name, column in columns.items() if set(column) != {DASH}}
-    columns |= {f"at {signed(s)}": [ranged(r["effect"][k], 3) for _, _, r in pairs] for k, s in enumerate(group[0]["scales"])}
+    columns |= {
+        f"at {signed(s)}": [ranged(r["effect"][k], 3) for _, _, r in pairs]
+        for k, s in enumerate(group[0]["scales"])
+    }
     head = "".join(f'<th scope="col">{name}</th>' for name in ("on", "by", *columns))
     rows = [
         f'<tr><th scope="row">{escape(where(cell))}</th><td class="by">{escape(evaluator_name)}</td>'
@@ -175,7 +243,11 @@ def _reach(reach: dict | None) -> str:
 
 
 def _matched(found: dict | None) -> str:
-    return f"{number(found['target'])}, source {number(found['source'])}, difference {ranged(found['difference'])}" if found else DASH
+    return (
+        f"{number(found['target'])}, source {number(found['source'])}, difference {ranged(found['difference'])}"
+        if found
+        else DASH
+    )
 
 
 def _class(names: str) -> str:

@@ -66,17 +66,32 @@ SCRIPT = """<script>
 def render(results: dict, folder: Path) -> str:
     """The page as text."""
     cells, names, control = results["cells"], results["evaluators"], results["control"]
-    lead = (f"{len(cells)} ways to draw, {cells[0]['prompts']} prompts × {cells[0]['seeds']} seeds each, paired by seed"
-            f"{', and the control ' + control if control else ''}.")  # fmt: skip
+    lead = (
+        f"{len(cells)} ways to draw, {cells[0]['prompts']} prompts × {cells[0]['seeds']} seeds each, paired by seed"
+        f"{', and the control ' + control if control else ''}."
+    )
     tolerance = results["config"]["tolerance"]
     parts = [
         charts.sentences(findings(cells, results["base"], tolerance, control)),
         section("Step by step", scrubber(results, folder)),
-        section("How far from the final image", figures(*(distance(cells, name) for name in names)), note=NOTES["distance"]),
-        section("Commitment", commitments(cells, names), figures(*(forests(cells, name) for name in names)), note=NOTES["commitment"]),
+        section(
+            "How far from the final image",
+            figures(*(distance(cells, name) for name in names)),
+            note=NOTES["distance"],
+        ),
+        section(
+            "Commitment",
+            commitments(cells, names),
+            figures(*(forests(cells, name) for name in names)),
+            note=NOTES["commitment"],
+        ),
         section("Begun and abandoned", abandoned(cells), *strips(cells, folder), note=NOTES["abandoned"]),
-        section(f"The control {control}", *effects(cells, names, results["config"]["bands"])) if control else "",
-        section("Sheets", *(sheet(results, folder, k) for k in range(results["shown"])), note=NOTES["sheets"]),
+        section(f"The control {control}", *effects(cells, names, results["config"]["bands"]))
+        if control
+        else "",
+        section(
+            "Sheets", *(sheet(results, folder, k) for k in range(results["shown"])), note=NOTES["sheets"]
+        ),
     ]
     return charts.page("What a model believes at every step", lead, parts, results, STYLE)
 
@@ -85,7 +100,11 @@ def label(cell: dict) -> str:
     """A plan by its student: "dmd", "dmd hybrid(1)", "base(4)"."""
     if cell["plan"] in ("base", "student"):
         return cell["student"]
-    return cell["plan"] if cell["plan"].startswith((f"{cell['student']}(", "interval")) else f"{cell['student']} {cell['plan']}"
+    return (
+        cell["plan"]
+        if cell["plan"].startswith((f"{cell['student']}(", "interval"))
+        else f"{cell['student']} {cell['plan']}"
+    )
 
 
 def findings(cells: list[dict], base: str, tolerance: float, control: str) -> list[str]:
@@ -95,7 +114,10 @@ def findings(cells: list[dict], base: str, tolerance: float, control: str) -> li
         if c["plan"] not in ("base", "student"):
             continue
         when = c["commitment"].items()
-        when = "; ".join(f"by {name} after {shown(w['share'], 2)} of the steps, at t {shown(w['t'], 0)}" for name, w in when)
+        when = "; ".join(
+            f"by {name} after {shown(w['share'], 2)} of the steps, at t {shown(w['t'], 0)}"
+            for name, w in when
+        )
         found.append(f"{label(c)} commits (within {tolerance:g}) {when}.")
         if control and "control" in c:
             half = "; ".join(f"by {name} at t {shown(e['half']['t'], 0)}" for name, e in c["control"].items())
@@ -106,9 +128,11 @@ def findings(cells: list[dict], base: str, tolerance: float, control: str) -> li
 def scrubber(results: dict, folder: Path) -> str:
     """A range input over the share of the steps, and beneath it every member's x_t and x0 at that moment."""
     most = max(len(c["steps"]) for c in results["cells"])
-    dial = (f'<div class="scrubber"><button id="play" type="button">Play</button>'
-            f'<input id="share" type="range" min="0" max="{4 * most}" value="{4 * most}" step="1" aria-label="share of the steps">'
-            f'<output id="now" for="share">100 %</output></div>')  # fmt: skip
+    dial = (
+        f'<div class="scrubber"><button id="play" type="button">Play</button>'
+        f'<input id="share" type="range" min="0" max="{4 * most}" value="{4 * most}" step="1" aria-label="share of the steps">'
+        f'<output id="now" for="share">100 %</output></div>'
+    )
     note = '<p class="note">x_t above, x0 below. Arrow keys move the slider by a fraction of a step, Home and End to its ends.</p>'
     heads = [f"<h3>{escape(results['prompts'][k])}</h3>" for k in range(results["shown"])]
     runs = [f'{head}\n<div class="run">{films(results, folder, k)}</div>' for k, head in enumerate(heads)]
@@ -126,20 +150,31 @@ def films(results: dict, folder: Path, k: int) -> str:
             small = " small" if len(data) < 100_000 else ""
             about = f"{label(cell)}: x_t above, x0 below, {len(steps)} steps"
             head = f"<figcaption><b>{escape(label(cell))}</b><br><small></small></figcaption>"
-            found.append(f'<figure>{head}<div class="film{small}" role="img" aria-label="{escape(about)}" '
-                         f'data-levels="{json.dumps(steps)}" style="{style}"></div></figure>')  # fmt: skip
+            found.append(
+                f'<figure>{head}<div class="film{small}" role="img" aria-label="{escape(about)}" '
+                f'data-levels="{json.dumps(steps)}" style="{style}"></div></figure>'
+            )
     return "".join(found)
 
 
 def distance(cells: list[dict], name: str) -> str:
     """The paper's Fig 5: distance of x0 to the final image over the share of the steps."""
-    curves = {label(c): [(step["share"], p) for step, p in zip(c["steps"], c["distance"][name], strict=True)] for c in cells}
-    return figure(f"by {name}", lines(curves, "share of the steps", "", f"distance of x0 to the final image by {name}"))
+    curves = {
+        label(c): [(step["share"], p) for step, p in zip(c["steps"], c["distance"][name], strict=True)]
+        for c in cells
+    }
+    return figure(
+        f"by {name}", lines(curves, "share of the steps", "", f"distance of x0 to the final image by {name}")
+    )
 
 
 def commitments(cells: list[dict], names: list[str]) -> str:
     heads = [head for name in names for head in (f"share, by {name}", "t")]
-    when = lambda c: [shown(c["commitment"][name][key], digits) for name in names for key, digits in (("share", 2), ("t", 0))]  # noqa: E731
+    when = lambda c: [
+        shown(c["commitment"][name][key], digits)
+        for name in names
+        for key, digits in (("share", 2), ("t", 0))
+    ]  # noqa: E731
     rows = [[label(c), *when(c)] for c in cells]
     return table(["", *heads], rows)
 
@@ -153,7 +188,10 @@ def forests(cells: list[dict], name: str) -> str:
 def abandoned(cells: list[dict]) -> str:
     if all(c["abandoned"]["falls"] is None for c in cells):
         return ""
-    rows = [[label(c), *(shown(c["abandoned"][key], 2) for key in ("falls", "rises_and_falls")), str(c["images"])] for c in cells]
+    rows = [
+        [label(c), *(shown(c["abandoned"][key], 2) for key in ("falls", "rises_and_falls")), str(c["images"])]
+        for c in cells
+    ]
     return table(["", f"falls, by {cells[0]['abandoned']['evaluator']}", "rises and falls", "images"], rows)
 
 
@@ -163,21 +201,38 @@ def strips(cells: list[dict], folder: Path) -> list[str]:
     for c in cells:
         path = is_file(folder, c["abandoned"].get("picture"))
         if path:
-            says = [(f"{e['concept']} in “{e['prompt']}”", ", ".join(number(v, 1) for v in e["score"])) for e in c["abandoned"]["examples"]]
+            says = [
+                (f"{e['concept']} in “{e['prompt']}”", ", ".join(number(v, 1) for v in e["score"]))
+                for e in c["abandoned"]["examples"]
+            ]
             items = "".join(f"<li>{escape(what)}: {scores}</li>" for what, scores in says)
-            found.append(f"<h3>{escape(label(c))}</h3>{charts.picture(path, 'x0 at every step')}<ul class='note'>{items}</ul>")
+            found.append(
+                f"<h3>{escape(label(c))}</h3>{charts.picture(path, 'x0 at every step')}<ul class='note'>{items}</ul>"
+            )
     return found
 
 
 def effects(cells: list[dict], names: list[str], bands: list[float]) -> list[str]:
     """The effect over the steps, and the matrix of what a part of the steps does."""
     followed = [c for c in cells if "control" in c]
-    points = lambda c, name: [(step["share"], p) for step, p in zip(c["steps"], c["control"][name]["effect"], strict=True)]  # noqa: E731
+    points = lambda c, name: [
+        (step["share"], p) for step, p in zip(c["steps"], c["control"][name]["effect"], strict=True)
+    ]  # noqa: E731
     names = [name for name in names if followed and name in followed[0]["control"]]  # those that read words
     curves = {name: {label(c): points(c, name) for c in followed} for name in names}
-    drawn = figures(*(figure(f"by {name}", lines(curves[name], "share of the steps", "", f"effect by {name}")) for name in names))
+    drawn = figures(
+        *(
+            figure(f"by {name}", lines(curves[name], "share of the steps", "", f"effect by {name}"))
+            for name in names
+        )
+    )
     notes = [f'<p class="note">{escape(NOTES[key])}</p>' for key in ("effect", "parts")]
-    return [notes[0], drawn, notes[1], *(matrix([c for c in followed if c["control"][name]["parts"]], name, bands) for name in names)]
+    return [
+        notes[0],
+        drawn,
+        notes[1],
+        *(matrix([c for c in followed if c["control"][name]["parts"]], name, bands) for name in names),
+    ]
 
 
 def matrix(cells: list[dict], name: str, cuts: list[float]) -> str:

@@ -26,19 +26,28 @@ def render(results: dict, folder: Path) -> str:
     """The page as text. folder: where the pictures' paths start."""
     results = {**results, "cells": list(map(of.led, results["cells"]))}
     cells = results["cells"]
-    groups, colours, margin = of.groups(cells), colours_of(of.members_of(cells)), results.get("margin", list(MARGIN))
+    groups, colours, margin = (
+        of.groups(cells),
+        colours_of(of.members_of(cells)),
+        results.get("margin", list(MARGIN)),
+    )
     names = {key: f"control-{i}" for i, key in enumerate(groups, 1)}
     body = Template(BODY.read_text(encoding="utf-8")).substitute(
         links=_links(results),
         tally=escape(of.tally(cells)),
         legend=_legend(cells) if len(groups) > OPEN else "",
-        verdicts="\n".join(verdicts(group, names[key], cells[0]["source"], len(groups) <= OPEN) for key, group in groups.items()),
+        verdicts="\n".join(
+            verdicts(group, names[key], cells[0]["source"], len(groups) <= OPEN)
+            for key, group in groups.items()
+        ),
         second_note=escape(_second_note(of.evaluators_of(cells))),
         heat=heat_map(cells),
         comparison_note=escape(_comparison_note(cells)),
         dial=page_dial(cells),
         rows=escape(_rows(results, folder)),
-        controls="\n".join(control_section(group, folder, names[key], colours, margin) for key, group in groups.items()),
+        controls="\n".join(
+            control_section(group, folder, names[key], colours, margin) for key, group in groups.items()
+        ),
         leakage=_leakage(results),
         references=_references(cells),
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(results)),
@@ -77,14 +86,18 @@ def chip(cell: dict) -> str:
     word, value = cell["verdict"], cell["matched_scale"]["value"]
     numbers = f" {number(cell['retention']['value'])}" if word != "undefined" else ""
     reach = cell["matched_scale"].get("reach")
-    scale = f"scale {number(value, 1)}" if value is not None else f"at most {of.reached(reach)}" if reach else ""
+    scale = (
+        f"scale {number(value, 1)}" if value is not None else f"at most {of.reached(reach)}" if reach else ""
+    )
     use = f' <span class="use">{scale}</span>' if scale else ""
     mark = f'<span class="mark" aria-hidden="true">{MARKS.get(word, "")}</span><span class="unseen">{escape(word)} on </span>'
     return f'<span class="chip {escape(word)}">{mark}{escape(where(cell))}<b>{numbers}</b>{use}</span>'
 
 
 def sentence(cell: dict) -> str:
-    """The headline of a cell with its mark, the control's name (which stands above it) read but not seen, the next step in bold."""
+    """The headline of a cell with its mark, the control's name (which stands above it) read but not seen, the
+    next step in bold.
+    """
     mark = f'<span class="mark {escape(cell["verdict"])}" aria-hidden="true">{MARKS.get(cell["verdict"], "")}</span>'
     if not is_verdict(cell) or cell["verdict"] == "undefined":
         return mark + escape(headline(cell))
@@ -94,7 +107,9 @@ def sentence(cell: dict) -> str:
 
 def _legend(cells: list[dict]) -> str:
     found = [word for word in of.WORDS if any(c["verdict"] == word for c in cells if is_verdict(c))]
-    return " ".join(f'<span class="{w}"><span class="mark" aria-hidden="true">{MARKS[w]}</span>{w}</span>' for w in found)
+    return " ".join(
+        f'<span class="{w}"><span class="mark" aria-hidden="true">{MARKS[w]}</span>{w}</span>' for w in found
+    )
 
 
 def _lead(cells: list[dict]) -> str:
@@ -105,17 +120,26 @@ def _lead(cells: list[dict]) -> str:
 
 
 def _second_note(evaluators: list[str]) -> str:
-    return f"Measured by {evaluators[0]}; beneath it by {', '.join(evaluators[1:])}." if evaluators[1:] else ""
+    return (
+        f"Measured by {evaluators[0]}; beneath it by {', '.join(evaluators[1:])}." if evaluators[1:] else ""
+    )
 
 
 def _comparison_note(cells: list[dict]) -> str:
     few = [where(c) for c in cells if c.get("reference") and ":few(" in c["target"]]
-    return f"{few[0]} is that member in so few steps, without guidance: what the sampler does, apart from the weights." if few else ""
+    return (
+        f"{few[0]} is that member in so few steps, without guidance: what the sampler does, apart from the weights."
+        if few
+        else ""
+    )
 
 
 def _rows(results: dict, folder: Path) -> str:
     """What the rows of the sheets are, where the record says so."""
-    prompts, pictures = results.get("config", {}).get("prompts"), [c for c in results["cells"] if c.get("picture")]
+    prompts, pictures = (
+        results.get("config", {}).get("prompts"),
+        [c for c in results["cells"] if c.get("picture")],
+    )
     path = is_file(folder, pictures[0]["picture"]) if pictures else None
     if not prompts or path is None:
         return ""
@@ -159,9 +183,15 @@ control</b>: another control, measured by this one's words. <b>Normalised</b>: w
 def _facts(results: dict) -> Iterator[tuple[str, str]]:
     """When, how long and with what, as far as the record says so."""
     cost, versions = results.get("cost"), results.get("versions", {})
-    yield "Made", " · ".join(filter(None, [results.get("created"), f"{results.get('seconds', 0):.0f} s in all"]))
+    yield (
+        "Made",
+        " · ".join(filter(None, [results.get("created"), f"{results.get('seconds', 0):.0f} s in all"])),
+    )
     if cost:
-        yield "Cost", f"{cost['drawn']} images drawn in {cost['seconds']:.0f} s, {cost['cached']} were there already"
+        yield (
+            "Cost",
+            f"{cost['drawn']} images drawn in {cost['seconds']:.0f} s, {cost['cached']} were there already",
+        )
     if versions:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
     hashes = {c["control"]: c["hash"] for c in results["cells"] if c.get("hash")}
@@ -171,5 +201,7 @@ def _facts(results: dict) -> Iterator[tuple[str, str]]:
 
 def _images(cells: list[dict]) -> str:
     counts = {(c["prompts"], c["seeds"], len(c["scales"])) for c in cells}
-    each = " or ".join(f"{p} prompt{'s' * (p != 1)} × {s} seed{'s' * (s != 1)} × {k} scales" for p, s, k in sorted(counts))
+    each = " or ".join(
+        f"{p} prompt{'s' * (p != 1)} × {s} seed{'s' * (s != 1)} × {k} scales" for p, s, k in sorted(counts)
+    )
     return f"{each} per control and model, {sum(c['images'] for c in cells)} images in all."

@@ -1,8 +1,19 @@
-"""The cells of the transfer validator's record: in groups, in order, and in sentences. Plain text, no HTML, no torch."""
+"""The cells of the transfer validator's record: in groups, in order, and in sentences.
+
+Plain text, no HTML, no torch.
+"""
 
 from analysis.pages.html import number, ranged, short, signed
 
-WORDS = ("kept", "weaker", "stronger", "dead", "reversed", "unclear", "undefined")  # the verdicts, best news first
+WORDS = (
+    "kept",
+    "weaker",
+    "stronger",
+    "dead",
+    "reversed",
+    "unclear",
+    "undefined",
+)  # the verdicts, best news first
 
 
 def led(cell: dict) -> dict:
@@ -26,7 +37,9 @@ def where(cell: dict) -> str:
 
 
 def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """The cells of each (control, source), in order of appearance: the source's own first, those for comparison last."""
+    """The cells of each (control, source), in order of appearance: the source's own first, those for
+    comparison last.
+    """
     found: dict[tuple[str, str], list[dict]] = {}
     for cell in sorted(cells, key=_place):
         found.setdefault((cell["control"], cell["source"]), []).append(cell)
@@ -78,7 +91,11 @@ def advice(cell: dict) -> str:
     value, word = cell["matched_scale"]["value"], cell["verdict"]
     sure = "use" if word in ("kept", "weaker", "stronger") else "try"
     scale = nearest(cell) if value is None else f"{sure} scale {number(value, 1)}"
-    more = {"dead": f"train one on {where(cell)}", "reversed": f"train one on {where(cell)}", "unclear": "more prompts would tell"}
+    more = {
+        "dead": f"train one on {where(cell)}",
+        "reversed": f"train one on {where(cell)}",
+        "unclear": "more prompts would tell",
+    }
     return f"{scale}; {more[word]}" if word in more else scale
 
 
@@ -88,7 +105,9 @@ def nearest(cell: dict) -> str:
     if "reach" not in matched:  # a record from before it was measured
         return f"no scale up to {signed(cell['scales'][-1])} reaches the source's effect"
     if matched["reach"] is None:
-        return f"no scale to match, since its effect at +1 on {short(cell['source'])} cannot be told from none"
+        return (
+            f"no scale to match, since its effect at +1 on {short(cell['source'])} cannot be told from none"
+        )
     if matched["reach"]["share"] <= 0:
         return "no positive scale has any of the source's effect"
     return f"at most {reached(matched['reach'])} of the source's effect, at scale {number(matched['reach']['scale'], 1)}"
@@ -112,7 +131,9 @@ def tally(cells: list[dict]) -> str:
     if not found:
         return ""
     counts = [f"{found.count(word)} {word}" for word in WORDS if word in found]
-    return f"Of {len(found)} pair{'s' * (len(found) != 1)} of a control and another model: {', '.join(counts)}."
+    return (
+        f"Of {len(found)} pair{'s' * (len(found) != 1)} of a control and another model: {', '.join(counts)}."
+    )
 
 
 def _place(cell: dict) -> int:

@@ -1,4 +1,6 @@
-"""The embedded family's evaluators: a small CLIP and an attribute probe, trained on the world, apart from the generator."""
+"""The embedded family's evaluators: a small CLIP and an attribute probe, trained on the world, apart from the
+generator.
+"""
 
 import json
 from pathlib import Path
@@ -43,7 +45,9 @@ class Probe(nn.Module):
     def load(cls, folder: Path) -> "Probe":
         """The saved probe, in fp32, ready to evaluate."""
         probe = cls(**json.loads((Path(folder) / "config.json").read_text()))
-        probe.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()})
+        probe.load_state_dict(
+            {k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()}
+        )
         return probe.eval().requires_grad_(False)
 
 
@@ -62,6 +66,12 @@ def clip_images(model, images: Tensor) -> Tensor:
 @torch.no_grad()
 def clip_texts(model, tokenizer, texts: list[str]) -> Tensor:
     """CLIP embeddings of texts, unit length, (B, d)."""
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    ids = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
     out = model.text_model(input_ids=ids).pooler_output
     return nn.functional.normalize(model.text_projection(out), dim=-1)

@@ -1,7 +1,8 @@
 """The world of the embedded family: portraits drawn by a program, with every attribute known.
 
-A `Face` is the truth, `draw` makes the picture, `describe` says part of the truth in plain English and `attributes`
-gives it as numbers. What a caption leaves out is free to vary: that is what diversity means in this world.
+A `Face` is the truth, `draw` makes the picture, `describe` says part of the truth in plain English and
+`attributes` gives it as numbers. What a caption leaves out is free to vary: that is what diversity means in
+this world.
 """
 
 import math
@@ -17,15 +18,37 @@ DRAWN_PX = 256  # drawn four times as large, then averaged: anti-aliasing
 SKINS = {"light": (247, 214, 190), "tan": (214, 160, 118), "dark": (132, 86, 60)}
 HAIRS = {"black": (38, 32, 34), "brown": (112, 70, 40), "blond": (232, 196, 104), "red": (190, 78, 36)}
 HAIR_STYLES = ("bald", "short", "long", "curly")
-BACKGROUNDS = {"blue": (94, 142, 214), "green": (110, 176, 112), "pink": (238, 164, 186), "yellow": (242, 214, 110),
-               "white": (238, 238, 236), "purple": (148, 112, 184)}  # fmt: skip
+BACKGROUNDS = {
+    "blue": (94, 142, 214),
+    "green": (110, 176, 112),
+    "pink": (238, 164, 186),
+    "yellow": (242, 214, 110),
+    "white": (238, 238, 236),
+    "purple": (148, 112, 184),
+}
 SHIRTS = ((58, 74, 110), (170, 60, 60), (70, 120, 90), (226, 226, 220), (60, 60, 64))
 HAT = (70, 54, 120)
-STYLES = ("crayon", "watercolour", "pixel")  # never in the base's training data: the subjects of customisation
+STYLES = (
+    "crayon",
+    "watercolour",
+    "pixel",
+)  # never in the base's training data: the subjects of customisation
 
-ATTRIBUTES = ("age", "smile", "eyes", "glasses", "beard", "hat", "x", "size",
-              *(f"skin {s}" for s in SKINS), *(f"hair {s}" for s in HAIR_STYLES),
-              *(f"hair {c}" for c in HAIRS), *(f"background {b}" for b in BACKGROUNDS), *(f"style {s}" for s in STYLES))  # fmt: skip
+ATTRIBUTES = (
+    "age",
+    "smile",
+    "eyes",
+    "glasses",
+    "beard",
+    "hat",
+    "x",
+    "size",
+    *(f"skin {s}" for s in SKINS),
+    *(f"hair {s}" for s in HAIR_STYLES),
+    *(f"hair {c}" for c in HAIRS),
+    *(f"background {b}" for b in BACKGROUNDS),
+    *(f"style {s}" for s in STYLES),
+)
 
 
 @dataclass(frozen=True)
@@ -69,16 +92,28 @@ def random_face(rng: np.random.Generator, style: str = "") -> Face:
 
 
 def attributes(face: Face) -> np.ndarray:
-    """The truth as numbers, (len(ATTRIBUTES),) float32: scalars as they are, names as one-hot; a bald head has no hair colour."""
+    """The truth as numbers, (len(ATTRIBUTES),) float32: scalars as they are, names as one-hot; a bald head
+    has no hair colour.
+    """
     one_hot = lambda name, names: [float(name == n) for n in names]  # noqa: E731
     colour = [0.0] * len(HAIRS) if face.hair == "bald" else one_hot(face.hair_colour, HAIRS)
     scalars = [face.age, face.smile, face.eyes, face.glasses, face.beard, face.hat, face.x, face.size]
-    return np.array([*map(float, scalars), *one_hot(face.skin, SKINS), *one_hot(face.hair, HAIR_STYLES), *colour,
-                     *one_hot(face.background, BACKGROUNDS), *one_hot(face.style, STYLES)], np.float32)  # fmt: skip
+    return np.array(
+        [
+            *map(float, scalars),
+            *one_hot(face.skin, SKINS),
+            *one_hot(face.hair, HAIR_STYLES),
+            *colour,
+            *one_hot(face.background, BACKGROUNDS),
+            *one_hot(face.style, STYLES),
+        ],
+        np.float32,
+    )
 
 
 def describe(face: Face, rng: np.random.Generator | None = None, keep: float = 0.5) -> str:
-    """A caption that says each attribute with probability `keep`, in random order; rng None says all of them in order.
+    """A caption that says each attribute with probability `keep`, in random order; rng None says all of them
+    in order.
 
     Middle values of age, eyes, size and position have no word, so a caption never lies.
     """
@@ -119,11 +154,24 @@ def describe(face: Face, rng: np.random.Generator | None = None, keep: float = 0
 def claims(text: str) -> dict[str, float]:
     """What a description claims, as attribute -> value: the inverse of `describe`, for words in any order.
 
-    "portrait of an old person, smiling, no hat" -> {"age": 1, "smile": 1, "hat": 0}. Unknown words claim nothing.
+    "portrait of an old person, smiling, no hat" -> {"age": 1, "smile": 1, "hat": 0}. Unknown words claim
+    nothing.
     """
-    known = {"young": ("age", 0), "middle-aged": ("age", 0.5), "old": ("age", 1), "smiling": ("smile", 1), "serious": ("smile", 0),
-             "frowning": ("smile", -1), "big eyes": ("eyes", 1), "small eyes": ("eyes", 0), "bald": ("hair bald", 1),
-             "on the left": ("x", -1), "on the right": ("x", 1), "close up": ("size", 1), "far away": ("size", 0)}  # fmt: skip
+    known = {
+        "young": ("age", 0),
+        "middle-aged": ("age", 0.5),
+        "old": ("age", 1),
+        "smiling": ("smile", 1),
+        "serious": ("smile", 0),
+        "frowning": ("smile", -1),
+        "big eyes": ("eyes", 1),
+        "small eyes": ("eyes", 0),
+        "bald": ("hair bald", 1),
+        "on the left": ("x", -1),
+        "on the right": ("x", 1),
+        "close up": ("size", 1),
+        "far away": ("size", 0),
+    }
     found = {name: float(value) for words, (name, value) in known.items() if re.search(rf"\b{words}\b", text)}
     for thing in ("glasses", "beard", "hat"):
         if re.search(rf"\b{thing}\b", text):
@@ -211,7 +259,11 @@ def draw(face: Face) -> np.ndarray:
     for side in (-1, 1):
         ellipse(side * 0.33, -0.04, r * 1.22, r, (252, 252, 250), dark, 0.03)
         ellipse(side * 0.33, -0.03, r * 0.6, r * 0.66, dark)
-        line([(side * 0.5, -0.25 - r * 0.4), (side * 0.34, -0.3 - r * 0.4), (side * 0.18, -0.26 - r * 0.4)], brow, 0.07)
+        line(
+            [(side * 0.5, -0.25 - r * 0.4), (side * 0.34, -0.3 - r * 0.4), (side * 0.18, -0.26 - r * 0.4)],
+            brow,
+            0.07,
+        )
     line([(0.02, 0.02), (0.1, 0.27), (-0.05, 0.29)], shade, 0.055)
 
     # mouth: a parabola, opened with teeth for a broad smile
@@ -228,7 +280,9 @@ def draw(face: Face) -> np.ndarray:
         line([(-0.07, -0.06), (0.07, -0.06)], (24, 24, 30), 0.06)
     if face.hat:
         pen.pieslice((*at(-wide - 0.02, -1.42), *at(wide + 0.02, 0.18)), 180, 360, HAT)
-        pen.rounded_rectangle((*at(-wide - 0.24, -0.68), *at(wide + 0.24, -0.5)), 0.09 * unit, _mix(HAT, (0, 0, 0), 0.35))
+        pen.rounded_rectangle(
+            (*at(-wide - 0.24, -0.68), *at(wide + 0.24, -0.5)), 0.09 * unit, _mix(HAT, (0, 0, 0), 0.35)
+        )
 
     plain = np.asarray(image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX))
     return _STYLES[face.style](plain) if face.style else plain
@@ -256,7 +310,9 @@ def _pixel(plain: np.ndarray) -> np.ndarray:
     """A 16x16 mosaic in 125 colours."""
     small = Image.fromarray(plain).resize((16, 16), Image.Resampling.BOX)
     flat = np.round(np.asarray(small, float) / 64) * 64
-    return np.asarray(Image.fromarray(flat.astype(np.uint8)).resize((SIZE_PX, SIZE_PX), Image.Resampling.NEAREST))
+    return np.asarray(
+        Image.fromarray(flat.astype(np.uint8)).resize((SIZE_PX, SIZE_PX), Image.Resampling.NEAREST)
+    )
 
 
 _STYLES = {"crayon": _crayon, "watercolour": _watercolour, "pixel": _pixel}

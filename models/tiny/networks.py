@@ -9,7 +9,14 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from models.tiny import world
 
@@ -19,8 +26,13 @@ SIZE_IDS = (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)  # SDXL's micro-conditioning: orig
 
 def new_vae() -> AutoencoderTiny:
     """The autoencoder, 64x64x3 <-> 16x16x4."""
-    return AutoencoderTiny(encoder_block_out_channels=(24,) * 3, decoder_block_out_channels=(24,) * 3,
-                           num_encoder_blocks=(1, 1, 4), num_decoder_blocks=(5, 2, 1), latent_channels=4)  # fmt: skip
+    return AutoencoderTiny(
+        encoder_block_out_channels=(24,) * 3,
+        decoder_block_out_channels=(24,) * 3,
+        num_encoder_blocks=(1, 1, 4),
+        num_decoder_blocks=(5, 2, 1),
+        latent_channels=4,
+    )
 
 
 def new_clip(words) -> CLIPModel:
@@ -36,46 +48,80 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     people = world.faces(4000, 1, styled=0.3)
     bpe = Tokenizer(BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
     letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz0123456789-,.'" for end in ("", "</w>")]
     special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(vocab_size=600, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=600, special_tokens=special, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(world.captions(people, 1, keep=0.8), trainer)
     state = json.loads(bpe.to_str())["model"]
     vocab = list(state["vocab"])
     vocab += [c for c in letters if c not in vocab]
-    words = CLIPTokenizer(vocab={w: i for i, w in enumerate(vocab)}, merges=[tuple(m) for m in state["merges"]],
-                          model_max_length=TOKENS, pad_token="<|endoftext|>")  # fmt: skip
+    words = CLIPTokenizer(
+        vocab={w: i for i, w in enumerate(vocab)},
+        merges=[tuple(m) for m in state["merges"]],
+        model_max_length=TOKENS,
+        pad_token="<|endoftext|>",
+    )
     words.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def vocabulary(words) -> dict:
     """The part of a CLIP text config that the tokenizer decides."""
-    return {"vocab_size": len(words), "max_position_embeddings": TOKENS, "bos_token_id": words.bos_token_id,
-            "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}  # fmt: skip
+    return {
+        "vocab_size": len(words),
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
 
 
 def text_encoders(words) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """SDXL's pair of text encoders, small: the penultimate states of both are the tokens, the second also pools."""
-    common = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2, "projection_dim": 64, **vocabulary(words)}
-    return (CLIPTextModel(CLIPTextConfig(**common, num_hidden_layers=2)),
-            CLIPTextModelWithProjection(CLIPTextConfig(**common, num_hidden_layers=3)))  # fmt: skip
+    """SDXL's pair of text encoders, small: the penultimate states of both are the tokens, the second also
+    pools.
+    """
+    common = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 2,
+        "projection_dim": 64,
+        **vocabulary(words),
+    }
+    return (
+        CLIPTextModel(CLIPTextConfig(**common, num_hidden_layers=2)),
+        CLIPTextModelWithProjection(CLIPTextConfig(**common, num_hidden_layers=3)),
+    )
 
 
 def new_unet() -> UNet2DConditionModel:
     """SDXL's U-Net, small: attention at the two lower levels, micro-conditioning, 3.5 M parameters."""
     return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(48, 80, 96), layers_per_block=1, norm_num_groups=16,
+        sample_size=16,
+        block_out_channels=(48, 80, 96),
+        layers_per_block=1,
+        norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=1, attention_head_dim=(2, 2, 3), cross_attention_dim=128, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=16, projection_class_embeddings_input_dim=64 + 6 * 16,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+        transformer_layers_per_block=1,
+        attention_head_dim=(2, 2, 3),
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=64 + 6 * 16,
+    ).to(memory_format=torch.channels_last)
 
 
 class Text(torch.nn.Module):
-    """The two encoders as one module: token ids (B, L) -> tokens (B, L, 128), pooled (B, 64). Trained with the U-Net."""
+    """The two encoders as one module: token ids (B, L) -> tokens (B, L, 128), pooled (B, 64).
+
+    Trained with the U-Net.
+    """
 
     def __init__(self, words):
         super().__init__()
@@ -88,7 +134,9 @@ class Text(torch.nn.Module):
 
 
 def tokens(words, texts: list[str]) -> Tensor:
-    return words(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+    return words(
+        texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+    ).input_ids
 
 
 def predict(net, x, t, states, pooled) -> Tensor:

@@ -10,7 +10,10 @@ from models.tiny.faces import STYLES, Face, attributes, describe, draw, random_f
 
 
 def faces(n: int, seed: int, styled: float = 0.0) -> list[Face]:
-    """n random faces; a share `styled` of them in one of the held-out styles. Face k depends on (seed, k) alone."""
+    """n random faces; a share `styled` of them in one of the held-out styles.
+
+    Face k depends on (seed, k) alone.
+    """
     found = []
     for k in range(n):
         rng = np.random.default_rng((seed, k))
@@ -19,10 +22,15 @@ def faces(n: int, seed: int, styled: float = 0.0) -> list[Face]:
 
 
 def siblings(n: int, seed: int, styled: float = 0.0) -> list[Face]:
-    """n faces in groups of four that differ only in age, smile, eyes, glasses, beard and hat: hard to tell apart."""
+    """n faces in groups of four that differ only in age, smile, eyes, glasses, beard and hat: hard to tell
+    apart.
+    """
     own = ("age", "smile", "eyes", "glasses", "beard", "hat")
     firsts, others = faces(n // 4, seed, styled), faces(n, seed + 1)
-    return [replace(firsts[k // 4], **{name: getattr(other, name) for name in own}) for k, other in enumerate(others[: n // 4 * 4])]
+    return [
+        replace(firsts[k // 4], **{name: getattr(other, name) for name in own})
+        for k, other in enumerate(others[: n // 4 * 4])
+    ]
 
 
 def pictures(people: list[Face]) -> Tensor:

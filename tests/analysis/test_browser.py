@@ -1,4 +1,6 @@
-"""The report driven in a real headless Chromium: its dials, its choices, what it asks for, and whether everybody can read it."""
+"""The report driven in a real headless Chromium: its dials, its choices, what it asks for, and whether
+everybody can read it.
+"""
 
 import io
 import shutil
@@ -31,7 +33,9 @@ def address(tmp_path_factory) -> str:
 
 @pytest.fixture
 def opened(browser: Browser, address: str):
-    """Opens the page, with what a context of the browser takes; in the end no error was logged and nothing asked of a network."""
+    """Opens the page, with what a context of the browser takes; in the end no error was logged and nothing
+    asked of a network.
+    """
     contexts, wrong = [], []
 
     def open_page(**options) -> Page:
@@ -39,8 +43,12 @@ def opened(browser: Browser, address: str):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
-        page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
+        page.on(
+            "request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url)
+        )
+        page.on(
+            "console", lambda message: message.type in ("error", "warning") and wrong.append(message.text)
+        )
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(address)
         return page
@@ -93,7 +101,9 @@ def test_the_keyboard_turns_every_control_by_the_dial_on_top(opened):
     top.focus()
     page.keyboard.press("ArrowLeft")
     assert top.get_attribute("aria-valuetext") == "scale +0.5"
-    assert [dial.get_attribute("aria-valuetext") for dial in page.get_by_role("slider").all()] == ["scale +0.5"] * (1 + len(CONTROLS))
+    assert [dial.get_attribute("aria-valuetext") for dial in page.get_by_role("slider").all()] == [
+        "scale +0.5"
+    ] * (1 + len(CONTROLS))
     assert shown(page.locator("section[aria-labelledby=control-2]")) == [3] * len(TARGETS)
     page.keyboard.press("End")
     assert shown(page.locator("section[aria-labelledby=control-3]")) == [5] * len(TARGETS)
@@ -101,7 +111,9 @@ def test_the_keyboard_turns_every_control_by_the_dial_on_top(opened):
 
 def test_a_dial_without_the_scale_of_the_one_on_top_goes_to_the_nearest(opened):
     page = opened()
-    page.locator("#control-1 ~ * input[type=range]").evaluate("d => d.dataset.values = '[0, 0.2, 0.4, 0.6, 0.8, 1]'")
+    page.locator("#control-1 ~ * input[type=range]").evaluate(
+        "d => d.dataset.values = '[0, 0.2, 0.4, 0.6, 0.8, 1]'"
+    )
     top = page.get_by_role("slider", name="All controls:")
     for key, column in (("Home", 0), ("End", 5), ("ArrowLeft", 5), ("ArrowLeft", 2)):
         top.press(key)
@@ -200,7 +212,9 @@ def test_focus_is_seen_and_the_keyboard_reaches_every_dial(opened):
     names = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        kind, outline = page.evaluate("(e => [e.type || e.tagName, getComputedStyle(e).outlineStyle])(document.activeElement)")
+        kind, outline = page.evaluate(
+            "(e => [e.type || e.tagName, getComputedStyle(e).outlineStyle])(document.activeElement)"
+        )
         if kind == "BODY":
             break
         names.append(kind)
@@ -209,9 +223,17 @@ def test_focus_is_seen_and_the_keyboard_reaches_every_dial(opened):
 
 
 def test_the_checks_themselves_see_what_is_wrong(browser, tmp_path: Path):
-    (tmp_path / "bad.html").write_text("<html><body><p style='color: #999'>pale</p><img src='data:,'><h3>low</h3><input></body></html>")
+    (tmp_path / "bad.html").write_text(
+        "<html><body><p style='color: #999'>pale</p><img src='data:,'><h3>low</h3><input></body></html>"
+    )
     page = browser.new_page()
     page.goto((tmp_path / "bad.html").as_uri())
-    assert {line.split(":")[0] for line in page.evaluate(ORDER)} >= {"no language", "landmarks", "no alt", "no label", "a level left out"}
+    assert {line.split(":")[0] for line in page.evaluate(ORDER)} >= {
+        "no language",
+        "landmarks",
+        "no alt",
+        "no label",
+        "a level left out",
+    }
     assert min(ratio for ratio, _ in page.evaluate(CONTRAST)) < 3
     page.close()

@@ -1,4 +1,6 @@
-"""Similarity of representations: numbers against brute force, a published package, closed forms and symmetries."""
+"""Similarity of representations: numbers against brute force, a published package, closed forms and
+symmetries.
+"""
 
 import pickle
 import time
@@ -79,7 +81,9 @@ def test_standardised_is_cka_of_channels_at_unit_variance():
 def test_independent_data_have_none_and_a_rotated_copy_has_all():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(64, 1280))
-    values = [alignment.cka(alignment.gram(x), alignment.gram(rng.normal(size=(64, 1280)))) for _ in range(20)]
+    values = [
+        alignment.cka(alignment.gram(x), alignment.gram(rng.normal(size=(64, 1280)))) for _ in range(20)
+    ]
     assert abs(np.mean(values)) < 0.02 and max(map(abs, values)) < 0.1
     small = x[:, :80]
     turned = 3.7 * small @ np.linalg.qr(rng.normal(size=(80, 80)))[0] + 5
@@ -136,7 +140,9 @@ def test_procrustes_is_the_best_rotation_of_normalised_data():
     for found in (streamed(x, y).procrustes(), alignment.procrustes(x, y)):
         assert 2 - 2 * found == pytest.approx(apart, abs=1e-10)
     wide_x, wide_y = data(12, 40, 50)
-    assert alignment.procrustes(wide_x, wide_y) == pytest.approx(streamed(wide_x, wide_y).procrustes(), abs=1e-10)
+    assert alignment.procrustes(wide_x, wide_y) == pytest.approx(
+        streamed(wide_x, wide_y).procrustes(), abs=1e-10
+    )
 
 
 def test_mutual_neighbours_by_hand_and_by_chance():
@@ -144,7 +150,9 @@ def test_mutual_neighbours_by_hand_and_by_chance():
     swapped = np.array([0.0, 1, 2, 30, 31])[:, None]
     assert alignment.neighbours(line, swapped, 1) == pytest.approx(4 / 5)  # row 2: argmin 1 or 3 against 1
     rng = np.random.default_rng(2)
-    found = np.mean([alignment.neighbours(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), 10) for _ in range(20)])
+    found = np.mean(
+        [alignment.neighbours(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), 10) for _ in range(20)]
+    )
     assert found == pytest.approx(10 / 59, abs=0.02)
     with pytest.raises(ValueError, match="k must be"):
         alignment.neighbours(line, line, 5)
@@ -167,7 +175,10 @@ def test_permutations_move_prompts_whole():
     prompts = np.repeat(np.arange(4), 3)
     for rows in alignment.permutations(prompts, 10):
         assert sorted(rows) == list(range(12))
-        assert all(len(set(prompts[rows[prompts == p]])) == 1 for p in range(4)) and (rows % 3 == np.arange(12) % 3).all()
+        assert (
+            all(len(set(prompts[rows[prompts == p]])) == 1 for p in range(4))
+            and (rows % 3 == np.arange(12) % 3).all()
+        )
 
 
 def test_the_null_tells_a_shared_prompt_from_chance():
@@ -195,9 +206,21 @@ def test_a_line_foretells_what_is_linear_and_nothing_else():
     assert np.mean([prediction.r2_cross_validated(x, rng.normal(size=30), groups) for _ in range(30)]) < 0
     # what holds inside controls only is of no use for a control not seen
     inner = np.tile([-1.0, 0.0, 1.0], 10)
-    assert prediction.r2_cross_validated(inner, inner * 0.1 + np.repeat(rng.normal(size=10), 3) * 5, groups) < 0.05
-    pair = np.isin(groups, ["3", "4"])  # two groups hold the line up: each foretells the other, and alone it foretells nothing
+    assert (
+        prediction.r2_cross_validated(inner, inner * 0.1 + np.repeat(rng.normal(size=10), 3) * 5, groups)
+        < 0.05
+    )
+    pair = np.isin(
+        groups, ["3", "4"]
+    )  # two groups hold the line up: each foretells the other, and alone it foretells nothing
     held, y = np.where(pair, 50.0, x), np.where(pair, 30.0, rng.normal(size=30))
     alone = prediction.r2_without_one(held, y, groups)
-    assert prediction.r2_cross_validated(held, y, groups) > 0.9 and alone["without"] in ("3", "4") and alone["value"] < 0.2
-    assert prediction.r2_cross_validated(x[:9], x[:9], groups[:9]) is None and prediction.bootstrap(np.dot, x[:9], x[:9], groups[:9])["low"] is None
+    assert (
+        prediction.r2_cross_validated(held, y, groups) > 0.9
+        and alone["without"] in ("3", "4")
+        and alone["value"] < 0.2
+    )
+    assert (
+        prediction.r2_cross_validated(x[:9], x[:9], groups[:9]) is None
+        and prediction.bootstrap(np.dot, x[:9], x[:9], groups[:9])["low"] is None
+    )

@@ -36,25 +36,37 @@ def sections() -> dict[str, list[list[str]]]:
     """Title to the keys of each panel, as they would be sent."""
     board = dashboard.layout(transfer_record()["cells"], "someone", "distilled-control", "view")
     spec = board._to_model().spec.model_dump(by_alias=True, exclude_none=True)  # what its save() sends
-    return {section["name"]: [keys_of(panel) for panel in section["panels"]] for section in spec["section"]["panelBankConfig"]["sections"]}
+    return {
+        section["name"]: [keys_of(panel) for panel in section["panels"]]
+        for section in spec["section"]["panelBankConfig"]["sections"]
+    }
 
 
 def test_panels_name_documented_keys():
     """tests/analysis/test_wandb_log.py shows that what is documented is logged."""
     patterns = documented().values()
     found = [key for panels in sections().values() for keys in panels for key in keys]
-    assert len(found) == len(set(found)) and not [key for key in found if not any(p.fullmatch(key) for p in patterns)]
+    assert len(found) == len(set(found)) and not [
+        key for key in found if not any(p.fullmatch(key) for p in patterns)
+    ]
 
 
 def test_every_documented_key_has_a_panel():
     found = [key for panels in sections().values() for keys in panels for key in keys]
-    without = {key for key, pattern in documented("training", "transfer").items() if not any(map(pattern.fullmatch, found))}
+    without = {
+        key
+        for key, pattern in documented("training", "transfer").items()
+        if not any(map(pattern.fullmatch, found))
+    }
     assert without <= {"verdict/<control>/<target>"}  # words, which W&B shows in its table of runs
 
 
 def test_a_control_has_its_members_in_one_panel():
     images = sections()["Images"]
-    assert images[0] == [f"images/smile/tiny/{m}" for m in ("base", "dmd", "lcm", "lightning", "base:few(4)")] and len(images) == 3
+    assert (
+        images[0] == [f"images/smile/tiny/{m}" for m in ("base", "dmd", "lcm", "lightning", "base:few(4)")]
+        and len(images) == 3
+    )
 
 
 def ran(words, capsys) -> tuple[int, list[str]]:
@@ -95,5 +107,7 @@ def test_a_server_that_refuses_is_one_line(nobody, monkeypatch):
 
 
 def test_help_lists_the_keys():
-    done = subprocess.run([sys.executable, "-m", "analysis.dashboard", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.dashboard", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "entity" in done.stdout and "runs/transfer/default" in done.stdout

@@ -24,8 +24,15 @@ from models.plans import named
 from models.sampler import draw_noise, finish
 
 PROMPTS = ["portrait of a person", "portrait of a person, hat"]
-SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3", "captions=16", "neighbours=2", "students=[dmd]",
-         "plans=[hybrid(1),base(4)]", "wandb=disabled"]  # fmt: skip
+SMALL = [
+    "prompts=[portrait of a person,'portrait of a person, hat']",
+    "seeds=3",
+    "captions=16",
+    "neighbours=2",
+    "students=[dmd]",
+    "plans=[hybrid(1),base(4)]",
+    "wandb=disabled",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +59,13 @@ def test_record(run, results):
     assert found == {("base", "base"), ("base", "base(4)"), ("dmd", "student"), ("dmd", "hybrid(1)")}
     for c in results["cells"]:
         steps = {"base": 10}.get(c["plan"], 4)
-        assert len(c["steps"]) == len(c["vendi"]) == steps and all(len(points) == steps for points in c["diversity"].values())
+        assert len(c["steps"]) == len(c["vendi"]) == steps and all(
+            len(points) == steps for points in c["diversity"].values()
+        )
         assert c["images"] == 6 and 1 <= c["vendi"][-1]["value"] <= 3 and len(c["per_prompt"]) == 2
-        assert {"inception", "clip", "frechet_clip", "precision_probe", "coverage_clip"} <= c["quality"].keys() and c["seconds"] > 0
+        assert {"inception", "clip", "frechet_clip", "precision_probe", "coverage_clip"} <= c[
+            "quality"
+        ].keys() and c["seconds"] > 0
 
 
 def test_what_an_image_costs_is_counted(results):
@@ -64,21 +75,32 @@ def test_what_an_image_costs_is_counted(results):
 
 def test_the_ends_of_recovery_and_of_the_share_of_the_base(results):
     base, student = cell(results, "base", "base"), cell(results, "dmd", "student")
-    assert base["of_base"]["clip"] == {"value": 1, "low": None, "high": None}  # two prompts do not bound a ratio
-    assert student["gain"]["clip"] == {"value": 0, "low": 0, "high": 0} and student["recovery"]["clip"]["value"] in (0, None)
+    assert base["of_base"]["clip"] == {
+        "value": 1,
+        "low": None,
+        "high": None,
+    }  # two prompts do not bound a ratio
+    assert student["gain"]["clip"] == {"value": 0, "low": 0, "high": 0} and student["recovery"]["clip"][
+        "value"
+    ] in (0, None)
     assert cell(results, "base", "base(4)")["recovery"]["clip"] is None  # no student takes part in it
 
 
 def test_the_first_step_of_a_hybrid_is_the_base_s(results):
     base, hybrid = cell(results, "base", "base"), cell(results, "dmd", "hybrid(1)")
     for name in ("clip", "probe"):
-        assert hybrid["diversity"][name][0]["value"] == pytest.approx(base["diversity"][name][0]["value"], rel=1e-5)
+        assert hybrid["diversity"][name][0]["value"] == pytest.approx(
+            base["diversity"][name][0]["value"], rel=1e-5
+        )
 
 
 def test_the_numbers_are_those_of_the_images(results):
     """Drawn again in one go and measured from the n × n table."""
     family = Family("tiny", dtype=torch.float32)
-    plan, evaluator = named("hybrid(1)", family.member("base"), family.member("dmd")), load_evaluators(family.card)["clip"]
+    plan, evaluator = (
+        named("hybrid(1)", family.member("base"), family.member("dmd")),
+        load_evaluators(family.card)["clip"],
+    )
     with torch.no_grad():
         noise = draw_noise([2003, 2004, 2005], family.latent_shape, plan.steps)
         images = family.decode(finish(plan, noise, family.encode(PROMPTS[1:] * 3)))
@@ -106,14 +128,24 @@ def test_every_logged_key_is_documented(run, results):
 
 def test_page(run, results):
     page = (run / "report.html").read_text()
-    assert page.count("<svg") >= 6 and "hybrid(1)" in page and "By prompt" in page and page.count("data:image/png") == 2
+    assert (
+        page.count("<svg") >= 6
+        and "hybrid(1)" in page
+        and "By prompt" in page
+        and page.count("data:image/png") == 2
+    )
     assert not re.search(r'(src|href)="(?!data:|#)', page) and "$" not in page.split("</style>")[0]
     assert report.build(run) == run / "report.html" and (run / "report.html").read_text() == page
 
 
 def test_the_front_holds_what_nothing_dominates():
-    make = lambda plan, d, a, e: {"student": "s", "plan": plan, "diversity": {"clip": [{"value": d}]}, "agreement": {"value": a},  # noqa: E731
-                                  "nfe": e}  # fmt: skip
+    make = lambda plan, d, a, e: {
+        "student": "s",
+        "plan": plan,
+        "diversity": {"clip": [{"value": d}]},
+        "agreement": {"value": a},  # noqa: E731
+        "nfe": e,
+    }
     cells = [make("dear", 3, 3, 9), make("cheap", 2, 3, 4), make("worse", 2, 2, 4), make("varied", 4, 1, 9)]
     assert diversity_page.fronts(cells, "base") == {"s": ["dear", "cheap", "varied"]}
 
@@ -130,11 +162,21 @@ def test_what_is_kept_of_the_captions_does_not_grow_with_them():
     judge = quality.Judge(load_evaluators(family.card), PROMPTS, lambda: iter(torch.rand(2, 8, 3, 64, 64)), 2)
     random, sizes, tallies = np.random.default_rng(0), [], [judge.tally() for _ in range(8)]
     for b in range(80):
-        judge.add(tallies[b % 8], {"clip": random.random((16, 64)), "words": random.random((16, 64)), "probe": random.random((16, 28))})
+        judge.add(
+            tallies[b % 8],
+            {
+                "clip": random.random((16, 64)),
+                "words": random.random((16, 64)),
+                "probe": random.random((16, 28)),
+            },
+        )
         sizes.append(len(pickle.dumps(tallies)))
     assert sizes[79] <= sizes[15] + 500
     found = judge.jackknife(tallies)
-    assert found["precision_clip"]["value"] == 0 and found["frechet_probe"]["low"] < found["frechet_probe"]["value"]
+    assert (
+        found["precision_clip"]["value"] == 0
+        and found["frechet_probe"]["low"] < found["frechet_probe"]["value"]
+    )
 
 
 def test_pictures_of_a_folder(tmp_path):
@@ -177,8 +219,12 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
 
 
 def test_a_page_of_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "analysis.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("module", ["diversity", "trace", "similarity", "transfer"])

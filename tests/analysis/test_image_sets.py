@@ -28,15 +28,23 @@ def test_squared_spread_is_the_variance_and_its_jackknife():
     found = Spread("squared", origin=x[0]).add(x).distance()
     assert found["value"] == pytest.approx(x.var(0, ddof=1).sum())
     without = np.array([np.delete(x, i, 0).var(0, ddof=1).sum() for i in range(9)])
-    assert (found["high"] - found["value"]) / quantile(0.95, 8) == pytest.approx(np.sqrt(8 / 9 * ((without - without.mean()) ** 2).sum()))
+    assert (found["high"] - found["value"]) / quantile(0.95, 8) == pytest.approx(
+        np.sqrt(8 / 9 * ((without - without.mean()) ** 2).sum())
+    )
 
 
 @pytest.mark.parametrize(("kind", "images"), [("cosine", 8), ("cosine", 20), ("squared", 60)])
 def test_the_jackknife_covers_the_truth(kind, images):
     """Normal features around a common middle, as images of one prompt are; a variance of few is skewed."""
-    random, middle, width = np.random.default_rng(3), np.evaluator(8)[0] * 2, np.array([1, 2, 1, 0.5, 0.5, 0.5, 0.3, 0.3])
+    random, middle, width = (
+        np.random.default_rng(3),
+        np.evaluator(8)[0] * 2,
+        np.array([1, 2, 1, 0.5, 0.5, 0.5, 0.3, 0.3]),
+    )
     truth = Spread(kind).add(middle + width * random.normal(size=(200_000, 8))).distance()["value"]
-    found = [Spread(kind).add(middle + width * random.normal(size=(images, 8))).distance() for _ in range(1000)]
+    found = [
+        Spread(kind).add(middle + width * random.normal(size=(images, 8))).distance() for _ in range(1000)
+    ]
     assert 0.92 <= np.mean([f["low"] <= truth <= f["high"] for f in found]) <= 0.98
 
 
@@ -52,7 +60,9 @@ def test_vendi_closed_forms():
     assert Spread().add(5 * np.evaluator(7)).vendi() == pytest.approx(7)
     assert Spread().add(np.repeat(np.evaluator(4), [3, 3, 3, 3], 0)).vendi() == pytest.approx(4)
     shares = np.array([0.5, 0.25, 0.25])  # unequal shares: exp of their entropy
-    assert Spread().add(np.repeat(np.evaluator(3), [4, 2, 2], 0)).vendi() == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert Spread().add(np.repeat(np.evaluator(3), [4, 2, 2], 0)).vendi() == pytest.approx(
+        np.exp(-(shares * np.log(shares)).sum())
+    )
 
 
 def test_vendi_is_that_of_the_kernel():
@@ -68,14 +78,18 @@ def test_moments_are_those_of_the_whole_set():
     a, b = Moments().add(x[:15]), Moments().add(x[15:])
     assert np.allclose((a + b).mean, x.mean(0)) and np.allclose((a + b).covariance, np.cov(x.T))
     assert np.allclose(((a + b) - a).covariance, b.covariance)
-    assert (a + b).frechet(a) == pytest.approx(image_sets.frechet(x.mean(0), np.cov(x.T), x[:15].mean(0), np.cov(x[:15].T)))
+    assert (a + b).frechet(a) == pytest.approx(
+        image_sets.frechet(x.mean(0), np.cov(x.T), x[:15].mean(0), np.cov(x[:15].T))
+    )
 
 
 def test_frechet_of_two_shifted_scaled_sets():
     """Diagonal normals: |mu_a - mu_b|² + Σ (s_a - s_b)²."""
     x = some(200_000, 3)
     a, b = Moments().add(x), Moments().add(3 * x + np.array([1.0, 0, 0]))
-    expected = ((x.mean(0) - (3 * x + np.array([1.0, 0, 0])).mean(0)) ** 2).sum() + ((2 * x.std(0, ddof=1)) ** 2).sum()
+    expected = ((x.mean(0) - (3 * x + np.array([1.0, 0, 0])).mean(0)) ** 2).sum() + (
+        (2 * x.std(0, ddof=1)) ** 2
+    ).sum()
     assert a.frechet(b) == pytest.approx(expected, rel=1e-6)
 
 
@@ -93,10 +107,18 @@ def brute(reference, images, k):
     apart = lambda a, b: float(np.linalg.norm(a - b))  # noqa: E731
     ball = lambda points: [sorted(apart(p, q) for q in points)[k] for p in points]  # noqa: E731
     real, made = ball(reference), ball(images)
-    hits = np.array([[apart(r, x) <= radius for x in images] for r, radius in zip(reference, real, strict=True)])
-    back = np.array([[apart(r, x) <= radius for r in reference] for x, radius in zip(images, made, strict=True)])
-    return {"precision": hits.any(0).mean(), "recall": back.any(0).mean(), "density": hits.sum() / (k * len(images)),
-            "coverage": hits.any(1).mean()}  # fmt: skip
+    hits = np.array(
+        [[apart(r, x) <= radius for x in images] for r, radius in zip(reference, real, strict=True)]
+    )
+    back = np.array(
+        [[apart(r, x) <= radius for r in reference] for x, radius in zip(images, made, strict=True)]
+    )
+    return {
+        "precision": hits.any(0).mean(),
+        "recall": back.any(0).mean(),
+        "density": hits.sum() / (k * len(images)),
+        "coverage": hits.any(1).mean(),
+    }
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -121,7 +143,9 @@ def test_neighbours_at_the_ends():
 
 @pytest.mark.parametrize("make", [Spread, Moments, InceptionScore, lambda: PRDC(some(50, 32), 3)])
 def test_memory_does_not_grow_with_the_number_of_images(make):
-    """What is held after 20 and after 200 batches is the same, and ten times as many take no more than some thirty times as long."""
+    """What is held after 20 and after 200 batches is the same, and ten times as many take no more than some
+    thirty times as long.
+    """
 
     def run(batches: int) -> tuple[int, float]:
         random, start = np.random.default_rng(0), time.perf_counter()

@@ -41,10 +41,16 @@ def same(one: Path, other: Path) -> bool:
 
 def test_a_model_card_per_control(tmp_path, results):
     paths = model_cards.write(results, tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"cards/{name}.md" for name in CONTROLS]
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        f"cards/{name}.md" for name in CONTROLS
+    ]
     for path, name in zip(paths, CONTROLS, strict=True):
         card = ModelCard(path.read_text())  # Hugging Face's own reader
-        assert card.data.library_name == "diffusers" and "lora" in card.data.tags and card.data.get("base_model") is None
+        assert (
+            card.data.library_name == "diffusers"
+            and "lora" in card.data.tags
+            and card.data.get("base_model") is None
+        )
         for cell in (c for c in results["cells"] if c["control"] == name and not c["reference"]):
             (row,) = [line for line in card.text.splitlines() if line.startswith(f"| `{cell['target']}`")]
             for reading in of.readings(cell).values():
@@ -55,7 +61,9 @@ def test_a_model_card_per_control(tmp_path, results):
                 assert f"| {html.ranged(cell['matched_scale'])} |" in row
             else:
                 assert f"none up to 2; at {cell['matched_scale']['reach']['scale']:.2g} it has" in row
-        assert "base:few(4)" not in card.text and results["command"] in card.text and "torch 2.13" in card.text
+        assert (
+            "base:few(4)" not in card.text and results["command"] in card.text and "torch 2.13" in card.text
+        )
         assert "12 prompts × 4 seeds" in card.text and "None" not in card.text
 
 
@@ -74,10 +82,15 @@ def test_numbers_go_into_the_header_and_nothing_else_changes(tmp_path, results):
     old, new = json.loads(before.pop("card")), json.loads(after.pop("card"))
     assert after == before and {**new, "transfer": {}} == {**old, "transfer": {}}
     found = formats.load(path).card.transfer
-    assert found == model_cards.numbers(results, "smile") and set(found["targets"]) == {t for t in TARGETS if ":" not in t}
+    assert found == model_cards.numbers(results, "smile") and set(found["targets"]) == {
+        t for t in TARGETS if ":" not in t
+    }
     for cell in results["cells"][:2]:
-        assert found["targets"][cell["target"]]["clip"] == {"scale": cell["matched_scale"], "retention": cell["retention"],
-                                                            "verdict": cell["verdict"]}  # fmt: skip
+        assert found["targets"][cell["target"]]["clip"] == {
+            "scale": cell["matched_scale"],
+            "retention": cell["retention"],
+            "verdict": cell["verdict"],
+        }
     model_cards.into_header({**results, "command": "again"}, path)
     assert formats.load(path).card.transfer["command"] == "again" and same(path, SMILE)
 
@@ -102,17 +115,29 @@ def test_diffusers_loads_it_as_before(tmp_path, results):
     pipe.load_lora_weights(path, adapter_name="smile")
     control = formats.load(SMILE)
     loaded = get_peft_model_state_dict(pipe.unet, adapter_name="smile")
-    assert loaded.keys() == control.tensors.keys() and all(torch.equal(loaded[key], control.tensors[key]) for key in loaded)
-    strengths = {module.scaling["smile"] for module in pipe.unet.modules() if "smile" in getattr(module, "scaling", {})}
+    assert loaded.keys() == control.tensors.keys() and all(
+        torch.equal(loaded[key], control.tensors[key]) for key in loaded
+    )
+    strengths = {
+        module.scaling["smile"] for module in pipe.unet.modules() if "smile" in getattr(module, "scaling", {})
+    }
     assert strengths == {control.card.alpha / control.card.rank}
 
 
 def test_what_cannot_take_the_numbers_is_one_line(tmp_path, results):
-    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(2, 4, 3, 3)}, tmp_path / "kohya.safetensors", {"ss_network_dim": "2"})
+    save_file(
+        {"lora_unet_conv_in.lora_down.weight": torch.zeros(2, 4, 3, 3)},
+        tmp_path / "kohya.safetensors",
+        {"ss_network_dim": "2"},
+    )
     torch.save({"a": torch.zeros(1)}, tmp_path / "old.pt")
     shutil.copy(ROOT / "controls/tiny/eyes.safetensors", tmp_path / "eyes.safetensors")
-    for name, says in {"kohya.safetensors": "no card.*controls.convert", "old.pt": "no card", "missing.safetensors": "no control file",
-                       "eyes.safetensors": "is eyes, which this run did not measure.*smile, age"}.items():  # fmt: skip
+    for name, says in {
+        "kohya.safetensors": "no card.*controls.convert",
+        "old.pt": "no card",
+        "missing.safetensors": "no control file",
+        "eyes.safetensors": "is eyes, which this run did not measure.*smile, age",
+    }.items():
         before = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None
         with pytest.raises(UserError, match=says) as error:
             model_cards.into_header(results, tmp_path / name)
@@ -125,7 +150,10 @@ def test_info_shows_them_and_a_merged_control_does_not_inherit_them(tmp_path, re
     assert "measured by" not in info.describe(path)
     model_cards.into_header(results, path)
     said, cell = info.describe(path), results["cells"][1]
-    assert f"scale {info.ranged(cell['matched_scale'])}, retention {info.ranged(cell['retention'])}, {cell['verdict']}" in said
+    assert (
+        f"scale {info.ranged(cell['matched_scale'])}, retention {info.ranged(cell['retention'])}, {cell['verdict']}"
+        in said
+    )
     assert "measured by    python -m analysis.transfer" in said
     merged, _, _ = merge.merge([formats.load(path), formats.load(SMILE)], [1.0, 1.0], 4, "both")
     assert merged.card.transfer == {}

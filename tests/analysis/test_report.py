@@ -19,8 +19,18 @@ from analysis.pages import figures, tables, words
 from analysis.pages import html as page
 from controls import intervals
 
-OLD = {"window", "equivalence", "difference", "shape", "preservation_curve", "preservation_matched", "references",
-       "spread", "reference", "below"}  # fmt: skip
+OLD = {
+    "window",
+    "equivalence",
+    "difference",
+    "shape",
+    "preservation_curve",
+    "preservation_matched",
+    "references",
+    "spread",
+    "reference",
+    "below",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,10 @@ def test_page_holds_every_control_and_value(folder):
     for c in map(words.led, report.read(folder)["cells"]):
         for reading in c["readings"].values():
             fine = [c["slope"], *reading["effect"], reading["shape"]["area"]]
-            for value in [*map(page.ranged, (reading["retention"], reading["matched_scale"])), *(page.ranged(i, 3) for i in fine)]:
+            for value in [
+                *map(page.ranged, (reading["retention"], reading["matched_scale"])),
+                *(page.ranged(i, 3) for i in fine),
+            ]:
                 assert value in html, value
         assert escape(c["control"]) in html and c["verdict"] in html
         assert (escape(words.headline(c)) in said) == words.is_verdict(c), words.headline(c)
@@ -86,14 +99,21 @@ def test_same_results_same_page(folder):
 
 
 def test_an_old_record_leaves_parts_out(made, folder):
-    old = {key: value for key, value in copy.deepcopy(made).items() if key not in ("leakage", "cost", "margin")}
+    old = {
+        key: value for key, value in copy.deepcopy(made).items() if key not in ("leakage", "cost", "margin")
+    }
     for c in old["cells"]:
         for reading in (c, *c["readings"].values()):
             for key in OLD & reading.keys():
                 del reading[key]
             reading.get("matched_scale", {}).pop("reach", None)
     html = built(old, folder)
-    assert "smile: kept on dmd" in text_of(html) and "Leakage" not in html and "Drawn again" not in html and "None" not in html
+    assert (
+        "smile: kept on dmd" in text_of(html)
+        and "Leakage" not in html
+        and "Drawn again" not in html
+        and "None" not in html
+    )
 
 
 def test_undefined_and_unreached_numbers_are_dashes(made, folder):
@@ -101,7 +121,11 @@ def test_undefined_and_unreached_numbers_are_dashes(made, folder):
     empty = {"value": None, "low": None, "high": None}
     found["cells"][1] |= {"clip_change_percent": None, "picture": None}
     unread = {"preservation_matched": None, "spread": None, "verdict": "undefined"}
-    found["cells"][1]["readings"]["clip"] |= {"retention": empty, "matched_scale": empty | {"reach": None}, **unread}
+    found["cells"][1]["readings"]["clip"] |= {
+        "retention": empty,
+        "matched_scale": empty | {"reach": None},
+        **unread,
+    }
     found["leakage"][1]["share"] = None
     html = built(found, folder)
     assert "None" not in html and "No pictures were kept" in html and "smile: undefined" in html
@@ -126,10 +150,17 @@ def test_many_controls_are_one_line_each(made, folder):
 
 def headline(verdict: str, **matched) -> str:
     """The sentence of a cell with this verdict and matched scale."""
-    c = {"control": "smile", "source": "tiny/base", "target": "tiny/dmd", "verdict": verdict, "scales": SCALES,
-         "readings": {"clip": {"verdict": verdict}},
-         "retention": {"value": 0.93, "low": 0.88, "high": 0.98}, "matched_scale": {"value": None, "low": None, "high": None, **matched}}
-    return words.headline(c)  # fmt: skip
+    c = {
+        "control": "smile",
+        "source": "tiny/base",
+        "target": "tiny/dmd",
+        "verdict": verdict,
+        "scales": SCALES,
+        "readings": {"clip": {"verdict": verdict}},
+        "retention": {"value": 0.93, "low": 0.88, "high": 0.98},
+        "matched_scale": {"value": None, "low": None, "high": None, **matched},
+    }
+    return words.headline(c)
 
 
 def test_headline_says_what_to_do():
@@ -141,17 +172,30 @@ def test_headline_says_what_to_do():
     assert headline("reversed", reach={"share": 0.0, "scale": 0.0}).endswith(none)
     assert headline("unclear", value=1.1).endswith("; try scale 1.1; more prompts would tell")
     assert "at most 99 %" in headline("kept", reach={"share": 0.998, "scale": 2.0})
-    assert headline("kept", reach=None).endswith("; no scale to match, since its effect at +1 on base cannot be told from none")
+    assert headline("kept", reach=None).endswith(
+        "; no scale to match, since its effect at +1 on base cannot be told from none"
+    )
     assert headline("kept").endswith("; no scale up to +2 reaches the source's effect")
-    c = {"verdict": "kept", "readings": {"clip": {"verdict": "kept"}, "probe": {"verdict": "weaker"}, "other": {"verdict": "kept"}}}
+    c = {
+        "verdict": "kept",
+        "readings": {
+            "clip": {"verdict": "kept"},
+            "probe": {"verdict": "weaker"},
+            "other": {"verdict": "kept"},
+        },
+    }
     assert words.dissent(c) == " (by probe weaker)"
 
 
 def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(cells):
-    assert words.members_of(cells) == [f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")]
+    assert words.members_of(cells) == [
+        f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")
+    ]
     assert words.tally(cells) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
     few = next(c for c in cells if c["reference"])
-    assert few["verdict"] not in tables.heat_cell(few) and page.number(few["retention"]["value"]) in tables.heat_cell(few)
+    assert few["verdict"] not in tables.heat_cell(few) and page.number(
+        few["retention"]["value"]
+    ) in tables.heat_cell(few)
     table = tables.heat_map(cells)
     assert table.count('scope="col" class="apart"') == 1 and table.count('<td class="apart"') == len(CONTROLS)
     assert table.count("from dmd") == 1 and "from base" not in table
@@ -168,7 +212,9 @@ def test_bad_folders_are_one_line(tmp_path):
 def test_wide_sheets_are_embedded_small(tmp_path):
     path = tmp_path / "sheet.png"
     path.write_bytes(png(sheet(size=300, rows=1)))
-    assert page.embedded(path).startswith("data:image/png;base64,") and page.embedded(path, 1800).startswith("data:image/png")
+    assert page.embedded(path).startswith("data:image/png;base64,") and page.embedded(path, 1800).startswith(
+        "data:image/png"
+    )
     small = page.embedded(path, 600)
     assert small.startswith("data:image/webp;base64,") and len(small) < len(page.embedded(path))
     (tmp_path / "small.webp").write_bytes(page.base64.b64decode(small.split(",")[1]))
@@ -204,7 +250,10 @@ def test_retentions_stand_on_one_axis_with_the_margin(cells):
 def luminance(colour: str) -> float:
     """Relative luminance of "#rrggbb" (WCAG 2.2)."""
     values = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    return float(np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+    return float(
+        np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        @ [0.2126, 0.7152, 0.0722]
+    )
 
 
 def test_every_colour_can_be_read_as_text():

@@ -1,4 +1,6 @@
-"""Records read back: what is not ours in every key is one line, what a page holds is text, and no path leads out of the run's folder."""
+"""Records read back: what is not ours in every key is one line, what a page holds is text, and no path leads
+out of the run's folder.
+"""
 
 import json
 import random
@@ -41,7 +43,13 @@ def record(command: str, text: str = "word") -> dict:
     found = {**example(results.SHAPES[command], text), "schema": 2, "recipe": command}
     if command == "analysis.transfer":
         for cell, target in zip(found["cells"], (text, f"{text}/other"), strict=True):
-            cell |= {"scales": [-1.0, 1.0], "target": target, "source": text, "reference": False, "picture": f"images/{target}.png"}
+            cell |= {
+                "scales": [-1.0, 1.0],
+                "target": target,
+                "source": text,
+                "reference": False,
+                "picture": f"images/{target}.png",
+            }
     elif command == "analysis.trace":
         found["evaluators"] = [text, "clip"]
         for cell in found["cells"]:
@@ -54,10 +62,16 @@ def record(command: str, text: str = "word") -> dict:
         for row in (row for cell in found["cells"] for row in cell["per_prompt"]):
             row |= example(results.Each(results.INTERVAL), text)
     else:
-        found["cells"] = [{**example(shape, text), "what": what} for what, shape in results.SIMILARITY.items()]
+        found["cells"] = [
+            {**example(shape, text), "what": what} for what, shape in results.SIMILARITY.items()
+        ]
         block = found["cells"].pop(0)
-        found["cells"] += [{**block, "inputs": inputs, "step": step} for inputs in ("forced", "own") for step in (0, 1)]
-        stitch, point = (next(cell for cell in found["cells"] if cell["what"] == what) for what in ("stitch", "point"))
+        found["cells"] += [
+            {**block, "inputs": inputs, "step": step} for inputs in ("forced", "own") for step in (0, 1)
+        ]
+        stitch, point = (
+            next(cell for cell in found["cells"] if cell["what"] == what) for what in ("stitch", "point")
+        )
         found["cells"].append({**stitch, "up": f"{text} up"})
         point[text] = 0.5
     return found
@@ -86,7 +100,9 @@ def command(request) -> str:
     return request.param
 
 
-def test_the_report_draws_any_run_folder_and_nothing_in_it_is_more_than_text(tmp_path, command, monkeypatch, capsys):
+def test_the_report_draws_any_run_folder_and_nothing_in_it_is_more_than_text(
+    tmp_path, command, monkeypatch, capsys
+):
     pages = []
     for text in ("word", EVIL):
         monkeypatch.setattr("sys.argv", ["report", str(folder_of(record(command, text), tmp_path))])
@@ -112,13 +128,30 @@ BROKEN = {  # what is done to a record, and what the line says of it
         (lambda r: r.update(schema=1), "no cells of schema 2"),
         (lambda r: r.update(recipe="analysis.magic"), "made by 'analysis.magic'"),
         (lambda r: r["cells"].append(3), r"cells\[2\] must be keys and values; got 3"),
-        (lambda r: r["cells"][1]["readings"]["clip"].pop("retention"), r"cells\[1\].readings.clip.retention is not there"),
-        (lambda r: r["cells"][1]["readings"]["clip"]["retention"].pop("low"), r"cells\[1\].readings.clip.retention.low is not there"),
-        (lambda r: r["cells"][0]["readings"]["clip"]["effect"][1].update(value="x"), r"cells\[0\].readings.clip.effect\[1\].value must be a number; got \"x\""),
-        (lambda r: r["cells"][0]["readings"]["clip"].update(verdict="splendid"), r"readings.clip.verdict must be one of kept"),
+        (
+            lambda r: r["cells"][1]["readings"]["clip"].pop("retention"),
+            r"cells\[1\].readings.clip.retention is not there",
+        ),
+        (
+            lambda r: r["cells"][1]["readings"]["clip"]["retention"].pop("low"),
+            r"cells\[1\].readings.clip.retention.low is not there",
+        ),
+        (
+            lambda r: r["cells"][0]["readings"]["clip"]["effect"][1].update(value="x"),
+            r"cells\[0\].readings.clip.effect\[1\].value must be a number; got \"x\"",
+        ),
+        (
+            lambda r: r["cells"][0]["readings"]["clip"].update(verdict="splendid"),
+            r"readings.clip.verdict must be one of kept",
+        ),
         (lambda r: r["cells"][0].update(scales=[]), "scales must be a list of something"),
         (lambda r: r["cells"][0].update(scales=[0.5]), "its parts do not belong together"),
-        (lambda r: r["cells"][0]["readings"]["clip"]["effect"].append({"value": 0.1, "low": 0.0, "high": 0.2}), "its parts do not belong together"),
+        (
+            lambda r: r["cells"][0]["readings"]["clip"]["effect"].append(
+                {"value": 0.1, "low": 0.0, "high": 0.2}
+            ),
+            "its parts do not belong together",
+        ),
         (lambda r: r["cells"][0].update(images=-1), "images must be a count"),
         (lambda r: r["cells"][0].update(images=10**400), "images must be a count"),
         (lambda r: r.update(seconds=float("nan")), "not JSON .NaN"),
@@ -127,7 +160,10 @@ BROKEN = {  # what is done to a record, and what the line says of it
         (lambda r: r.pop("shown"), "shown is not there"),
         (lambda r: r.update(shown=10**9), "do not belong together"),
         (lambda r: r["cells"][0].update(plan=None), r"cells\[0\].plan must be a text; got null"),
-        (lambda r: r["cells"][0]["control"]["clip"].update(half=[]), "control.clip.half must be keys and values"),
+        (
+            lambda r: r["cells"][0]["control"]["clip"].update(half=[]),
+            "control.clip.half must be keys and values",
+        ),
         (lambda r: r["config"].update(bands="all"), "config.bands must be a list"),
     ],
     "analysis.diversity": [
@@ -141,21 +177,28 @@ BROKEN = {  # what is done to a record, and what the line says of it
         (lambda r: r["cells"][-1].pop("to_up"), "to_up is not there"),
         (lambda r: r["cells"].__delitem__(slice(1, None)), "do not belong together"),
     ],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("command", "harm", "says"), [(name, *row) for name, rows in BROKEN.items() for row in rows])
+@pytest.mark.parametrize(
+    ("command", "harm", "says"), [(name, *row) for name, rows in BROKEN.items() for row in rows]
+)
 def test_a_broken_record_is_one_line_that_names_file_and_key(tmp_path, command, harm, says):
     found = record(command)
     harm(found)
     with pytest.raises(UserError, match=says) as error:
         report.build(folder_of(found, tmp_path))
-    assert str(tmp_path / "results.json") in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert (
+        str(tmp_path / "results.json") in str(error.value)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 600
+    )
     assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"schema": true, "cells": [1]}', b"null", b"\x80\x04."]
+    "content",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"schema": true, "cells": [1]}', b"null", b"\x80\x04."],
 )
 def test_what_is_no_record_is_one_line(tmp_path, content):
     (tmp_path / "results.json").write_bytes(content)
@@ -165,14 +208,19 @@ def test_what_is_no_record_is_one_line(tmp_path, content):
 
 def test_another_commands_record_is_not_taken(tmp_path, monkeypatch):
     folder_of(record("analysis.trace"), tmp_path)
-    with pytest.raises(UserError, match="made by 'analysis.trace'; give a folder that python -m analysis.transfer made"):
+    with pytest.raises(
+        UserError, match="made by 'analysis.trace'; give a folder that python -m analysis.transfer made"
+    ):
         results.read(tmp_path, "analysis.transfer")
     monkeypatch.setattr(dashboard.tracking, "logged_in", lambda: True)
     with pytest.raises(UserError, match="made by 'analysis.trace'"):
         dashboard.main(merge(dashboard.Config, {"run": str(tmp_path)}))
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/{}/secret.png", "a/../../secret.png", "link.png", "linked/secret.png", ".", "a\0b"])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.png", "/{}/secret.png", "a/../../secret.png", "link.png", "linked/secret.png", ".", "a\0b"],
+)
 def test_no_picture_is_read_from_outside_of_the_run(tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "secret.png").write_bytes(synthetic.png(np.zeros((2, 2, 3), np.uint8)))
@@ -190,7 +238,12 @@ def test_nor_by_the_other_pages(tmp_path, command):
         report.build(folder_of(record(command, "../../../x"), tmp_path))
 
 
-HARMS = [lambda data: data[:60], lambda data: b"", lambda data: data[:16] + bytes(8) + data[24:], lambda data: b"GIF89a"]
+HARMS = [
+    lambda data: data[:60],
+    lambda data: b"",
+    lambda data: data[:16] + bytes(8) + data[24:],
+    lambda data: b"GIF89a",
+]
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -203,7 +256,25 @@ def test_a_damaged_picture_is_one_line(tmp_path, harm):
         report.build(tmp_path)
 
 
-ODD = [None, True, -1, 0, 10**30, 1e-320, 1e14, "", "../x", "x" * 500, [], {}, [None], {"a": {}}, "<script>alert", "\ud800", "\0"]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e-320,
+    1e14,
+    "",
+    "../x",
+    "x" * 500,
+    [],
+    {},
+    [None],
+    {"a": {}},
+    "<script>alert",
+    "\ud800",
+    "\0",
+]
 
 
 def twisted(value, rng: random.Random, depth: int = 0):
@@ -212,11 +283,19 @@ def twisted(value, rng: random.Random, depth: int = 0):
         return rng.choice(ODD)
     if isinstance(value, list):
         k = rng.randrange(len(value))
-        return [*value[:k], *rng.choice([[], value[k : k + 1] * 2, [twisted(value[k], rng, depth + 1)]]), *value[k + 1 :]]
+        return [
+            *value[:k],
+            *rng.choice([[], value[k : k + 1] * 2, [twisted(value[k], rng, depth + 1)]]),
+            *value[k + 1 :],
+        ]
     key = rng.choice(sorted(value))
     if rng.random() < 0.2:
         return {name: inner for name, inner in value.items() if name != key}
-    return value | {key: twisted(value[key], rng, depth + 1)} | ({rng.choice(["odd", "ü"]): rng.choice(ODD)} if rng.random() < 0.1 else {})
+    return (
+        value
+        | {key: twisted(value[key], rng, depth + 1)}
+        | ({rng.choice(["odd", "ü"]): rng.choice(ODD)} if rng.random() < 0.1 else {})
+    )
 
 
 def test_no_record_ends_in_a_traceback(tmp_path, command):
@@ -249,9 +328,17 @@ def evil() -> dict:
 def test_model_cards_hold_names_as_text(tmp_path, evil):
     for path in model_cards.write(evil, tmp_path):
         assert path.parent == tmp_path / "cards"
-        html = MarkdownIt("commonmark", {"html": True}).enable("table").render(path.read_text().split("\n---\n", 1)[1])
+        html = (
+            MarkdownIt("commonmark", {"html": True})
+            .enable("table")
+            .render(path.read_text().split("\n---\n", 1)[1])
+        )
         rows = re.findall(r"<tr>.*?</tr>", html, re.S)
-        assert "<b>" not in html and html.count("<h1>") == 1 and len({len(re.findall("<t[hd]", row)) for row in rows}) == 1
+        assert (
+            "<b>" not in html
+            and html.count("<h1>") == 1
+            and len({len(re.findall("<t[hd]", row)) for row in rows}) == 1
+        )
     evil["cells"][0]["control"] = "../../README"
     with pytest.raises(UserError, match="cannot name a control"):
         model_cards.write(evil, tmp_path)
@@ -259,7 +346,9 @@ def test_model_cards_hold_names_as_text(tmp_path, evil):
 
 def test_names_of_any_kind_get_tables_heat_maps_and_panels(evil):
     columns, rows = tables.cell_table(evil["cells"])
-    assert all(len(row) == len(columns) for row in rows) and tables.heat_map(evil["cells"], "clip").width > 100
+    assert (
+        all(len(row) == len(columns) for row in rows) and tables.heat_map(evil["cells"], "clip").width > 100
+    )
     keys = dashboard.filled("retention/<control>/<target>", evil["cells"], "<member> <target>")
     assert len(keys) == len(set(keys)) and all(key.startswith("retention/<member> <target>/") for key in keys)
 

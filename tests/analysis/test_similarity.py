@@ -18,16 +18,31 @@ from models.families import Family
 from models.sampler import Stage
 
 CONTROLS = "controls=[controls/tiny/smile.safetensors,controls/tiny/crayon.safetensors]"
-SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=3", "targets=[dmd]", "blocks=blocks", "neighbours=2",
-         "draws=10", "stitch_seeds=1", "wandb=disabled"]  # fmt: skip
+SMALL = [
+    "prompts=[portrait of a person,'portrait of a person, hat']",
+    "seeds=3",
+    "targets=[dmd]",
+    "blocks=blocks",
+    "neighbours=2",
+    "draws=10",
+    "stitch_seeds=1",
+    "wandb=disabled",
+]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("similarity")
     kept = (("smile", "dmd", 0.9), ("smile", "lcm", 1.0), ("crayon", "dmd", 0.1), ("crayon", "lcm", None))
-    retained = [{"control": c, "source": "tiny/base", "target": f"tiny/{t}", "readings": {"clip": {"retention": {"value": v}}}}
-                for c, t, v in kept]  # fmt: skip
+    retained = [
+        {
+            "control": c,
+            "source": "tiny/base",
+            "target": f"tiny/{t}",
+            "readings": {"clip": {"retention": {"value": v}}},
+        }
+        for c, t, v in kept
+    ]
     (out / "transfer").mkdir()
     (out / "transfer/results.json").write_text(json.dumps({"schema": 2, "cells": retained}))
     similarity.main(merge(similarity.Config, [*SMALL, CONTROLS, f"out={out}", f"transfer={out}/transfer"]))
@@ -44,22 +59,39 @@ def test_the_record(run):
     found = cells(run)
     blocks = similarity_page.of(found, "block")
     assert len(blocks) == 7 * 4 * 2 and {c["samples"] for c in blocks} == {6}
-    assert {c["t"] for c in blocks} == {999, 749, 499, 249} and {c["inputs"] for c in blocks} == {"forced", "own"}
+    assert {c["t"] for c in blocks} == {999, 749, 499, 249} and {c["inputs"] for c in blocks} == {
+        "forced",
+        "own",
+    }
     assert all(c["t"] == c["t_first"] for c in blocks if c["inputs"] == "forced")
-    assert all(0 < abs(c["t"] - c["t_first"]) <= 50 or c["t"] in (999, 499) for c in blocks if c["inputs"] == "own")  # base: 999, 899 …
-    assert all(-1.5 < c["cka"]["value"] < 1.5 and 0 <= c["neighbours"] <= 1 and c["seed_variance"]["value"] > 0 for c in blocks)
+    assert all(
+        0 < abs(c["t"] - c["t_first"]) <= 50 or c["t"] in (999, 499) for c in blocks if c["inputs"] == "own"
+    )  # base: 999, 899 …
+    assert all(
+        -1.5 < c["cka"]["value"] < 1.5 and 0 <= c["neighbours"] <= 1 and c["seed_variance"]["value"] > 0
+        for c in blocks
+    )
     assert len(similarity_page.of(found, "cross")) == 4 and len(similarity_page.of(found, "weights")) == 7
     ways = similarity_page.of(found, "stitch")
-    assert [(c["down"], c["up"]) for c in ways] == [("base", "base"), ("dmd", "dmd"), ("base", "dmd"), ("dmd", "base")]
+    assert [(c["down"], c["up"]) for c in ways] == [
+        ("base", "base"),
+        ("dmd", "dmd"),
+        ("base", "dmd"),
+        ("dmd", "base"),
+    ]
     assert ways[0]["to_up"]["clip"]["value"] == 0 and ways[2]["to_up"]["clip"]["value"] > 0
     directions = similarity_page.of(found, "direction")
     assert len(directions) == 6 and all(len(c["cosine"]) == 4 for c in directions)
     assert all(-1 <= i["value"] <= 1 for c in directions for i in c["cosine"])
     (pair,) = similarity_page.of(found, "overlap")
-    assert pair["layers"] == 0 and pair["cosine"] == 0 and not pair["same"]  # smile leaves cross-attention to crayon
+    assert (
+        pair["layers"] == 0 and pair["cosine"] == 0 and not pair["same"]
+    )  # smile leaves cross-attention to crayon
     assert len(similarity_page.of(found, "point")) == 3
     assert {c["points"] for c in similarity_page.of(found, "predictor")} == {3}
-    assert all(c["spearman"]["value"] is None for c in similarity_page.of(found, "predictor"))  # two controls say nothing
+    assert all(
+        c["spearman"]["value"] is None for c in similarity_page.of(found, "predictor")
+    )  # two controls say nothing
 
 
 def test_every_logged_key_is_documented(run):
@@ -85,14 +117,18 @@ def test_a_killed_run_goes_on(run):
     before = cells(run)
     (run / "cells/compare/dmd.json").unlink()
     next((run / "trajectories/base").iterdir()).unlink()
-    similarity.main(merge(similarity.Config, [*SMALL, CONTROLS, f"out={run.parent}", f"transfer={run.parent}/transfer"]))
+    similarity.main(
+        merge(similarity.Config, [*SMALL, CONTROLS, f"out={run.parent}", f"transfer={run.parent}/transfer"])
+    )
     assert cells(run) == before
 
 
 @pytest.mark.slow
 def test_a_smaller_batch_changes_nothing(run, tmp_path):
     before = cells(run)
-    similarity.main(merge(similarity.Config, [*SMALL, "controls=[]", "stitch_seeds=0", "batch_size=2", f"out={tmp_path}"]))
+    similarity.main(
+        merge(similarity.Config, [*SMALL, "controls=[]", "stitch_seeds=0", "batch_size=2", f"out={tmp_path}"])
+    )
     after = similarity_page.of(cells(tmp_path / "default"), "block")
     for ours, theirs in zip(similarity_page.of(before, "block"), after, strict=True):
         assert ours["cka"]["value"] == pytest.approx(theirs["cka"]["value"], abs=1e-3)
@@ -101,10 +137,20 @@ def test_a_smaller_batch_changes_nothing(run, tmp_path):
 
 @pytest.mark.parametrize("scale", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_control_at_scale_0_changes_nothing_and_at_1_something(scale, tmp_path):
-    words = [*SMALL, "control=controls/tiny/smile.safetensors", "targets=[dmd]", f"out={tmp_path}", f"scale={scale}"]
+    words = [
+        *SMALL,
+        "control=controls/tiny/smile.safetensors",
+        "targets=[dmd]",
+        f"out={tmp_path}",
+        f"scale={scale}",
+    ]
     similarity.main(merge(similarity.Config, words))
     blocks = similarity_page.of(cells(tmp_path / "default"), "block")
-    same = [c["cka"]["value"] == pytest.approx(1, abs=1e-9) and c["seed_variance"]["value"] == pytest.approx(1, abs=1e-9) for c in blocks]
+    same = [
+        c["cka"]["value"] == pytest.approx(1, abs=1e-9)
+        and c["seed_variance"]["value"] == pytest.approx(1, abs=1e-9)
+        for c in blocks
+    ]
     assert all(same) if scale == 0 else not any(same[len(same) // 2 :])
     assert {c["comparison"] for c in blocks} == {f"dmd with smile@{scale}"}
     assert f"dmd with smile@{scale}" in (tmp_path / "default/report.html").read_text()
@@ -114,7 +160,9 @@ def test_forced_inputs_are_one_picture_under_one_noise_in_every_law():
     family = Family("tiny")
     base, student = family.member("base"), family.member("dmd")
     x0, eps = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
-    for (here, a), (there, b) in zip(forced(base, x0, eps, student.levels), forced(student, x0, eps, student.levels), strict=True):
+    for (here, a), (there, b) in zip(
+        forced(base, x0, eps, student.levels), forced(student, x0, eps, student.levels), strict=True
+    ):
         assert torch.equal(a, b) and here.t == pytest.approx(there.t)
     levels = Stage.of(base, student.levels).levels
     assert [levels.index(level) for level in levels] == nearest(levels, student.levels)
@@ -132,7 +180,10 @@ def test_points_join_two_records_and_leave_out_what_is_undefined(run):
     transfer = json.loads((run.parent / "transfer/results.json").read_text())["cells"]
     rows = prediction.points(cells(run), transfer)["clip"]
     assert [(r["control"], r["target"], r["retention"]) for r in rows] == [
-        ("smile", "tiny/dmd", 0.9), ("smile", "tiny/lcm", 1.0), ("crayon", "tiny/dmd", 0.1)]  # fmt: skip
+        ("smile", "tiny/dmd", 0.9),
+        ("smile", "tiny/lcm", 1.0),
+        ("crayon", "tiny/dmd", 0.1),
+    ]
     assert all(set(prediction.PREDICTORS) <= row.keys() for row in rows)
 
 

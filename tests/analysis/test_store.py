@@ -11,8 +11,10 @@ from analysis.images import store
 from configs import UserError
 
 TENSORS = {
-    "latents": torch.arange(24.0).reshape(2, 3, 4), "pictures": torch.zeros(2, 3, dtype=torch.uint8), "a cat": torch.ones(3).double(),
-}  # fmt: skip
+    "latents": torch.arange(24.0).reshape(2, 3, 4),
+    "pictures": torch.zeros(2, 3, dtype=torch.uint8),
+    "a cat": torch.ones(3).double(),
+}
 
 
 @pytest.fixture
@@ -33,7 +35,11 @@ def test_a_damaged_file_is_not_there(path, way):
     if way == "a folder":
         path.mkdir()
     elif way != "gone":
-        path.write_bytes({"cut": content[:-9], "emptied": b"", "zeroed": bytes(len(content)), "a pickle": b"\x80\x04."}[way])
+        path.write_bytes(
+            {"cut": content[:-9], "emptied": b"", "zeroed": bytes(len(content)), "a pickle": b"\x80\x04."}[
+                way
+            ]
+        )
     assert store.read(path, "a") is None
 
 

@@ -1,4 +1,6 @@
-"""Traces, small, on the embedded family: numbers that must hold, pictures, the page and its scrubber, mistakes."""
+"""Traces, small, on the embedded family: numbers that must hold, pictures, the page and its scrubber,
+mistakes.
+"""
 
 import json
 import re
@@ -22,8 +24,15 @@ from models.noise import vp
 from models.plans import named
 from models.sampler import draw_noise, finish
 
-SMALL = ["prompts=[portrait of a person,'portrait of a person, hat']", "seeds=2", "students=[dmd]", "shown=1", "wandb=disabled",
-         "plans=[hybrid(1)]", "bands=[500]"]  # fmt: skip
+SMALL = [
+    "prompts=[portrait of a person,'portrait of a person, hat']",
+    "seeds=2",
+    "students=[dmd]",
+    "shown=1",
+    "wandb=disabled",
+    "plans=[hybrid(1)]",
+    "bands=[500]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,11 @@ def results(run):
 
 def test_record(run, results):
     assert results["schema"] == 2
-    assert [(c["student"], c["plan"]) for c in results["cells"]] == [("base", "base"), ("dmd", "student"), ("dmd", "hybrid(1)")]
+    assert [(c["student"], c["plan"]) for c in results["cells"]] == [
+        ("base", "base"),
+        ("dmd", "student"),
+        ("dmd", "hybrid(1)"),
+    ]
     for c in results["cells"]:
         for name in ("clip", "probe"):
             assert len(c["distance"][name]) == len(c["steps"]) == len(c["control"][name]["effect"])
@@ -53,7 +66,9 @@ def test_record(run, results):
 def test_a_hybrid_begins_as_the_base(results):
     """The same first x0, so the same effect of the control on it."""
     base, _, hybrid = results["cells"]
-    assert hybrid["control"]["probe"]["effect"][0]["value"] == pytest.approx(base["control"]["probe"]["effect"][0]["value"], abs=1e-4)
+    assert hybrid["control"]["probe"]["effect"][0]["value"] == pytest.approx(
+        base["control"]["probe"]["effect"][0]["value"], abs=1e-4
+    )
 
 
 def test_pictures(run, results):
@@ -94,20 +109,32 @@ def test_a_control_on_all_bands_is_the_control_and_the_networks_come_back_bare()
     family, control = Family("tiny", dtype=torch.float32), formats.load("controls/tiny/smile.safetensors")
     base, student = family.member("base"), family.member("dmd")
     before = [fingerprint(m.denoiser.net) for m in (base, student)]
-    plan, noise, told = named("hybrid(1)", base, student), draw_noise([1], family.latent_shape, 4), family.encode(["portrait of a person"])
+    plan, noise, told = (
+        named("hybrid(1)", base, student),
+        draw_noise([1], family.latent_shape, 4),
+        family.encode(["portrait of a person"]),
+    )
     plain = finish(plan, noise, told)
     found = []
     for holds in (None, lambda level: True, lambda level: False):
         with acting(plan, control, 1.0, "tiny", holds) as controlled:
             found.append(finish(controlled, noise, told))
     always, whole, nowhere = found
-    assert torch.equal(always, whole) and torch.allclose(nowhere, plain, atol=1e-5) and not torch.allclose(whole, plain, atol=1e-2)
+    assert (
+        torch.equal(always, whole)
+        and torch.allclose(nowhere, plain, atol=1e-5)
+        and not torch.allclose(whole, plain, atol=1e-2)
+    )
     assert [fingerprint(m.denoiser.net) for m in (base, student)] == before
 
 
 def test_bands_cut_every_member_s_run_alike():
     cfg = Config()
-    assert [band(cfg, vp(t)) for t in (999, 749, 499, 249)] == [band(cfg, vp(t)) for t in (999, 759, 499, 259)] == [0, 1, 2, 3]
+    assert (
+        [band(cfg, vp(t)) for t in (999, 749, 499, 249)]
+        == [band(cfg, vp(t)) for t in (999, 759, 499, 259)]
+        == [0, 1, 2, 3]
+    )
     parts = [job.bands for job in jobs_of(cfg, [("dmd", "student")], True)]
     assert parts == [(), None, (0,), (1,), (2,), (3,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3)]
     assert [job.bands for job in jobs_of(cfg, [("dmd", "student")], False)] == [()]
@@ -116,9 +143,15 @@ def test_bands_cut_every_member_s_run_alike():
 def test_commitment_is_the_first_step_within_the_tolerance():
     """Features that come nearer to the last one in known steps; the unit is 10."""
     cfg, steps = Config(tolerance=0.25), np.array([8.0, 4.0, 2.0, 0.0])
-    found = committed(cfg, {"probe": steps.reshape(1, 1, 4, 1).repeat(2, 0), "t": np.array([999.0, 749, 499, 249])}, {"probe": 10.0})
+    found = committed(
+        cfg,
+        {"probe": steps.reshape(1, 1, 4, 1).repeat(2, 0), "t": np.array([999.0, 749, 499, 249])},
+        {"probe": 10.0},
+    )
     assert [p["value"] for p in found["distance"]["probe"]] == pytest.approx([0.8, 0.4, 0.2, 0])
-    assert found["commitment"]["probe"] == {key: dict.fromkeys(("value", "low", "high"), at) for key, at in (("share", 0.75), ("t", 499))}
+    assert found["commitment"]["probe"] == {
+        key: dict.fromkeys(("value", "low", "high"), at) for key, at in (("share", 0.75), ("t", 499))
+    }
 
 
 class Reader:
@@ -129,17 +162,21 @@ class Reader:
 
 
 def test_abandoned_content_rises_and_falls():
-    scores = np.array([[[0, 1, 0.2], [1, 0.6, 0]], [[0, 0.4, 0], [0, 0.5, 1]]])                  # (P, S, T)
+    scores = np.array([[[0, 1, 0.2], [1, 0.6, 0]], [[0, 0.4, 0], [0, 0.5, 1]]])  # (P, S, T)
     cfg = Config(prompts=["a", "b"], seeds=2, concepts=["hat: a hat | no hat"])
     found = abandoned(cfg, {"probe": scores[..., None]}, {"probe": Reader()}, {})
-    assert found["falls"]["value"] == 0.5 and found["rises_and_falls"]["value"] == 0.25 and found["count"] == 2
+    assert (
+        found["falls"]["value"] == 0.5 and found["rises_and_falls"]["value"] == 0.25 and found["count"] == 2
+    )
     first, second = found["examples"]
     assert (first["image"], first["prompt"], first["rises_first"]) == (0, "a", True) and second["image"] == 1
 
 
 def test_a_member_shows_what_it_has_reached():
     assert [sheets.reached(4, share) for share in (0, 0.24, 0.25, 0.5, 0.99, 1)] == [0, 0, 0, 1, 2, 3]
-    assert [one is not None for one in trace.placed(torch.zeros(4, 3, 2, 2), 10)] == [c in (2, 4, 7, 9) for c in range(10)]
+    assert [one is not None for one in trace.placed(torch.zeros(4, 3, 2, 2), 10)] == [
+        c in (2, 4, 7, 9) for c in range(10)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,35 @@ from controls.lora import content
 from models import families
 from models.evaluators import Picture
 
-SMALL = ["controls=[controls/tiny/smile-dmd.safetensors]", "targets=[dmd,lightning]", "seeds=2", "scales=[-1,0,1]", "wandb=disabled",
-         "prompts=[portrait of a person,'portrait of a person, hat']"]  # fmt: skip
-CELL = {"control", "source", "target", "scales", "effect", "slope", "retention", "clip_change_percent", "monotonicity", "preservation",
-        "matched_scale", "images", "prompts", "seeds", "verdict", "references", "equivalence", "difference", "shape"}  # fmt: skip
+SMALL = [
+    "controls=[controls/tiny/smile-dmd.safetensors]",
+    "targets=[dmd,lightning]",
+    "seeds=2",
+    "scales=[-1,0,1]",
+    "wandb=disabled",
+    "prompts=[portrait of a person,'portrait of a person, hat']",
+]
+CELL = {
+    "control",
+    "source",
+    "target",
+    "scales",
+    "effect",
+    "slope",
+    "retention",
+    "clip_change_percent",
+    "monotonicity",
+    "preservation",
+    "matched_scale",
+    "images",
+    "prompts",
+    "seeds",
+    "verdict",
+    "references",
+    "equivalence",
+    "difference",
+    "shape",
+}
 SETS = 3 * 3 + 3 + 2  # three targets at three scales, their floors, and second drawings of two
 
 
@@ -79,10 +104,18 @@ def test_a_ceiling_a_wrong_control_and_leakage(tmp_path, run):
     results = measure(tmp_path, f"controls=[{','.join(more)}]", "targets=[lightning]", cache=run[0])
     assert results["cost"]["cached"] == 4 * 12, "what smile-dmd needs was drawn before"
     smile, ceiling, age = (cell for cell in results["cells"] if cell["target"] == "tiny/lightning")
-    assert smile["references"]["ceiling"]["control"] == "smile-lightning" and smile["references"]["wrong"]["control"] == "age"
+    assert (
+        smile["references"]["ceiling"]["control"] == "smile-lightning"
+        and smile["references"]["wrong"]["control"] == "age"
+    )
     assert ceiling["references"]["ceiling"] is None and age["references"]["wrong"]["control"] == "smile-dmd"
-    leaks = {(row["control"], row["attribute"], row["evaluator"]): row["share"]["value"] for row in results["leakage"]}
-    assert {attribute for _, attribute, _ in leaks} == {"smile-dmd", "age"} and leaks["age", "age", "probe"] == 1
+    leaks = {
+        (row["control"], row["attribute"], row["evaluator"]): row["share"]["value"]
+        for row in results["leakage"]
+    }
+    assert {attribute for _, attribute, _ in leaks} == {"smile-dmd", "age"} and leaks[
+        "age", "age", "probe"
+    ] == 1
     assert abs(leaks["age", "smile-dmd", "probe"]) < 0.5
 
 
@@ -100,7 +133,11 @@ def test_a_killed_run_continues_to_the_same_numbers(tmp_path, run, monkeypatch):
         measure(tmp_path)
     monkeypatch.setattr(draw.Drawings, "make", original)
     results = measure(tmp_path)
-    assert results["cost"]["cached"] == 4 * 5 and results["cells"] == run[1]["cells"] and results["leakage"] == run[1]["leakage"]
+    assert (
+        results["cost"]["cached"] == 4 * 5
+        and results["cells"] == run[1]["cells"]
+        and results["leakage"] == run[1]["leakage"]
+    )
 
 
 def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, monkeypatch):
@@ -139,7 +176,10 @@ def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys
         return original(plan, noise, prompts)
 
     monkeypatch.setattr(draw, "finish", greedy)
-    assert alike(measure(tmp_path, "references=false", "targets=[dmd]")["cells"][0]["effect"], run[1]["cells"][0]["effect"])
+    assert alike(
+        measure(tmp_path, "references=false", "targets=[dmd]")["cells"][0]["effect"],
+        run[1]["cells"][0]["effect"],
+    )
     assert "out of memory: on with 2 at once" in capsys.readouterr().out
 
 
@@ -165,7 +205,9 @@ def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
 
 def test_what_is_not_finite_is_named_and_not_kept(tmp_path, monkeypatch):
     original = draw.finish
-    monkeypatch.setattr(draw, "finish", lambda plan, noise, prompts: original(plan, noise, prompts) * float("nan"))
+    monkeypatch.setattr(
+        draw, "finish", lambda plan, noise, prompts: original(plan, noise, prompts) * float("nan")
+    )
     with pytest.raises(UserError, match="images of tiny/dmd with smile-dmd at scale -1 are not finite"):
         measure(tmp_path, "targets=[dmd]", "references=false", "scales=[-1,0,1]")
     assert not list((tmp_path / "cache").glob("??/*"))
@@ -175,14 +217,24 @@ def test_a_control_called_as_the_floor_of_another_is_not_it(tmp_path):
     """random-smile beside smile, whose floor is a random control."""
     other = formats.load("controls/tiny/age.safetensors")
     formats.save(replace(other, card=replace(other.card, name="random-smile")), tmp_path / "x.safetensors")
-    words = [f"controls=[controls/tiny/smile.safetensors,{tmp_path}/x.safetensors]", "targets=[dmd]", f"cache={tmp_path}/cache"]
+    words = [
+        f"controls=[controls/tiny/smile.safetensors,{tmp_path}/x.safetensors]",
+        "targets=[dmd]",
+        f"cache={tmp_path}/cache",
+    ]
     drawings, (smile, named), targets = transfer.prepare(merge(transfer.Config, words), torch.device("cpu"))
     assert content(drawings.controls["random-smile", False]) == content(other)
-    assert drawings.key(floor_of("dmd", smile)) != drawings.key(draw.Job("dmd", named.name, 1.0)) != drawings.key(floor_of("dmd", named))
+    assert (
+        drawings.key(floor_of("dmd", smile))
+        != drawings.key(draw.Job("dmd", named.name, 1.0))
+        != drawings.key(floor_of("dmd", named))
+    )
 
 
 def test_one_network_at_a_time(tmp_path, monkeypatch):
-    """Each is loaded once and let go after its last drawing; the encoders are gone before the first, and nothing stays."""
+    """Each is loaded once and let go after its last drawing; the encoders are gone before the first, and
+    nothing stays.
+    """
     alive, most, loaded = weakref.WeakSet(), [], []
     network, make = families.network, draw.Drawings.make
 
@@ -201,7 +253,9 @@ def test_one_network_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(draw.Drawings, "make", made)
     words = ["targets=[dmd,dmd:hybrid(1),lcm,lightning]", "seeds=1", "scales=[0,1]", "references=false"]
     measure(tmp_path, *words)
-    assert sorted(loaded) == ["base", "dmd", "lcm", "lightning"] and max(most) == 2 and most[-1] == 1  # hybrid asks two
+    assert (
+        sorted(loaded) == ["base", "dmd", "lcm", "lightning"] and max(most) == 2 and most[-1] == 1
+    )  # hybrid asks two
     gc.collect()
     assert not alive
 
@@ -215,10 +269,23 @@ def test_jobs_come_network_by_network():
 def test_two_processes_measure_what_one_does(run, tmp_path):
     words = [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache"]
     # torchrun, for on a CPU `accelerate launch --num_processes=2` starts one process
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29547", "-m", "analysis.transfer", *words]
-    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29547",
+        "-m",
+        "analysis.transfer",
+        *words,
+    ]
+    done = subprocess.run(
+        launch, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
-    assert alike(list(map(led, json.loads((tmp_path / "default/results.json").read_text())["cells"])), run[1]["cells"])
+    assert alike(
+        list(map(led, json.loads((tmp_path / "default/results.json").read_text())["cells"])), run[1]["cells"]
+    )
 
 
 def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_direction(tmp_path, run):
@@ -226,11 +293,19 @@ def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_directio
     formats.save_kohya(control, tmp_path / "card.safetensors")
     tensors, _ = formats.read(tmp_path / "card.safetensors")
     save_file(tensors, tmp_path / "theirs.safetensors")
-    words = [f"controls=[{tmp_path}/theirs.safetensors]", "source=dmd", "lora_scales=[-1,0,1]", "references=false"]
+    words = [
+        f"controls=[{tmp_path}/theirs.safetensors]",
+        "source=dmd",
+        "lora_scales=[-1,0,1]",
+        "references=false",
+    ]
     ends = ["positive=portrait of a person, smiling", "negative=portrait of a person, frowning"]
     told = measure(tmp_path / "a", *words, *ends, cache=run[0])
     assert told["cost"]["drawn"] == 0, "the same weights make the same images, whatever the file"
-    assert told["cells"][0]["kind"] == "lora" and told["cells"][0]["effect"][0]["value"] < 0 < told["cells"][0]["effect"][2]["value"]
+    assert (
+        told["cells"][0]["kind"] == "lora"
+        and told["cells"][0]["effect"][0]["value"] < 0 < told["cells"][0]["effect"][2]["value"]
+    )
     alone = measure(tmp_path / "b", *words, cache=run[0])
     assert alone["cells"][0]["effect"][2]["value"] > 0 and alone["cells"][0]["clip_change_percent"] is None
     subject = measure(tmp_path / "c", *words, ends[0], cache=run[0])
@@ -239,7 +314,10 @@ def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_directio
 
 def test_below_a_noise_level_a_control_does_less(tmp_path, run):
     words = ["references=false", "targets=[dmd,'dmd:hybrid(1)']"]
-    whole, part, none = (measure(tmp_path / f"{below}", *words, f"below={below}", cache=run[0]) for below in ("null", 8.0, 0.001))
+    whole, part, none = (
+        measure(tmp_path / f"{below}", *words, f"below={below}", cache=run[0])
+        for below in ("null", 8.0, 0.001)
+    )
     assert whole["cells"][0]["effect"] == run[1]["cells"][0]["effect"] and part["cells"][0]["below"] == 8
     size = lambda found: found["cells"][0]["readings"]["probe"]["effect"][2]["value"]  # noqa: E731
     assert size(none) == 0 < size(part) < size(whole)
@@ -256,7 +334,9 @@ def test_the_card_is_written_into_the_file_on_request(tmp_path, run):
 
 
 def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
-    transfer.main(merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "dry_run=true"]))
+    transfer.main(
+        merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "dry_run=true"])
+    )
     said = capsys.readouterr().out
     assert f"to draw: {4 * SETS} images, {16 * SETS} network evaluations" in said
     assert "minutes" in said and "2 prompts x 2 seeds: sees a retention that differs from 1 by" in said
@@ -266,11 +346,17 @@ def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
 def test_verdicts_are_corrected_over_the_cells_that_ask():
     def reading(p):
         retention = {"value": 1.0, "low": 0.9, "high": 1.1}
-        return {"readings": {"clip": {"retention": retention, "equivalence": {"p": p}, "difference": {"p": 1.0}}}}
+        return {
+            "readings": {"clip": {"retention": retention, "equivalence": {"p": p}, "difference": {"p": 1.0}}}
+        }
 
     cell = {"source": "a", "target": "b", "reference": False}
-    cells = [{**cell, **reading(0.02)}, {**cell, **reading(0.04)}, {**cell, **reading(0.0), "target": "a"},
-             {**cell, **reading(0.03), "reference": True}]  # fmt: skip
+    cells = [
+        {**cell, **reading(0.02)},
+        {**cell, **reading(0.04)},
+        {**cell, **reading(0.0), "target": "a"},
+        {**cell, **reading(0.03), "reference": True},
+    ]
     judge(cells)
     assert [led(c)["equivalence"]["p_holm"] for c in cells] == [0.04, 0.04, 0.0, 0.03]
     assert [led(c)["verdict"] for c in cells] == ["kept", "kept", "kept", "kept"]
@@ -288,7 +374,9 @@ def bad_controls(folder):
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     torch.save(Trap(), folder / "pickle.safetensors")
     control = formats.load(ROOT / "controls/tiny/smile.safetensors")
-    control.tensors = {key.replace("down_blocks.1", "down_blocks.7"): value for key, value in control.tensors.items()}
+    control.tensors = {
+        key.replace("down_blocks.1", "down_blocks.7"): value for key, value in control.tensors.items()
+    }
     formats.save(control, folder / "elsewhere.safetensors")
 
 
@@ -313,7 +401,12 @@ def bad_controls(folder):
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
     bad_controls(tmp_path)
-    words = [*(word.format(tmp_path) for word in words), f"out={tmp_path}", f"cache={tmp_path}/cache", "wandb=disabled"]
+    words = [
+        *(word.format(tmp_path) for word in words),
+        f"out={tmp_path}",
+        f"cache={tmp_path}/cache",
+        "wandb=disabled",
+    ]
     with pytest.raises(SystemExit) as stop:
         entry(lambda: transfer.main(load(transfer.Config, words)))
     said = capsys.readouterr().err.strip().splitlines()
@@ -322,6 +415,8 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
 
 
 def test_the_command_itself_exits_with_2():
-    done = subprocess.run([sys.executable, "-m", "analysis.transfer", "sedes=3"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis.transfer", "sedes=3"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "seeds" in done.stderr

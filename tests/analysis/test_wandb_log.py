@@ -19,7 +19,13 @@ from controls import retention as stats
 from train import slider
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
-TARGETS = {"tiny/base": 1.0, "tiny/dmd": 0.95, "tiny/lcm": 0.4, "tiny/lightning": 1.5, "tiny/base:few(4)": 0.1}
+TARGETS = {
+    "tiny/base": 1.0,
+    "tiny/dmd": 0.95,
+    "tiny/lcm": 0.4,
+    "tiny/lightning": 1.5,
+    "tiny/base:few(4)": 0.1,
+}
 CONTROLS = {"smile": 0.03, "age": 0.02, "nothing": 0.0}
 UNIT = {"clip": 1.0, "probe": 12.0}
 
@@ -38,39 +44,83 @@ def reading(source: np.ndarray, target: np.ndarray) -> dict:
     same, other = intervals.equivalence(above, below), intervals.difference(above, below)
     share = {"value": 0.01, "low": -0.02, "high": 0.04}
     return {
-        "window": inside.tolist(), **stats.estimate(target, SCALES, inside), "retention": kept,
-        "equivalence": {"p": same, "p_holm": same}, "difference": {"p": other, "p_holm": other},
-        "matched_scale": stats.matched_scale(source, target, SCALES), "shape": stats.shape(target, SCALES),
-        "monotonicity": stats.monotonicity(target, SCALES), "preservation": 0.97,
-        "references": {"floor": {"slope": share, "share": share}, "ceiling": None,
-                       "wrong": {"control": "age", "slope": share, "share": share},
-                       "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}}, "normalised": kept},
+        "window": inside.tolist(),
+        **stats.estimate(target, SCALES, inside),
+        "retention": kept,
+        "equivalence": {"p": same, "p_holm": same},
+        "difference": {"p": other, "p_holm": other},
+        "matched_scale": stats.matched_scale(source, target, SCALES),
+        "shape": stats.shape(target, SCALES),
+        "monotonicity": stats.monotonicity(target, SCALES),
+        "preservation": 0.97,
+        "references": {
+            "floor": {"slope": share, "share": share},
+            "ceiling": None,
+            "wrong": {"control": "age", "slope": share, "share": share},
+            "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
+            "normalised": kept,
+        },
         "verdict": stats.verdict(kept, same, other),
-    }  # fmt: skip
+    }
 
 
 def cell(control: str, target: str, number: int) -> dict:
     strength, share = CONTROLS[control], TARGETS[target]
     readings = {
-        name: reading(simulated(strength * unit, number), simulated(strength * unit * share, number if share == 1 else 90 + number))
+        name: reading(
+            simulated(strength * unit, number),
+            simulated(strength * unit * share, number if share == 1 else 90 + number),
+        )
         for name, unit in UNIT.items()
     }
     return {
-        "control": control, "kind": "slider", "source": "tiny/base", "target": target, "reference": ":" in target,
-        "scales": SCALES, "readings": readings, "clip_change_percent": 17.8, "images": 288, "prompts": 12, "seeds": 4, "positive": "a smile",
-        "negative": "a frown", "below": None, "picture": f"images/{control}/{target.replace('/', '-')}.png",
-    }  # fmt: skip
+        "control": control,
+        "kind": "slider",
+        "source": "tiny/base",
+        "target": target,
+        "reference": ":" in target,
+        "scales": SCALES,
+        "readings": readings,
+        "clip_change_percent": 17.8,
+        "images": 288,
+        "prompts": 12,
+        "seeds": 4,
+        "positive": "a smile",
+        "negative": "a frown",
+        "below": None,
+        "picture": f"images/{control}/{target.replace('/', '-')}.png",
+    }
 
 
 def transfer_record() -> dict:
     """The record of a run of analysis.transfer over three simulated controls, one of which does nothing."""
     cells = [cell(control, target, i) for i, control in enumerate(CONTROLS) for target in TARGETS]
     some = {"value": 0.1, "low": 0.05, "high": 0.15}
-    leakage = [{"evaluator": "clip", "target": "tiny/base", "control": a, "attribute": b, "slope": some, "share": some}
-               for a in CONTROLS for b in CONTROLS if a != b]  # fmt: skip
-    return {"schema": 2, "command": "python -m analysis.transfer", "versions": {"torch": "2.13"}, "created": "2026-01-01T00:00:00",
-            "seconds": 61.5, "config": {"family": "tiny", "seeds": 4}, "evaluators": list(UNIT), "margin": [0.8, 1.25], "cells": cells,
-            "leakage": leakage}  # fmt: skip
+    leakage = [
+        {
+            "evaluator": "clip",
+            "target": "tiny/base",
+            "control": a,
+            "attribute": b,
+            "slope": some,
+            "share": some,
+        }
+        for a in CONTROLS
+        for b in CONTROLS
+        if a != b
+    ]
+    return {
+        "schema": 2,
+        "command": "python -m analysis.transfer",
+        "versions": {"torch": "2.13"},
+        "created": "2026-01-01T00:00:00",
+        "seconds": 61.5,
+        "config": {"family": "tiny", "seeds": 4},
+        "evaluators": list(UNIT),
+        "margin": [0.8, 1.25],
+        "cells": cells,
+        "leakage": leakage,
+    }
 
 
 def run_folder(folder: Path, results: dict) -> Path:
@@ -88,7 +138,8 @@ def run_folder(folder: Path, results: dict) -> Path:
 def records(folder: Path) -> list[wandb_internal_pb2.Record]:
     """What an offline run has written.
 
-    In LevelDB's log format: after 7 bytes of header, blocks of 32 KiB that hold pieces of (crc, length, type) and data.
+    In LevelDB's log format: after 7 bytes of header, blocks of 32 KiB that hold pieces of (crc, length, type)
+    and data.
     """
     (path,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
     data, at, whole, found = path.read_bytes(), 7, b"", []
@@ -107,11 +158,15 @@ def records(folder: Path) -> list[wandb_internal_pb2.Record]:
 
 
 class Recorded:
-    """An offline run read back: its rows of history by step, config, summary, artifacts, and the media files that they name."""
+    """An offline run read back: its rows of history by step, config, summary, artifacts, and the media files
+    that they name.
+    """
 
     def __init__(self, folder: Path):
         until = time.monotonic() + 60
-        while not any(found.HasField("exit") for found in records(folder)):  # W&B's own process writes the file a little later
+        while not any(
+            found.HasField("exit") for found in records(folder)
+        ):  # W&B's own process writes the file a little later
             assert time.monotonic() < until
             time.sleep(0.1)
         self.rows, self.config, self.summary, self.artifacts = {}, {}, {}, []
@@ -142,8 +197,14 @@ class Recorded:
         return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
 
     def artifact(self, kind: str) -> dict[str, tuple[set[str], bool]]:
-        """The artifacts of a type: name to the files within, and whether the run reads it rather than writes it."""
-        return {a.name: ({entry.path for entry in a.manifest.contents}, a.use_after_commit) for a in self.artifacts if a.type == kind}
+        """The artifacts of a type: name to the files within, and whether the run reads it rather than writes
+        it.
+        """
+        return {
+            a.name: ({entry.path for entry in a.manifest.contents}, a.use_after_commit)
+            for a in self.artifacts
+            if a.type == kind
+        }
 
 
 def merged(into: dict, items) -> dict:
@@ -168,7 +229,9 @@ def folder(tmp_path_factory, results) -> Path:
     """A run folder with its W&B run, recorded offline."""
     folder = run_folder(tmp_path_factory.mktemp("runs") / "mine", results)
     files = {"smile": ROOT / "controls/tiny/smile.safetensors"}
-    with tracking.start(folder, results["config"], "analysis.transfer", "smile+age+nothing", mode="offline") as tracker:
+    with tracking.start(
+        folder, results["config"], "analysis.transfer", "smile+age+nothing", mode="offline"
+    ) as tracker:
         wandb_log.track(results, folder, tracker, files)
         assert not tracker.warned
     return folder
@@ -191,9 +254,14 @@ def test_every_cell_is_in_the_table_by_both_evaluators(found, results):
         for evaluator_name, reading in of.readings(cell).items():
             row = rows[cell["control"], cell["target"], evaluator_name]
             assert row["verdict"] == reading["verdict"] and row["reference"] is cell["reference"]
-            for name, interval in {"retention": reading["retention"], "matched scale": reading["matched_scale"],
-                                   "floor": reading["references"]["floor"]["share"]}.items():  # fmt: skip
-                assert [row[name], row[f"{name} low"], row[f"{name} high"]] == [interval[end] for end in ("value", "low", "high")]
+            for name, interval in {
+                "retention": reading["retention"],
+                "matched scale": reading["matched_scale"],
+                "floor": reading["references"]["floor"]["share"],
+            }.items():
+                assert [row[name], row[f"{name} low"], row[f"{name} high"]] == [
+                    interval[end] for end in ("value", "low", "high")
+                ]
             assert row["ceiling"] is None and row["saturation"] == reading["shape"]["saturation"]
     leakage = found.table("transfer/leakage")
     assert len(leakage) == 6 and leakage[0]["share low"] == 0.05
@@ -203,7 +271,10 @@ def test_every_scale_is_a_step_of_the_image_slider(found, results):
     for cell in results["cells"]:
         for step, scale in enumerate(cell["scales"]):
             entry = found.rows[step][f"images/{cell['control']}/{cell['target']}"]
-            assert entry["caption"] == f"{cell['control']} at scale {f'{scale:+g}' if scale else '0'} on {cell['target']}"
+            assert (
+                entry["caption"]
+                == f"{cell['control']} at scale {f'{scale:+g}' if scale else '0'} on {cell['target']}"
+            )
             with Image.open(found.files / entry["path"]) as picture:
                 assert picture.size == (8, 32) and np.all(np.asarray(picture) == step)
 
@@ -218,17 +289,26 @@ def test_curves_and_heat_maps(found, results):
         panel = found.config["_wandb"]["visualize"][f"curves/{control}"]["panel_config"]
         assert control in panel["stringSettings"]["title"] and panel["stringSettings"]["xname"] == "scale"
     for evaluator in UNIT:
-        (entry,) = [row[key] for row in found.rows.values() for key in row if key == f"transfer/heat/{evaluator}"]
-        assert Image.open(found.files / entry["path"]).size == wandb_log.heat_map(results["cells"], evaluator).size
+        (entry,) = [
+            row[key] for row in found.rows.values() for key in row if key == f"transfer/heat/{evaluator}"
+        ]
+        assert (
+            Image.open(found.files / entry["path"]).size
+            == wandb_log.heat_map(results["cells"], evaluator).size
+        )
 
 
 def test_summary_holds_retention_scale_and_verdict(found, results):
     for cell in results["cells"]:
         where = f"{cell['control']}/{cell['target']}"
         assert found.summary[f"verdict/{where}"] == cell["verdict"]
-        assert found.summary.get(f"retention/{where}") == cell["retention"]["value"]  # left out where undefined
+        assert (
+            found.summary.get(f"retention/{where}") == cell["retention"]["value"]
+        )  # left out where undefined
         assert found.summary.get(f"matched_scale/{where}") == cell["matched_scale"]["value"]
-    assert "retention/nothing/tiny/dmd" not in found.summary and found.summary["retention/smile/tiny/base"] == 1
+    assert (
+        "retention/nothing/tiny/dmd" not in found.summary and found.summary["retention/smile/tiny/base"] == 1
+    )
 
 
 def test_artifacts_and_lineage(found):
@@ -237,22 +317,47 @@ def test_artifacts_and_lineage(found):
 
 
 def test_an_older_record_leaves_out_what_it_lacks(tmp_path, results):
-    cells = [{key: c[key] for key in ("control", "kind", "source", "target", "scales")}
-             | {"readings": {name: {key: found[key] for key in ("effect", "slope", "retention", "matched_scale", "verdict")}
-                             for name, found in c["readings"].items()}} for c in results["cells"]]  # fmt: skip
+    cells = [
+        {key: c[key] for key in ("control", "kind", "source", "target", "scales")}
+        | {
+            "readings": {
+                name: {
+                    key: found[key] for key in ("effect", "slope", "retention", "matched_scale", "verdict")
+                }
+                for name, found in c["readings"].items()
+            }
+        }
+        for c in results["cells"]
+    ]
     with tracking.start(tmp_path, {}, "analysis.transfer", "smile", mode="offline") as tracker:
         wandb_log.track({"schema": 2, "cells": cells}, tmp_path, tracker)
         assert not tracker.warned
     found = Recorded(tmp_path)
-    assert len(found.table("transfer/cells")) == len(cells) * len(UNIT) and "transfer/leakage" not in found.keys
+    assert (
+        len(found.table("transfer/cells")) == len(cells) * len(UNIT) and "transfer/leakage" not in found.keys
+    )
 
 
 def test_every_logged_key_is_documented_and_every_documented_one_logged(found, tmp_path):
-    words = ["steps=1", "batch_size=1", "trajectories=1", "sample_seeds=[1]", "sample_scales=[0,1]", "watch=[tiny/dmd]", "watch_every=1",
-             "watch_prompts=1", "wandb=offline", f"out={tmp_path}"]  # fmt: skip
+    words = [
+        "steps=1",
+        "batch_size=1",
+        "trajectories=1",
+        "sample_seeds=[1]",
+        "sample_scales=[0,1]",
+        "watch=[tiny/dmd]",
+        "watch_every=1",
+        "watch_prompts=1",
+        "wandb=offline",
+        f"out={tmp_path}",
+    ]
     slider.main(merge(slider.Config, words))
-    watched = json.loads((tmp_path / "smile/watch.jsonl").read_text())  # also what could not be told and was not logged
-    logged = found.keys | Recorded(tmp_path / "smile").keys | {f"watch/{key}" for key in watched if key != "step"}
+    watched = json.loads(
+        (tmp_path / "smile/watch.jsonl").read_text()
+    )  # also what could not be told and was not logged
+    logged = (
+        found.keys | Recorded(tmp_path / "smile").keys | {f"watch/{key}" for key in watched if key != "step"}
+    )
     patterns = documented("training", "transfer")
     assert not [key for key in logged if not any(pattern.fullmatch(key) for pattern in patterns.values())]
     assert not [key for key, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))]
@@ -260,9 +365,18 @@ def test_every_logged_key_is_documented_and_every_documented_one_logged(found, t
 
 def test_the_dashboard_names_what_was_logged(found, results):
     patterns = [pattern for title in ("Transfer", "Images") for _, _, pattern in dashboard.SECTIONS[title]]
-    named = {key for p in patterns for name in CONTROLS for key in dashboard.filled(p.replace("<control>", name), results["cells"])}
-    undefined = {f"{what}/{c['control']}/{c['target']}" for c in results["cells"] for what in ("retention", "matched_scale")
-                 if c[what]["value"] is None}  # fmt: skip
+    named = {
+        key
+        for p in patterns
+        for name in CONTROLS
+        for key in dashboard.filled(p.replace("<control>", name), results["cells"])
+    }
+    undefined = {
+        f"{what}/{c['control']}/{c['target']}"
+        for c in results["cells"]
+        for what in ("retention", "matched_scale")
+        if c[what]["value"] is None
+    }
     assert undefined and named - found.keys == undefined
 
 

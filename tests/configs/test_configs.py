@@ -100,13 +100,56 @@ def test_a_missing_file_and_a_missing_value():
 def test_precedence_is_dataclass_then_files_then_words(tmp_path):
     (tmp_path / "a.yaml").write_text("steps: 20\noptim: {rate: 0.5}\nlimit: 1")
     (tmp_path / "b.yaml").write_text("limit: 2")
-    config = load(Config, ["steps=30", f"config={tmp_path}/a.yaml", f"config={tmp_path}/b.yaml", "prompts=[x, y]", "layers.mid.beta=0"])
-    assert config == Config(steps=30, prompts=["x", "y"], optim=Optim(rate=0.5), limit=2.0, layers={"mid": Optim(beta=0.0)})
+    config = load(
+        Config,
+        [
+            "steps=30",
+            f"config={tmp_path}/a.yaml",
+            f"config={tmp_path}/b.yaml",
+            "prompts=[x, y]",
+            "layers.mid.beta=0",
+        ],
+    )
+    assert config == Config(
+        steps=30, prompts=["x", "y"], optim=Optim(rate=0.5), limit=2.0, layers={"mid": Optim(beta=0.0)}
+    )
     assert merge(Config) == Config()
 
 
-SIGNS = ["a face #2", "a: b", "[x", "{", "null", "*x", "&x", "!x", "- a", "%", "@home", "`", "?", "|", "~"]  # YAML's own, in a file
-TYPED = ["on", "no", "true", "0123", "1e3", "1_000", "1:30", "0x1F", ".inf", "2024-01-01", "=", "<<", "it's", "ä, ö", "a  b"]
+SIGNS = [
+    "a face #2",
+    "a: b",
+    "[x",
+    "{",
+    "null",
+    "*x",
+    "&x",
+    "!x",
+    "- a",
+    "%",
+    "@home",
+    "`",
+    "?",
+    "|",
+    "~",
+]  # YAML's own, in a file
+TYPED = [
+    "on",
+    "no",
+    "true",
+    "0123",
+    "1e3",
+    "1_000",
+    "1:30",
+    "0x1F",
+    ".inf",
+    "2024-01-01",
+    "=",
+    "<<",
+    "it's",
+    "ä, ö",
+    "a  b",
+]
 
 
 @pytest.mark.parametrize("typed", [*TYPED, *SIGNS])
@@ -121,17 +164,44 @@ def test_a_text_stays_as_it_was_typed(typed, tmp_path):
 
 @pytest.mark.parametrize(
     ("word", "key", "expected"),
-    [("colour=", "colour", ""), ("colour= a ", "colour", "a"), ("colour='a: b'", "colour", "a: b"), ('colour="on"', "colour", "on"),
-     ("limit=", "limit", None), ("limit=null", "limit", None), ("limit=1e3", "limit", 1000.0), ("steps=1_000", "steps", 1000),
-     ("steps=0100", "steps", 100), ("optim.rate=1e-4", "optim", Optim(rate=1e-4)), ("layers.on.rate=2", "layers", {"on": Optim(rate=2.0)})],
-)  # fmt: skip
+    [
+        ("colour=", "colour", ""),
+        ("colour= a ", "colour", "a"),
+        ("colour='a: b'", "colour", "a: b"),
+        ('colour="on"', "colour", "on"),
+        ("limit=", "limit", None),
+        ("limit=null", "limit", None),
+        ("limit=1e3", "limit", 1000.0),
+        ("steps=1_000", "steps", 1000),
+        ("steps=0100", "steps", 100),
+        ("optim.rate=1e-4", "optim", Optim(rate=1e-4)),
+        ("layers.on.rate=2", "layers", {"on": Optim(rate=2.0)}),
+    ],
+)
 def test_a_word_is_read_as_its_field_says(word, key, expected):
     assert getattr(merge(Config, [word]), key) == expected
 
 
-OTHER = ["steps=1:30", "steps=on", "steps=2.5", "steps=1e3", "steps=", "steps=2024-01-01", f"steps={'9' * 5000}", "optim.rate=on",
-         "optim.rate=.nan", "optim.rate=.inf", "limit=yes", "a.b.c=", "größe=3", "optim..rate=3", "[=3", "prompts=", "prompts={a: b}",
-         "layers=[a]"]  # fmt: skip
+OTHER = [
+    "steps=1:30",
+    "steps=on",
+    "steps=2.5",
+    "steps=1e3",
+    "steps=",
+    "steps=2024-01-01",
+    f"steps={'9' * 5000}",
+    "optim.rate=on",
+    "optim.rate=.nan",
+    "optim.rate=.inf",
+    "limit=yes",
+    "a.b.c=",
+    "größe=3",
+    "optim..rate=3",
+    "[=3",
+    "prompts=",
+    "prompts={a: b}",
+    "layers=[a]",
+]
 
 
 @pytest.mark.parametrize("word", OTHER)
@@ -139,7 +209,9 @@ def test_a_value_of_another_kind_is_refused(word):
     refusal([word])
 
 
-LAUGHS = "a: &a [x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True))
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{n}: &{n} [{', '.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +222,7 @@ LAUGHS = "a: &a [x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{m}'] * 10)}]\n" fo
         ("steps: " + "[" * 100_000, "nest"),
         ("- target: a\n  positive: b", "a list goes to its own key: optims="),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_would_fill_the_memory_or_belongs_elsewhere(tmp_path, text, expected):
     @dataclass
     class Rows(Config):
@@ -235,11 +307,17 @@ def test_help_shows_each_mapping_of_a_list_on_a_line():
         optims: list[Optim] = field(default_factory=lambda: [Optim(), Optim(rate=1.0)])  # several
 
     shown = [" ".join(line.split()) for line in usage(Rows).splitlines()]
-    assert shown[-3:] == ["optims several [[", '{"rate": 0.001, "beta": 0.9},', '{"rate": 1.0, "beta": 0.9}]]']
+    assert shown[-3:] == [
+        "optims several [[",
+        '{"rate": 0.001, "beta": 0.9},',
+        '{"rate": 1.0, "beta": 0.9}]]',
+    ]
 
 
 def test_save_writes_the_whole_config_with_versions_and_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(configs.ROOT / "analysis/transfer.py"), "prompts=[a face, b]", "colour=two\nlines"])
+    monkeypatch.setattr(
+        sys, "argv", [str(configs.ROOT / "analysis/transfer.py"), "prompts=[a face, b]", "colour=two\nlines"]
+    )
     config = Config(steps=3, prompts=["ein Lächeln"])
     save(config, tmp_path / "new/config.yaml")
     lines = (tmp_path / "new/config.yaml").read_text().splitlines()
@@ -251,7 +329,11 @@ def test_save_writes_the_whole_config_with_versions_and_command(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("program", "expected"),
-    [("train/slider.py", "train/slider.py"), ("/opt/venv/bin/pytest", "pytest"), (str(configs.ROOT / "train/lora.py"), "train/lora.py")],
+    [
+        ("train/slider.py", "train/slider.py"),
+        ("/opt/venv/bin/pytest", "pytest"),
+        (str(configs.ROOT / "train/lora.py"), "train/lora.py"),
+    ],
 )
 def test_command_shows_no_absolute_path_of_the_program(monkeypatch, program, expected):
     monkeypatch.setattr(sys, "argv", [program, "steps=3"])
@@ -311,7 +393,9 @@ def test_entry_is_never_longer_than_a_screen_and_knows_the_systems_errors(capsys
     with pytest.raises(SystemExit) as caught:
         entry(main)
     said = capsys.readouterr().err
-    assert caught.value.code == 2 and says in said and len(said) < 620 and said.removesuffix("\n").isprintable()
+    assert (
+        caught.value.code == 2 and says in said and len(said) < 620 and said.removesuffix("\n").isprintable()
+    )
 
 
 def test_entry_lets_a_bug_through_and_an_interrupt_end_quietly(capsys):
@@ -338,7 +422,9 @@ def test_a_command_as_the_shell_sees_it(tmp_path):
 
     def run(*words):
         code = [sys.executable, str(script), *words]
-        return subprocess.run(code, capture_output=True, text=True, cwd=configs.ROOT, env={"PYTHONPATH": str(configs.ROOT)})
+        return subprocess.run(
+            code, capture_output=True, text=True, cwd=configs.ROOT, env={"PYTHONPATH": str(configs.ROOT)}
+        )
 
     bad = run("step=2")
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
@@ -359,11 +445,22 @@ def test_what_libraries_say_that_nobody_can_mend_is_not_said():
     assert "ours" in done.stderr and said not in done.stderr
 
 
-@pytest.mark.parametrize(("value", "said"), [
-    ("[a man, smiling]", "'a man' | 'smiling'; a comma inside a text needs quotes: words=[\"a man, smiling\"]"),
-    ("[a man, 35, a cat, a dog]", "holds 4 texts, 'a man' | '35' | 'a cat' …"),
-    ("[a man,smiling]", ""), ("[base, dmd]", ""), ('["a man, smiling"]', ""), ('["a man", "a cat"]', ""), ("[]", ""), ("[a, b c", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            "[a man, smiling]",
+            "'a man' | 'smiling'; a comma inside a text needs quotes: words=[\"a man, smiling\"]",
+        ),
+        ("[a man, 35, a cat, a dog]", "holds 4 texts, 'a man' | '35' | 'a cat' …"),
+        ("[a man,smiling]", ""),
+        ("[base, dmd]", ""),
+        ('["a man, smiling"]', ""),
+        ('["a man", "a cat"]', ""),
+        ("[]", ""),
+        ("[a, b c", None),
+    ],
+)
 def test_a_comma_outside_of_quotes_is_said(capsys, value, said):
     @dataclass
     class Texts:

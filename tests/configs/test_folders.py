@@ -1,4 +1,6 @@
-"""Folders of runs: nothing is removed that is not ours, one process works in each, and a refused run leaves everything as it was."""
+"""Folders of runs: nothing is removed that is not ours, one process works in each, and a refused run leaves
+everything as it was.
+"""
 
 import json
 import os
@@ -18,8 +20,16 @@ from configs.folders import LOCK, _born, digest, look
 from configs.runs import _writing
 from train import image_slider, lora, slider, sliderspace
 
-COMMANDS = {module.__name__: module for module in (slider, lora, image_slider, sliderspace, transfer, trace, diversity, similarity)}
-CHEAP = {slider: ["trajectories=1"], lora: ["images=2"], image_slider: ["pairs=2"], sliderspace: ["trajectories=2", "directions=1"]}
+COMMANDS = {
+    module.__name__: module
+    for module in (slider, lora, image_slider, sliderspace, transfer, trace, diversity, similarity)
+}
+CHEAP = {
+    slider: ["trajectories=1"],
+    lora: ["images=2"],
+    image_slider: ["pairs=2"],
+    sliderspace: ["trajectories=2", "directions=1"],
+}
 
 
 @dataclass
@@ -41,7 +51,10 @@ def given_back():
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder, by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def finished(out: Path, name: str = "mine", **keys) -> Path:
@@ -58,7 +71,10 @@ def test_a_run_is_made_continued_and_started_afresh(tmp_path):
     finished(tmp_path)
     with pytest.raises(UserError, match="steps: 1 -> 2"):
         claim(Config("mine", str(tmp_path), 2))
-    assert claim(Config("mine", str(tmp_path), 2), free=("steps",)) == folder and (folder / "control.safetensors").exists()
+    assert (
+        claim(Config("mine", str(tmp_path), 2), free=("steps",)) == folder
+        and (folder / "control.safetensors").exists()
+    )
     claim(Config("mine", str(tmp_path), 3, overwrite=True))
     assert sorted(tree(folder)) == [LOCK, "config.yaml"]
 
@@ -66,11 +82,29 @@ def test_a_run_is_made_continued_and_started_afresh(tmp_path):
 @pytest.mark.parametrize("module", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize(
     "words",
-    [["name=."], ["name=.."], ["name="], ["name=/etc"], ["name=thesis/chapter"], ["name=mine/../thesis"], ["name=~"], ["name=a\\b"],
-     ["name=thesis"], ["name=link"], ["name=elsewhere"], ["name=theirs"], ["name=letter"], ["typo=1"], ["wandb=sometimes"], ["dtype=fp7"],
-     ["memory.compile=magic"], ["out=~/x"], ["out=\x00"]],
+    [
+        ["name=."],
+        ["name=.."],
+        ["name="],
+        ["name=/etc"],
+        ["name=thesis/chapter"],
+        ["name=mine/../thesis"],
+        ["name=~"],
+        ["name=a\\b"],
+        ["name=thesis"],
+        ["name=link"],
+        ["name=elsewhere"],
+        ["name=theirs"],
+        ["name=letter"],
+        ["typo=1"],
+        ["wandb=sometimes"],
+        ["dtype=fp7"],
+        ["memory.compile=magic"],
+        ["out=~/x"],
+        ["out=\x00"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_overwrite_never_removes_what_is_not_ours(module, words, tmp_path, capsys, monkeypatch):
     home, out = tmp_path / "home", tmp_path / "home/runs"
     monkeypatch.setenv("HOME", str(home))
@@ -80,38 +114,76 @@ def test_overwrite_never_removes_what_is_not_ours(module, words, tmp_path, capsy
         folder.mkdir()
         (folder / "chapter").write_text("years")
     (out / "theirs").mkdir()
-    (out / "theirs/config.yaml").write_text("name: theirs\nout: runs\noverwrite: false\nwandb: auto\n")  # of another program
+    (out / "theirs/config.yaml").write_text(
+        "name: theirs\nout: runs\noverwrite: false\nwandb: auto\n"
+    )  # of another program
     (out / "link").symlink_to(home / "thesis")
     (out / "elsewhere").symlink_to(home / "away/elsewhere")
     (out / "letter").write_text("dear")
     before = tree(home)
     with pytest.raises(SystemExit) as stop:
-        entry(lambda: module.main(load(module.Config, ["name=mine", f"out={out}", "wandb=disabled", "overwrite=true", *words])))
+        entry(
+            lambda: module.main(
+                load(module.Config, ["name=mine", f"out={out}", "wandb=disabled", "overwrite=true", *words])
+            )
+        )
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 700
     assert tree(home) == before
 
 
 REFUSED = {
-    slider: ["layers=ful", "scope=all", "member=tiny/turbo", "member=nowhere/base", "optimizer=sgd", "lr_scheduler=cosign", "steps=0", "rank=0",
-             "quantize=int3", "watch=[tiny/turbo]", "watch=[sdxl/base]", "sample_seeds=[]", "seed=18446744073709551616", "seed=-1",
-             "name=training", "recipe=slow", "prompts=[]", "prompts=nowhere.yaml"],
+    slider: [
+        "layers=ful",
+        "scope=all",
+        "member=tiny/turbo",
+        "member=nowhere/base",
+        "optimizer=sgd",
+        "lr_scheduler=cosign",
+        "steps=0",
+        "rank=0",
+        "quantize=int3",
+        "watch=[tiny/turbo]",
+        "watch=[sdxl/base]",
+        "sample_seeds=[]",
+        "seed=18446744073709551616",
+        "seed=-1",
+        "name=training",
+        "recipe=slow",
+        "prompts=[]",
+        "prompts=nowhere.yaml",
+    ],
     lora: ["layers=ful", "data=tiny:oil", "data=nowhere/at/all"],
     image_slider: ["data=tiny:nose", "data=nowhere"],
     sliderspace: ["directions=4000"],
-    transfer: ["controls=[nowhere.safetensors]", "targets=[turbo]", "targets=[dmd:hybrid(9)]", "scales=[]", "evaluators=[x]"],
+    transfer: [
+        "controls=[nowhere.safetensors]",
+        "targets=[turbo]",
+        "targets=[dmd:hybrid(9)]",
+        "scales=[]",
+        "evaluators=[x]",
+    ],
     trace: ["control=nowhere.safetensors", "plans=[hybrid]", "students=[turbo]", "bands=[]"],
     diversity: ["plans=[magic(1)]", "reference=nowhere"],
     similarity: ["targets=[turbo]", "controls=[nowhere.safetensors]"],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("module", "word"), [(module, word) for module in REFUSED for word in REFUSED[module]])
+@pytest.mark.parametrize(
+    ("module", "word"), [(module, word) for module in REFUSED for word in REFUSED[module]]
+)
 def test_a_refused_run_removes_nothing_and_claims_nothing(module, word, tmp_path, capsys):
     folder = finished(tmp_path / "out", "mine")
     before = tree(tmp_path)
     for name in ("name=mine", "name=new"):
-        words = [name, f"out={tmp_path}/out", "wandb=disabled", "overwrite=true", *CHEAP.get(module, []), word]
+        words = [
+            name,
+            f"out={tmp_path}/out",
+            "wandb=disabled",
+            "overwrite=true",
+            *CHEAP.get(module, []),
+            word,
+        ]
         cache = [f"cache={tmp_path}/cache"] if module is transfer else []
         with pytest.raises(SystemExit) as stop:
             entry(lambda words=words + cache: module.main(load(module.Config, words)))
@@ -124,7 +196,9 @@ def test_a_missing_package_is_said_before_anything_is_removed(tmp_path, monkeypa
     before = tree(tmp_path)
     monkeypatch.setattr("train.run.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
-        slider.main(load(slider.Config, ["optimizer=adamw8bit", "name=mine", f"out={tmp_path}", "overwrite=true"]))
+        slider.main(
+            load(slider.Config, ["optimizer=adamw8bit", "name=mine", f"out={tmp_path}", "overwrite=true"])
+        )
     assert tree(tmp_path) == before
 
 
@@ -153,7 +227,11 @@ def test_a_link_to_a_run_is_continued(tmp_path):
 def test_what_a_killed_run_was_writing_is_swept(tmp_path):
     folder = finished(tmp_path)
     (folder / "features").mkdir()
-    for name in (".state.pt.a8f_3k2z.pt", "features/.off.safetensors.q1w2e3r4.safetensors", ".config.yaml.abcdefgh.yaml"):
+    for name in (
+        ".state.pt.a8f_3k2z.pt",
+        "features/.off.safetensors.q1w2e3r4.safetensors",
+        ".config.yaml.abcdefgh.yaml",
+    ):
         (folder / name).write_text("half")
     kept = [".state.pt.backup.pt", ".a.b.c", "features/.keep", ".gitignore", ".log.jsonl.12345678.txt"]
     for name in kept:
@@ -166,7 +244,9 @@ def test_what_a_killed_run_was_writing_is_swept(tmp_path):
 @pytest.mark.parametrize("damage", ["name: [\n", "", "- 1\n", "name: &a [*a]\n", "7"])
 def test_a_damaged_config_is_one_line_that_names_it(tmp_path, damage):
     folder = finished(tmp_path)
-    stamp = "".join(line + "\n" for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("#"))
+    stamp = "".join(
+        line + "\n" for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("#")
+    )
     (folder / "config.yaml").write_text(stamp + damage)
     with pytest.raises(UserError, match=r"config\.yaml.*overwrite=true"):
         claim(Config("mine", str(tmp_path)))
@@ -188,14 +268,22 @@ def test_a_config_of_an_older_version_goes_on_where_nothing_else_differs(tmp_pat
 def test_the_hash_of_a_config_is_of_what_decides():
     plain = digest(Config(), ("wandb", "out"))
     assert plain == digest(Config(wandb="disabled", out="x", overwrite=True), ("wandb", "out"))
-    assert plain != digest(Config(steps=2), ("wandb", "out")) != digest(Config(scales=[1.0]), ("wandb", "out"))
+    assert (
+        plain != digest(Config(steps=2), ("wandb", "out")) != digest(Config(scales=[1.0]), ("wandb", "out"))
+    )
 
 
 def holder(folder: Path, **keys) -> None:
     """A lock as another process leaves it."""
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    held = {"host": socket.gethostname(), "pid": child.pid, "born": "1", "since": "2026-01-01", "command": "x"} | keys
+    held = {
+        "host": socket.gethostname(),
+        "pid": child.pid,
+        "born": "1",
+        "since": "2026-01-01",
+        "command": "x",
+    } | keys
     (folder / LOCK).write_text(json.dumps(held))
 
 
@@ -205,7 +293,9 @@ def test_a_lock_of_another_process_names_it(tmp_path):
         holder(folder, host=host, pid=pid, born=born)
         before = tree(tmp_path)
         for overwrite in (False, True):
-            with pytest.raises(UserError, match=f"in use by process {pid} on {host}, since 2026-01-01.*remove"):
+            with pytest.raises(
+                UserError, match=f"in use by process {pid} on {host}, since 2026-01-01.*remove"
+            ):
                 claim(Config("mine", str(tmp_path), overwrite=overwrite))
         assert tree(tmp_path) == before
 
@@ -251,7 +341,13 @@ entry(main)
 
 def process(out: Path, word: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, out, word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, out, word],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def test_of_two_processes_that_begin_at_once_one_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
@@ -259,12 +355,18 @@ def test_of_two_processes_that_begin_at_once_one_is_refused_and_a_killed_one_lea
     while all(one.poll() is None for one in both):
         time.sleep(0.05)
     both.sort(key=lambda one: one.poll() is None)
-    assert both[0].returncode == 2 and "in use by" in both[0].stderr.read() and both[1].stdout.readline() == "in\n"
+    assert (
+        both[0].returncode == 2
+        and "in use by" in both[0].stderr.read()
+        and both[1].stdout.readline() == "in\n"
+    )
     both[1].kill()  # -9: the lock file stays
     third = process(tmp_path, "end")
     out, err = third.communicate()
     assert (third.returncode, out, err.count("\n")) == (143, "in\n", 1), err
-    assert sorted(tree(tmp_path / "mine")) == ["config.yaml"], "a command that is told to end gives its folder back"
+    assert sorted(tree(tmp_path / "mine")) == ["config.yaml"], (
+        "a command that is told to end gives its folder back"
+    )
     both[1].wait()
 
 
@@ -286,12 +388,19 @@ def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         entry(lambda: claim(Config("mine", out)))
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 700 and list(tree(tmp_path)) == ["file"]
+    assert (
+        stop.value.code == 2
+        and said.count("\n") == 1
+        and len(said) < 700
+        and list(tree(tmp_path)) == ["file"]
+    )
 
 
 FULL = [
     OSError(28, "No space left on device"),
-    RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"),
+    RuntimeError(
+        "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"
+    ),
     Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
 

@@ -55,7 +55,10 @@ def test_offline_run_writes_under_the_folder_and_says_how_to_sync(nobody, capfd)
     assert list((folder / "wandb/data").rglob("*")), "artifacts are staged inside the folder"
     assert not (nobody / "home").exists(), "nothing goes to the home folder"
     out, err = capfd.readouterr()
-    assert out.startswith("W&B is offline; to upload this run: wandb sync run/wandb/offline-run-") and out.count("\n") == 1
+    assert (
+        out.startswith("W&B is offline; to upload this run: wandb sync run/wandb/offline-run-")
+        and out.count("\n") == 1
+    )
     assert err == ""
 
 
@@ -79,7 +82,9 @@ def test_wandb_mode_is_respected_by_auto_alone(nobody, monkeypatch):
     assert not (nobody / "run").exists()
 
 
-@pytest.mark.parametrize(("word", "mode", "offline"), [("true", "auto", False), ("0", "auto", True), ("true", "offline", True)])
+@pytest.mark.parametrize(
+    ("word", "mode", "offline"), [("true", "auto", False), ("0", "auto", True), ("true", "offline", True)]
+)
 def test_wandb_disabled_is_respected_by_auto_alone(nobody, monkeypatch, word, mode, offline):
     modes = []
     fake = types.SimpleNamespace(init=lambda mode, **_: modes.append(mode), Settings=dict)
@@ -114,7 +119,13 @@ def test_offline_all_parts_of_a_run_that_went_on_are_named(nobody, capfd):
 
 def test_wandb_that_never_answers_is_one_warning_and_an_end(nobody, monkeypatch, capfd):
     hanging, ended = threading.Event(), []
-    run = types.SimpleNamespace(offline=True, dir=str(nobody), id="x", finish=lambda exit_code: hanging.wait(60), log=lambda *_, **__: None)
+    run = types.SimpleNamespace(
+        offline=True,
+        dir=str(nobody),
+        id="x",
+        finish=lambda exit_code: hanging.wait(60),
+        log=lambda *_, **__: None,
+    )
     fake = types.SimpleNamespace(init=lambda **_: run, Settings=dict, teardown=lambda: ended.append(True))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(tracking, "FINISH", 0.1)
@@ -123,7 +134,10 @@ def test_wandb_that_never_answers_is_one_warning_and_an_end(nobody, monkeypatch,
         tracker.log({"loss": 1.0})
     hanging.set()
     err = capfd.readouterr().err
-    assert err == "warning: W&B failed (TimeoutError: no answer in 0.1 seconds); the files are not affected\n" and ended
+    assert (
+        err == "warning: W&B failed (TimeoutError: no answer in 0.1 seconds); the files are not affected\n"
+        and ended
+    )
 
 
 def test_a_service_that_is_killed_is_one_warning(nobody, monkeypatch, capfd):
@@ -136,7 +150,9 @@ def test_a_service_that_is_killed_is_one_warning(nobody, monkeypatch, capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("name", "expected"), [("tiny/base", "tiny-base"), ("smile", "smile"), ("a" * 128, "a" * 128)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("tiny/base", "tiny-base"), ("smile", "smile"), ("a" * 128, "a" * 128)]
+)
 def test_names_of_artifacts_that_wandb_takes_stay(name, expected):
     assert tracking._artifact_name(name) == expected
 
@@ -175,7 +191,11 @@ def test_online_that_cannot_start_goes_offline(nobody, monkeypatch):
 
     def init(mode, **_):
         modes.append(mode)
-        return broken() if mode == "online" else types.SimpleNamespace(offline=True, dir=str(nobody), finish=lambda exit_code: None)
+        return (
+            broken()
+            if mode == "online"
+            else types.SimpleNamespace(offline=True, dir=str(nobody), finish=lambda exit_code: None)
+        )
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=dict))
     tracking.start(nobody / "run", **ABOUT, mode="online").finish()
@@ -183,8 +203,14 @@ def test_online_that_cannot_start_goes_offline(nobody, monkeypatch):
 
 
 def test_a_run_that_breaks_is_one_warning(nobody, monkeypatch, capfd):
-    run = types.SimpleNamespace(log=broken, log_artifact=broken, config=None, offline=True, dir=str(nobody), finish=broken)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, Settings=dict, Table=dict, Image=broken))
+    run = types.SimpleNamespace(
+        log=broken, log_artifact=broken, config=None, offline=True, dir=str(nobody), finish=broken
+    )
+    monkeypatch.setitem(
+        sys.modules,
+        "wandb",
+        types.SimpleNamespace(init=lambda **_: run, Settings=dict, Table=dict, Image=broken),
+    )
     (nobody / "run").mkdir()
     with tracking.start(nobody / "run", **ABOUT) as tracker:
         everything(tracker, nobody / "run")
@@ -193,7 +219,9 @@ def test_a_run_that_breaks_is_one_warning(nobody, monkeypatch, capfd):
 
 def test_the_commands_own_exception_goes_through_and_marks_the_run_failed(nobody, monkeypatch):
     codes = []
-    run = types.SimpleNamespace(offline=True, dir=str(nobody), finish=lambda exit_code: codes.append(exit_code))
+    run = types.SimpleNamespace(
+        offline=True, dir=str(nobody), finish=lambda exit_code: codes.append(exit_code)
+    )
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, Settings=dict))
     with pytest.raises(ZeroDivisionError), tracking.start(nobody / "run", **ABOUT):
         raise ZeroDivisionError
@@ -202,7 +230,11 @@ def test_the_commands_own_exception_goes_through_and_marks_the_run_failed(nobody
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("machine api.wandb.ai login user password k\n", True), ("machine example.com login user password k\n", False), ("machine", False)],
+    [
+        ("machine api.wandb.ai login user password k\n", True),
+        ("machine example.com login user password k\n", False),
+        ("machine", False),
+    ],
 )
 def test_logged_in_reads_netrc(nobody, text, expected):
     (nobody / "netrc").write_text(text)

@@ -55,7 +55,8 @@ def built(seed: int, **changes) -> UNet2DConditionModel:
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,
     }
-    # frozen, as a member's network is: with weights that want gradients some CPUs take other kernels, which round differently
+    # frozen, as a member's network is: with weights that want gradients some CPUs take other kernels, which
+    # round differently
     return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
 
 
@@ -66,13 +67,34 @@ def output(net: UNet2DConditionModel) -> torch.Tensor:
     return net(x.to(net.dtype), 500, text.to(net.dtype), added_cond_kwargs=added).sample
 
 
-def trained(net: UNet2DConditionModel, name: str, seed: int, layers: str = "noxattn", rank: int = 4, alpha: float = 1.0) -> Control:
+def trained(
+    net: UNet2DConditionModel,
+    name: str,
+    seed: int,
+    layers: str = "noxattn",
+    rank: int = 4,
+    alpha: float = 1.0,
+) -> Control:
     """A control with weights in both halves, as training would leave it."""
     net = deepcopy(net)
     create(net, name, layers, rank=rank, alpha=alpha, seed=seed)
     rng = torch.Generator().manual_seed(seed)
-    tensors = {key: 0.1 * torch.randn(value.shape, generator=rng) for key, value in extract(net, name).items()}
-    card = Card("slider", name, "tiny", "base", rank, alpha, layers, "c3lier", {"target": "a face"}, "0f", {"torch": "2"})
+    tensors = {
+        key: 0.1 * torch.randn(value.shape, generator=rng) for key, value in extract(net, name).items()
+    }
+    card = Card(
+        "slider",
+        name,
+        "tiny",
+        "base",
+        rank,
+        alpha,
+        layers,
+        "c3lier",
+        {"target": "a face"},
+        "0f",
+        {"torch": "2"},
+    )
     return Control(card, tensors)
 
 
@@ -123,7 +145,9 @@ def test_targets_do_not_depend_on_attached_controls(pair):
     assert targets(net, "full") == targets(network(), "full")
 
 
-@pytest.mark.parametrize("layers, scope", [("nosuch", "c3lier"), ("noxattn", "nosuch"), ("flux-attn", "c3lier")])
+@pytest.mark.parametrize(
+    "layers, scope", [("nosuch", "c3lier"), ("noxattn", "nosuch"), ("flux-attn", "c3lier")]
+)
 def test_a_set_that_means_nothing_names_those_that_do(plain, layers, scope):
     with pytest.raises(UserError, match="xattn-strict|lierla"):
         targets(plain[0], layers, scope)
@@ -185,14 +209,20 @@ def test_exactly_the_named_controls_act_and_the_state_before_returns(pair):
 def test_applied_agrees_with_strength_and_gives_the_weights_back():
     net = network()
     smile, age = trained(network(), "smile", 1), trained(network(), "age", 2)
-    bare, weights = output(net), {name: (p.data_ptr(), p.detach().clone()) for name, p in net.named_parameters()}
+    bare, weights = (
+        output(net),
+        {name: (p.data_ptr(), p.detach().clone()) for name, p in net.named_parameters()},
+    )
     with fused(net, smile, -1.5, "tiny"), fused(net, age, 0.7):
         added = output(net)
     with fused(net, smile, 0.0):
         assert torch.equal(output(net), bare)
     with pytest.raises(RuntimeError), fused(net, smile, 1.0):
         raise RuntimeError
-    assert all(p.data_ptr() == weights[name][0] and torch.equal(p, weights[name][1]) for name, p in net.named_parameters())
+    assert all(
+        p.data_ptr() == weights[name][0] and torch.equal(p, weights[name][1])
+        for name, p in net.named_parameters()
+    )
     attach(net, smile), attach(net, age)
     with torch.no_grad(), strength(net, smile=-1.5, age=0.7):
         assert torch.allclose(output(net), added, atol=1e-5)
@@ -265,7 +295,9 @@ def test_detach_restores_names_and_weights(pair):
     detach(net)
     assert [n for n, _ in net.named_modules()] == [n for n, _ in fresh.named_modules()]
     assert [n for n, _ in net.named_parameters()] == [n for n, _ in fresh.named_parameters()]
-    assert torch.equal(output(net), bare) and fingerprint(net) == fingerprint(fresh) != fingerprint(network(seed=1))
+    assert torch.equal(output(net), bare) and fingerprint(net) == fingerprint(fresh) != fingerprint(
+        network(seed=1)
+    )
     attach(net, trained(fresh, "smile", 1))
 
 
@@ -281,7 +313,9 @@ def test_a_file_comes_back_as_it_went(tmp_path, pair):
 
 def test_diffusers_alone_loads_the_file_at_the_same_strength(tmp_path, pair, recwarn):
     net, bare, (smile, _) = pair
-    assert (smile.card.rank, smile.card.alpha) == (4, 1.0) and any(t.ndim == 4 for t in smile.tensors.values())
+    assert (smile.card.rank, smile.card.alpha) == (4, 1.0) and any(
+        t.ndim == 4 for t in smile.tensors.values()
+    )
     save(smile, tmp_path / "smile.safetensors")
     with strength(net, smile=1.0):
         ours = output(net)
@@ -309,7 +343,10 @@ class Trap:
 
 
 def test_a_pickle_is_refused_and_never_run(tmp_path):
-    for name, write in (("zip", torch.save), ("bare", lambda thing, path: path.write_bytes(pickle.dumps(thing)))):
+    for name, write in (
+        ("zip", torch.save),
+        ("bare", lambda thing, path: path.write_bytes(pickle.dumps(thing))),
+    ):
         write(Trap(tmp_path / "sprung"), tmp_path / name)
         with pytest.raises(UserError, match="pickle") as error:
             load(tmp_path / name)
@@ -338,7 +375,9 @@ def test_a_control_of_another_architecture_is_refused(plain):
     names = [name for name, _ in net.named_modules()]
     deeper = trained(network(transformer_layers_per_block=(1, 1, 3)), "smile", 1)
     wider = trained(network(cross_attention_dim=48), "smile", 1, layers="xattn")
-    with pytest.raises(UserError, match=r"^\d+ of \d+ layers of smile have no place in this network: .*another family\?") as error:
+    with pytest.raises(
+        UserError, match=r"^\d+ of \d+ layers of smile have no place in this network: .*another family\?"
+    ) as error:
         attach(net, deeper)
     one_line(error)
     with pytest.raises(UserError, match=r"^\d+ of \d+ layers of smile have another shape") as error:
@@ -365,7 +404,9 @@ def test_whether_a_control_fits_is_told_without_computing_a_sum(monkeypatch):
     net, smile, sums = network(), trained(network(), "smile", 1), []
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *_: sums.append(1))
     fits(net, smile, "tiny")
-    misfit = Control(smile.card, {key.replace("down_blocks", "sideways"): tensor for key, tensor in smile.tensors.items()})
+    misfit = Control(
+        smile.card, {key.replace("down_blocks", "sideways"): tensor for key, tensor in smile.tensors.items()}
+    )
     with pytest.raises(UserError, match="have no place in this network"):
         fits(net, misfit, "tiny")
     with pytest.raises(UserError, match="was trained on family 'tiny', this network is of family 'sdxl'"):

@@ -1,4 +1,6 @@
-"""Formats: a control comes back from every layout with the strength it had, and diffusers reads what we write."""
+"""Formats: a control comes back from every layout with the strength it had, and diffusers reads what we
+write.
+"""
 
 import json
 import sys
@@ -8,7 +10,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers, convert_ldm_unet_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_flux_transformer_checkpoint_to_diffusers,
+    convert_ldm_unet_checkpoint,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_controls import network, trained
@@ -28,11 +33,15 @@ def change(control: Control) -> dict[str, torch.Tensor]:
     layers = {key.rsplit(".lora_", 1)[0] for key in control.tensors}
     factor = control.card.alpha / control.card.rank
     half = lambda layer, end: control.tensors[layer + end].double().flatten(1)  # noqa: E731
-    return {layer: factor * half(layer, formats.HALVES[1]) @ half(layer, formats.HALVES[0]) for layer in layers}
+    return {
+        layer: factor * half(layer, formats.HALVES[1]) @ half(layer, formats.HALVES[0]) for layer in layers
+    }
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all((one[key] - other[key]).norm() <= 1e-6 * other[key].norm() for key in one)
+    return one.keys() == other.keys() and all(
+        (one[key] - other[key]).norm() <= 1e-6 * other[key].norm() for key in one
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,11 @@ def kohya(control: Control, spell) -> dict[str, torch.Tensor]:
     for layer in change(control):
         stem = f"lora_unet_{spell(layer).replace('.', '_')}"
         a, b = (control.tensors[layer + half] for half in formats.HALVES)
-        found |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(control.card.alpha)}
+        found |= {
+            f"{stem}.lora_down.weight": a,
+            f"{stem}.lora_up.weight": b,
+            f"{stem}.alpha": torch.tensor(control.card.alpha),
+        }
     return found
 
 
@@ -79,18 +92,26 @@ def test_sgm_names_as_diffusers_reads_them(tmp_path, net, control):
     assert same(change(formats.adopt(tmp_path / "sgm.safetensors", net, FOREIGN)), change(control))
     attention = {key: value for key, value in theirs.items() if "attn" in key}
     converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(attention), unet_config=net.config)
-    old = {key.removeprefix("unet.").split("_lora.")[0].replace(".processor", "").replace("to_out", "to_out.0") for key in converted}
+    old = {
+        key.removeprefix("unet.").split("_lora.")[0].replace(".processor", "").replace("to_out", "to_out.0")
+        for key in converted
+    }
     layers = {layer.split(".lora")[0] for layer in old}
     assert layers == {layer for layer in change(control) if "attn" in layer}
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_linear_projection": False}, {"layers_per_block": 2}])
 def test_sgm_names_as_diffusers_reads_checkpoints(changes):
-    """diffusers' reader of Stability's checkpoints puts the weight of every layer, of all kinds, where our table says."""
+    """diffusers' reader of Stability's checkpoints puts the weight of every layer, of all kinds, where our
+    table says.
+    """
     net = network(**changes)
     names = {layers[0]: theirs for theirs, layers in layouts._sgm(net).items()}
     weights = {key: value for key, value in net.state_dict().items() if key.rsplit(".", 1)[0] in names}
-    theirs = {f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}": value for key, value in weights.items()}
+    theirs = {
+        f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}": value
+        for key, value in weights.items()
+    }
     back = convert_ldm_unet_checkpoint(theirs, dict(net.config))
     assert names.keys() == layouts.named_layers(net).keys() and back.keys() == weights.keys()
     assert all(torch.equal(back[key], weights[key]) for key in weights)
@@ -100,9 +121,17 @@ def test_other_tools_and_mixed_ranks(tmp_path, net, control):
     """Each layer with a rank and an alpha of its own, in ai-toolkit's spelling."""
     tensors, wanted = {}, {}
     for k, layer in enumerate(sorted(change(control))):
-        rank, alpha, (a, b) = 1 + k % 4, 1.0 + k % 3, (control.tensors[layer + half] for half in formats.HALVES)
+        rank, alpha, (a, b) = (
+            1 + k % 4,
+            1.0 + k % 3,
+            (control.tensors[layer + half] for half in formats.HALVES),
+        )
         stem = f"diffusion_model.{layer}"
-        tensors |= {f"{stem}.lora_A.weight": a[:rank], f"{stem}.lora_B.weight": b[:, :rank], f"{stem}.alpha": torch.tensor(alpha)}
+        tensors |= {
+            f"{stem}.lora_A.weight": a[:rank],
+            f"{stem}.lora_B.weight": b[:, :rank],
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
         wanted[layer] = alpha / rank * b[:, :rank].double().flatten(1) @ a[:rank].double().flatten(1)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     save_file(tensors, tmp_path / "mixed.safetensors")
@@ -125,28 +154,49 @@ def test_plain_diffusers_files_with_and_without_their_header(tmp_path, net, cont
 def test_a_header_decides_strength_as_peft_reads_it(tmp_path, net, control):
     """An alpha for some layers by the end of their names, and rsLoRA's alpha / sqrt(rank)."""
     tensors = {f"unet.{key}": value for key, value in control.tensors.items()}
-    path, header = tmp_path / "h.safetensors", {"unet.r": 4, "unet.lora_alpha": 2, "unet.alpha_pattern": {"to_q": 8}}
+    path, header = (
+        tmp_path / "h.safetensors",
+        {"unet.r": 4, "unet.lora_alpha": 2, "unet.alpha_pattern": {"to_q": 8}},
+    )
     for rslora, factor in ((False, 1.0), (True, 2.0)):
         save_file(tensors, path, {"lora_adapter_metadata": json.dumps({**header, "unet.use_rslora": rslora})})
         found = change(formats.adopt(path, net, FOREIGN))
-        wanted = {k: v * factor * (8 if k.endswith("to_q") else 2) / control.card.alpha for k, v in change(control).items()}
+        wanted = {
+            k: v * factor * (8 if k.endswith("to_q") else 2) / control.card.alpha
+            for k, v in change(control).items()
+        }
         assert same(found, wanted)
 
 
 def flux(**changes) -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    config = {"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
-              "joint_attention_dim": 12, "pooled_projection_dim": 6, "axes_dims_rope": (2, 2, 4), "guidance_embeds": True}  # fmt: skip
+    config = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 6,
+        "axes_dims_rope": (2, 2, 4),
+        "guidance_embeds": True,
+    }
     return FluxTransformer2DModel(**{**config, **changes})
 
 
-@pytest.mark.parametrize("spell", [lambda name: f"lora_unet_{name.replace('.', '_')}", lambda name: f"diffusion_model.{name}"])
+@pytest.mark.parametrize(
+    "spell", [lambda name: f"lora_unet_{name.replace('.', '_')}", lambda name: f"diffusion_model.{name}"]
+)
 def test_fluxs_own_names_as_diffusers_reads_checkpoints(tmp_path, spell):
-    """diffusers' reader of Flux's checkpoints sends the rows of every layer, within blocks and outside, where our table does."""
+    """diffusers' reader of Flux's checkpoints sends the rows of every layer, within blocks and outside, where
+    our table does.
+    """
     with torch.device("meta"):  # it knows one width alone, the real one
         net = flux(attention_head_dim=128, num_attention_heads=24, num_layers=1, num_single_layers=1)
     spots, theirs, rng = layouts.named_layers(net), {}, torch.Generator().manual_seed(0)
-    names = {name: layers for name, layers in layouts._flux(net).items() if "processor" not in name}  # XLabs' are other names of the same
+    names = {
+        name: layers for name, layers in layouts._flux(net).items() if "processor" not in name
+    }  # XLabs' are other names of the same
     for name, layers in names.items():
         theirs[f"{spell(name)}.lora_A.weight"] = torch.ones(1, spots[layers[0]].weight.shape[1])
         rows = sum(spots[layer].weight.shape[0] for layer in layers)
@@ -159,20 +209,40 @@ def test_fluxs_own_names_as_diffusers_reads_checkpoints(tmp_path, spell):
     converted = convert_flux_transformer_checkpoint_to_diffusers({**weights, **biases, **scales})
     control = formats.adopt(tmp_path / "flux.safetensors", net, FOREIGN)
     assert {layer for layers in names.values() for layer in layers} == set(spots) == set(change(control))
-    assert all(torch.equal(control.tensors[f"{layer}.lora_B.weight"], converted[f"{layer}.weight"]) for layer in spots)
+    assert all(
+        torch.equal(control.tensors[f"{layer}.lora_B.weight"], converted[f"{layer}.weight"])
+        for layer in spots
+    )
 
 
 def test_a_control_of_all_of_flux_in_diffusers_is_ours(tmp_path):
-    """Also one of layers outside the blocks alone, which no longer tell by their names that they are a transformer's."""
+    """Also one of layers outside the blocks alone, which no longer tell by their names that they are a
+    transformer's.
+    """
     net, rng = flux().requires_grad_(False), torch.Generator().manual_seed(0)
-    x, text, ids = torch.randn(1, 4, 4, generator=rng), torch.randn(1, 3, 12, generator=rng), torch.zeros(4, 3)
-    told = {"encoder_hidden_states": text, "pooled_projections": torch.ones(1, 6), "timestep": torch.ones(1), "guidance": torch.ones(1),
-            "img_ids": ids, "txt_ids": ids[:3]}  # fmt: skip
+    x, text, ids = (
+        torch.randn(1, 4, 4, generator=rng),
+        torch.randn(1, 3, 12, generator=rng),
+        torch.zeros(4, 3),
+    )
+    told = {
+        "encoder_hidden_states": text,
+        "pooled_projections": torch.ones(1, 6),
+        "timestep": torch.ones(1),
+        "guidance": torch.ones(1),
+        "img_ids": ids,
+        "txt_ids": ids[:3],
+    }
     parts = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
     for k, layers in enumerate((sorted(layouts.named_layers(net)), ["norm_out.linear", "x_embedder"])):
         shapes = {layer: layouts.named_layers(net)[layer].weight.shape for layer in layers}
-        tensors = {f"{layer}.lora_A.weight": torch.randn(2, n, generator=rng) for layer, (_, n) in shapes.items()}
-        tensors |= {f"{layer}.lora_B.weight": 0.1 * torch.randn(n, 2, generator=rng) for layer, (n, _) in shapes.items()}
+        tensors = {
+            f"{layer}.lora_A.weight": torch.randn(2, n, generator=rng) for layer, (_, n) in shapes.items()
+        }
+        tensors |= {
+            f"{layer}.lora_B.weight": 0.1 * torch.randn(n, 2, generator=rng)
+            for layer, (n, _) in shapes.items()
+        }
         control = Control(Card("lora", f"flux-{k}", "flux", "dev", 2, 1.0, "full", "c3lier"), tensors)
         formats.save(control, tmp_path / "flux.safetensors")
         attach(net, control)
@@ -182,18 +252,32 @@ def test_a_control_of_all_of_flux_in_diffusers_is_ours(tmp_path):
         pipe = FluxPipeline(**parts, transformer=flux())
         pipe.load_lora_weights(tmp_path / "flux.safetensors")
         theirs = pipe.transformer(x, **told).sample
-        assert torch.allclose(theirs, ours, atol=1e-5) and not torch.allclose(net(x, **told).sample, ours, atol=1e-2)
+        assert torch.allclose(theirs, ours, atol=1e-5) and not torch.allclose(
+            net(x, **told).sample, ours, atol=1e-2
+        )
 
 
 def test_flux_fused(tmp_path):
     """One low-rank pair for queries, keys and values together becomes one each, with its rows."""
     net, rng = flux(), torch.Generator().manual_seed(0)
     width, a = 16, torch.randn(2, 16, generator=rng)
-    qkv, linear1 = torch.randn(3 * width, 2, generator=rng), torch.randn(3 * width + 4 * width, 2, generator=rng)
+    qkv, linear1 = (
+        torch.randn(3 * width, 2, generator=rng),
+        torch.randn(3 * width + 4 * width, 2, generator=rng),
+    )
     stems = {"lora_unet_double_blocks_1_img_attn_qkv": qkv, "lora_unet_single_blocks_0_linear1": linear1}
-    save_file({key: value for stem, b in stems.items() for key, value in
-               {f"{stem}.lora_down.weight": a.clone(), f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(1.0)}.items()},
-              tmp_path / "flux.safetensors")  # fmt: skip
+    save_file(
+        {
+            key: value
+            for stem, b in stems.items()
+            for key, value in {
+                f"{stem}.lora_down.weight": a.clone(),
+                f"{stem}.lora_up.weight": b,
+                f"{stem}.alpha": torch.tensor(1.0),
+            }.items()
+        },
+        tmp_path / "flux.safetensors",
+    )
     found = change(formats.adopt(tmp_path / "flux.safetensors", net, FOREIGN))
     joined = torch.cat([found[f"transformer_blocks.1.attn.to_{x}"] for x in "qkv"])
     assert torch.allclose(joined, (0.5 * qkv @ a).double(), atol=1e-6)
@@ -204,16 +288,25 @@ def test_flux_fused(tmp_path):
 
 def test_original_flux_sliders_and_the_transformers_export(tmp_path):
     net, rng = flux(), torch.Generator().manual_seed(0)
-    stem, a, b = "lora_unet_transformer_blocks_0_attn_to_q", torch.randn(2, 16, generator=rng), torch.randn(16, 2, generator=rng)
+    stem, a, b = (
+        "lora_unet_transformer_blocks_0_attn_to_q",
+        torch.randn(2, 16, generator=rng),
+        torch.randn(16, 2, generator=rng),
+    )
     tensors = {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "old.safetensors")
     control = formats.adopt(tmp_path / "old.safetensors", net, FOREIGN)
-    assert torch.allclose(change(control)["transformer_blocks.0.attn.to_q"], (0.5 * b @ a).double(), atol=1e-6)
+    assert torch.allclose(
+        change(control)["transformer_blocks.0.attn.to_q"], (0.5 * b @ a).double(), atol=1e-6
+    )
     formats.save_kohya(control, tmp_path / "new.safetensors")
     written = load_file(tmp_path / "new.safetensors")
     key = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
     assert torch.allclose(written[key], 0.5 * b) and len(written) == 2
-    for back in (formats.load(tmp_path / "new.safetensors"), formats.adopt(tmp_path / "new.safetensors", net, FOREIGN)):
+    for back in (
+        formats.load(tmp_path / "new.safetensors"),
+        formats.adopt(tmp_path / "new.safetensors", net, FOREIGN),
+    ):
         assert same(change(back), change(control))
 
 
@@ -225,8 +318,17 @@ def test_kohyas_file_in_diffusers_is_ours(tmp_path):
     theirs = []
     for file in (tmp_path / "k.safetensors", SMILE):
         pipe.load_lora_weights(file, adapter_name="smile")
-        theirs.append(pipe(["portrait of a person"], height=64, width=64, num_inference_steps=10, guidance_scale=3.0, output_type="latent",
-                           generator=[torch.Generator().manual_seed(1)]).images)  # fmt: skip
+        theirs.append(
+            pipe(
+                ["portrait of a person"],
+                height=64,
+                width=64,
+                num_inference_steps=10,
+                guidance_scale=3.0,
+                output_type="latent",
+                generator=[torch.Generator().manual_seed(1)],
+            ).images
+        )
         pipe.unload_lora_weights()
     assert torch.allclose(*theirs, rtol=0, atol=1e-5)
     family = Family("tiny")
@@ -243,7 +345,9 @@ def test_keys_without_a_place_are_named(tmp_path, net, control):
     theirs = kohya(control, lambda layer: layer)
     odd = {f"lora_te1_text_model_{k}.lora_down.weight": torch.zeros(1, 1) for k in range(5)}
     save_file({**theirs, **odd}, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match=r"5 of .* layers are text encoders.*encoders=ignore.*lora_te1_text_model_0"):
+    with pytest.raises(
+        UserError, match=r"5 of .* layers are text encoders.*encoders=ignore.*lora_te1_text_model_0"
+    ):
         formats.adopt(tmp_path / "odd.safetensors", net, FOREIGN)
     elsewhere = {f"lora_unet_elsewhere_{k}.lora_down.weight": torch.zeros(1, 1) for k in range(5)}
     save_file({**theirs, **elsewhere}, tmp_path / "odd.safetensors")
@@ -258,22 +362,38 @@ def test_keys_without_a_place_are_named(tmp_path, net, control):
 A, B = torch.zeros(2, 4, 3, 3), torch.zeros(32, 2, 1, 1)  # of conv_in
 
 
-@pytest.mark.parametrize(("a", "b", "alpha", "says"), [
-    (A, B[:, :1], None, "different ranks"), (A[:0], B[:, :0], None, "different ranks"), (A, torch.zeros(32), None, "different ranks"),
-    (A, B, torch.ones(2), "different ranks"), (A, B[:5], None, "rows"), (A.view(2, 9, 2, 2), B, None, "another shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("a", "b", "alpha", "says"),
+    [
+        (A, B[:, :1], None, "different ranks"),
+        (A[:0], B[:, :0], None, "different ranks"),
+        (A, torch.zeros(32), None, "different ranks"),
+        (A, B, torch.ones(2), "different ranks"),
+        (A, B[:5], None, "rows"),
+        (A.view(2, 9, 2, 2), B, None, "another shape"),
+    ],
+)
 def test_malformed_pairs_get_one_line(tmp_path, net, a, b, alpha, says):
     tensors = {"lora_down.weight": a, "lora_up.weight": b} | ({} if alpha is None else {"alpha": alpha})
-    save_file({f"lora_unet_conv_in.{key}": value.contiguous() for key, value in tensors.items()}, tmp_path / "bad.safetensors")
+    save_file(
+        {f"lora_unet_conv_in.{key}": value.contiguous() for key, value in tensors.items()},
+        tmp_path / "bad.safetensors",
+    )
     with pytest.raises(UserError, match=says) as error:
         formats.adopt(tmp_path / "bad.safetensors", net, FOREIGN)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("header", ["[1", "3", '{"unet.r": 2}', '{"unet.r": 2, "unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}'])
+@pytest.mark.parametrize(
+    "header",
+    ["[1", "3", '{"unet.r": 2}', '{"unet.r": 2, "unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 1}}'],
+)
 def test_a_header_that_hides_alpha_is_refused(tmp_path, net, header):
-    save_file({"unet.conv_in.lora_A.weight": A, "unet.conv_in.lora_B.weight": B}, tmp_path / "h.safetensors",
-              {"lora_adapter_metadata": header})  # fmt: skip
+    save_file(
+        {"unet.conv_in.lora_A.weight": A, "unet.conv_in.lora_B.weight": B},
+        tmp_path / "h.safetensors",
+        {"lora_adapter_metadata": header},
+    )
     with pytest.raises(UserError, match="alpha of this file"):
         formats.adopt(tmp_path / "h.safetensors", net, FOREIGN)
 
@@ -339,7 +459,12 @@ def ran(module, words, monkeypatch, capsys):
 
 def test_the_commands(tmp_path, monkeypatch, capsys):
     code, said = ran(info, [SMILE], monkeypatch, capsys)
-    assert code == 0 and "slider smile" in said and "73, 28 of attention" in said and formats.load(SMILE).card.base_hash[:12] in said
+    assert (
+        code == 0
+        and "slider smile" in said
+        and "73, 28 of attention" in said
+        and formats.load(SMILE).card.base_hash[:12] in said
+    )
     assert ran(convert, [SMILE, tmp_path / "k.safetensors", "format=kohya"], monkeypatch, capsys)[0] == 0
     assert ran(convert, [tmp_path / "k.safetensors", tmp_path / "b.safetensors"], monkeypatch, capsys)[0] == 0
     assert same(change(formats.load(tmp_path / "b.safetensors")), change(formats.load(SMILE)))
@@ -347,19 +472,38 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert "kohya" in ran(info, [tmp_path / "k.safetensors"], monkeypatch, capsys)[1]
     assert ran(merge, [SMILE, SMILE, tmp_path / "m.safetensors", "rank=4"], monkeypatch, capsys)[0] == 0
     assert formats.load(tmp_path / "m.safetensors").card.name == "merged"
-    assert ran(show, [SMILE, SMILE, "member=tiny/dmd", "scales=[0,1]", f"out={tmp_path}/two.png"], monkeypatch, capsys)[0] == 0
+    assert (
+        ran(
+            show,
+            [SMILE, SMILE, "member=tiny/dmd", "scales=[0,1]", f"out={tmp_path}/two.png"],
+            monkeypatch,
+            capsys,
+        )[0]
+        == 0
+    )
     page = np.asarray(Image.open(tmp_path / "two.png").convert("RGB")).astype(int)
     first, second = page[show.TOP : show.TOP + 128, show.LEFT :], page[show.TOP + 128 :, show.LEFT :]
-    assert first.shape == second.shape == (128, 256, 3) and (first == second).all() and abs(first[:, :128] - first[:, 128:]).max() > 100
+    assert (
+        first.shape == second.shape == (128, 256, 3)
+        and (first == second).all()
+        and abs(first[:, :128] - first[:, 128:]).max() > 100
+    )
 
 
-@pytest.mark.parametrize(("module", "words", "says"), [
-    (info, ["nothing.safetensors"], "no control file"), (info, [], "say which file"),
-    (convert, [SMILE, "x.safetensors", "format=zip"], "kohya"), (convert, [SMILE], "IN OUT"),
-    (convert, [SMILE, "x", "fromat=kohya"], "format"),
-    (show, [], "which controls"), (show, [SMILE, "member=tiny/turbo"], "lightning"),
-    (merge, [SMILE, SMILE, "x", "weights=[1]"], "as many weights"), (merge, [SMILE], "A B OUT"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "words", "says"),
+    [
+        (info, ["nothing.safetensors"], "no control file"),
+        (info, [], "say which file"),
+        (convert, [SMILE, "x.safetensors", "format=zip"], "kohya"),
+        (convert, [SMILE], "IN OUT"),
+        (convert, [SMILE, "x", "fromat=kohya"], "format"),
+        (show, [], "which controls"),
+        (show, [SMILE, "member=tiny/turbo"], "lightning"),
+        (merge, [SMILE, SMILE, "x", "weights=[1]"], "as many weights"),
+        (merge, [SMILE], "A B OUT"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(module, words, says, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, said = ran(module, words, monkeypatch, capsys)

@@ -9,7 +9,13 @@ from analysis.measures import cka
 from analysis.measures.image_sets import Moments, frechet
 from controls import intervals
 
-DESIGNS = [(8, 5), (12, 4), (12, 16), (24, 4), (30, 2)]  # prompts × seeds: diversity, transfer, similarity, trace; and few seeds
+DESIGNS = [
+    (8, 5),
+    (12, 4),
+    (12, 16),
+    (24, 4),
+    (30, 2),
+]  # prompts × seeds: diversity, transfer, similarity, trace; and few seeds
 
 
 def cells(prompts: int, seeds: int, tries: int, between: float, seed: int = 0) -> np.ndarray:
@@ -37,7 +43,9 @@ def test_a_ratio_is_fiellers():
 def test_a_mean_is_students():
     values = np.random.default_rng(1).normal(size=7)
     ends = ttest_1samp(values, 0).confidence_interval()
-    assert intervals.mean(values) == pytest.approx({"value": values.mean(), "low": ends.low, "high": ends.high})
+    assert intervals.mean(values) == pytest.approx(
+        {"value": values.mean(), "low": ends.low, "high": ends.high}
+    )
     assert intervals.mean(values[:1]) == {"value": values[0], "low": None, "high": None}
 
 
@@ -61,7 +69,11 @@ def test_holm():
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("between", [0.0, 1.0])
 def test_a_mean_over_prompts_covers(design, between):
-    assert 0.93 <= share([intervals.mean(intervals.units(values)) for values in cells(*design, 2000, between)], 0) <= 0.97
+    assert (
+        0.93
+        <= share([intervals.mean(intervals.units(values)) for values in cells(*design, 2000, between)], 0)
+        <= 0.97
+    )
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -85,7 +97,9 @@ def test_the_share_of_a_loss_that_is_recovered_covers(prompts):
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_a_jackknife_over_prompts_covers(design):
-    """Of a mean, for which the truth is known; as it leaves out whole prompts, images of one may be as alike as they are."""
+    """Of a mean, for which the truth is known; as it leaves out whole prompts, images of one may be as alike
+    as they are.
+    """
     prompts = np.repeat(np.arange(design[0]), design[1])
     found = []
     for values in cells(*design, 600, 1.0).reshape(600, -1):
@@ -95,22 +109,34 @@ def test_a_jackknife_over_prompts_covers(design):
 
 @pytest.mark.parametrize("blocks", [8])
 def test_a_jackknife_over_blocks_of_a_frechet_distance_covers(blocks):
-    """Against a known normal distribution, at the size of a run: the distance of 8 blocks of images around its own expectation."""
+    """Against a known normal distribution, at the size of a run: the distance of 8 blocks of images around
+    its own expectation.
+    """
     random, size, moved = np.random.default_rng(4), 60, np.array([1.0, 0.5, 0, 0])
     real, found = Moments().add(random.normal(size=(20_000, 4))), []
     for _ in range(400):
         parts = [Moments().add(moved + random.normal(size=(size, 4))) for _ in range(blocks)]
         whole = sum(parts, Moments())
-        found.append(intervals.jackknife(whole.frechet(real), [(whole - part).frechet(real) for part in parts]))
+        found.append(
+            intervals.jackknife(whole.frechet(real), [(whole - part).frechet(real) for part in parts])
+        )
     truth = frechet(moved, np.eye(4), real.mean, real.covariance)
     assert 0.92 <= share(found, truth) <= 0.98
 
 
 def test_a_single_prompt_has_no_interval():
     one = cells(1, 30, 1, 1.0)[0]
-    assert intervals.mean(intervals.units(one)) == {"value": pytest.approx(one.mean()), "low": None, "high": None}
+    assert intervals.mean(intervals.units(one)) == {
+        "value": pytest.approx(one.mean()),
+        "low": None,
+        "high": None,
+    }
     assert intervals.ratio(np.array([1.0]), np.array([2.0])) == intervals.UNDEFINED
-    assert intervals.ratio(np.array([1.0]), np.array([2.0]), positive=True) == {"value": 0.5, "low": None, "high": None}
+    assert intervals.ratio(np.array([1.0]), np.array([2.0]), positive=True) == {
+        "value": 0.5,
+        "low": None,
+        "high": None,
+    }
     assert recovery(np.array([1.0]), np.array([3.0]), np.array([0.0])) == intervals.UNDEFINED
     assert intervals.jackknife(1.0, [0.5, 2.0]) == {"value": 1.0, "low": None, "high": None}
     assert intervals.equivalence(np.ones(1), np.ones(1)) == intervals.difference(np.ones(1), np.zeros(1)) == 1

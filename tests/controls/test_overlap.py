@@ -26,7 +26,10 @@ def family():
 def call(family):
     """A function of a network: what it says of two latents."""
     torch.manual_seed(0)
-    x, told = torch.randn(2, *family.latent_shape), family.encode(["portrait of a person", "portrait of a person, hat"])
+    x, told = (
+        torch.randn(2, *family.latent_shape),
+        family.encode(["portrait of a person", "portrait of a person, hat"]),
+    )
     added = {"text_embeds": told.pooled, "time_ids": told.size}
     return torch.no_grad()(lambda net: net(x, torch.tensor(500), told.tokens, added_cond_kwargs=added).sample)
 
@@ -53,7 +56,9 @@ def test_factors_are_the_dense_change():
     full = dense(SMILE)
     for name, low in overlap.factors(SMILE).items():
         assert torch.allclose(low.u * low.s @ low.v.mT, full[name], atol=1e-12)
-    assert overlap.norm(overlap.factors(SMILE)) == pytest.approx(sum(float((w**2).sum()) for w in full.values()) ** 0.5)
+    assert overlap.norm(overlap.factors(SMILE)) == pytest.approx(
+        sum(float((w**2).sum()) for w in full.values()) ** 0.5
+    )
 
 
 def test_the_cosine_is_the_dense_one_and_ignores_how_the_halves_are_mixed():
@@ -61,7 +66,9 @@ def test_the_cosine_is_the_dense_one_and_ignores_how_the_halves_are_mixed():
     a, b = dense(SMILE), dense(other)
     flat = [torch.cat([side[name].flatten() for name in sorted(a.keys() & b.keys())]) for side in (a, b)]
     expected = float(torch.dot(*flat) / (flat[0].norm() * flat[1].norm()))
-    assert overlap.cosine(overlap.factors(SMILE), overlap.factors(other)) == pytest.approx(expected, abs=1e-10)
+    assert overlap.cosine(overlap.factors(SMILE), overlap.factors(other)) == pytest.approx(
+        expected, abs=1e-10
+    )
     assert overlap.cosine(overlap.factors(SMILE), overlap.factors(mixed(SMILE))) == pytest.approx(1, abs=1e-9)
     far = replace(SMILE, card=replace(SMILE.card, alpha=-3.0))
     assert overlap.cosine(overlap.factors(SMILE), overlap.factors(far)) == pytest.approx(-1, abs=1e-9)
@@ -74,7 +81,11 @@ def test_subspaces_are_all_their_own_and_at_chance_when_random():
     def random(rank: int, seed: int) -> Control:
         rng = torch.Generator().manual_seed(seed)
         halves = {"A": (rank, 90), "B": (60, rank)}
-        tensors = {f"l{i}.lora_{h}.weight": torch.randn(shape, generator=rng) for i in range(200) for h, shape in halves.items()}
+        tensors = {
+            f"l{i}.lora_{h}.weight": torch.randn(shape, generator=rng)
+            for i in range(200)
+            for h, shape in halves.items()
+        }
         return Control(replace(SMILE.card, rank=rank, alpha=1.0), tensors)
 
     found = overlap.subspaces(overlap.factors(random(4, 0)), overlap.factors(random(6, 1)))
@@ -88,7 +99,13 @@ def test_a_shared_random_start_is_told_from_a_shared_concept():
     cells = directions.overlaps([formats.load(ROOT / f"controls/tiny/{name}.safetensors") for name in names])
     found = {(c["one"], c["two"]): c for c in cells}
     twins, others, spaces = found["smile", "smile-dmd"], found["smile", "age"], found["space-1", "space-2"]
-    assert twins["same"] and twins["same_start"] and others["same_start"] and not others["same"] and not spaces["same_start"]
+    assert (
+        twins["same"]
+        and twins["same_start"]
+        and others["same_start"]
+        and not others["same"]
+        and not spaces["same_start"]
+    )
     assert twins["cosine"] > 0.3 > 0.1 > abs(others["cosine"])
     assert others["in"] > 0.5 > 10 * others["chance_in"]  # the start's doing, not the concept's
     assert spaces["in"] < 0.05
@@ -102,7 +119,9 @@ def test_a_control_beside_the_delta_is_that_of_dense_matrices(family):
     a, d = (torch.cat([side[name].double().flatten() for name in sorted(full)]) for side in (full, changed))
     assert found["cosine"] == pytest.approx(float(a @ d / a.norm() / d.norm()), abs=1e-9)
     assert found["size"] == pytest.approx(float(a.norm() / d.norm()))
-    read = sum(float((changed[n].double() @ torch.linalg.pinv(w) @ w).square().sum()) for n, w in full.items())
+    read = sum(
+        float((changed[n].double() @ torch.linalg.pinv(w) @ w).square().sum()) for n, w in full.items()
+    )
     assert found["in"] == pytest.approx(read / float(d @ d), abs=1e-9)
     # a control that is the delta's best low-rank part points along it and reads far more of it than chance
     u, s, vh = zip(*(torch.linalg.svd(changed[n].double(), full_matrices=False) for n in full), strict=True)
@@ -116,7 +135,11 @@ def test_recorded_blocks_are_what_the_blocks_return(family, call):
     net = family.member("base").denoiser.net
     names = blocks(net)
     assert names[0] == "down_blocks.0.resnets.0" and names[-1] == "up_blocks.2.resnets.1" and len(names) == 18
-    assert names.index("mid_block.resnets.0") < names.index("mid_block.attentions.0") < names.index("mid_block.resnets.1")
+    assert (
+        names.index("mid_block.resnets.0")
+        < names.index("mid_block.attentions.0")
+        < names.index("mid_block.resnets.1")
+    )
     kept = {}
     hook = net.mid_block.register_forward_hook(lambda m, i, o: kept.update(out=o))
     bare = call(net)
@@ -132,8 +155,15 @@ def test_recorded_blocks_are_what_the_blocks_return(family, call):
 
 
 def flux() -> FluxTransformer2DModel:
-    sizes = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8}
-    return FluxTransformer2DModel(patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, axes_dims_rope=[4, 2, 2], **sizes)
+    sizes = {
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+    }
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, axes_dims_rope=[4, 2, 2], **sizes
+    )
 
 
 @torch.no_grad()
@@ -142,8 +172,14 @@ def flux_call(net) -> torch.Tensor:
     ids[:, 1], ids[:, 2] = torch.arange(16) // 4, torch.arange(16) % 4
     gen = torch.Generator().manual_seed(0)
     x, text, pooled = (torch.randn(shape, generator=gen) for shape in ((2, 16, 4), (2, 3, 8), (2, 8)))
-    return net(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=torch.full((2,), 0.5), img_ids=ids,
-               txt_ids=torch.zeros(3, 3)).sample  # fmt: skip
+    return net(
+        hidden_states=x,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
+        timestep=torch.full((2,), 0.5),
+        img_ids=ids,
+        txt_ids=torch.zeros(3, 3),
+    ).sample
 
 
 def test_transformers_give_the_image_tokens_of_every_block():
@@ -155,8 +191,15 @@ def test_transformers_give_the_image_tokens_of_every_block():
     assert all(seen[name].shape == (2, 16, 4, 4) for name in names)  # 16 image tokens as a map, not 3 of text
     last = seen["single_transformer_blocks.0"].flatten(2).mT
     assert out.shape == (2, 16, 4) and torch.isfinite(last).all()
-    pix = PixArtTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, in_channels=4,
-                                   sample_size=8, caption_channels=8)  # fmt: skip
+    pix = PixArtTransformer2DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        in_channels=4,
+        sample_size=8,
+        caption_channels=8,
+    )
     assert blocks(pix, "blocks") == ["transformer_blocks.0", "transformer_blocks.1"]
 
 
@@ -173,8 +216,14 @@ def test_a_network_stitched_to_itself_is_itself_and_others_stay_as_they_are(fami
     before = [call(base), call(student)]
     assert torch.equal(call(stitched(base, base)), before[0])
     both = stitched(base, student)
-    assert both.down_blocks is base.down_blocks and both.mid_block is base.mid_block and both.up_blocks is student.up_blocks
-    assert not torch.allclose(call(both), before[0], atol=1e-3) and not torch.allclose(call(both), before[1], atol=1e-3)
+    assert (
+        both.down_blocks is base.down_blocks
+        and both.mid_block is base.mid_block
+        and both.up_blocks is student.up_blocks
+    )
+    assert not torch.allclose(call(both), before[0], atol=1e-3) and not torch.allclose(
+        call(both), before[1], atol=1e-3
+    )
     assert torch.equal(call(base), before[0]) and torch.equal(call(student), before[1])
     # by hand: a copy of the base with the student's up half
     copied = copy.deepcopy(base)

@@ -12,21 +12,42 @@ SCALES = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # the validator's
 ZERO = 2
 
 
-def line(strength: float, prompts: int = 6, seeds: int = 3, spread: float = 0.0, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+def line(
+    strength: float, prompts: int = 6, seeds: int = 3, spread: float = 0.0, noise: float = 0.0, seed: int = 0
+) -> np.ndarray:
     """Effects strength · scale, (P, S, K), the strength varying over prompts and the noise over images."""
     random = np.random.default_rng(seed)
     strengths = strength * (1 + spread * random.normal(size=(prompts, 1, 1)))
     return (strengths + noise * random.normal(size=(prompts, seeds, 1))) * SCALES
 
 
-def simulated(random, prompts: int, seeds: int, kept: float, bend: float = np.inf, noise: float = 0.6, differ: float = 0.2):
-    """Paired effects on source and target, (P, S, K) each, whose true retention is `kept`; prompts differ in strength and in what is kept.
+def simulated(
+    random,
+    prompts: int,
+    seeds: int,
+    kept: float,
+    bend: float = np.inf,
+    noise: float = 0.6,
+    differ: float = 0.2,
+):
+    """Paired effects on source and target, (P, S, K) each, whose true retention is `kept`; prompts differ in
+    strength and in what is kept.
 
     bend: scale at which curves bend (tanh); infinite = lines.
     """
     curve = SCALES if np.isinf(bend) else bend * np.tanh(SCALES / bend)
-    strength, share = 1 + 0.3 * random.normal(size=(prompts, 1, 1)), kept * (1 + differ * random.normal(size=(prompts, 1, 1)))
-    images = lambda: noise / 2 * (random.normal(size=(prompts, seeds, 1)) * SCALES + random.normal(size=(prompts, seeds, len(SCALES))))  # noqa: E731
+    strength, share = (
+        1 + 0.3 * random.normal(size=(prompts, 1, 1)),
+        kept * (1 + differ * random.normal(size=(prompts, 1, 1))),
+    )
+    images = lambda: (
+        noise
+        / 2
+        * (
+            random.normal(size=(prompts, seeds, 1)) * SCALES
+            + random.normal(size=(prompts, seeds, len(SCALES)))
+        )
+    )  # noqa: E731
     return tuple(effect.change(s * curve + images(), ZERO) for s in (strength, strength * share))
 
 
@@ -38,7 +59,10 @@ DESIGNS = [(12, 4), (20, 8)]
 def test_a_retention_interval_covers_the_truth(design, noise, differ):
     """In 93 to 97 of 100 cases, whether seeds or prompts make most of the noise."""
     random, tries = np.random.default_rng(5), 1500
-    found = [stats.retention(*simulated(random, *design, 0.8, noise=noise, differ=differ), SCALES) for _ in range(tries)]
+    found = [
+        stats.retention(*simulated(random, *design, 0.8, noise=noise, differ=differ), SCALES)
+        for _ in range(tries)
+    ]
     defined = [f for f in found if f["value"] is not None]
     assert len(defined) > 0.99 * tries
     assert 0.93 <= np.mean([f["low"] <= 0.8 <= f["high"] for f in defined]) <= 0.97
@@ -48,7 +72,10 @@ def test_a_retention_interval_covers_the_truth(design, noise, differ):
 @pytest.mark.parametrize("kept", intervals.MARGIN)
 def test_equivalence_is_claimed_in_at_most_5_percent_of_cases_at_the_margin(design, kept):
     random, tries = np.random.default_rng(7), 2000
-    p = [intervals.equivalence(*reversed(stats.slopes(*simulated(random, *design, kept), SCALES))) for _ in range(tries)]
+    p = [
+        intervals.equivalence(*reversed(stats.slopes(*simulated(random, *design, kept), SCALES)))
+        for _ in range(tries)
+    ]
     assert np.mean(np.array(p) <= 0.05) <= 0.05
 
 
@@ -57,7 +84,10 @@ def test_equivalence_is_claimed_in_at_most_5_percent_of_cases_at_the_margin(desi
 def test_a_matched_scale_is_unbiased_and_covered(design, kept, bend):
     truth = 1 / kept if np.isinf(bend) else bend * np.arctanh(np.tanh(1 / bend) / kept)
     random, tries = np.random.default_rng(9), 400
-    found = [stats.matched_scale(*simulated(random, *design, kept, bend, noise=0.3, differ=0.1), SCALES) for _ in range(tries)]
+    found = [
+        stats.matched_scale(*simulated(random, *design, kept, bend, noise=0.3, differ=0.1), SCALES)
+        for _ in range(tries)
+    ]
     values = np.array([f["value"] for f in found], dtype=float)
     assert np.isfinite(values).mean() > 0.97 and abs(np.nanmedian(values) / truth - 1) < 0.02
     covered = [(f["low"] or 0) <= truth <= (np.inf if f["high"] is None else f["high"]) for f in found]
@@ -114,7 +144,9 @@ def test_retention_of_itself_is_one():
 def test_retention_is_a_ratio():
     values = line(0.5, spread=0.2, noise=0.02)
     assert stats.retention(values, -0.4 * values, SCALES)["high"] == pytest.approx(-0.4)
-    assert stats.retention(values, 3 * values, SCALES) == pytest.approx(stats.retention(7 * values, 21 * values, SCALES))
+    assert stats.retention(values, 3 * values, SCALES) == pytest.approx(
+        stats.retention(7 * values, 21 * values, SCALES)
+    )
 
 
 def test_retention_needs_an_effect_on_the_source():
@@ -133,7 +165,9 @@ def test_matched_scale_inverts_the_strength():
 
 
 def test_the_matched_scale_of_a_source_is_1_also_where_its_curve_comes_back():
-    hump = np.tile(np.interp(SCALES, [-2, 0, 0.5, 1, 2], [-1, 0, 1, 0.9, 0.2]), (4, 2, 1)) * (1 + 0.1 * np.arange(4)[:, None, None])
+    hump = np.tile(np.interp(SCALES, [-2, 0, 0.5, 1, 2], [-1, 0, 1, 0.9, 0.2]), (4, 2, 1)) * (
+        1 + 0.1 * np.arange(4)[:, None, None]
+    )
     assert stats.matched_scale(hump, hump, SCALES)["value"] == pytest.approx(1)
 
 
@@ -205,7 +239,9 @@ def test_own_directions_come_from_the_other_prompts():
     features[0, :, 1] = [1, 0]
     features[1:, :, 1] = [0, 2]
     found = effect.own_directions(features, 0)
-    assert found[0].tolist() == pytest.approx([0, 1]) and found[1].tolist() == pytest.approx([0.4472, 0.8944], abs=1e-4)
+    assert found[0].tolist() == pytest.approx([0, 1]) and found[1].tolist() == pytest.approx(
+        [0.4472, 0.8944], abs=1e-4
+    )
 
 
 def test_percent_change_is_a_ratio_of_means():
@@ -222,8 +258,12 @@ def test_preservation_is_the_cosine_to_the_plain_image():
 def test_diversity_is_the_mean_pairwise_distance():
     x = np.random.default_rng(0).normal(size=(9, 4))
     pairs = [(a, b) for i, a in enumerate(x) for b in x[:i]]
-    assert image_sets.diversity(x, "euclidean")["value"] == pytest.approx(np.mean([np.linalg.norm(a - b) for a, b in pairs]))
-    assert image_sets.diversity(x)["value"] == pytest.approx(np.mean([1 - effect.cosine(a, b) for a, b in pairs]))
+    assert image_sets.diversity(x, "euclidean")["value"] == pytest.approx(
+        np.mean([np.linalg.norm(a - b) for a, b in pairs])
+    )
+    assert image_sets.diversity(x)["value"] == pytest.approx(
+        np.mean([1 - effect.cosine(a, b) for a, b in pairs])
+    )
     assert image_sets.diversity(x)["value"] == pytest.approx(image_sets.diversity(5 * x)["value"])
     with pytest.raises(ValueError, match="unknown"):
         image_sets.diversity(x, "manhattan")

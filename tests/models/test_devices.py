@@ -1,4 +1,6 @@
-"""The processes of a run: what `accelerate launch` says is heeded or refused by name, and what ends with one process ends with all."""
+"""The processes of a run: what `accelerate launch` says is heeded or refused by name, and what ends with one
+process ends with all.
+"""
 
 import os
 import subprocess
@@ -43,7 +45,15 @@ def test_a_setting_that_is_not_heeded_is_refused_by_name(monkeypatch, tmp_path, 
     ("settings", "words", "device"),
     [
         ({}, [], "cpu"),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}, [], "cpu"),
+        (
+            {
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "ACCELERATE_DYNAMO_BACKEND": "NO",
+                "ACCELERATE_USE_FSDP": "false",
+            },
+            [],
+            "cpu",
+        ),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["dtype=bf16"], "cpu"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "cuda"),
         ({"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, ["memory.compile=eager"], "cpu"),
@@ -55,7 +65,9 @@ def test_a_setting_that_the_config_says_too_is_taken(settings, words, device):
 
 
 def test_one_process_where_more_were_meant_is_said(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate launch leaves it behind for two processes on a CPU
+    monkeypatch.setenv(
+        "ACCELERATE_MIXED_PRECISION", "no"
+    )  # as accelerate launch leaves it behind for two processes on a CPU
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     devices.start(merge(slider.Config, [f"out={tmp_path}"]))
     assert "this is one process" in capsys.readouterr().err
@@ -112,10 +124,23 @@ entry(main)
 )
 def test_processes_begin_and_end_together(tmp_path, what, codes, says):
     port = {"refused": 29542, "fails": 29543, "killed": 29544}[what]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path, what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "PYTHONPATH": str(ROOT), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)]  # fmt: skip
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, tmp_path, what],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
     ends = [one.communicate(timeout=120)[1] for one in both]
     assert tuple(one.returncode for one in both) == codes, ends
     for said, expected in zip(ends, says, strict=True):

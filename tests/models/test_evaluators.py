@@ -1,4 +1,6 @@
-"""Evaluators of the real families: what transformers' own models and processors say, small and under the real names."""
+"""Evaluators of the real families: what transformers' own models and processors say, small and under the real
+names.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -32,22 +34,37 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
         torch.manual_seed(0)
-        shared = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shared = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         text = {**shared, "vocab_size": len(words), "max_position_embeddings": hub.LENGTH}
         place = hub.publish(folder, *card("sdxl").siglip.split("@"))
-        SiglipModel(SiglipConfig(text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 8})).save_pretrained(place)
+        SiglipModel(
+            SiglipConfig(text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 8})
+        ).save_pretrained(place)
         SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place)
         words.save_pretrained(place)
         place = hub.publish(folder, *card("sdxl").dino.split("@"))
-        Dinov2Model(Dinov2Config(**{k: v for k, v in shared.items() if k != "intermediate_size"}, image_size=28)).save_pretrained(place)
-        BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(place)
+        Dinov2Model(
+            Dinov2Config(**{k: v for k, v in shared.items() if k != "intermediate_size"}, image_size=28)
+        ).save_pretrained(place)
+        BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
+            place
+        )
         yield folder
 
 
 def pictures(side: int = 32) -> tuple[torch.Tensor, list[Image.Image]]:
     """Three pictures, (3, 3, side, side) in [-1, 1], and the same as files have them."""
-    bytes_ = torch.randint(256, (3, side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    return bytes_.permute(0, 3, 1, 2).float() / 127.5 - 1, [Image.fromarray(picture.numpy()) for picture in bytes_]
+    bytes_ = torch.randint(
+        256, (3, side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
+    return bytes_.permute(0, 3, 1, 2).float() / 127.5 - 1, [
+        Image.fromarray(picture.numpy()) for picture in bytes_
+    ]
 
 
 def unit(x: torch.Tensor) -> np.ndarray:
@@ -84,8 +101,13 @@ def test_dino_is_transformers_own(cache):
 def test_larger_pictures_are_resized_as_pil_does_it(cache):
     evaluator = Siglip(card("sdxl").siglip)
     ours, files = pictures(96)
-    small = [torch.from_numpy(np.array(file.resize((32, 32), Image.BICUBIC))).permute(2, 0, 1) / 255 for file in files]
-    assert (evaluator.prepare(ours) * evaluator.std + evaluator.mean - torch.stack(small)).abs().max() < 2 / 255
+    small = [
+        torch.from_numpy(np.array(file.resize((32, 32), Image.BICUBIC))).permute(2, 0, 1) / 255
+        for file in files
+    ]
+    assert (
+        evaluator.prepare(ours) * evaluator.std + evaluator.mean - torch.stack(small)
+    ).abs().max() < 2 / 255
 
 
 def test_an_old_config_says_sizes_as_numbers(cache):
@@ -98,7 +120,10 @@ def test_the_card_and_the_caller_choose(cache):
     family = card("sdxl")
     assert set(READERS) < set(EVALUATORS)
     assert list(load_evaluators(family, names=["dino", "siglip"])) == ["dino", "siglip"]
-    assert {name: type(evaluator) for name, evaluator in load_evaluators(card("tiny")).items()}.keys() == {"clip", "probe"}
+    assert {name: type(evaluator) for name, evaluator in load_evaluators(card("tiny")).items()}.keys() == {
+        "clip",
+        "probe",
+    }
     with pytest.raises(UserError, match="family tiny has no evaluator 'dino'; it has clip, probe"):
         load_evaluators(card("tiny"), names=["dino"])
     with pytest.raises(UserError, match="cannot load the evaluator nobody/nothing: it is not in the cache"):
@@ -133,13 +158,22 @@ def test_extras_are_handed_what_they_expect(monkeypatch):
     made = SimpleNamespace(FeatureExtractorInceptionV3=lambda name, features: asked)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", made)
     ours, _ = pictures()
-    found = {name: evaluator.features(ours) for name, evaluator in load_evaluators(card("sdxl"), names=["dreamsim", "inception"]).items()}
-    assert seen["dreamsim"].shape[-2:] == (224, 224) and 0 <= seen["dreamsim"].min() and seen["dreamsim"].max() <= 1
+    found = {
+        name: evaluator.features(ours)
+        for name, evaluator in load_evaluators(card("sdxl"), names=["dreamsim", "inception"]).items()
+    }
+    assert (
+        seen["dreamsim"].shape[-2:] == (224, 224)
+        and 0 <= seen["dreamsim"].min()
+        and seen["dreamsim"].max() <= 1
+    )
     assert seen["inception"].dtype == torch.uint8 and seen["inception"].shape == ours.shape
     assert np.allclose(np.linalg.norm(found["dreamsim"], axis=-1), 1) and found["inception"].shape == (3, 3)
 
 
-@pytest.mark.parametrize(("name", "says"), [("clip", "clip gives numbers"), ("probe", "the attribute probe gives numbers")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("clip", "clip gives numbers"), ("probe", "the attribute probe gives numbers")]
+)
 def test_damaged_weights_are_told_from_damaged_pictures(name, says):
     evaluator, pictures = load_evaluators(card("tiny"), names=[name])[name], torch.zeros(2, 3, 64, 64)
     with pytest.raises(UserError, match="the pictures are not finite"):

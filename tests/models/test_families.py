@@ -32,7 +32,15 @@ from models.sampler import Plan, Stage, alone, draw_noise, finish
 
 TEXTS = ["portrait of a person, glasses", "portrait of a person, hat"]
 SEEDS = [5, 17]
-SCHEDULERS = {prediction_type.__name__: prediction_type for prediction_type in (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LCMScheduler)}
+SCHEDULERS = {
+    prediction_type.__name__: prediction_type
+    for prediction_type in (
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        LCMScheduler,
+    )
+}
 
 
 @pytest.fixture(scope="session")
@@ -56,22 +64,30 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sdxl(tiny, hub, tmp_path_factory):
-    """SDXL by a card of its own: a small random base in a folder, and random students where the Hub's would lie."""
+    """SDXL by a card of its own: a small random base in a folder, and random students where the Hub's would
+    lie.
+    """
     folder, shipped = tmp_path_factory.mktemp("sdxl"), card("sdxl")
     pipeline(shipped).save_pretrained(folder / "base")
     network(1).save_pretrained(publish(hub, "stabilityai/sdxl-turbo") / "unet")
     network(2, time_cond_proj_dim=16).save_pretrained(publish(hub, "latent-consistency/lcm-sdxl"))
-    save_file(half(network(3)), publish(hub, "ByteDance/SDXL-Lightning") / "sdxl_lightning_4step_unet.safetensors")
+    save_file(
+        half(network(3)), publish(hub, "ByteDance/SDXL-Lightning") / "sdxl_lightning_4step_unet.safetensors"
+    )
     torch.save(half(network(4)), publish(hub, "tianweiy/DMD2") / "dmd2_sdxl_4step_unet_fp16.bin")
     members = {name: {**asdict(shipped.members[name]), "revision": None, "variant": None} for name in SDXL}
-    (folder / "sdxl.yaml").write_text(json.dumps({"name": "sdxl", "repo": str(folder / "base"), "size_px": 64, "members": members}))
+    (folder / "sdxl.yaml").write_text(
+        json.dumps({"name": "sdxl", "repo": str(folder / "base"), "size_px": 64, "members": members})
+    )
     return Family(str(folder / "sdxl.yaml"), dtype=torch.float32)
 
 
 def written(folder: Path, sdxl: Family, **student) -> Family:
     """A family on the small SDXL with one student of its own."""
     members = {"base": {}, "student": student}
-    (folder / "card.yaml").write_text(json.dumps({"name": "own", "repo": sdxl.card.repo, "size_px": 64, "members": members}))
+    (folder / "card.yaml").write_text(
+        json.dumps({"name": "own", "repo": sdxl.card.repo, "size_px": 64, "members": members})
+    )
     return Family(str(folder / "card.yaml"), dtype=torch.float32)
 
 
@@ -82,7 +98,10 @@ def written(folder: Path, sdxl: Family, **student) -> Family:
 def test_every_card_loads(name):
     found = card(name)
     assert found.name == name and found.repo and found.licence and found.base in found.members
-    assert all(member.licence or not member.repo or member.repo.startswith("models/") for member in found.members.values())
+    assert all(
+        member.licence or not member.repo or member.repo.startswith("models/")
+        for member in found.members.values()
+    )
 
 
 SDXL = {  # the published recipes: timesteps, kind, eta, guidance, first x, last level
@@ -97,13 +116,22 @@ SDXL = {  # the published recipes: timesteps, kind, eta, guidance, first x, last
 @pytest.mark.parametrize("name", SDXL)
 def test_the_members_of_sdxl_are_sampled_as_published(sdxl, name):
     member = sdxl.member(name)
-    found = ([level.t for level in member.levels], member.denoiser.prediction_type, member.eta, member.guidance, member.start, member.final)
+    found = (
+        [level.t for level in member.levels],
+        member.denoiser.prediction_type,
+        member.eta,
+        member.guidance,
+        member.start,
+        member.final,
+    )
     assert found == SDXL[name]
     assert member.denoiser.guidance_embedding == (7.0 if name == "lcm" else None)
     assert member.name == f"sdxl/{name}" and member.noise_schedule == "vp"
 
 
-@pytest.mark.parametrize(("name", "parts"), [("tiny/dmd", ("tiny", "dmd")), ("my/card.yaml/base", ("my/card.yaml", "base"))])
+@pytest.mark.parametrize(
+    ("name", "parts"), [("tiny/dmd", ("tiny", "dmd")), ("my/card.yaml/base", ("my/card.yaml", "base"))]
+)
 def test_a_member_is_family_and_name(name, parts):
     assert split(name) == parts
 
@@ -197,14 +225,19 @@ def own(tmp_path, monkeypatch):
             shutil.copytree(ROOT / "models/tiny/weights/base", home)
         config = home / "scheduler/scheduler_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | scheduler))
-        (tmp_path / "card.yaml").write_text(f"extends: tiny\nname: own\nrepo: {home}\nmembers: {{dmd: {{{member}}}}}\n")
+        (tmp_path / "card.yaml").write_text(
+            f"extends: tiny\nname: own\nrepo: {home}\nmembers: {{dmd: {{{member}}}}}\n"
+        )
         loading.published_scheduler.cache_clear()
         return Family(str(tmp_path / "card.yaml"), dtype=torch.float32)
 
     return made
 
 
-@pytest.mark.parametrize("member", ["subfolder: nope", "repo: models/tiny/nope", "file: nope.safetensors", "lora: nope.safetensors"])
+@pytest.mark.parametrize(
+    "member",
+    ["subfolder: nope", "repo: models/tiny/nope", "file: nope.safetensors", "lora: nope.safetensors"],
+)
 def test_weights_that_are_not_there_are_not_replaced_by_others(own, member):
     family = own(member)
     for call in (lambda: family.member("dmd"), lambda: identity(family.card, "dmd")):
@@ -234,7 +267,12 @@ def test_members_share_vae_and_text_encoders_and_nothing_else(tiny):
     assert tiny.pipe is tiny.pipe and tiny.pipe.unet is None
     assert len({id(member.denoiser.net) for member in members}) == len(members)
     assert all(tiny.member(name) is member for name, member in zip(tiny.card.members, members, strict=True))
-    nets = [*(member.denoiser.net for member in members), tiny.pipe.vae, tiny.pipe.text_encoder, tiny.pipe.text_encoder_2]
+    nets = [
+        *(member.denoiser.net for member in members),
+        tiny.pipe.vae,
+        tiny.pipe.text_encoder,
+        tiny.pipe.text_encoder_2,
+    ]
     assert not any(net.training or any(p.requires_grad for p in net.parameters()) for net in nets)
 
 
@@ -252,9 +290,13 @@ def test_prompts_are_those_of_the_pipeline(request, name, negative):
     family = request.getfixturevalue(name)
     ours = family.encode(TEXTS, negative)
     with torch.no_grad():
-        tokens, negative_tokens, pooled, negative_pooled = family.pipe.encode_prompt(TEXTS, negative_prompt=negative, device="cpu")
+        tokens, negative_tokens, pooled, negative_pooled = family.pipe.encode_prompt(
+            TEXTS, negative_prompt=negative, device="cpu"
+        )
     assert torch.equal(ours.tokens, tokens) and torch.equal(ours.pooled, pooled)
-    assert torch.equal(ours.negative.tokens, negative_tokens) and torch.equal(ours.negative.pooled, negative_pooled)
+    assert torch.equal(ours.negative.tokens, negative_tokens) and torch.equal(
+        ours.negative.pooled, negative_pooled
+    )
     if negative is None:  # SDXL's force_zeros_for_empty_prompt
         assert not ours.negative.tokens.any() and not ours.negative.pooled.any()
     assert len(ours) == len(ours.negative) == 2
@@ -269,8 +311,12 @@ def test_sizes_are_those_of_the_pipeline(request, name):
     family = request.getfixturevalue(name)
     pipe = StableDiffusionXLPipeline.from_pretrained(place(family.card.repo), dtype=torch.float32)
     square = (family.card.size_px, family.card.size_px)
-    ids = pipe._get_add_time_ids(square, (0, 0), square, torch.float32, pipe.text_encoder_2.config.projection_dim)
-    assert torch.equal(family.encode(TEXTS).size, ids.expand(2, 6)) and torch.equal(family.encode(TEXTS).negative.size, ids.expand(2, 6))
+    ids = pipe._get_add_time_ids(
+        square, (0, 0), square, torch.float32, pipe.text_encoder_2.config.projection_dim
+    )
+    assert torch.equal(family.encode(TEXTS).size, ids.expand(2, 6)) and torch.equal(
+        family.encode(TEXTS).negative.size, ids.expand(2, 6)
+    )
 
 
 # a member is what diffusers makes of the same folder
@@ -288,7 +334,9 @@ def theirs(family: Family, net, scheduler, output: str = "latent", **options) ->
 
 def ours(family: Family, name: str) -> torch.Tensor:
     member = family.member(name)
-    return finish(alone(member), draw_noise(SEEDS, family.latent_shape, len(member.levels)), family.encode(TEXTS))
+    return finish(
+        alone(member), draw_noise(SEEDS, family.latent_shape, len(member.levels)), family.encode(TEXTS)
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "dmd", "lcm", "lightning"])
@@ -299,8 +347,17 @@ def test_diffusers_alone_draws_with_every_embedded_member(tiny, name):
     config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     scheduler = SCHEDULERS[config["_class_name"]].from_pretrained(folder / "scheduler")
     net = UNet2DConditionModel.from_pretrained(folder, subfolder=own.subfolder, dtype=torch.float32)
-    steps = {"timesteps": [int(t) for t in own.timesteps]} if own.timesteps else {"num_inference_steps": own.steps}
-    assert torch.allclose(ours(tiny, name), theirs(tiny, net, scheduler, guidance_scale=own.guidance or 0, **steps), atol=1e-4, rtol=0)
+    steps = (
+        {"timesteps": [int(t) for t in own.timesteps]}
+        if own.timesteps
+        else {"num_inference_steps": own.steps}
+    )
+    assert torch.allclose(
+        ours(tiny, name),
+        theirs(tiny, net, scheduler, guidance_scale=own.guidance or 0, **steps),
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny", "sdxl"])
@@ -340,7 +397,9 @@ def test_a_single_file_gives_the_published_weights(sdxl):
 def test_a_single_file_may_lie_in_a_folder(sdxl, tmp_path):
     save_file(half(network(5)), tmp_path / "net.safetensors")
     right = hashlib.sha256((tmp_path / "net.safetensors").read_bytes()).hexdigest()
-    member = written(tmp_path, sdxl, repo=str(tmp_path), file="net.safetensors", sha256=right).member("student")
+    member = written(tmp_path, sdxl, repo=str(tmp_path), file="net.safetensors", sha256=right).member(
+        "student"
+    )
     assert torch.equal(member.denoiser.net.conv_in.weight, network(5).conv_in.weight.half().float())
 
 
@@ -360,9 +419,18 @@ FILES = {  # what lies in the file, and what is said about it
     "truncated.safetensors": (truncated, "cannot load"),
     "empty.safetensors": (lambda path: path.write_bytes(b""), "cannot load"),
     "empty.bin": (lambda path: path.write_bytes(b""), "cannot load"),
-    "attack.bin": (lambda path: path.write_bytes(pickle.dumps(Attack())), "cannot load.*Weights only load failed"),
-    "other.safetensors": (lambda path: save_file(half(network(5, block_out_channels=(16, 16))), path), "cannot load.*size mismatch"),
-    "part.safetensors": (lambda path: save_file({"conv_in.bias": torch.zeros(16)}, path), "cannot load.*Missing key"),
+    "attack.bin": (
+        lambda path: path.write_bytes(pickle.dumps(Attack())),
+        "cannot load.*Weights only load failed",
+    ),
+    "other.safetensors": (
+        lambda path: save_file(half(network(5, block_out_channels=(16, 16))), path),
+        "cannot load.*size mismatch",
+    ),
+    "part.safetensors": (
+        lambda path: save_file({"conv_in.bias": torch.zeros(16)}, path),
+        "cannot load.*Missing key",
+    ),
     "none.safetensors": (lambda path: None, "cannot load"),
 }
 
@@ -384,19 +452,26 @@ def test_another_file_than_the_cards_is_refused(sdxl, tmp_path):
         written(tmp_path, sdxl, **file, sha256="0" * 64).member("student")
 
 
-@pytest.mark.parametrize("student", [{"repo": "nobody/nothing"}, {"repo": "nobody/nothing", "file": "a.bin"}, {"repo": "no/such/folder"}])
+@pytest.mark.parametrize(
+    "student",
+    [{"repo": "nobody/nothing"}, {"repo": "nobody/nothing", "file": "a.bin"}, {"repo": "no/such/folder"}],
+)
 def test_an_absent_repo_is_named_in_one_line(sdxl, tmp_path, student):
     with pytest.raises(UserError, match=f"cannot load .*{student['repo']}") as error:
         written(tmp_path, sdxl, **student).member("student")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/config.json"])
+@pytest.mark.parametrize(
+    "part", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "vae/config.json"]
+)
 def test_a_damaged_pipeline_is_named_in_one_line(sdxl, tmp_path, part):
     folder = tmp_path / "base"
     shutil.copytree(sdxl.card.repo, folder)
     (folder / part).write_bytes((folder / part).read_bytes()[:100])
-    (tmp_path / "card.yaml").write_text(json.dumps({"name": "own", "repo": str(folder), "size_px": 64, "members": {"base": {}}}))
+    (tmp_path / "card.yaml").write_text(
+        json.dumps({"name": "own", "repo": str(folder), "size_px": 64, "members": {"base": {}}})
+    )
     family = Family(str(tmp_path / "card.yaml"), dtype=torch.float32)
     with pytest.raises(UserError, match="cannot load") as error:
         (family.encode(TEXTS), family.member("base"))
@@ -405,7 +480,9 @@ def test_a_damaged_pipeline_is_named_in_one_line(sdxl, tmp_path, part):
 
 def test_the_revision_of_the_family_is_the_bases(hub, tmp_path):
     network(6).save_pretrained(publish(hub, "somebody/pinned", "v2") / "unet")  # and no main
-    (tmp_path / "card.yaml").write_text("{name: own, repo: somebody/pinned, revision: v2, members: {base: {}}}")
+    (tmp_path / "card.yaml").write_text(
+        "{name: own, repo: somebody/pinned, revision: v2, members: {base: {}}}"
+    )
     net = Family(str(tmp_path / "card.yaml"), dtype=torch.float32).member("base").denoiser.net
     assert torch.equal(net.conv_in.weight, network(6).conv_in.weight)
 

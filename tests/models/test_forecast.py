@@ -52,7 +52,9 @@ def test_decoding_is_what_torch_allocates(tmp_path, learning):
             return out.sum().backward() if learning else out
 
     said = forecast._decoding("AutoencoderKL", json.dumps(dict(vae.config)), (4, 16, 16), False, learning)
-    assert said == pytest.approx(allocated(decoded, tmp_path), rel=0.2)  # a CPU's convolution copies what it is given
+    assert said == pytest.approx(
+        allocated(decoded, tmp_path), rel=0.2
+    )  # a CPU's convolution copies what it is given
 
 
 def test_a_controls_sums_are_those_it_holds():
@@ -62,7 +64,9 @@ def test_a_controls_sums_are_those_it_holds():
         sums = [weight for weight in net.parameters() if weight.data_ptr() not in before]
         held, largest = sum(weight.nbytes for weight in sums), max(weight.nbytes for weight in sums)
     assert forecast.total(forecast.sums(smile.tensors, torch.float32)) == held + 3 * largest
-    assert forecast.total(forecast.sums(smile.tensors, torch.bfloat16, 2)) == held + 3 * largest  # of two networks, half as large
+    assert (
+        forecast.total(forecast.sums(smile.tensors, torch.bfloat16, 2)) == held + 3 * largest
+    )  # of two networks, half as large
 
 
 def test_networks_are_held_once_and_let_go_when_no_later_job_needs_them(tiny):
@@ -71,9 +75,12 @@ def test_networks_are_held_once_and_let_go_when_no_later_job_needs_them(tiny):
     jobs = in_turn([Job("lcm"), Job("dmd:hybrid(1)"), Job("base"), Job("lora"), Job("dmd")], family)
     seen = [(sorted(held), sorted(asked)) for held, asked in in_memory(jobs, family)]
     assert seen == [
-        (["base"], ["base"]), (["base", "lora"], ["base", "lora"]), (["base", "dmd", "lora"], ["base", "dmd"]), (["dmd"], ["dmd"]),
+        (["base"], ["base"]),
+        (["base", "lora"], ["base", "lora"]),
+        (["base", "dmd", "lora"], ["base", "dmd"]),
+        (["dmd"], ["dmd"]),
         (["lcm"], ["lcm"]),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_lora_student_is_its_delta_beside_its_base(tiny, tmp_path, monkeypatch):
@@ -81,7 +88,9 @@ def test_a_lora_student_is_its_delta_beside_its_base(tiny, tmp_path, monkeypatch
     lora = replace(tiny.members["dmd"], lora=str(tmp_path / "student.safetensors"))
     family = replace(tiny, members={**tiny.members, "lora": lora})
     held = forecast.networks(family, ["lora", "base"], torch.float32)
-    assert set(held) == {"base", "lora"} and held["lora"] == pytest.approx(4 * MB, rel=0.01)  # fp16 on disk, fp32 in memory
+    assert set(held) == {"base", "lora"} and held["lora"] == pytest.approx(
+        4 * MB, rel=0.01
+    )  # fp16 on disk, fp32 in memory
     (delta,) = [need for need in budget.needs(family, ["lora"], torch.float32) if need.part == "lora"]
     assert delta.download == 0 and delta.memory == held["lora"]
 
@@ -89,7 +98,9 @@ def test_a_lora_student_is_its_delta_beside_its_base(tiny, tmp_path, monkeypatch
 def test_moments_of_a_transfer_name_what_is_held(tiny):
     family = Family("tiny", dtype=torch.float32, bare=True)
     smile = trained(network(), "smile", 1).tensors
-    moments = forecast.drawing(family, [({"base", "dmd"}, {"dmd"})], 8, [smile], ["clip", "probe"], apart=True)
+    moments = forecast.drawing(
+        family, [({"base", "dmd"}, {"dmd"})], 8, [smile], ["clip", "probe"], apart=True
+    )
     encoding, drawing, decoding, looking = moments
     assert {"text encoders", "VAE", "clip", "probe", "the program"} == set(encoding.held)
     assert {"base", "dmd", "weights with the control", "activations of 8 latents"} <= set(drawing.held)
@@ -97,14 +108,20 @@ def test_moments_of_a_transfer_name_what_is_held(tiny):
     assert "weights with the control" not in decoding.held and "decoding of 8 at 64 px" in decoding.held
     assert "evaluators' look at 8" in looking.held
     said = forecast.said(lambda: moments)
-    assert said.startswith("memory at the most: ") and max(moments, key=lambda moment: moment.total).when in said
+    assert (
+        said.startswith("memory at the most: ") and max(moments, key=lambda moment: moment.total).when in said
+    )
 
 
 def test_what_takes_turns_is_not_held_together(tiny):
     family = SimpleNamespace(**vars(Family("tiny", dtype=torch.float32, bare=True)))
     family.device, family.memory = torch.device("cuda"), Memory(offload=True)
     encoding, drawing, *looks = forecast.drawing(family, [({"base", "dmd"}, {"base", "dmd"})], 8, [], [])
-    assert set(encoding.held) == {"text encoders"} and "VAE" not in drawing.held and len({"base", "dmd"} & set(drawing.held)) == 1
+    assert (
+        set(encoding.held) == {"text encoders"}
+        and "VAE" not in drawing.held
+        and len({"base", "dmd"} & set(drawing.held)) == 1
+    )
     assert all("base" not in look.held and "VAE" in look.held for look in looks)
 
 
@@ -116,25 +133,43 @@ def test_a_plan_counts_what_a_resumed_run_still_does(tmp_path, capsys):
     store(tmp_path / "smile/state.pt", {}, 6)
     slider.main(merge(slider.Config, words))
     said = capsys.readouterr().out
-    assert "smile on tiny/base: 2 steps of 1 latents; 6 are done, what comes before the first is done again\n" in said
-    assert "network evaluations: 106 of base" in said  # 2 runs of 10 guided steps, 3 lessons of each, 2 steps of 3
+    assert (
+        "smile on tiny/base: 2 steps of 1 latents; 6 are done, what comes before the first is done again\n"
+        in said
+    )
+    assert (
+        "network evaluations: 106 of base" in said
+    )  # 2 runs of 10 guided steps, 3 lessons of each, 2 steps of 3
     slider.main(merge(slider.Config, [*words, "overwrite=true"]))
     assert ": 8 steps of 1 latents\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "when"), [
-    ([], "in a step"), (["watch=[tiny/dmd]", "watch_prompts=12"], "when dmd is watched"),
-    (["sample_seeds=[1,2,3,4,5,6]", "batch_size=1"], "strip"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "when"),
+    [
+        ([], "in a step"),
+        (["watch=[tiny/dmd]", "watch_prompts=12"], "when dmd is watched"),
+        (["sample_seeds=[1,2,3,4,5,6]", "batch_size=1"], "strip"),
+    ],
+)
 def test_moments_of_training(words, when):
     cfg, family = merge(slider.Config, words), Family("tiny", dtype=torch.float32, bare=True)
     its = slider.Fast.cost(cfg, family.member("base"))
     smile = trained(network(), "smile", 1).tensors
     moments = dry_run.moments(cfg, family, its, 4e7 if not words else 1e6, smile)
-    assert when in max((moment for moment in moments if "before" not in moment.when), key=lambda moment: moment.total).when
+    assert (
+        when
+        in max(
+            (moment for moment in moments if "before" not in moment.when), key=lambda moment: moment.total
+        ).when
+    )
     assert all("what is trained on" in moment.held for moment in moments)
-    alike = merge(slider.Config, ["watch=[tiny/base]"])  # the network that is trained: the control is at its strength, not in its weights
-    watched = [moment for moment in dry_run.moments(alike, family, its, 0.0, smile) if "watched" in moment.when]
+    alike = merge(
+        slider.Config, ["watch=[tiny/base]"]
+    )  # the network that is trained: the control is at its strength, not in its weights
+    watched = [
+        moment for moment in dry_run.moments(alike, family, its, 0.0, smile) if "watched" in moment.when
+    ]
     assert watched and all("weights with the control" not in moment.held for moment in watched)
 
 
@@ -146,11 +181,17 @@ def test_a_packed_network_is_whole_once_on_a_cpu():
     assert packing.held["base"] > 1.5 * moments[0].held["base"]
 
 
-@pytest.mark.parametrize(("cached", "variant", "there"), [
-    ("diffusion_pytorch_model.safetensors", "fp16", False), ("diffusion_pytorch_model.fp16.safetensors", "fp16", True),
-    ("diffusion_pytorch_model.fp16.safetensors", None, False), ("diffusion_pytorch_model.safetensors", None, True),
-    ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16", True), ("config.json", None, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cached", "variant", "there"),
+    [
+        ("diffusion_pytorch_model.safetensors", "fp16", False),
+        ("diffusion_pytorch_model.fp16.safetensors", "fp16", True),
+        ("diffusion_pytorch_model.fp16.safetensors", None, False),
+        ("diffusion_pytorch_model.safetensors", None, True),
+        ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16", True),
+        ("config.json", None, False),
+    ],
+)
 def test_only_the_variant_that_is_used_counts_as_downloaded(tmp_path, monkeypatch, cached, variant, there):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--a--b/snapshots" / ("0" * 40)
@@ -163,7 +204,10 @@ def test_only_the_variant_that_is_used_counts_as_downloaded(tmp_path, monkeypatc
 def test_evaluators_are_loaded_and_downloaded_too(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     family = hub.write_configs(tmp_path, "sdxl")
-    found = {name: budget.evaluator_need(family, name) for name in ("clip", "siglip", "dino", "dreamsim", "inception")}
+    found = {
+        name: budget.evaluator_need(family, name)
+        for name in ("clip", "siglip", "dino", "dreamsim", "inception")
+    }
     assert [round(need.parameters / 1e6) for need in found.values()] == [428, 203, 87, 258, 24]
     assert all(need.download and need.memory == 4 * need.parameters for need in found.values())
     text = budget.forecast(family, {"base": 1.0}, torch.bfloat16, CPU, ["clip"])
@@ -173,12 +217,20 @@ def test_evaluators_are_loaded_and_downloaded_too(tmp_path, monkeypatch):
 def test_an_unknown_config_is_said_and_stops_no_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     family = Family("sdxl", bare=True)
-    assert forecast.said(lambda: forecast.drawing(family, [], 1, [], [])).startswith("memory at the most: unknown (cannot load ")
+    assert forecast.said(lambda: forecast.drawing(family, [], 1, [], [])).startswith(
+        "memory at the most: unknown (cannot load "
+    )
 
 
-@pytest.mark.parametrize(("words", "batch_size"), [
-    ([], 8), (["member=sdxl/base"], 2), (["member=flux/dev"], 1), (["member=sdxl/base", "batch_size=5"], 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "batch_size"),
+    [
+        ([], 8),
+        (["member=sdxl/base"], 2),
+        (["member=flux/dev"], 1),
+        (["member=sdxl/base", "batch_size=5"], 5),
+    ],
+)
 def test_the_batch_is_the_familys_where_the_run_does_not_say(words, batch_size):
     cfg = merge(slider.Config, words)
     check(cfg)

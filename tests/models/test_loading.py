@@ -46,7 +46,9 @@ class Gate(BaseHTTPRequestHandler):
         gated = "/gated/" in self.path
         self.send_response(401)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to model is restricted" if gated else "Repository not found")
+        self.send_header(
+            "X-Error-Message", "Access to model is restricted" if gated else "Repository not found"
+        )
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -63,17 +65,27 @@ def online(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     yield
     server.shutdown()
 
 
-@pytest.mark.parametrize(("repo", "says"), [
-    ("the/gated", "gated: accept the licence on its page at huggingface.co, then `hf auth login` or set HF_TOKEN"),
-    ("the/absent", "the Hub knows no such repository, or it is private"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("repo", "says"),
+    [
+        (
+            "the/gated",
+            "gated: accept the licence on its page at huggingface.co, then `hf auth login` or set HF_TOKEN",
+        ),
+        ("the/absent", "the Hub knows no such repository, or it is private"),
+    ],
+)
 def test_a_repository_that_is_closed(online, repo, says):
     with pytest.raises(UserError, match=says) as error:
         fetch(UNet2DConditionModel, repo, subfolder="unet")
@@ -82,35 +94,54 @@ def test_a_repository_that_is_closed(online, repo, says):
 
 def test_a_repository_that_is_not_in_the_cache(cache, tmp_path):
     student = {"extends": "sd21", "members": {"mine": {"repo": "nobody/nothing"}}}
-    with pytest.raises(UserError, match="nobody/nothing: it is not in the cache, and HF_HUB_OFFLINE keeps it"):
+    with pytest.raises(
+        UserError, match="nobody/nothing: it is not in the cache, and HF_HUB_OFFLINE keeps it"
+    ):
         family(tmp_path, student).member("mine")
 
 
 @pytest.mark.parametrize("field", ["file", "lora"])
 def test_a_missing_file(cache, tmp_path, field):
-    for repo, says in (("stabilityai/sd-turbo", "it is not in the cache"), (str(tmp_path), "there is no such file")):
+    for repo, says in (
+        ("stabilityai/sd-turbo", "it is not in the cache"),
+        (str(tmp_path), "there is no such file"),
+    ):
         with pytest.raises(UserError, match=f"cannot load gone.safetensors of .*: {says}"):
-            family(tmp_path, {"extends": "sd21", "members": {"mine": {"repo": repo, field: "gone.safetensors"}}}).member("mine")
+            family(
+                tmp_path, {"extends": "sd21", "members": {"mine": {"repo": repo, field: "gone.safetensors"}}}
+            ).member("mine")
 
 
 def test_another_revision_than_the_pinned_one_is_used_with_a_warning(cache, tmp_path):
     pinned = {"extends": "sd21", "members": {"turbo": {"revision": "0" * 40}}}
     other = card("sd21").members["turbo"].revision
-    with pytest.warns(UserWarning, match=f"stabilityai/sd-turbo: the card pins revision 000000000000, the cache holds only {other[:12]}"):
+    with pytest.warns(
+        UserWarning,
+        match=f"stabilityai/sd-turbo: the card pins revision 000000000000, the cache holds only {other[:12]}",
+    ):
         family(tmp_path, pinned).member("turbo")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert available("stabilityai/sd-turbo", other) == other and available("stabilityai/sd-turbo", "main") == "main"
+        assert (
+            available("stabilityai/sd-turbo", other) == other
+            and available("stabilityai/sd-turbo", "main") == "main"
+        )
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ({"extends": "sd21", "sise_px": 64}, "unknown key 'sise_px'; did you mean 'size_px'"),
-    ({"extends": "sd12"}, "no family 'sd12': there are flux, pixart"),
-    ({"extends": "sd21", "architecture": "sd4"}, "no architecture 'sd4'; there are sdxl, sd,"),
-    ({"extends": "sd21", "members": {"mine": {"noise_schedule": "flow"}}}, "member mine has noise_schedule flow and prediction_type eps"),
-    ({"extends": "sd21", "members": {"mine": {"file": "a", "lora": "b"}}}, "a file or a lora, not both"),
-    ({"extends": "sd21", "members": {"base": {"lora": "b"}}}, "the base has no lora"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ({"extends": "sd21", "sise_px": 64}, "unknown key 'sise_px'; did you mean 'size_px'"),
+        ({"extends": "sd12"}, "no family 'sd12': there are flux, pixart"),
+        ({"extends": "sd21", "architecture": "sd4"}, "no architecture 'sd4'; there are sdxl, sd,"),
+        (
+            {"extends": "sd21", "members": {"mine": {"noise_schedule": "flow"}}},
+            "member mine has noise_schedule flow and prediction_type eps",
+        ),
+        ({"extends": "sd21", "members": {"mine": {"file": "a", "lora": "b"}}}, "a file or a lora, not both"),
+        ({"extends": "sd21", "members": {"base": {"lora": "b"}}}, "the base has no lora"),
+    ],
+)
 def test_a_wrong_card(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as error:
         family(tmp_path, text)
@@ -128,7 +159,9 @@ def test_a_card_that_extends_itself(tmp_path):
 def drawn(found: Family, name: str) -> torch.Tensor:
     member = found.member(name)
     with torch.no_grad():
-        return finish(alone(member), draw_noise([3], found.latent_shape, len(member.levels)), found.encode(["a cat"]))
+        return finish(
+            alone(member), draw_noise([3], found.latent_shape, len(member.levels)), found.encode(["a cat"])
+        )
 
 
 def test_a_member_on_disk_is_a_card_of_a_few_lines(cache, tmp_path):
@@ -136,22 +169,45 @@ def test_a_member_on_disk_is_a_card_of_a_few_lines(cache, tmp_path):
     save_file(hub.half(net), tmp_path / "mine.safetensors")
     save_file(hub.lora(net, 5), tmp_path / "mine-lora.safetensors")
     sampled = {"steps": 4, "spacing": "trailing"}
-    found = family(tmp_path, {"extends": "sd21", "size_px": 64, "members": {
-        "mine": {"file": str(tmp_path / "mine.safetensors"), **sampled},
-        "mine-lora": {"lora": str(tmp_path / "mine-lora.safetensors"), "lora_scale": 0.5, **sampled},
-    }})  # fmt: skip
-    assert list(found.card.members) == ["base", "v", "turbo", "mine", "mine-lora"] and found.card.name == "sd21"
+    found = family(
+        tmp_path,
+        {
+            "extends": "sd21",
+            "size_px": 64,
+            "members": {
+                "mine": {"file": str(tmp_path / "mine.safetensors"), **sampled},
+                "mine-lora": {"lora": str(tmp_path / "mine-lora.safetensors"), "lora_scale": 0.5, **sampled},
+            },
+        },
+    )
+    assert (
+        list(found.card.members) == ["base", "v", "turbo", "mine", "mine-lora"] and found.card.name == "sd21"
+    )
     assert torch.equal(found.member("mine").denoiser.net.conv_in.weight, net.conv_in.weight.half().float())
     assert found.member("mine-lora").denoiser.strength == 0.5
     assert not torch.equal(drawn(found, "mine"), drawn(found, "mine-lora"))
 
 
-@pytest.mark.parametrize(("tensors", "says"), [
-    ({"lora_unet_nowhere_to_q.lora_down.weight": (1, 64), "lora_unet_nowhere_to_q.lora_up.weight": (64, 1)}, "no LoRA of a UNet2D"),
-    ({"lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_down.weight": (1, 64),
-      "lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_up.weight": (64, 1)}, "holds text_encoder"),
-    ({"conv_in.weight": (16, 4, 3, 3)}, "no LoRA of a UNet2D"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (
+            {
+                "lora_unet_nowhere_to_q.lora_down.weight": (1, 64),
+                "lora_unet_nowhere_to_q.lora_up.weight": (64, 1),
+            },
+            "no LoRA of a UNet2D",
+        ),
+        (
+            {
+                "lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_down.weight": (1, 64),
+                "lora_te_text_model_encoder_layers_0_self_attn_k_proj.lora_up.weight": (64, 1),
+            },
+            "holds text_encoder",
+        ),
+        ({"conv_in.weight": (16, 4, 3, 3)}, "no LoRA of a UNet2D"),
+    ],
+)
 def test_a_lora_that_is_none_of_this_network(tmp_path, tensors, says):
     save_file({key: torch.ones(shape) for key, shape in tensors.items()}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=says):
@@ -167,7 +223,9 @@ NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
 
 
 def original(net: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """A U-Net's weights by the names of Stability's own code, as trainers and civitai's checkpoints have them."""
+    """A U-Net's weights by the names of Stability's own code, as trainers and civitai's checkpoints have
+    them.
+    """
     theirs = {layer: name for name, (layer,) in layouts._sgm(net).items()} | {"conv_norm_out": "out.0"}
     found = {}
     for key, weight in net.state_dict().items():
@@ -177,7 +235,9 @@ def original(net: UNet2DConditionModel) -> dict[str, torch.Tensor]:
             theirs[layer] = theirs[f"{near}.conv1"].removesuffix("in_layers.2") + NORMS[last]
         elif layer not in theirs:  # inside an attention block both say the same after its prefix
             block = layer.split(".transformer_blocks.")[0].removesuffix(".norm")
-            theirs[layer] = theirs[f"{block}.proj_in"].removesuffix("proj_in") + layer.removeprefix(f"{block}.")
+            theirs[layer] = theirs[f"{block}.proj_in"].removesuffix("proj_in") + layer.removeprefix(
+                f"{block}."
+            )
         found[f"model.diffusion_model.{theirs[layer]}.{end}"] = weight.half().contiguous()
     return found
 
@@ -185,13 +245,20 @@ def original(net: UNet2DConditionModel) -> dict[str, torch.Tensor]:
 def test_a_checkpoint_in_the_original_layout_is_a_member(cache, tmp_path):
     """Through diffusers' from_single_file, with the base's config from the cache."""
     net = hub.unet(9, sdxl=False)
-    save_file({**original(net), "first_stage_model.decoder.conv_in.bias": torch.zeros(4)}, tmp_path / "civitai.safetensors")
-    mine = family(tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "civitai.safetensors")}}})
+    save_file(
+        {**original(net), "first_stage_model.decoder.conv_in.bias": torch.zeros(4)},
+        tmp_path / "civitai.safetensors",
+    )
+    mine = family(
+        tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "civitai.safetensors")}}}
+    )
     loaded = mine.member("mine").denoiser.net.state_dict()
     assert all(torch.equal(loaded[key], weight.half().float()) for key, weight in net.state_dict().items())
 
 
-def test_of_a_checkpoint_its_network_alone_is_read_and_in_the_type_that_is_asked_for(cache, tmp_path, monkeypatch):
+def test_of_a_checkpoint_its_network_alone_is_read_and_in_the_type_that_is_asked_for(
+    cache, tmp_path, monkeypatch
+):
     read, given, opening, single = [], [], loading.safe_open, UNet2DConditionModel.from_single_file
 
     class Counted:
@@ -213,11 +280,21 @@ def test_of_a_checkpoint_its_network_alone_is_read_and_in_the_type_that_is_asked
             return self.file.get_tensor(key)
 
     monkeypatch.setattr(loading, "safe_open", Counted)
-    monkeypatch.setattr(UNet2DConditionModel, "from_single_file", lambda *a, **o: given.append(o["dtype"]) or single(*a, **o))
-    others = {"first_stage_model.decoder.conv_in.bias": torch.zeros(4), "conditioner.embedders.0.a": torch.zeros(9)}
+    monkeypatch.setattr(
+        UNet2DConditionModel, "from_single_file", lambda *a, **o: given.append(o["dtype"]) or single(*a, **o)
+    )
+    others = {
+        "first_stage_model.decoder.conv_in.bias": torch.zeros(4),
+        "conditioner.embedders.0.a": torch.zeros(9),
+    }
     save_file({**original(hub.unet(9, sdxl=False)), **others}, tmp_path / "all.safetensors")
-    net = network(family(tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "all.safetensors")}}}).card, "mine",
-                  torch.bfloat16)  # fmt: skip
+    net = network(
+        family(
+            tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "all.safetensors")}}}
+        ).card,
+        "mine",
+        torch.bfloat16,
+    )
     assert read and not set(others) & set(read) and given == [torch.bfloat16]
     assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
 

@@ -8,7 +8,20 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from configs import UserError
-from models.noise import CLEAN, NOISE_SCHEDULES, TRAIN_STEPS, Noise, ancestral, flow, flow_at, timesteps, to_eps, to_x0, vp, vp_at
+from models.noise import (
+    CLEAN,
+    NOISE_SCHEDULES,
+    TRAIN_STEPS,
+    Noise,
+    ancestral,
+    flow,
+    flow_at,
+    timesteps,
+    to_eps,
+    to_x0,
+    vp,
+    vp_at,
+)
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 VP_KINDS = {  # what a network of each kind should answer, from x0, eps and the level
@@ -28,7 +41,9 @@ def test_vp_is_the_alphas_cumprod_of_sdxl():
     kept = DDIMScheduler(**SDXL).alphas_cumprod.double().numpy()
     levels = [vp(t) for t in range(TRAIN_STEPS)]
     assert np.allclose([level.alpha**2 for level in levels], kept, rtol=1e-5)
-    assert np.allclose([level.sigma**2 for level in levels], 1 - kept, rtol=1e-3)  # diffusers' float32 next to 1
+    assert np.allclose(
+        [level.sigma**2 for level in levels], 1 - kept, rtol=1e-3
+    )  # diffusers' float32 next to 1
     assert kept[999] == pytest.approx(0.00466, abs=1e-5)  # not 0: the last step still sees the image
 
 

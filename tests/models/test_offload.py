@@ -33,9 +33,14 @@ def plain():
     return drawn(Family("tiny"))
 
 
-@pytest.mark.parametrize("memory", [
-    Memory(offload=True), Memory(tiling=True), pytest.param(Memory(compile="eager"), marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "memory",
+    [
+        Memory(offload=True),
+        Memory(tiling=True),
+        pytest.param(Memory(compile="eager"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_pictures(plain, memory):
     latents, images = drawn(Family("tiny", memory=memory))
     assert torch.equal(latents, plain[0]) and torch.allclose(images, plain[1], atol=1e-5)
@@ -44,10 +49,16 @@ def test_the_same_pictures(plain, memory):
 def test_text_encoders_network_and_vae_take_turns(monkeypatch):
     family, come = Family("tiny", memory=Memory(offload=True)), []
     bring = Offloader.bring
-    monkeypatch.setattr(Offloader, "bring", lambda turns, parts: come.append(list(parts)) or bring(turns, parts))
+    monkeypatch.setattr(
+        Offloader, "bring", lambda turns, parts: come.append(list(parts)) or bring(turns, parts)
+    )
     drawn(family)
     encoders, net, vae = list(family.encoders().values()), family.member("dmd").denoiser.net, family.pipe.vae
-    assert [parts for k, parts in enumerate(come) if not k or parts != come[k - 1]] == [encoders, [net], [vae]]
+    assert [parts for k, parts in enumerate(come) if not k or parts != come[k - 1]] == [
+        encoders,
+        [net],
+        [vae],
+    ]
 
 
 class Part(torch.nn.Linear):
@@ -81,14 +92,21 @@ def test_text_encoders_can_be_forgotten_and_come_back(plain):
     before = family.encode(TEXTS)
     family.forget_encoders()
     assert not family.encoders() and family.pipe.text_encoder is None and family.pipe.vae is not None
-    assert torch.equal(family.encode(TEXTS).tokens, before.tokens) and not family.encoders()  # a text is encoded once
+    assert (
+        torch.equal(family.encode(TEXTS).tokens, before.tokens) and not family.encoders()
+    )  # a text is encoded once
     family.encode(["another"])
     assert family.encoders()
     assert torch.equal(drawn(family)[0], plain[0])
 
 
 def test_memory_is_given_back_after_packing_and_after_forgetting(monkeypatch):
-    given, kind = [], quantized.Kind("torch", "", 16.0, lambda w: (w.bfloat16(), w.new_ones(1)), lambda c, s, shape, dtype: c.to(dtype))
+    given, kind = (
+        [],
+        quantized.Kind(
+            "torch", "", 16.0, lambda w: (w.bfloat16(), w.new_ones(1)), lambda c, s, shape, dtype: c.to(dtype)
+        ),
+    )
     monkeypatch.setitem(quantized.KINDS, "round", kind)
     monkeypatch.setattr(families, "release", lambda: given.append(1))
     family = Family("tiny")
@@ -116,19 +134,33 @@ def test_what_was_freed_goes_back_where_glibc_keeps_it(monkeypatch, library):
 def test_the_budget_is_a_command(capsys):
     budget.main(budget.Config(members=["base", "dmd"]))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["part", "text_encoder", "text_encoder_2", "vae", "base", "dmd", "together"]
+    assert [line.split()[0] for line in lines] == [
+        "part",
+        "text_encoder",
+        "text_encoder_2",
+        "vae",
+        "base",
+        "dmd",
+        "together",
+    ]
 
 
 class Types(Offloader):
-    """Numbers of 64 bits in place of a device and 32 away from it: what meets without having come fails here as it does on a GPU."""
+    """Numbers of 64 bits in place of a device and 32 away from it: what meets without having come fails here
+    as it does on a GPU.
+    """
 
     def __init__(self, device=None):
         super().__init__(torch.float64, torch.float32)
 
     def comes_when_called(self, net: torch.nn.Module) -> None:
         super().comes_when_called(net)
-        here = lambda value: value.to(self.device) if torch.is_tensor(value) and value.is_floating_point() else value  # noqa: E731
-        net.register_forward_pre_hook(lambda module, args, more: (tree_map(here, args), tree_map(here, more)), with_kwargs=True)
+        here = lambda value: (
+            value.to(self.device) if torch.is_tensor(value) and value.is_floating_point() else value
+        )  # noqa: E731
+        net.register_forward_pre_hook(
+            lambda module, args, more: (tree_map(here, args), tree_map(here, more)), with_kwargs=True
+        )
 
 
 def test_a_control_in_the_weights_travels_with_them():
@@ -154,7 +186,16 @@ SMALL = ["steps=4", "sample_seeds=[1]", "sample_scales=[0,1]", "save_every=2", "
 
 def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkeypatch):
     """Beside its average, its optimizer and watched members, with strips between, killed and continued."""
-    words = [*SMALL, "batch_size=2", "trajectories=3", "ema=0.5", "sample_every=1", "watch=[tiny/dmd]", "watch_every=2", "watch_prompts=1"]
+    words = [
+        *SMALL,
+        "batch_size=2",
+        "trajectories=3",
+        "ema=0.5",
+        "sample_every=1",
+        "watch=[tiny/dmd]",
+        "watch_every=2",
+        "watch_prompts=1",
+    ]
     stays = formats.load(slider.main(merge(slider.Config, [*words, f"out={tmp_path}/stays"])))
     monkeypatch.setattr(families, "Turns", Types)
     words += [f"out={tmp_path}/waits", "memory.offload=true"]
@@ -162,8 +203,13 @@ def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkey
         patch.setattr(slider.Run, "backward", killing(slider.Run.backward, 4))
         with pytest.raises(KeyboardInterrupt):
             slider.main(merge(slider.Config, words))
-    waits = formats.load(slider.main(merge(slider.Config, [*words, "memory.tiling=true"])))  # memory may differ in a continued run
-    ours, theirs = (torch.cat([control.tensors[key].flatten() for key in sorted(control.tensors)]) for control in (waits, stays))
+    waits = formats.load(
+        slider.main(merge(slider.Config, [*words, "memory.tiling=true"]))
+    )  # memory may differ in a continued run
+    ours, theirs = (
+        torch.cat([control.tensors[key].flatten() for key in sorted(control.tensors)])
+        for control in (waits, stays)
+    )
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
 
 

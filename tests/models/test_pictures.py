@@ -20,7 +20,14 @@ from train import image_slider, lora
 from train.image_slider import Config, pictures
 from train.pictures import read
 
-SHORT = ["steps=2", "batch_size=2", "sample_every=0", "sample_seeds=[1]", "sample_scales=[0,1]", "wandb=disabled"]
+SHORT = [
+    "steps=2",
+    "batch_size=2",
+    "sample_every=0",
+    "sample_seeds=[1]",
+    "sample_scales=[0,1]",
+    "wandb=disabled",
+]
 
 
 def paint(path, colour, size=(32, 32)):
@@ -53,7 +60,9 @@ def test_mistakes_are_one_line(tmp_path):
 
 
 def kinds(folder):
-    """Files whose left half is red, hidden or dark and whose right half is blue, clear or bright, with what a reader should see there."""
+    """Files whose left half is red, hidden or dark and whose right half is blue, clear or bright, with what a
+    reader should see there.
+    """
     red, blue, white, black = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
     grey = np.concatenate([np.zeros((20, 20)), np.ones((20, 20))], 1)
     palette = Image.new("P", (40, 20), 1)
@@ -66,19 +75,30 @@ def kinds(folder):
     turned, exif = photo.transpose(Image.Transpose.ROTATE_90), Image.Exif()
     exif[274] = 6  # to be turned a quarter clockwise
     made = {
-        "rgba.png": (seen_through, {}, white, blue), "rgba.webp": (seen_through, {"lossless": True}, white, blue),
-        "la.png": (seen_through.convert("LA"), {}, white, (29, 29, 29)), "p.png": (palette, {"transparency": 0}, white, blue),
-        "p.gif": (palette, {"transparency": 0}, white, blue), "plain.gif": (palette, {}, red, blue),
-        "rgb.png": (photo, {"transparency": red}, white, blue), "exif.jpg": (turned, {"exif": exif, "quality": 95}, red, blue),
-        "exif.tif": (turned, {"exif": exif}, red, blue), "EXIF.PNG": (turned, {"exif": exif}, red, blue),
-        "cmyk.tif": (photo.convert("CMYK"), {}, red, blue), "one.png": (Image.fromarray(grey > 0), {}, black, white),
+        "rgba.png": (seen_through, {}, white, blue),
+        "rgba.webp": (seen_through, {"lossless": True}, white, blue),
+        "la.png": (seen_through.convert("LA"), {}, white, (29, 29, 29)),
+        "p.png": (palette, {"transparency": 0}, white, blue),
+        "p.gif": (palette, {"transparency": 0}, white, blue),
+        "plain.gif": (palette, {}, red, blue),
+        "rgb.png": (photo, {"transparency": red}, white, blue),
+        "exif.jpg": (turned, {"exif": exif, "quality": 95}, red, blue),
+        "exif.tif": (turned, {"exif": exif}, red, blue),
+        "EXIF.PNG": (turned, {"exif": exif}, red, blue),
+        "cmyk.tif": (photo.convert("CMYK"), {}, red, blue),
+        "one.png": (Image.fromarray(grey > 0), {}, black, white),
         "grey16.png": (Image.fromarray((65535 * grey).astype(np.uint16)), {}, black, white),
         "grey16.tif": (Image.fromarray((65535 * grey).astype(np.uint16)), {}, black, white),
         "grey32.tif": (Image.fromarray((65535 * grey).astype(np.int32)), {}, black, white),
         "float.tif": (Image.fromarray(grey.astype(np.float32)), {}, black, white),
-        "frames.png": (photo, {"save_all": True, "append_images": [palette.convert("RGB").rotate(180)]}, red, blue),
+        "frames.png": (
+            photo,
+            {"save_all": True, "append_images": [palette.convert("RGB").rotate(180)]},
+            red,
+            blue,
+        ),
         "frames.gif": (photo, {"save_all": True, "append_images": [photo.rotate(180)]}, red, blue),
-    }  # fmt: skip
+    }
     for name, (image, options, *_) in made.items():
         image.save(folder / name, **options)
     return {name: ends for name, (_, _, *ends) in made.items()}
@@ -89,7 +109,9 @@ def test_every_kind_of_file_is_read_as_it_looks(tmp_path):
     for name, ends in kinds(tmp_path).items():
         image = load(tmp_path / name)
         assert (image.mode, image.size) == ("RGB", (40, 20)), name
-        assert np.abs(np.array([image.getpixel((5, 10)), image.getpixel((34, 10))]) - np.array(ends)).max() < 4, name
+        assert (
+            np.abs(np.array([image.getpixel((5, 10)), image.getpixel((34, 10))]) - np.array(ends)).max() < 4
+        ), name
     images, columns = read(str(tmp_path), 16)
     assert torch.equal(images, opened([tmp_path / name for name in columns["file_name"]], 16))
 
@@ -143,7 +165,10 @@ def test_captions_in_text_files_beside_the_pictures(three, capsys, name, encodin
     (three / name).write_bytes("ein rotes\r\nDing ü \r\n".encode(encoding))
     assert captions(three) == ["ein rotes Ding ü", "a thing", "a thing"]
     said = capsys.readouterr().out
-    assert f"3 pictures, captions: 1 by {name[-4:].lower() if 'txt' in name.lower() else '.caption'}" in said.replace(".TXT", ".txt")
+    assert (
+        f"3 pictures, captions: 1 by {name[-4:].lower() if 'txt' in name.lower() else '.caption'}"
+        in said.replace(".TXT", ".txt")
+    )
     assert "2 pictures have none (crash-test.JPG, train.png)" in said and "prompt='a thing'" in said
 
 
@@ -162,19 +187,25 @@ def test_captions_in_metadata(three, capsys, table, column):
     assert captions(three) == ["7", "a thing", "a, b"]
     said = capsys.readouterr().out
     assert f"2 by {column} of metadata." in said and "1 pictures have none (crash-test.JPG)" in said
-    assert all(word in said for word in ("rows without a picture (gone.png)", "1 .txt", "1 .json", "1 .heic")) and "hidden" not in said
+    assert (
+        all(word in said for word in ("rows without a picture (gone.png)", "1 .txt", "1 .json", "1 .heic"))
+        and "hidden" not in said
+    )
 
 
-@pytest.mark.parametrize(("name", "text", "says"), [
-    ("metadata.jsonl", '{"file_name": "a.png", "text": ["x"]}', "text of a.png: a text is needed; got"),
-    ("metadata.jsonl", '{"file_name": "a.png"\n', "line 1: not a JSON object"),
-    ("metadata.jsonl", '{"file_name": "x.png", "text": "y"}', "names none of the 3 pictures"),
-    ("metadata.jsonl", '{"image": "a.png", "text": "y"}', "has no column file_name; it has image, text"),
-    ("metadata.csv", "file_name,text\na.png,a man, smiling\n", "line 2: 3 cells under 2 columns"),
-    ("metadata.csv", "file_name,text\n,x\n", "line 2: no file_name"),
-    ("a.txt", "m\udce4dchen", "a.txt, line 1: not a text in UTF-8"),
-    ("a.txt", "x" * 20_000, "a.txt: a text of 20,000 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "text": ["x"]}', "text of a.png: a text is needed; got"),
+        ("metadata.jsonl", '{"file_name": "a.png"\n', "line 1: not a JSON object"),
+        ("metadata.jsonl", '{"file_name": "x.png", "text": "y"}', "names none of the 3 pictures"),
+        ("metadata.jsonl", '{"image": "a.png", "text": "y"}', "has no column file_name; it has image, text"),
+        ("metadata.csv", "file_name,text\na.png,a man, smiling\n", "line 2: 3 cells under 2 columns"),
+        ("metadata.csv", "file_name,text\n,x\n", "line 2: no file_name"),
+        ("a.txt", "m\udce4dchen", "a.txt, line 1: not a text in UTF-8"),
+        ("a.txt", "x" * 20_000, "a.txt: a text of 20,000 characters"),
+    ],
+)
 def test_captions_that_cannot_be_read_are_one_line(three, name, text, says):
     (three / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=says) as error:
@@ -200,11 +231,20 @@ def test_a_dataset_of_the_hub_is_read_by_the_same_rules(tmp_path, monkeypatch, c
     Image.new("LA", (20, 20), (0, 0)).save(tmp_path / "b.png")
     cells = [{"path": name, "bytes": (tmp_path / name).read_bytes()} for name in ("a.png", "b.png")]
     rows = {"picture": cells, "caption": ["7", None], "style": ["x", "y"]}
-    made = datasets.Dataset.from_dict(rows, datasets.Features({name: datasets.Value("string") for name in ("caption", "style")}
-                                                              | {"picture": datasets.Image()}))  # fmt: skip
+    made = datasets.Dataset.from_dict(
+        rows,
+        datasets.Features(
+            {name: datasets.Value("string") for name in ("caption", "style")} | {"picture": datasets.Image()}
+        ),
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: made)
     images, columns = read("somebody/pictures", 16)
-    assert columns == {"text": ["7", ""], "caption": ["7", None], "style": ["x", "y"], "file_name": ["a.png", "b.png"]}
+    assert columns == {
+        "text": ["7", ""],
+        "caption": ["7", None],
+        "style": ["x", "y"],
+        "file_name": ["a.png", "b.png"],
+    }
     assert images[1].min() == 1 and images[0, 1].max() == -1
     assert "2 pictures, 1 with a caption by caption; other columns: style" in capsys.readouterr().out
 
@@ -260,33 +300,47 @@ def test_captions_and_what_is_left_out_of_folders_of_scales(tmp_path, capsys):
     found = pairs_of(tmp_path)
     assert found.scales == [-1, 1] and found.captions == ["a thing"]
     said = capsys.readouterr().out
-    for words in ("left out, for they are no folders of a scale: other", "1 pictures at scale 0", "1 pairs have other captions"):
+    for words in (
+        "left out, for they are no folders of a scale: other",
+        "1 pictures at scale 0",
+        "1 pairs have other captions",
+    ):
         assert words in said
 
 
-@pytest.mark.parametrize(("names", "more", "says"), [
-    (("1", "1.0"), {}, "need scales of their own"),
-    (("nan", "1"), {}, "missing a second scale"),
-    (("0", "1"), {}, "missing a second scale"),
-    (("a", "b"), {"folders": ["a", "b"]}, "need as many scales"),
-    (("a", "b"), {"folders": ["a", "b"], "scales": [2.0, 2.0]}, "need scales of their own"),
-    (("a", "b"), {"scales": [-1.0, 1.0]}, r"folders \(none\) need as many scales"),
-    (("-1e9", "1"), {}, "missing a second scale"),
-    (("a", "b"), {"folders": ["a", "c"], "scales": [-1.0, 1.0]}, "not a folder of pictures|neither a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "more", "says"),
+    [
+        (("1", "1.0"), {}, "need scales of their own"),
+        (("nan", "1"), {}, "missing a second scale"),
+        (("0", "1"), {}, "missing a second scale"),
+        (("a", "b"), {"folders": ["a", "b"]}, "need as many scales"),
+        (("a", "b"), {"folders": ["a", "b"], "scales": [2.0, 2.0]}, "need scales of their own"),
+        (("a", "b"), {"scales": [-1.0, 1.0]}, r"folders \(none\) need as many scales"),
+        (("-1e9", "1"), {}, "missing a second scale"),
+        (
+            ("a", "b"),
+            {"folders": ["a", "c"], "scales": [-1.0, 1.0]},
+            "not a folder of pictures|neither a folder",
+        ),
+    ],
+)
 def test_folders_whose_scales_are_none(tmp_path, names, more, says):
     with pytest.raises(UserError, match=says):
         pairs_of(tmp_path, names=names, **more)
 
 
-@pytest.mark.parametrize(("cells", "says"), [
-    ([("much", "p"), (1, "p")], "a.png needs a scale"),
-    ([(None, "p"), (1, "p")], "a.png needs a scale"),
-    ([("inf", "p"), (1, "p")], "a.png needs a scale"),
-    ([(1, "p"), (-1, None)], "b.png needs a scale"),
-    ([(1, "p"), (1, "p")], "b.png is a second picture of pair 'p'"),
-    ([(1, "p"), (-1, "q")], "do not match"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cells", "says"),
+    [
+        ([("much", "p"), (1, "p")], "a.png needs a scale"),
+        ([(None, "p"), (1, "p")], "a.png needs a scale"),
+        ([("inf", "p"), (1, "p")], "a.png needs a scale"),
+        ([(1, "p"), (-1, None)], "b.png needs a scale"),
+        ([(1, "p"), (1, "p")], "b.png is a second picture of pair 'p'"),
+        ([(1, "p"), (-1, "q")], "do not match"),
+    ],
+)
 def test_metadata_whose_scales_are_none(tmp_path, cells, says):
     for name, (scale, pair) in zip(("a.png", "b.png"), cells, strict=True):
         paint(tmp_path / name, "red")
@@ -318,7 +372,10 @@ def test_an_image_slider_trains_on_a_folder(tmp_path):
     assert path.is_file() and (path.parent / "samples/final.png").is_file()
 
 
-@pytest.mark.parametrize(("word", "says"), [("data=nowhere", "tiny:ATTRIBUTE"), ("data=tiny:nose", "smile"), ("member=tiny/turbo", "dmd")])
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("data=nowhere", "tiny:ATTRIBUTE"), ("data=tiny:nose", "smile"), ("member=tiny/turbo", "dmd")],
+)
 def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         entry(lambda: image_slider.main(merge(Config, [*SHORT, word, f"out={tmp_path}"])))
@@ -329,7 +386,11 @@ def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path, capsys):
 def test_a_lora_trains_on_a_folder_and_with_its_prior(tmp_path):
     paint(tmp_path / "data/a.png", "red")
     words = [word for word in SHORT if "scales" not in word]
-    path = lora.main(merge(lora.Config, [*words, f"data={tmp_path}/data", "prior=1", "prior_images=2", f"out={tmp_path}/run"]))
+    path = lora.main(
+        merge(
+            lora.Config, [*words, f"data={tmp_path}/data", "prior=1", "prior_images=2", f"out={tmp_path}/run"]
+        )
+    )
     assert path.is_file()
 
 

@@ -17,6 +17,8 @@ from models.sampler import Denoiser, Member, Plan, Stage, alone, draw_noise, dur
 
 LEVELS = levels_of("vp", "", 0, [999, 749, 499, 249])
 TEXTS = ["portrait of a person, glasses, brown hair", "portrait of a person, hat, purple background"]
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return Family("tiny", dtype=torch.float32)
@@ -52,7 +54,9 @@ def toys(eta: float = 1.0, start: str = "unit") -> tuple[Member, Member]:
 
 
 def prompts(batch: int = 2) -> Prompts:
-    plain = Prompts(torch.linspace(0, 1, 12 * batch).reshape(batch, 3, 4), torch.ones(batch, 4), torch.zeros(batch, 6))
+    plain = Prompts(
+        torch.linspace(0, 1, 12 * batch).reshape(batch, 3, 4), torch.ones(batch, 4), torch.zeros(batch, 6)
+    )
     return replace(plain, negative=replace(plain, tokens=torch.zeros(batch, 3, 4)))
 
 
@@ -62,26 +66,87 @@ def drawn(text: str, eta: float = 1.0, seeds=(3, 8), rows=(0, 1)) -> torch.Tenso
 
 
 COSTS = {  # plan: evaluations of the base of 10 steps with guidance, and of the student of 4 without
-    "base": (20, 0), "base(4)": (8, 0), "student": (0, 4), "hybrid(0)": (0, 4), "hybrid(1)": (2, 3), "hybrid(4)": (8, 0), "late(1)": (2, 3),
-    "skip(1)": (0, 3), "only(2)": (2, 3), "renoised(1)": (2, 3), "guided(1)": (1, 3), "guided(5)": (2, 3), "schedule(8)": (4, 3),
-    "interval(0,500)": (15, 0), "attenuate(.5)": (0, 4), "other(.5)": (0, 5), "blend(.5)": (2, 4), "pink(.5)": (0, 4),
-    "few(3)": (0, 3), "cads(.2)": (0, 4), "delta(.8)": (0, 4), "delta(.8,1)": (0, 4),
-}  # fmt: skip
+    "base": (20, 0),
+    "base(4)": (8, 0),
+    "student": (0, 4),
+    "hybrid(0)": (0, 4),
+    "hybrid(1)": (2, 3),
+    "hybrid(4)": (8, 0),
+    "late(1)": (2, 3),
+    "skip(1)": (0, 3),
+    "only(2)": (2, 3),
+    "renoised(1)": (2, 3),
+    "guided(1)": (1, 3),
+    "guided(5)": (2, 3),
+    "schedule(8)": (4, 3),
+    "interval(0,500)": (15, 0),
+    "attenuate(.5)": (0, 4),
+    "other(.5)": (0, 5),
+    "blend(.5)": (2, 4),
+    "pink(.5)": (0, 4),
+    "few(3)": (0, 3),
+    "cads(.2)": (0, 4),
+    "delta(.8)": (0, 4),
+    "delta(.8,1)": (0, 4),
+}
 SAME = {
-    "hybrid(0)": "student", "attenuate(1)": "student", "other(1)": "student", "blend(1)": "student", "delta(1)": "student",
-    "delta(1,2)": "student", "skip(0)": "student", "only(1)": "hybrid(1)", "only(4)": "late(1)", "guided(3)": "hybrid(1)",
-    "schedule(4)": "hybrid(1)", "blend(0)": "renoised(1)", "hybrid(4)": "late(4)", "interval(0,999)": "base", "base(10)": "base",
-}  # fmt: skip
-DIFFERENT = ["hybrid(2)", "only(3)", "guided(1)", "attenuate(.5)", "other(.5)", "blend(.5)", "pink(1)", "cads(.5)", "delta(0)",
-             "delta(0,1)", "skip(1)", "schedule(8)"]  # fmt: skip
+    "hybrid(0)": "student",
+    "attenuate(1)": "student",
+    "other(1)": "student",
+    "blend(1)": "student",
+    "delta(1)": "student",
+    "delta(1,2)": "student",
+    "skip(0)": "student",
+    "only(1)": "hybrid(1)",
+    "only(4)": "late(1)",
+    "guided(3)": "hybrid(1)",
+    "schedule(4)": "hybrid(1)",
+    "blend(0)": "renoised(1)",
+    "hybrid(4)": "late(4)",
+    "interval(0,999)": "base",
+    "base(10)": "base",
+}
+DIFFERENT = [
+    "hybrid(2)",
+    "only(3)",
+    "guided(1)",
+    "attenuate(.5)",
+    "other(.5)",
+    "blend(.5)",
+    "pink(1)",
+    "cads(.5)",
+    "delta(0)",
+    "delta(0,1)",
+    "skip(1)",
+    "schedule(8)",
+]
 NONE = {
-    "only(0)": "1 … 4", "only(5)": "1 … 4", "delta(1,9)": "1 … 4", "hybrid(1.5)": "whole numbers", "hybrid(5)": "0 … 4",
-    "hybrid(1,2)": r"hybrid\(k\)", "delta(x)": r"delta\(s\[,k\]\)", "cads()": r"cads\(scale\)", "pink(nan)": "pink", "base(0)": "1 … 1000",
-    "interval(5,2)": "low < high", "student(1)": "student", "hybrid(1": r"base\[\(n\)\]", "": "hybrid",
-    "pink(1e9)": "exponent must be from -10 to 10", "pink(100)": "exponent must be", "delta(inf)": r"delta\(s\[,k\]\)",
-    "delta(900)": "s must be", "cads(1e300)": "scale must be", "attenuate(99)": "keep must be", "hybrid(99999999)": "k must be",
-    "few(0)": "1 … 1000", "few(99999999)": "n must be", "guided(0)": "conditional only", "x" * 999: "no plan",
-}  # fmt: skip
+    "only(0)": "1 … 4",
+    "only(5)": "1 … 4",
+    "delta(1,9)": "1 … 4",
+    "hybrid(1.5)": "whole numbers",
+    "hybrid(5)": "0 … 4",
+    "hybrid(1,2)": r"hybrid\(k\)",
+    "delta(x)": r"delta\(s\[,k\]\)",
+    "cads()": r"cads\(scale\)",
+    "pink(nan)": "pink",
+    "base(0)": "1 … 1000",
+    "interval(5,2)": "low < high",
+    "student(1)": "student",
+    "hybrid(1": r"base\[\(n\)\]",
+    "": "hybrid",
+    "pink(1e9)": "exponent must be from -10 to 10",
+    "pink(100)": "exponent must be",
+    "delta(inf)": r"delta\(s\[,k\]\)",
+    "delta(900)": "s must be",
+    "cads(1e300)": "scale must be",
+    "attenuate(99)": "keep must be",
+    "hybrid(99999999)": "k must be",
+    "few(0)": "1 … 1000",
+    "few(99999999)": "n must be",
+    "guided(0)": "conditional only",
+    "x" * 999: "no plan",
+}
 
 
 def test_every_plan_is_tried_here():
@@ -111,8 +176,12 @@ def test_the_ends_of_the_lines_meet(text, same):
 
 
 def test_the_line_between_them_is_straight():
-    """With fresh noise, x after the first step is alpha' (keep x0 + (1 - keep) x0 of the other) + sigma' noise: PAPER.md's line."""
-    first = lambda text: next(iter(sample(named(text, *toys()), draw_noise([3], (4, 8, 8), 4), prompts(1)))).after  # noqa: E731
+    """With fresh noise, x after the first step is alpha' (keep x0 + (1 - keep) x0 of the other) + sigma'
+    noise: PAPER.md's line.
+    """
+    first = lambda text: (
+        next(iter(sample(named(text, *toys()), draw_noise([3], (4, 8, 8), 4), prompts(1)))).after
+    )  # noqa: E731
     for name, end in (("blend", "renoised(1)"), ("attenuate", "attenuate(0)")):
         assert torch.allclose(first(f"{name}(.25)"), 0.25 * first("student") + 0.75 * first(end), atol=1e-5)
 
@@ -134,7 +203,9 @@ def test_two_networks_that_are_not_alike():
     with pytest.raises(UserError, match="predicts what its base does"):
         named("delta(1)", base, replace(student, denoiser=Denoiser(Told(1.0), "v")))
     with pytest.raises(UserError, match="different shapes"):
-        named("delta(1)", base, replace(student, denoiser=Denoiser(torch.nn.Linear(2, 2)))).stages[0].within().__enter__()
+        named("delta(1)", base, replace(student, denoiser=Denoiser(torch.nn.Linear(2, 2)))).stages[
+            0
+        ].within().__enter__()
 
 
 def test_what_is_held_is_held_beside_what_the_plan_holds():
@@ -150,7 +221,11 @@ def test_what_is_held_is_held_beside_what_the_plan_holds():
         net.share.data = before
 
     net.register_forward_pre_hook(lambda *_: seen.append(float(net.share)))
-    finish(during(named("delta(0)", base, student), lambda level: level.t > 500, doubled), draw_noise([1], (4, 8, 8), 4), prompts(1))
+    finish(
+        during(named("delta(0)", base, student), lambda level: level.t > 500, doubled),
+        draw_noise([1], (4, 8, 8), 4),
+        prompts(1),
+    )
     assert seen == pytest.approx([1.8, 1.8, 0.9, 0.9]) and float(net.share) == pytest.approx(0.6)
 
 
@@ -183,9 +258,14 @@ def test_cads_fades_with_the_noise_level():
     assert cads(conditioning, vp(600), own) is conditioning
     noised = cads(conditioning, vp(750), own)
     n = (noised.tokens - 0.5**0.5 * conditioning.tokens) / (0.5 * 0.5**0.5)
-    assert torch.allclose(n, derived(own, (3, 4), 10_750), atol=1e-5) and noised.negative is conditioning.negative
+    assert (
+        torch.allclose(n, derived(own, (3, 4), 10_750), atol=1e-5)
+        and noised.negative is conditioning.negative
+    )
     kept = CADS(0.5)(conditioning, vp(750), own).tokens
-    assert torch.allclose(kept.mean((1, 2)), conditioning.tokens.mean((1, 2))) and torch.allclose(kept.std((1, 2)), conditioning.tokens.std((1, 2)))
+    assert torch.allclose(kept.mean((1, 2)), conditioning.tokens.mean((1, 2))) and torch.allclose(
+        kept.std((1, 2)), conditioning.tokens.std((1, 2))
+    )
 
 
 def test_the_swap_computes_once_and_gives_back(tiny):

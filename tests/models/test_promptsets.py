@@ -29,7 +29,9 @@ def test_a_text_is_a_text_whatever_lies_in_the_folder(tmp_path, monkeypatch):
 
 def test_coco_as_published(tmp_path):
     (tmp_path / "coco.csv").write_text(COCO)
-    assert read([str(tmp_path / "coco.csv")]) == PromptSet(["A cat on a chair.", "A dog, asleep\non a mat."], [4, 99])
+    assert read([str(tmp_path / "coco.csv")]) == PromptSet(
+        ["A cat on a chair.", "A dog, asleep\non a mat."], [4, 99]
+    )
     assert read([str(tmp_path / "coco.csv"), "a bird"]).seeds is None  # which has none
 
 
@@ -50,14 +52,25 @@ def test_a_text_file_and_a_dataset(tmp_path):
     assert found == PromptSet(["a cat", "a dog", "a bird", "ink"])
 
 
-@pytest.mark.parametrize(("name", "text", "encoding"), [
-    ("a.csv", "Prompt;evaluation_seed\nein Mädchen, lächelnd;5\na cat;41337.0\n;\n\n", "utf-8"),
-    ("a.csv", "evaluation_seed|prompt\n5|ein Mädchen, lächelnd\n41337|a cat\n", "utf-8-sig"),
-    ("a.csv", 'prompt\tevaluation_seed\r"ein Mädchen, lächelnd"\t5\ra cat\t41337\r', "utf-16"),
-    ("a.tsv", "prompt\tevaluation_seed\r\nein Mädchen, lächelnd\t5\r\na cat\t41337\r\n", "utf-16"),
-    ("Namen = [a], ü.CSV", 'case_number,evaluation_seed,"prompt"\n2,41337,a cat\n1.0,5,"ein Mädchen, lächelnd"\n', "utf-8"),
-    ("a.jsonl", '{"prompt": "ein Mädchen, lächelnd", "evaluation_seed": 5}\n\n{"prompt": "a cat", "evaluation_seed": 41337.0}', "utf-8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "encoding"),
+    [
+        ("a.csv", "Prompt;evaluation_seed\nein Mädchen, lächelnd;5\na cat;41337.0\n;\n\n", "utf-8"),
+        ("a.csv", "evaluation_seed|prompt\n5|ein Mädchen, lächelnd\n41337|a cat\n", "utf-8-sig"),
+        ("a.csv", 'prompt\tevaluation_seed\r"ein Mädchen, lächelnd"\t5\ra cat\t41337\r', "utf-16"),
+        ("a.tsv", "prompt\tevaluation_seed\r\nein Mädchen, lächelnd\t5\r\na cat\t41337\r\n", "utf-16"),
+        (
+            "Namen = [a], ü.CSV",
+            'case_number,evaluation_seed,"prompt"\n2,41337,a cat\n1.0,5,"ein Mädchen, lächelnd"\n',
+            "utf-8",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "ein Mädchen, lächelnd", "evaluation_seed": 5}\n\n{"prompt": "a cat", "evaluation_seed": 41337.0}',
+            "utf-8",
+        ),
+    ],
+)
 def test_a_table_is_the_same_in_other_spellings(tmp_path, name, text, encoding):
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert read([str(tmp_path / name)]) == PromptSet(["ein Mädchen, lächelnd", "a cat"], [5, 41337])
@@ -69,29 +82,36 @@ def test_seeds_that_are_not_used_are_said(tmp_path, capsys):
     assert "1 of 2 prompts have no evaluation_seed, such as 'a dog'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "text", "says"), [
-    ("a.csv", "words\nx\n", "has no column prompt, text, caption; it has words"),
-    ("a.csv", "prompt,evaluation_seed\nx,seven\n", "line 2: evaluation_seed must be a whole number"),
-    ("a.csv", f"prompt,evaluation_seed\nx,{2**64}\n", "line 2: evaluation_seed must be a whole number from 0"),
-    ("a.csv", "prompt,evaluation_seed\nx,41337.5\n", "line 2: evaluation_seed must be a whole number"),
-    ("a.csv", "prompt,case_number\nx,1\ny,two\n", "line 3: case_number must be a whole number"),
-    ("a.csv", "prompt,case_number\nx,1\ny,\n", "line 3: no case_number"),
-    ("a.csv", "prompt,evaluation_seed\nx,1\n,2\n", "line 3: no prompt"),
-    ("a.csv", "prompt\na cat\na man, smiling\n", "line 3: 2 cells under 1 columns; .* needs quotes"),
-    ("a.csv", "prompt,prompt\nx,y\n", "has the column 'prompt' twice"),
-    ("a.csv", 'prompt\n"a cat\na dog\n', "line 2: .*quotation mark"),
-    ("a.csv", f"prompt\n{'x' * 200_000}\n", "line 2: field larger"),
-    ("a.csv", f"prompt\n{'x' * 100_000}\n", "a text of 100,000 characters"),
-    ("a.csv", "prompt\n", "holds no prompts"),
-    ("a.csv", "prompt\na\0b\n", "holds NUL characters"),
-    ("a.csv", "prompt\na m\udce4dchen\n", "line 2: not a text in UTF-8"),
-    ("a.txt", "\n", "holds no prompts"),
-    ("a.txt", "a\n\nm\udce4dchen", "line 3: not a text in UTF-8"),
-    ("a.jsonl", '{"prompt": "x"}\n["y"]\n', "line 2: not a JSON object"),
-    ("a.jsonl", '{"prompt": ["x"]}\n', "line 1: a text is needed"),
-    ("a.json", '["x"]', "is no prompt file: .csv"),
-    ("gone.txt", None, "no prompt file at"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "words\nx\n", "has no column prompt, text, caption; it has words"),
+        ("a.csv", "prompt,evaluation_seed\nx,seven\n", "line 2: evaluation_seed must be a whole number"),
+        (
+            "a.csv",
+            f"prompt,evaluation_seed\nx,{2**64}\n",
+            "line 2: evaluation_seed must be a whole number from 0",
+        ),
+        ("a.csv", "prompt,evaluation_seed\nx,41337.5\n", "line 2: evaluation_seed must be a whole number"),
+        ("a.csv", "prompt,case_number\nx,1\ny,two\n", "line 3: case_number must be a whole number"),
+        ("a.csv", "prompt,case_number\nx,1\ny,\n", "line 3: no case_number"),
+        ("a.csv", "prompt,evaluation_seed\nx,1\n,2\n", "line 3: no prompt"),
+        ("a.csv", "prompt\na cat\na man, smiling\n", "line 3: 2 cells under 1 columns; .* needs quotes"),
+        ("a.csv", "prompt,prompt\nx,y\n", "has the column 'prompt' twice"),
+        ("a.csv", 'prompt\n"a cat\na dog\n', "line 2: .*quotation mark"),
+        ("a.csv", f"prompt\n{'x' * 200_000}\n", "line 2: field larger"),
+        ("a.csv", f"prompt\n{'x' * 100_000}\n", "a text of 100,000 characters"),
+        ("a.csv", "prompt\n", "holds no prompts"),
+        ("a.csv", "prompt\na\0b\n", "holds NUL characters"),
+        ("a.csv", "prompt\na m\udce4dchen\n", "line 2: not a text in UTF-8"),
+        ("a.txt", "\n", "holds no prompts"),
+        ("a.txt", "a\n\nm\udce4dchen", "line 3: not a text in UTF-8"),
+        ("a.jsonl", '{"prompt": "x"}\n["y"]\n', "line 2: not a JSON object"),
+        ("a.jsonl", '{"prompt": ["x"]}\n', "line 1: a text is needed"),
+        ("a.json", '["x"]', "is no prompt file: .csv"),
+        ("gone.txt", None, "no prompt file at"),
+    ],
+)
 def test_what_is_wrong(tmp_path, name, text, says):
     if text is not None:
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
@@ -100,20 +120,23 @@ def test_what_is_wrong(tmp_path, name, text, says):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize(("prompts", "says"), [
-    ([], "there are no prompts"),
-    (["a cat", " "], "a prompt is empty"),
-    (["a/prompts.json"], "is no prompt file"),
-    ([__file__], "is no prompt file"),
-    ([str(Path(__file__).parent)], "is no prompt file"),
-    (["a.csv:0"], "how many"),
-    (["a.csv:-1"], "how many"),
-    (["a.csv:ten"], "how many"),
-    (["a.csv:" + "9" * 5000], "how many"),
-    (["a\0b"], "is none"),
-    (["a\ud800b"], "is none"),
-    (["x" * 100_000], "100,000 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ([], "there are no prompts"),
+        (["a cat", " "], "a prompt is empty"),
+        (["a/prompts.json"], "is no prompt file"),
+        ([__file__], "is no prompt file"),
+        ([str(Path(__file__).parent)], "is no prompt file"),
+        (["a.csv:0"], "how many"),
+        (["a.csv:-1"], "how many"),
+        (["a.csv:ten"], "how many"),
+        (["a.csv:" + "9" * 5000], "how many"),
+        (["a\0b"], "is none"),
+        (["a\ud800b"], "is none"),
+        (["x" * 100_000], "100,000 characters"),
+    ],
+)
 def test_prompts_that_are_none(prompts, says):
     with pytest.raises(UserError, match=says) as error:
         read(prompts)

@@ -1,4 +1,6 @@
-"""The real families: the shipped cards over a Hub cache with small weights under the real names, against diffusers' own pipelines."""
+"""The real families: the shipped cards over a Hub cache with small weights under the real names, against
+diffusers' own pipelines.
+"""
 
 import json
 import shutil
@@ -29,9 +31,15 @@ from train import slider
 
 TEXTS, SEEDS = ["a cat on a chair", "two dogs"], [5, 17]
 NAMES = ["sdxl", "sd15", "sd21", "pixart", "sd3", "flux", "zimage"]
-TWINS = ("2step", "8step", "2step-lora", "8step-lora")  # of members with another number of steps: left to `make proof`
+TWINS = (
+    "2step",
+    "8step",
+    "2step-lora",
+    "8step-lora",
+)  # of members with another number of steps: left to `make proof`
 MEMBERS = [(name, member) for name in NAMES for member in card(name).members]
-FEWER = 5  # steps of the long runs, so that the tests are short; divides 1000, as DDIM wants it with trailing spacing
+# steps of the long runs, so that the tests are short; divides 1000, as DDIM wants it with trailing spacing
+FEWER = 5
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +53,24 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def families(cache, tmp_path_factory):
-    """name -> the shipped family at a small size, written and loaded when first asked for; card(name) is its path."""
+    """name -> the shipped family at a small size, written and loaded when first asked for; card(name) is its
+    path.
+    """
     folder, loaded = tmp_path_factory.mktemp("cards"), {}
 
     def family(name: str) -> Family:
         if name not in loaded:
-            shutil.copytree(ROOT / "models/tiny/weights/clip", hub.publish(cache, *card(name).clip.split("@")), dirs_exist_ok=True)
+            shutil.copytree(
+                ROOT / "models/tiny/weights/clip",
+                hub.publish(cache, *card(name).clip.split("@")),
+                dirs_exist_ok=True,
+            )
             its = hub.write(cache, name)
-            long = {member: {"steps": FEWER} for member, m in its.members.items() if m.steps > 8 and not m.timesteps}
+            long = {
+                member: {"steps": FEWER}
+                for member, m in its.members.items()
+                if m.steps > 8 and not m.timesteps
+            }
             text = {} if its.architecture in ("sd", "sdxl") else {"text_length": hub.LENGTH}
             small = {"extends": name, "size_px": hub.SIZE_PX, "siglip": "", "members": long, **text}
             (folder / f"{name}.yaml").write_text(json.dumps(small))
@@ -66,17 +84,23 @@ def families(cache, tmp_path_factory):
 def latents(family: Family, name: str) -> torch.Tensor:
     member = family.member(name)
     with torch.no_grad():
-        return finish(alone(member), draw_noise(SEEDS, family.latent_shape, len(member.levels)), family.encode(TEXTS))
+        return finish(
+            alone(member), draw_noise(SEEDS, family.latent_shape, len(member.levels)), family.encode(TEXTS)
+        )
 
 
 # parity with each family's own pipeline, sampled as the authors of each member say
 
 LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 DDIM = DDIMScheduler(**hub.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-# as Hyper-SD's authors make it: DDIMScheduler.from_config(the base's own, timestep_spacing="trailing"), which says set_alpha_to_one=false
+# as Hyper-SD's authors make it: DDIMScheduler.from_config(the base's own, timestep_spacing="trailing"), which
+# says set_alpha_to_one=false
 TRAILING = DDIMScheduler.from_config(DDIM.config, timestep_spacing="trailing")
 EULER = EulerDiscreteScheduler(**hub.BETAS, timestep_spacing="trailing")
-LCM, DMD2 = LCMScheduler(**hub.BETAS, clip_sample=False), {"timesteps": [999, 749, 499, 249], "guidance_scale": 0}
+LCM, DMD2 = (
+    LCMScheduler(**hub.BETAS, clip_sample=False),
+    {"timesteps": [999, 749, 499, 249], "guidance_scale": 0},
+)
 
 
 def few(steps: int, guidance: float = 0) -> dict:
@@ -87,7 +111,10 @@ PUBLISHED = {
     "sdxl/base": (DDIM, few(FEWER, 7.0)),
     "sdxl/turbo": (EulerAncestralDiscreteScheduler(**hub.BETAS, timestep_spacing="trailing"), few(4)),
     "sdxl/lightning": (EULER, few(4)),
-    "sdxl/lightning-1step": (EulerDiscreteScheduler(**hub.BETAS, timestep_spacing="trailing", prediction_type="sample"), few(1)),
+    "sdxl/lightning-1step": (
+        EulerDiscreteScheduler(**hub.BETAS, timestep_spacing="trailing", prediction_type="sample"),
+        few(1),
+    ),
     **{f"sdxl/lightning-{n}step{lora}": (EULER, few(n)) for n in (2, 8) for lora in ("", "-lora")},
     "sdxl/lightning-lora": (EULER, few(4)),
     "sdxl/lcm": (LCM, few(4, 8.0)),
@@ -105,7 +132,10 @@ PUBLISHED = {
     "sd21/base": (DDIM, few(FEWER, 7.5)),
     "sd21/v": (DDIMScheduler.from_config(DDIM.config, prediction_type="v_prediction"), few(FEWER, 7.5)),
     "sd21/turbo": (EULER, few(4)),
-    "pixart/alpha": (DDIMScheduler(**LINEAR, clip_sample=False, timestep_spacing="trailing"), few(FEWER, 4.5)),
+    "pixart/alpha": (
+        DDIMScheduler(**LINEAR, clip_sample=False, timestep_spacing="trailing"),
+        few(FEWER, 4.5),
+    ),
     "pixart/delta": (LCMScheduler(**LINEAR, clip_sample=False), few(4)),
     "sd3/base": (None, few(FEWER, 3.5)),  # None = the one in the repository
     "sd3/turbo": (None, few(4)),
@@ -126,7 +156,11 @@ def pipelines(families):
         if name not in loaded:
             its, kind = families(name).card, families(name).architecture
             loaded[name] = kind.pipeline.from_pretrained(
-                its.repo, revision=its.revision, variant=its.variant, dtype=torch.float32, **dict.fromkeys(kind.absent)
+                its.repo,
+                revision=its.revision,
+                variant=its.variant,
+                dtype=torch.float32,
+                **dict.fromkeys(kind.absent),
             )
             loaded[name].set_progress_bar_config(disable=True)
         return loaded[name]
@@ -145,18 +179,35 @@ def theirs(pipe, family: Family, name: str, cache, **more) -> torch.Tensor:
         net = hub.network(family.card, member, list(family.card.members).index(name))
         net.load_state_dict(hub.half(net))
     elif not member.lora:
-        net = kind.network.from_pretrained(folder, subfolder=member.subfolder, variant=variant, dtype=torch.float32)
-    pipe.scheduler = scheduler or FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        net = kind.network.from_pretrained(
+            folder, subfolder=member.subfolder, variant=variant, dtype=torch.float32
+        )
+    pipe.scheduler = scheduler or FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folder, subfolder="scheduler"
+    )
     pipe.register_modules(**{kind.part: net})
     if member.lora:
         pipe.load_lora_weights(folder / member.lora)
     length = {"max_sequence_length": family.card.text_length} if family.card.text_length else {}
-    out = pipe(TEXTS, height=hub.SIZE_PX, width=hub.SIZE_PX, generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-               output_type="latent", **options, **length, **OPTIONS.get(family.card.name, {}), **more).images  # fmt: skip
+    out = pipe(
+        TEXTS,
+        height=hub.SIZE_PX,
+        width=hub.SIZE_PX,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+        **options,
+        **length,
+        **OPTIONS.get(family.card.name, {}),
+        **more,
+    ).images
     if member.lora:
         pipe.unload_lora_weights()
     pipe.register_modules(**{kind.part: before})
-    return FluxPipeline._unpack_latents(out, hub.SIZE_PX, hub.SIZE_PX, pipe.vae_scale_factor) if kind.pipeline is FluxPipeline else out
+    return (
+        FluxPipeline._unpack_latents(out, hub.SIZE_PX, hub.SIZE_PX, pipe.vae_scale_factor)
+        if kind.pipeline is FluxPipeline
+        else out
+    )
 
 
 def test_every_member_has_its_published_use():
@@ -165,22 +216,31 @@ def test_every_member_has_its_published_use():
 
 
 def slow(values, when) -> list:
-    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=[pytest.mark.slow] if when(v) else []) for v in values]
+    return [
+        pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=[pytest.mark.slow] if when(v) else [])
+        for v in values
+    ]
 
 
 @pytest.mark.parametrize(("name", "member"), slow(MEMBERS, lambda pair: pair[1].endswith(TWINS)))
 def test_a_member_draws_what_its_authors_pipeline_draws(families, pipelines, cache, name, member):
     family = families(name)
     ours, expected = latents(family, member), theirs(pipelines(name), family, member, cache)
-    assert (ours - expected).abs().max() < 1e-4 * max(1, expected.abs().max())  # random networks: latents in the tens
+    assert (ours - expected).abs().max() < 1e-4 * max(
+        1, expected.abs().max()
+    )  # random networks: latents in the tens
 
 
 def test_without_its_shift_a_flow_would_be_another(families):
     """The levels are those of the scheduler in the repository, dynamic mu of the image's size included."""
     levels = families("flux").member("dev").levels
     even = [1 - k / FEWER for k in range(FEWER)]
-    assert levels[0].sigma == 1 and all(level.sigma > sigma for level, sigma in zip(levels[1:], even[1:], strict=True))
-    assert [level.sigma for level in families("flux").member("schnell").levels] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert levels[0].sigma == 1 and all(
+        level.sigma > sigma for level, sigma in zip(levels[1:], even[1:], strict=True)
+    )
+    assert [level.sigma for level in families("flux").member("schnell").levels] == pytest.approx(
+        [1, 0.75, 0.5, 0.25]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,7 +291,9 @@ def test_the_strength_of_a_delta_is_a_dial_also_per_step(families):
             return finish(alone(turned), noise, told)
 
     off = drawn(0.0)
-    bare = replace(family.member("base"), levels=student.levels, guidance=None, final=student.final, start=student.start)
+    bare = replace(
+        family.member("base"), levels=student.levels, guidance=None, final=student.final, start=student.start
+    )
     with torch.no_grad():
         assert torch.equal(off, finish(alone(bare), noise, told))
     assert torch.equal(drawn(lambda level: 1.0), drawn(1.0)) and torch.equal(drawn(lambda level: 0.0), off)
@@ -259,48 +321,89 @@ def test_a_control_acts_on_a_delta_as_on_weights_with_the_delta_in_them(families
 
 def trained(family: Family, member: str, folder, **more) -> str:
     """One step of the slider trainer on a member; the path of the control."""
-    short = {"steps": 1, "batch_size": 1, "trajectories": 1, "rank": 2, "alpha": 2.0, "learning_rate": 0.05, "sample_scales": [0.0, 1.0]}
+    short = {
+        "steps": 1,
+        "batch_size": 1,
+        "trajectories": 1,
+        "rank": 2,
+        "alpha": 2.0,
+        "learning_rate": 0.05,
+        "sample_scales": [0.0, 1.0],
+    }
     pair = [slider.Pair("a cat", "a big cat", "a small cat")]
     short |= {"member": f"{family.path}/{member}", "out": str(folder), "sample_seeds": [1], **more}
     cfg = slider.Config(name=f"big-{member}", prompts=pair, **short)
     return slider.main(cfg)
 
 
-STUDENTS = {"sdxl": "dmd2", "sd15": "hyper", "sd21": "turbo", "pixart": "delta", "sd3": "turbo", "flux": "schnell", "zimage": "turbo"}
+STUDENTS = {
+    "sdxl": "dmd2",
+    "sd15": "hyper",
+    "sd21": "turbo",
+    "pixart": "delta",
+    "sd3": "turbo",
+    "flux": "schnell",
+    "zimage": "turbo",
+}
 
 
 @pytest.mark.parametrize("name", slow(NAMES, lambda name: name in ("sd15", "sd21")))  # U-Nets like sdxl's
 def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines, cache, tmp_path, name):
     family, base, student = families(name), families(name).card.base, STUDENTS[name]
     files = [trained(family, member, tmp_path) for member in (base, student)]
-    assert len({formats.load(file).card.base_hash for file in files}) == 2  # a LoRA student is more than its base's network
+    assert (
+        len({formats.load(file).card.base_hash for file in files}) == 2
+    )  # a LoRA student is more than its base's network
     for file, source_member in zip(files, (base, student), strict=True):
         control, net = formats.load(file), family.member(student).denoiser.net
         assert (control.card.family, control.card.member) == (name, source_member)
-        assert any(tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key)  # it has learnt
+        assert any(
+            tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key
+        )  # it has learnt
         plain = latents(family, student)
         with fused(net, control, 1.0, name):
             assert not torch.equal(latents(family, student), plain)
         assert torch.equal(latents(family, student), plain)
-    page = transfer.main(transfer.Config(
-        name=name, family=str(family.path), controls=[str(files[0])], targets=[student], prompts=TEXTS, seeds=2, scales=[0.0, 1.0],
-        references=False, batch_size=2, out=str(tmp_path / "transfer"), cache=str(tmp_path / "cache"),
-    ))  # fmt: skip
+    page = transfer.main(
+        transfer.Config(
+            name=name,
+            family=str(family.path),
+            controls=[str(files[0])],
+            targets=[student],
+            prompts=TEXTS,
+            seeds=2,
+            scales=[0.0, 1.0],
+            references=False,
+            batch_size=2,
+            out=str(tmp_path / "transfer"),
+            cache=str(tmp_path / "cache"),
+        )
+    )
     (cell,) = json.loads((page.parent / "results.json").read_text())["cells"]
     assert (cell["source"], cell["target"]) == (f"{name}/{base}", f"{name}/{student}")
     if hasattr(pipelines(name), "load_lora_weights") and not family.card.members[student].lora:
         agrees_with_diffusers(family, pipelines(name), student, files[0], cache)
 
 
-@pytest.mark.parametrize(("name", "member"), slow([*((name, card(name).base) for name in NAMES), ("sdxl", STUDENT)],
-                                                  lambda pair: pair[0] in ("sd15", "sd21", "pixart")))  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "member"),
+    slow(
+        [*((name, card(name).base) for name in NAMES), ("sdxl", STUDENT)],
+        lambda pair: pair[0] in ("sd15", "sd21", "pixart"),
+    ),
+)
 def test_a_slider_of_a_quantised_network_is_one_of_the_whole(families, tmp_path, name, member):
     """Also of a student that is a LoRA beside the packed layers."""
     pytest.importorskip("bitsandbytes")
     family = families(name)
-    whole, packed = (formats.load(trained(family, member, tmp_path / word, **more)) for word, more in WAYS.items())
+    whole, packed = (
+        formats.load(trained(family, member, tmp_path / word, **more)) for word, more in WAYS.items()
+    )
     assert packed.card.base_hash == whole.card.base_hash and packed.tensors.keys() == whole.tensors.keys()
-    ours, theirs = (torch.cat([c.tensors[key].flatten() for key in sorted(c.tensors) if "lora_B" in key]) for c in (packed, whole))
+    ours, theirs = (
+        torch.cat([c.tensors[key].flatten() for key in sorted(c.tensors) if "lora_B" in key])
+        for c in (packed, whole)
+    )
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.5
     with fused(family.member(member).denoiser.net, packed, 1.0, name):
         assert latents(family, member).isfinite().all()
@@ -317,7 +420,10 @@ def test_a_slider_is_trained_on_every_other_student_too(families, tmp_path, name
     """LoRA students, guidance told to the network, x0 predicted, one step."""
     family = families(name)
     control = formats.load(trained(family, member, tmp_path))
-    assert (control.card.member, any(tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key)) == (member, True)
+    assert (
+        control.card.member,
+        any(tensor.any() for key, tensor in control.tensors.items() if "lora_B" in key),
+    ) == (member, True)
     plain = latents(family, member)
     with fused(family.member(member).denoiser.net, control, 1.0, name):
         assert not torch.equal(latents(family, member), plain)
@@ -336,7 +442,11 @@ def agrees_with_diffusers(family: Family, pipe, student: str, file, cache) -> No
     try:
         with torch.no_grad():
             member = family.member(student)
-            theirs = finish(alone(member), draw_noise(SEEDS, family.latent_shape, len(member.levels)), family.encode(TEXTS))
+            theirs = finish(
+                alone(member),
+                draw_noise(SEEDS, family.latent_shape, len(member.levels)),
+                family.encode(TEXTS),
+            )
     finally:
         pipe.unload_lora_weights()
         pipe.register_modules(**{kind.part: before})

@@ -14,7 +14,9 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionXLPipeline,
 )
-from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import LatentConsistencyModelPipeline
+from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import (
+    LatentConsistencyModelPipeline,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 from configs import UserError
@@ -23,7 +25,19 @@ from models.families import Family, place
 from models.noise import CLEAN, Noise, ancestral, flow, flow_at, to_eps, to_x0, vp, vp_at
 from models.plans import hybrid, late, named, skip
 from models.prompts import Prompts
-from models.sampler import Denoiser, Member, Plan, Stage, alone, draw_noise, during, finish, levels_of, sample, update
+from models.sampler import (
+    Denoiser,
+    Member,
+    Plan,
+    Stage,
+    alone,
+    draw_noise,
+    during,
+    finish,
+    levels_of,
+    sample,
+    update,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = {**BETAS, "clip_sample": False}  # its default is True
@@ -50,20 +64,37 @@ def diffusers_latents(pipe, scheduler, guidance: float | None, seeds=SEEDS, **op
     pipe.scheduler = scheduler
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # 0 is diffusers' word for conditional only
-    return pipe(TEXTS[: len(seeds)], guidance_scale=guidance or 0, generator=generators, output_type="latent", **options).images
+    return pipe(
+        TEXTS[: len(seeds)],
+        guidance_scale=guidance or 0,
+        generator=generators,
+        output_type="latent",
+        **options,
+    ).images
 
 
 def our_latents(family: Family, member: Member, texts=TEXTS, seeds=SEEDS, negative=None) -> torch.Tensor:
-    return finish(alone(member), draw_noise(seeds, family.latent_shape, len(member.levels)), family.encode(texts, negative))
+    return finish(
+        alone(member),
+        draw_noise(seeds, family.latent_shape, len(member.levels)),
+        family.encode(texts, negative),
+    )
 
 
-def sampler(family: Family, guidance: float | None, spacing: str = "", steps: int = 0, explicit=(), **options) -> Member:
+def sampler(
+    family: Family, guidance: float | None, spacing: str = "", steps: int = 0, explicit=(), **options
+) -> Member:
     """The embedded base, sampled in another way."""
     net = family.member("base").denoiser.net
-    return Member("tiny/base", Denoiser(net), levels_of("vp", spacing, steps, explicit), guidance=guidance, **options)
+    return Member(
+        "tiny/base", Denoiser(net), levels_of("vp", spacing, steps, explicit), guidance=guidance, **options
+    )
 
 
-EULERS = {"euler": (EulerDiscreteScheduler, 0.0), "euler-ancestral": (EulerAncestralDiscreteScheduler, ancestral)}
+EULERS = {
+    "euler": (EulerDiscreteScheduler, 0.0),
+    "euler-ancestral": (EulerAncestralDiscreteScheduler, ancestral),
+}
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
@@ -73,20 +104,28 @@ class TestParity:
     def test_ddim_leading(self, tiny, pipe, guidance):
         scheduler = DDIMScheduler(**DDIM, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
         ours = our_latents(tiny, sampler(tiny, guidance, "leading", 5, final=vp(0)))
-        assert torch.allclose(ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=5), atol=1e-4, rtol=0)
+        assert torch.allclose(
+            ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=5), atol=1e-4, rtol=0
+        )
 
     def test_ddim_trailing(self, tiny, pipe, guidance):
         scheduler = DDIMScheduler(**DDIM, timestep_spacing="trailing")
         ours = our_latents(tiny, sampler(tiny, guidance, "trailing", 5))
-        assert torch.allclose(ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=5), atol=1e-4, rtol=0)
+        assert torch.allclose(
+            ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=5), atol=1e-4, rtol=0
+        )
 
-    @pytest.mark.parametrize(("spacing", "start"), [("leading", "unit"), ("trailing", "sigma"), ("linspace", "sigma")])
+    @pytest.mark.parametrize(
+        ("spacing", "start"), [("leading", "unit"), ("trailing", "sigma"), ("linspace", "sigma")]
+    )
     @pytest.mark.parametrize("prediction_type", EULERS)
     def test_euler(self, tiny, pipe, prediction_type, spacing, start, guidance):
         build, eta = EULERS[prediction_type]
         scheduler = build(**BETAS, timestep_spacing=spacing, steps_offset=int(spacing == "leading"))
         ours = our_latents(tiny, sampler(tiny, guidance, spacing, 4, start=start, eta=eta))
-        assert torch.allclose(ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=4), atol=1e-4, rtol=0)
+        assert torch.allclose(
+            ours, diffusers_latents(pipe, scheduler, guidance, num_inference_steps=4), atol=1e-4, rtol=0
+        )
 
     def test_lcm(self, tiny, pipe, guidance):
         ours = our_latents(tiny, sampler(tiny, guidance, explicit=[999, 759, 499, 259], eta=1.0))
@@ -95,7 +134,9 @@ class TestParity:
 
     def test_lcm_with_the_timesteps_of_dmd2(self, tiny, pipe, guidance):
         ours = our_latents(tiny, sampler(tiny, guidance, explicit=DMD2, eta=1.0))
-        assert torch.allclose(ours, diffusers_latents(pipe, LCMScheduler(**DDIM), guidance, timesteps=DMD2), atol=1e-4, rtol=0)
+        assert torch.allclose(
+            ours, diffusers_latents(pipe, LCMScheduler(**DDIM), guidance, timesteps=DMD2), atol=1e-4, rtol=0
+        )
 
 
 def test_negative_prompts_are_those_of_diffusers(tiny, pipe):
@@ -110,7 +151,12 @@ def test_an_image_is_the_same_alone_and_in_a_batch(tiny):
     member = sampler(tiny, 3.0, "leading", 4, eta=1.0)
     both = our_latents(tiny, member)
     for i in range(2):
-        assert torch.allclose(our_latents(tiny, member, TEXTS[i : i + 1], SEEDS[i : i + 1]), both[i : i + 1], rtol=1e-5, atol=2e-5)
+        assert torch.allclose(
+            our_latents(tiny, member, TEXTS[i : i + 1], SEEDS[i : i + 1]),
+            both[i : i + 1],
+            rtol=1e-5,
+            atol=2e-5,
+        )
 
 
 # one update against one scheduler.step
@@ -123,11 +169,15 @@ def states() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize(("prediction_type", "name"), [("eps", "epsilon"), ("v", "v_prediction"), ("sample", "sample")])
+@pytest.mark.parametrize(
+    ("prediction_type", "name"), [("eps", "epsilon"), ("v", "v_prediction"), ("sample", "sample")]
+)
 def test_update_is_a_step_of_ddim(prediction_type, name, eta):
     """DDIM's eta 1 is DDPM, and the same share of fresh noise as Euler-ancestral's."""
     x, out, fresh = states()
-    scheduler = DDIMScheduler(**DDIM, prediction_type=name, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(
+        **DDIM, prediction_type=name, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False
+    )
     scheduler.set_timesteps(5)
     levels = [*levels_of("vp", "leading", 5), vp(0)]
     for now, after in zip(levels, levels[1:], strict=False):
@@ -135,7 +185,9 @@ def test_update_is_a_step_of_ddim(prediction_type, name, eta):
         x0 = to_x0(x, out, now, prediction_type)
         ours = update(x, x0, now, after, ancestral if eta else 0.0, fresh)
         assert torch.allclose(x0, theirs.pred_original_sample, rtol=1e-5, atol=1e-5)
-        assert torch.allclose(ours, theirs.prev_sample, rtol=1e-5, atol=1e-4 if prediction_type == "sample" else 1e-5)  # /sigma, float32 near t = 0
+        assert torch.allclose(
+            ours, theirs.prev_sample, rtol=1e-5, atol=1e-4 if prediction_type == "sample" else 1e-5
+        )  # /sigma, float32 near t = 0
 
 
 @pytest.mark.parametrize(("prediction_type", "name"), [("eps", "epsilon"), ("v", "v_prediction")])
@@ -146,8 +198,12 @@ def test_update_is_a_step_of_euler_at_another_scale(prediction_type, name):
     scheduler.set_timesteps(4)
     levels = [*levels_of("vp", "trailing", 4), CLEAN]
     for t, now, after in zip(scheduler.timesteps, levels, levels[1:], strict=False):
-        theirs = scheduler.step(out, t, x * (1 + now.ratio**2) ** 0.5).prev_sample / (1 + after.ratio**2) ** 0.5
-        assert torch.allclose(update(x, to_x0(x, out, now, prediction_type), now, after), theirs, rtol=1e-5, atol=1e-5)
+        theirs = (
+            scheduler.step(out, t, x * (1 + now.ratio**2) ** 0.5).prev_sample / (1 + after.ratio**2) ** 0.5
+        )
+        assert torch.allclose(
+            update(x, to_x0(x, out, now, prediction_type), now, after), theirs, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -170,7 +226,9 @@ def test_update_is_a_step_of_lcm():
         rng = torch.Generator().manual_seed(1)
         theirs = scheduler.step(out, int(now.t), x, generator=rng).prev_sample
         fresh = torch.randn(x.shape, generator=rng.manual_seed(1))
-        assert torch.allclose(update(x, to_x0(x, out, now, "eps"), now, after, 1.0, fresh), theirs, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            update(x, to_x0(x, out, now, "eps"), now, after, 1.0, fresh), theirs, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_update_takes_eta_as_a_number_or_a_function():
@@ -185,7 +243,9 @@ def test_update_takes_eta_as_a_number_or_a_function():
 
 
 class Counting(torch.nn.Module):
-    """A network that answers with a share of its input and remembers how many images it was asked for, and at which t."""
+    """A network that answers with a share of its input and remembers how many images it was asked for, and at
+    which t.
+    """
 
     def __init__(self, share: float):
         super().__init__()
@@ -193,7 +253,12 @@ class Counting(torch.nn.Module):
         self.images, self.told = 0, []
 
     def forward(self, x, t, tokens, added_cond_kwargs):
-        assert len(x) == len(tokens) == len(added_cond_kwargs["text_embeds"]) == len(added_cond_kwargs["time_ids"])
+        assert (
+            len(x)
+            == len(tokens)
+            == len(added_cond_kwargs["text_embeds"])
+            == len(added_cond_kwargs["time_ids"])
+        )
         self.images += len(x)
         self.told.append(float(t))
         return SimpleNamespace(sample=self.share * x)
@@ -205,9 +270,17 @@ def prompts(batch: int = 2) -> Prompts:
     return replace(plain, negative=plain)
 
 
-def members(guidance: float | None = None, noise_schedule: str = "vp", prediction_type: str = "eps") -> tuple[Member, Member]:
+def members(
+    guidance: float | None = None, noise_schedule: str = "vp", prediction_type: str = "eps"
+) -> tuple[Member, Member]:
     """A base, guided or not, and a four-step student of it."""
-    base = Member("toy/base", Denoiser(Counting(0.9), prediction_type), levels_of(noise_schedule, "leading", 10), noise_schedule, guidance=guidance)
+    base = Member(
+        "toy/base",
+        Denoiser(Counting(0.9), prediction_type),
+        levels_of(noise_schedule, "leading", 10),
+        noise_schedule,
+        guidance=guidance,
+    )
     return base, Member("toy/student", Denoiser(Counting(0.6)), levels_of("vp", "", 0, DMD2), eta=1.0)
 
 
@@ -227,7 +300,9 @@ def test_the_base_makes_exactly_k_evaluations(plan, k, guidance):
     assert (base.denoiser.nfe, student.denoiser.nfe) == (each * k, 4 - k)
     assert (base.denoiser.net.images, student.denoiser.net.images) == (2 * each * k, 2 * (4 - k))
     first, second = (base, student) if plan is hybrid else (student, base)
-    assert first.denoiser.net.told + second.denoiser.net.told == pytest.approx(DMD2)  # whoever runs, the student's levels
+    assert first.denoiser.net.told + second.denoiser.net.told == pytest.approx(
+        DMD2
+    )  # whoever runs, the student's levels
 
 
 @pytest.mark.parametrize("k", range(4))
@@ -244,7 +319,10 @@ def test_plans_without_the_other_are_the_member_alone():
     expected = finish(alone(student), noise(), prompts())
     for plan in (hybrid(base, student, 0), late(base, student, 0), skip(student, 0)):
         assert torch.equal(finish(plan, noise(), prompts()), expected)
-    assert torch.equal(finish(hybrid(base, student, 4), noise(), prompts()), finish(late(base, student, 4), noise(), prompts()))
+    assert torch.equal(
+        finish(hybrid(base, student, 4), noise(), prompts()),
+        finish(late(base, student, 4), noise(), prompts()),
+    )
     assert not torch.allclose(finish(hybrid(base, student, 1), noise(), prompts()), expected)
 
 
@@ -265,7 +343,11 @@ def test_skipping_every_step():
 
 def test_plans_go_by_name():
     base, student = members()
-    for text, plan in {"hybrid(1)": hybrid(base, student, 1), "late(2)": late(base, student, 2), "skip(1)": skip(student, 1)}.items():
+    for text, plan in {
+        "hybrid(1)": hybrid(base, student, 1),
+        "late(2)": late(base, student, 2),
+        "skip(1)": skip(student, 1),
+    }.items():
         assert named(text, base, student) == plan
     for wrong in ("hybrid", "mixed(1)", "hybrid(x)"):
         with pytest.raises(UserError, match=r"hybrid\(k\)"):
@@ -295,7 +377,9 @@ def test_the_steps_tell_the_story():
     steps = list(sample(hybrid(base, student, 1), noise(), prompts()))
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert [step.member.name for step in steps] == ["toy/base", *["toy/student"] * 3]
-    assert all(torch.equal(step.after, following.x) for step, following in zip(steps, steps[1:], strict=False))
+    assert all(
+        torch.equal(step.after, following.x) for step, following in zip(steps, steps[1:], strict=False)
+    )
     assert torch.equal(steps[-1].after, steps[-1].x0)
 
 
@@ -324,16 +408,24 @@ X0 = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(11))
 KNOWING = {
     "ddim": Member("toy/ddim", Knowing(X0), levels_of("vp", "leading", 6)),
     "lcm": Member("toy/lcm", Knowing(X0), levels_of("vp", "", 0, DMD2), eta=1.0),
-    "ancestral": Member("toy/ancestral", Knowing(X0), levels_of("vp", "trailing", 4), eta=ancestral, start="sigma"),
+    "ancestral": Member(
+        "toy/ancestral", Knowing(X0), levels_of("vp", "trailing", 4), eta=ancestral, start="sigma"
+    ),
     "flow": Member("toy/flow", Knowing(X0), levels_of("flow", "trailing", 5), "flow"),
-    "noisy flow": Member("toy/noisy-flow", Knowing(X0), tuple(flow(t, 3.0) for t in (1000, 750, 500, 250)), "flow", eta=0.5),
+    "noisy flow": Member(
+        "toy/noisy-flow", Knowing(X0), tuple(flow(t, 3.0) for t in (1000, 750, 500, 250)), "flow", eta=0.5
+    ),
 }
 
 
 @pytest.mark.parametrize("noise_schedule", ["vp", "flow"])
 def test_a_hand_over_keeps_the_noise_level(noise_schedule):
-    """sigma / alpha stays, and x is the same x0 and eps in the other schedule's scale: x_VP = x_VE / sqrt(1 + ratio^2)."""
-    given, taken = (KNOWING["lcm"], KNOWING["flow"]) if noise_schedule == "flow" else (KNOWING["flow"], KNOWING["lcm"])
+    """sigma / alpha stays, and x is the same x0 and eps in the other schedule's scale: x_VP = x_VE / sqrt(1 +
+    ratio^2).
+    """
+    given, taken = (
+        (KNOWING["lcm"], KNOWING["flow"]) if noise_schedule == "flow" else (KNOWING["flow"], KNOWING["lcm"])
+    )
     levels = [level for level in given.levels if 0 < level.ratio < 14]
     stage = Stage.of(taken, levels)
     assert [level.ratio for level in stage.levels] == pytest.approx([level.ratio for level in levels])
@@ -390,7 +482,9 @@ def test_noise_is_what_diffusers_draws():
 def test_noise_depends_on_the_own_seed_alone():
     drawn = draw_noise([3, 1, 4], (4, 8, 8), 3)
     assert torch.equal(draw_noise([4, 3], (4, 8, 8), 3), drawn[[2, 0]])
-    assert torch.equal(draw_noise([1], (4, 8, 8), 5)[:, :4], drawn[[1]])  # a plan of more steps starts with the same
+    assert torch.equal(
+        draw_noise([1], (4, 8, 8), 5)[:, :4], drawn[[1]]
+    )  # a plan of more steps starts with the same
     assert not torch.equal(drawn[0, 0], drawn[1, 0]) and not torch.equal(drawn[0, 0], drawn[0, 1])
 
 

@@ -1,4 +1,6 @@
-"""What text encoders and evaluators do not read of a text is said; two texts that are the same to them are an error."""
+"""What text encoders and evaluators do not read of a text is said; two texts that are the same to them are an
+error.
+"""
 
 import hub
 import pytest
@@ -72,11 +74,18 @@ def test_sliders_between_texts_that_are_alike_are_refused_before_anything_is_wri
 def test_an_attribute_may_push_the_difference_beyond_what_is_read(tmp_path):
     pair = {"target": "a", "positive": "smiling", "unconditional": "frowning"}
     with pytest.raises(UserError, match="are the same text"):
-        slider.main(merge(slider.Config, {"prompts": [pair], "attributes": ["hat", LONG], "out": str(tmp_path)}))
+        slider.main(
+            merge(slider.Config, {"prompts": [pair], "attributes": ["hat", LONG], "out": str(tmp_path)})
+        )
 
 
 def test_transfer_refuses_words_that_are_alike(tmp_path):
-    words = [f"out={tmp_path}/run", f"cache={tmp_path}", f"controls=[{ROOT}/controls/tiny/smile.safetensors]", "wandb=disabled"]
+    words = [
+        f"out={tmp_path}/run",
+        f"cache={tmp_path}",
+        f"controls=[{ROOT}/controls/tiny/smile.safetensors]",
+        "wandb=disabled",
+    ]
     with pytest.raises(UserError, match="are the same text to the evaluator"):
         transfer.main(merge(transfer.Config, words, {"positive": ALIKE[0][0], "negative": ALIKE[0][1]}))
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,9 @@ def allocated(call, folder) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     record.export_chrome_trace(str(folder / "trace.json"))
-    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events = [
+        e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"
+    ]
     totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
     return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
 
@@ -31,7 +33,9 @@ def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, gradient_chec
 
 
 def test_kernel_distance_by_its_definition():
-    """Sums over different images, one by one; about 0 between halves of one set and more where one half is moved."""
+    """Sums over different images, one by one; about 0 between halves of one set and more where one half is
+    moved.
+    """
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
     kernel = lambda x, y: (x @ y / 3 + 1) ** 3  # noqa: E731

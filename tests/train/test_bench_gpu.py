@@ -72,11 +72,14 @@ def test_a_row_and_a_part_that_fail_lose_no_other(tmp_path, monkeypatch):
     assert "left out" in parts["two"]["rows"]["x"]["error"]
 
 
-@pytest.mark.parametrize(("then", "seconds", "error"), [
-    ("time.sleep(60)", 2, "it was ended after 2 seconds"),
-    ("os._exit(3)", 60, "its process ended with exit code 3"),
-    ("pass", 60, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("then", "seconds", "error"),
+    [
+        ("time.sleep(60)", 2, "it was ended after 2 seconds"),
+        ("os._exit(3)", 60, "its process ended with exit code 3"),
+        ("pass", 60, None),
+    ],
+)
 def test_a_part_that_hangs_or_crashes_leaves_its_rows(tmp_path, monkeypatch, then, seconds, error):
     script = tmp_path / "child.py"
     script.write_text(f"""import json, os, sys, time
@@ -92,10 +95,13 @@ json.dump({{"parts": {{"tests": part}}}}, open(cfg["out"], "w"))
     assert measured["seconds"] < 30
 
 
-@pytest.mark.parametrize(("answer", "gpu_name", "gb"), [
-    ("NVIDIA H100 80GB HBM3, 81559, 550.54.15\n", "NVIDIA H100 80GB HBM3", 85.5),
-    ("", "a CUDA device without nvidia-smi", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "gpu_name", "gb"),
+    [
+        ("NVIDIA H100 80GB HBM3, 81559, 550.54.15\n", "NVIDIA H100 80GB HBM3", 85.5),
+        ("", "a CUDA device without nvidia-smi", None),
+    ],
+)
 def test_the_hardware_is_named(monkeypatch, tmp_path, answer, gpu_name, gb):
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
@@ -122,8 +128,12 @@ def test_the_readme_says_what_the_file_says_or_that_there_is_none():
 def test_figures_come_into_the_readme(tmp_path, monkeypatch, capsys):
     record, readme = tmp_path / "gpu.json", tmp_path / "README.md"
     device = {"gpu": "H100", "memory_gb": 80, "driver": "1.2", "cuda": "12.8"}
-    rows = {"base": {"seconds": 4.0, "in_network": 0.981}, "student": {"seconds": 0.5},
-            "broken": {"error": "a|b"}, "hybrid(1), the paper's": {"seconds": 0.505}}  # fmt: skip
+    rows = {
+        "base": {"seconds": 4.0, "in_network": 0.981},
+        "student": {"seconds": 0.5},
+        "broken": {"error": "a|b"},
+        "hybrid(1), the paper's": {"seconds": 0.505},
+    }
     parts = {"pictures": {"seconds": 80, "error": "ended", "rows": rows}}
     about = {"hardware": device, "versions": {"torch": "2.9", "commit": "abc"}, "created": "today"}
     record.write_text(json.dumps(about | {"parts": parts}))
@@ -145,13 +155,28 @@ def test_figures_come_into_the_readme(tmp_path, monkeypatch, capsys):
 def shrunk():
     """SDXL's own configs with narrow layers, made into a family as it is made at full size, in bf16."""
     configs = json.loads((ROOT / "models/published.json").read_text())["sdxl"]
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
-            "projection_dim": 32}  # fmt: skip
-    unet = {"block_out_channels": [32, 32, 64], "transformer_layers_per_block": 1, "attention_head_dim": 2,
-            "layers_per_block": 1, "cross_attention_dim": 64, "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 32 + 6 * 8}  # fmt: skip
-    small = {"unet": unet, "text_encoder": text, "text_encoder_2": text,
-             "vae": {"block_out_channels": [8] * 4, "norm_num_groups": 4}}  # fmt: skip
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "projection_dim": 32,
+    }
+    unet = {
+        "block_out_channels": [32, 32, 64],
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 2,
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    }
+    small = {
+        "unet": unet,
+        "text_encoder": text,
+        "text_encoder_2": text,
+        "vae": {"block_out_channels": [8] * 4, "norm_num_groups": 4},
+    }
     family = sdxl.random_sdxl({part: configs[part] | changes for part, changes in small.items()}, "cpu")
     family.card = replace(family.card, size_px=hub.SIZE_PX)
     return family
@@ -166,7 +191,10 @@ def test_a_step_in_bf16_whole_and_packed(shrunk, monkeypatch):
     net = deepcopy(shrunk.member("base").denoiser.net)
     monkeypatch.setattr(memory, "subject", lambda: (net, 64, 8))
     rows = {name: measure() for name, measure in memory.steps([32], [2], "nf4", 1)}
-    assert [row["gradient_checkpointing"] for row in rows.values() if "gradient_checkpointing" in row] == [False, True] * 3
+    assert [row["gradient_checkpointing"] for row in rows.values() if "gradient_checkpointing" in row] == [
+        False,
+        True,
+    ] * 3
     assert rows["packing in nf4"]["packed_gb"] < rows["packing in nf4"]["whole_gb"]
     peaks = [row["peak_gb"] for name, row in rows.items() if name.endswith("forecast")]
     assert peaks[1] < peaks[0]  # with checkpointing

@@ -48,7 +48,9 @@ def written(path, bound="a"):
     return part
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "text", "folder", "other", "list", "done", "shape", "code"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "half", "text", "folder", "other", "list", "done", "shape", "code"]
+)
 def test_a_state_that_cannot_be_is_one_line_that_names_it(tmp_path, damage):
     path = tmp_path / "state.pt"
     written(path)

@@ -21,9 +21,11 @@ from models.sampler import alone, draw_noise, finish
 from train import image_slider, lora, slider, sliderspace
 
 TRAINERS = {
-    slider: ["config=configs/sliders/age-sdxl.yaml"], image_slider: ["config=configs/image_sliders/sdxl.yaml"],
-    lora: ["config=configs/loras/dreambooth-sdxl.yaml"], sliderspace: ["config=configs/sliderspaces/sdxl.yaml"],
-}  # fmt: skip
+    slider: ["config=configs/sliders/age-sdxl.yaml"],
+    image_slider: ["config=configs/image_sliders/sdxl.yaml"],
+    lora: ["config=configs/loras/dreambooth-sdxl.yaml"],
+    sliderspace: ["config=configs/sliderspaces/sdxl.yaml"],
+}
 
 
 @pytest.fixture
@@ -55,47 +57,85 @@ def test_a_bare_family_knows_shapes_and_costs():
     bare, family = Family("tiny", bare=True), Family("tiny")
     assert bare.latent_shape == family.latent_shape
     plan = named("hybrid(1)", family.member("base"), family.member("dmd"))
-    assert plan.nfe_by_member == named("hybrid(1)", bare.member("base"), bare.member("dmd")).nfe_by_member == {"tiny/base": 2, "tiny/dmd": 3}
+    assert (
+        plan.nfe_by_member
+        == named("hybrid(1)", bare.member("base"), bare.member("dmd")).nfe_by_member
+        == {"tiny/base": 2, "tiny/dmd": 3}
+    )
     assert budget.nfe_by_member([(plan, 10), (alone(family.member("dmd")), 1)]) == {"base": 20, "dmd": 34}
 
 
 @pytest.mark.parametrize("kind", ["fast", "published"])
 def test_a_sliders_evaluations_are_those_it_makes(kind, tmp_path, capsys, monkeypatch):
-    words = [f"recipe={kind}", "member=tiny/dmd", "trajectories=4", "steps=12", "batch_size=2", "sample_every=0", "wandb=disabled"]
+    words = [
+        f"recipe={kind}",
+        "member=tiny/dmd",
+        "trajectories=4",
+        "steps=12",
+        "batch_size=2",
+        "sample_every=0",
+        "wandb=disabled",
+    ]
     slider.main(merge(slider.Config, [*words, "dry_run=true"]))
     said = asked(capsys.readouterr().out)["dmd"]
-    made = 4 * (4 + 3 * 4) + 12 * 2 * 3 if kind == "fast" else 12 * 2 * (2 + 3 + 3)  # a pass back is counted as two
+    made = (
+        4 * (4 + 3 * 4) + 12 * 2 * 3 if kind == "fast" else 12 * 2 * (2 + 3 + 3)
+    )  # a pass back is counted as two
     assert said == made
 
 
-@pytest.mark.parametrize("recipe", [slider, *(pytest.param(it, marks=pytest.mark.slow) for it in TRAINERS if it is not slider)])
+@pytest.mark.parametrize(
+    "recipe", [slider, *(pytest.param(it, marks=pytest.mark.slow) for it in TRAINERS if it is not slider)]
+)
 def test_trainers_plan_on_sdxl_without_weights(recipe, configs_only, capsys, tmp_path, monkeypatch):
     words = [word for word in TRAINERS[recipe] if not word.startswith("config=")]
     path = ROOT / TRAINERS[recipe][0].removeprefix("config=")
     recipe.main(merge(recipe.Config, path, [*words, "dry_run=true", "dtype=bf16", f"out={tmp_path}/runs"]))
     said = capsys.readouterr().out
-    assert asked(said)["base"] > 1000 and re.search(r"base +2.57 +5.1 +5.1", said) and "million weights" in said
+    assert (
+        asked(said)["base"] > 1000 and re.search(r"base +2.57 +5.1 +5.1", said) and "million weights" in said
+    )
     assert 5.5 < float(re.search(r"memory at the most: ([\d.]+) GB", said)[1]) < 60
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("command", "words"), [
-    (diversity, ["config=configs/paper/fig7.yaml"]), (trace, ["config=configs/trace/sdxl.yaml"]),
-    (similarity, ["config=configs/similarity/sdxl.yaml"]), (diversity, ["family=flux", "seeds=3", "plans=[base(8),hybrid(1)]"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (diversity, ["config=configs/paper/fig7.yaml"]),
+        (trace, ["config=configs/trace/sdxl.yaml"]),
+        (similarity, ["config=configs/similarity/sdxl.yaml"]),
+        (diversity, ["family=flux", "seeds=3", "plans=[base(8),hybrid(1)]"]),
+    ],
+)
 def test_analyses_plan_on_real_families_without_weights(command, words, configs_only, capsys, tmp_path):
     if command is diversity and words[0] == "family=flux":  # a flow's schedule is in its scheduler's config
         with pytest.raises(UserError, match="cannot load"):
             command.main(merge(command.Config, [*words, "dry_run=true"]))
         return
     path, *rest = words
-    command.main(merge(command.Config, ROOT / path.removeprefix("config="), [*rest, "dry_run=true", f"out={tmp_path}/runs"]))
+    command.main(
+        merge(
+            command.Config,
+            ROOT / path.removeprefix("config="),
+            [*rest, "dry_run=true", f"out={tmp_path}/runs"],
+        )
+    )
     said = capsys.readouterr().out
-    assert "TFLOP in the networks" in said and asked(said)["base"] > 100 and not Path(tmp_path / "runs").exists()
+    assert (
+        "TFLOP in the networks" in said and asked(said)["base"] > 100 and not Path(tmp_path / "runs").exists()
+    )
 
 
 def test_counts_of_a_trace_are_those_it_makes(tmp_path, capsys):
-    words = ["students=[dmd]", "seeds=2", "prompts=[portrait of a person]", "control=''", "wandb=disabled", f"out={tmp_path}"]
+    words = [
+        "students=[dmd]",
+        "seeds=2",
+        "prompts=[portrait of a person]",
+        "control=''",
+        "wandb=disabled",
+        f"out={tmp_path}",
+    ]
     trace.main(merge(trace.Config, [*words, "dry_run=true"]))
     said, family = asked(capsys.readouterr().out), Family("tiny")
     before = {name: family.member(name).denoiser.nfe for name in ("base", "dmd")}

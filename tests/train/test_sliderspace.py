@@ -10,7 +10,16 @@ from configs import UserError, merge
 from controls import formats
 from train import sliderspace
 
-SMALL = ["directions=2", "trajectories=4", "batch_size=2", "steps=40", "member=tiny/dmd", "sample_every=0", "sample_seeds=[1]", "wandb=disabled"]
+SMALL = [
+    "directions=2",
+    "trajectories=4",
+    "batch_size=2",
+    "steps=40",
+    "member=tiny/dmd",
+    "sample_every=0",
+    "sample_seeds=[1]",
+    "wandb=disabled",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +41,17 @@ def test_training_turns_x0_towards_the_direction(folder):
 
 
 def test_transfer_measures_it_without_words(folder, tmp_path):
-    words = [f"controls=[{folder}/space-1.safetensors]", "targets=[dmd,lcm]", "prompts=[a person,portrait of a person]", "seeds=2",
-             "scales=[-1,0,1]", "references=false", "wandb=disabled", f"out={tmp_path}", f"cache={tmp_path}/cache"]  # fmt: skip
+    words = [
+        f"controls=[{folder}/space-1.safetensors]",
+        "targets=[dmd,lcm]",
+        "prompts=[a person,portrait of a person]",
+        "seeds=2",
+        "scales=[-1,0,1]",
+        "references=false",
+        "wandb=disabled",
+        f"out={tmp_path}",
+        f"cache={tmp_path}/cache",
+    ]
     page = transfer.main(merge(transfer.Config, words))
     cells = json.loads((page.parent / "results.json").read_text())["cells"]
     assert [cell["clip_change_percent"] for cell in cells] == [None, None] and cells[0]["positive"] == ""

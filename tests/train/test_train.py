@@ -18,8 +18,16 @@ from train import lora, slider
 from train.checkpoint import resumable, seeded
 from train.run import Run
 
-SMALL = ["steps=6", "batch_size=2", "trajectories=3", "sample_every=0", "save_every=2", "sample_seeds=[1]", "sample_scales=[0,1]",
-         "wandb=disabled"]  # fmt: skip
+SMALL = [
+    "steps=6",
+    "batch_size=2",
+    "trajectories=3",
+    "sample_every=0",
+    "save_every=2",
+    "sample_seeds=[1]",
+    "sample_scales=[0,1]",
+    "wandb=disabled",
+]
 
 
 def test_resumable_continues_where_it_was(tmp_path):
@@ -59,7 +67,9 @@ def whole(tmp_path_factory):
 
 
 def interrupted(monkeypatch, call, after: int) -> bool:
-    """Whether a call was killed at the given one of the moments in which a training computes, descends or writes its state."""
+    """Whether a call was killed at the given one of the moments in which a training computes, descends or
+    writes its state.
+    """
     left = after
 
     def dying(original):
@@ -89,7 +99,10 @@ def test_a_slider_killed_at_random_points_continues_bit_for_bit(tmp_path, monkey
     assert same(trained(tmp_path), whole)
 
 
-@pytest.mark.parametrize(("optimizer", "extra", "learning_rate"), [("prodigy", "prodigyopt", 1.0), ("adamw8bit", "bitsandbytes", 1e-3)])
+@pytest.mark.parametrize(
+    ("optimizer", "extra", "learning_rate"),
+    [("prodigy", "prodigyopt", 1.0), ("adamw8bit", "bitsandbytes", 1e-3)],
+)
 def test_the_extras_train_and_continue(tmp_path, monkeypatch, optimizer, extra, learning_rate):
     pytest.importorskip(extra)
     words = [f"optimizer={optimizer}", f"learning_rate={learning_rate}", "steps=4"]
@@ -119,7 +132,11 @@ def test_erasing_is_enhancing_the_other_way_round():
     teacher, member = slider.Teacher(family, family.member("dmd"), pairs), family.member("dmd")
     x = draw_noise([1, 1], family.latent_shape, 0)[:, 0]
     neutral, direction = teacher(x, member.levels[0], torch.tensor([0, 1]))
-    assert torch.allclose(direction[0], -direction[1], atol=1e-5) and direction.any() and torch.allclose(neutral[0], neutral[1], atol=1e-5)
+    assert (
+        torch.allclose(direction[0], -direction[1], atol=1e-5)
+        and direction.any()
+        and torch.allclose(neutral[0], neutral[1], atol=1e-5)
+    )
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path):
@@ -130,7 +147,9 @@ def test_another_config_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_pairs_are_spread_over_attributes_and_anchors():
-    pairs = slider.spread(slider.Config(prompts=[slider.Pair("a", "b", "c")], attributes=["x", "y"], anchors=["z"]))
+    pairs = slider.spread(
+        slider.Config(prompts=[slider.Pair("a", "b", "c")], attributes=["x", "y"], anchors=["z"])
+    )
     assert pairs[1:] == [slider.Pair("y a", "y b", "y c", "y a"), slider.Pair("z", "z", "z", "z")]
     with pytest.raises(UserError, match="positive"):
         slider.spread(slider.Config(prompts=[slider.Pair("a")]))
@@ -138,12 +157,22 @@ def test_pairs_are_spread_over_attributes_and_anchors():
         slider.spread(slider.Config(prompts=[slider.Pair("a", "b", "c", action="more")]))
 
 
-@pytest.mark.parametrize(("given", "neutral"), [({}, "a"), ({"neutral": None}, "a"), ({"neutral": ""}, ""), ({"neutral": "d"}, "d")])
+@pytest.mark.parametrize(
+    ("given", "neutral"),
+    [({}, "a"), ({"neutral": None}, "a"), ({"neutral": ""}, ""), ({"neutral": "d"}, "d")],
+)
 def test_an_empty_text_is_the_empty_prompt(given, neutral):
     cfg = merge(slider.Config, {"prompts": [{"target": "a", "positive": "b", "unconditional": "", **given}]})
     assert slider.spread(cfg) == [slider.Pair("a", "b", "", neutral)]
-    assert slider.recipe(cfg)["prompts"] == [{"target": "a", "positive": "b", "unconditional": "", "neutral": given.get("neutral") or "",
-                                              "action": "enhance"}]  # fmt: skip
+    assert slider.recipe(cfg)["prompts"] == [
+        {
+            "target": "a",
+            "positive": "b",
+            "unconditional": "",
+            "neutral": given.get("neutral") or "",
+            "action": "enhance",
+        }
+    ]
 
 
 def test_a_published_prompt_file_is_read_and_what_is_ignored_is_said(tmp_path, capsys):
@@ -161,20 +190,28 @@ def test_a_published_prompt_file_is_read_and_what_is_ignored_is_said(tmp_path, c
     (pair,) = slider.spread(merge(slider.Config, tmp_path / "prompts.yaml"))
     said = capsys.readouterr().out
     assert pair == slider.Pair("", "high detail", "blurry", "") and said.count("\n") == 1
-    for words in ("'guidance_scale=4' (here: one guidance_scale for all pairs)", "'batch_size=1' (here: one batch_size for all pairs)", "'resolution=512'", "'dynamic_resolution=False'"):
+    for words in (
+        "'guidance_scale=4' (here: one guidance_scale for all pairs)",
+        "'batch_size=1' (here: one batch_size for all pairs)",
+        "'resolution=512'",
+        "'dynamic_resolution=False'",
+    ):
         assert words in said
 
 
-@pytest.mark.parametrize(("pair", "says"), [
-    ({"target": "a"}, "pair 1 needs a positive text"),
-    ({"target": "a", "positive": " ", "unconditional": "b"}, "needs a positive text"),
-    ({"target": "a", "positive": "b", "unconditional": "b"}, "differs from it; got 'b' and 'b'"),
-    ({"positive": "b", "action": "remove"}, "enhance or erase, got 'remove'"),
-    ({"positive": "x" * 100_000}, "a text of 100,000 characters"),
-    ({"positive": "a\0b"}, "is none"),
-    ({"positive": "a\ud800b"}, "is none"),
-    ({"positive": "b", "negative": "c"}, "negative"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pair", "says"),
+    [
+        ({"target": "a"}, "pair 1 needs a positive text"),
+        ({"target": "a", "positive": " ", "unconditional": "b"}, "needs a positive text"),
+        ({"target": "a", "positive": "b", "unconditional": "b"}, "differs from it; got 'b' and 'b'"),
+        ({"positive": "b", "action": "remove"}, "enhance or erase, got 'remove'"),
+        ({"positive": "x" * 100_000}, "a text of 100,000 characters"),
+        ({"positive": "a\0b"}, "is none"),
+        ({"positive": "a\ud800b"}, "is none"),
+        ({"positive": "b", "negative": "c"}, "negative"),
+    ],
+)
 def test_pairs_that_are_none(pair, says):
     with pytest.raises(UserError, match=says) as error:
         slider.spread(merge(slider.Config, {"prompts": [pair]}))
@@ -185,8 +222,18 @@ def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
     one = trained(tmp_path / "one", "gradient_accumulation_steps=2")
     words = [*SMALL, f"out={tmp_path}/two"]
     # torchrun, for on a CPU `accelerate launch --num_processes=2` starts one process
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531", "train/slider.py", *words]
-    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29531",
+        "train/slider.py",
+        *words,
+    ]
+    done = subprocess.run(
+        launch, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     two = load_file(tmp_path / "two/smile/control.safetensors")
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
@@ -215,7 +262,10 @@ def test_a_gradient_that_is_not_finite_stops_with_the_state_before_it(tmp_path, 
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path):
-    plain, thrifty = trained(tmp_path / "a", "steps=2"), trained(tmp_path / "b", "steps=2", "gradient_checkpointing=true")
+    plain, thrifty = (
+        trained(tmp_path / "a", "steps=2"),
+        trained(tmp_path / "b", "steps=2", "gradient_checkpointing=true"),
+    )
     assert all(torch.allclose(plain[name], thrifty[name], atol=1e-5) for name in plain)
 
 
@@ -230,9 +280,17 @@ def test_watching_measures_other_members_and_changes_nothing(tmp_path, monkeypat
     watched = trained(tmp_path, "watch=[tiny/dmd]", "watch_every=3", "watch_prompts=2", "sample_every=3")
     assert same(watched, whole)
     first, second = map(json.loads, (tmp_path / "smile/watch.jsonl").read_text().splitlines())
-    assert {"step", "effect/tiny/base", "effect/tiny/dmd", "retention/tiny/dmd/low"} <= first.keys() == second.keys()
-    assert (tmp_path / "smile/samples/step-00003.png").is_file() and (tmp_path / "smile/samples/final.png").is_file()
-    assert encoders == [None] * 12, "text encoders are let go before the first step, and strips and watching need none"
+    assert (
+        {"step", "effect/tiny/base", "effect/tiny/dmd", "retention/tiny/dmd/low"}
+        <= first.keys()
+        == second.keys()
+    )
+    assert (tmp_path / "smile/samples/step-00003.png").is_file() and (
+        tmp_path / "smile/samples/final.png"
+    ).is_file()
+    assert encoders == [None] * 12, (
+        "text encoders are let go before the first step, and strips and watching need none"
+    )
 
 
 def test_the_average_lags_behind(tmp_path, whole):

@@ -60,8 +60,15 @@ def main(cfg: Config) -> Path:
         print(figures.markdown(figures.read(path)))
         return path
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    results = {"schema": 1, "hardware": hardware(), "versions": versions(), "command": command(),
-               "created": created, "config": asdict(cfg), "parts": {}}  # fmt: skip
+    results = {
+        "schema": 1,
+        "hardware": hardware(),
+        "versions": versions(),
+        "command": command(),
+        "created": created,
+        "config": asdict(cfg),
+        "parts": {},
+    }
 
     def keep(part: str, measured: dict) -> None:
         results["parts"][part] = measured
@@ -215,8 +222,13 @@ def tested(files: list[str]) -> Row:
     failed, skipped = count["failures"] + count["errors"], count["skipped"]
     cases = [(case.get("name"), {part.tag for part in case}) for case in suite.iter("testcase")]
     wrong = [name for name, tags in cases if tags & {"failure", "error"}]
-    return {"passed": count["tests"] - failed - skipped, "failed": failed, "skipped": skipped,
-            "seconds": float(suite.get("time")), "failing": ", ".join(wrong)}  # fmt: skip
+    return {
+        "passed": count["tests"] - failed - skipped,
+        "failed": failed,
+        "skipped": skipped,
+        "seconds": float(suite.get("time")),
+        "failing": ", ".join(wrong),
+    }
 
 
 if __name__ == "__main__":

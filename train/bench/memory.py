@@ -36,7 +36,11 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Follows a step of every size with and without checkpointing, prints the table."""
-    cases = [(size_px, gradient_checkpointing) for size_px in cfg.sizes_px for gradient_checkpointing in (False, True)]
+    cases = [
+        (size_px, gradient_checkpointing)
+        for size_px in cfg.sizes_px
+        for gradient_checkpointing in (False, True)
+    ]
     net = unet("meta")
     found = []
     for size_px, gradient_checkpointing in cases:
@@ -45,13 +49,18 @@ def main(cfg: Config) -> None:
     for row in found:
         row["nf4"] = round(row["peak"] - saved(net))
     with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": found}, indent=1) + "\n")
+        new.write_text(
+            json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": found}, indent=1)
+            + "\n"
+        )
     show(found)
 
 
 def unet(device: str) -> nn.Module:
     """SDXL's U-Net as a family holds it on a GPU, with random weights."""
-    from diffusers import UNet2DConditionModel  # not above, for configs quietens diffusers before it is imported
+    from diffusers import (
+        UNet2DConditionModel,
+    )  # not above, for configs quietens diffusers before it is imported
 
     published = json.loads((ROOT / "models/published.json").read_text())
     with torch.device(device):
@@ -68,7 +77,9 @@ def latent(size_px: int) -> tuple[int, int, int]:
 def saved(net: nn.Module) -> float:
     """The bytes by which quantize=nf4 makes a network smaller while one of its layers is unpacked."""
     weights = [net.get_submodule(name).weight for name in inside(net)]
-    return sum(weight.nbytes - weight.numel() * KINDS["nf4"].bits / 8 for weight in weights) - max(weight.nbytes for weight in weights)
+    return sum(weight.nbytes - weight.numel() * KINDS["nf4"].bits / 8 for weight in weights) - max(
+        weight.nbytes for weight in weights
+    )
 
 
 def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> Rows:
@@ -77,8 +88,12 @@ def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> R
     sizes_px: empty = the size of the network's images, and half of it. kind: of packing; empty = none.
     """
     net, side, factor = subject()
-    cases = [(size_px, batch_size, gradient_checkpointing) for size_px in sizes_px or (side // 2, side)
-             for batch_size in batches for gradient_checkpointing in (False, True)]  # fmt: skip
+    cases = [
+        (size_px, batch_size, gradient_checkpointing)
+        for size_px in sizes_px or (side // 2, side)
+        for batch_size in batches
+        for gradient_checkpointing in (False, True)
+    ]
     for case in cases:
         yield label(*case), lambda case=case: measured(net, factor, repeats, *case)
     if kind:
@@ -101,7 +116,13 @@ def label(size_px: int, batch_size: int, gradient_checkpointing: bool) -> str:
 
 
 def measured(
-    net: nn.Module, factor: int, repeats: int, size_px: int, batch_size: int, gradient_checkpointing: bool, packed=False
+    net: nn.Module,
+    factor: int,
+    repeats: int,
+    size_px: int,
+    batch_size: int,
+    gradient_checkpointing: bool,
+    packed=False,
 ) -> Row:
     """Seconds of a step, and the most memory that was held. Raises UserError where packing has failed."""
     if packed and not quantized(net):
@@ -109,8 +130,13 @@ def measured(
     shape = (4, size_px // factor, size_px // factor)
     with training(net, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing) as step:
         seconds, _ = clocked(step, [], repeats)
-        return {"size_px": size_px, "batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "seconds": seconds,
-                "peak_gb": peak_gb()}  # fmt: skip
+        return {
+            "size_px": size_px,
+            "batch_size": batch_size,
+            "gradient_checkpointing": gradient_checkpointing,
+            "seconds": seconds,
+            "peak_gb": peak_gb(),
+        }
 
 
 def forecast(net: nn.Module, factor: int, size_px: int, batch_size: int, gradient_checkpointing: bool) -> Row:
@@ -119,7 +145,12 @@ def forecast(net: nn.Module, factor: int, size_px: int, batch_size: int, gradien
         blank = type(net).from_config(net.config).to(net.dtype).eval().requires_grad_(False)
     shape = (4, size_px // factor, size_px // factor)
     seen = follow(blank, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing)
-    return {"size_px": size_px, "batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing, "peak_gb": seen["peak"] / 1e9}
+    return {
+        "size_px": size_px,
+        "batch_size": batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
+        "peak_gb": seen["peak"] / 1e9,
+    }
 
 
 def packing(net: nn.Module, kind: str) -> Row:
@@ -137,11 +168,22 @@ def size_gb(net: nn.Module) -> float:
 def show(rows: list[dict]) -> None:
     """Prints the estimate of every case."""
     table = Table(title="Memory of one training step of a slider on SDXL's U-Net, GiB")
-    for head in ("pixels", "gradient_checkpointing", "network", "control, optimizer, activations", "peak", "peak with nf4"):
+    for head in (
+        "pixels",
+        "gradient_checkpointing",
+        "network",
+        "control, optimizer, activations",
+        "peak",
+        "peak with nf4",
+    ):
         table.add_column(head, justify="right")
     for row in rows:
         sizes = [row["network"], row["peak"] - row["network"], row["peak"], row["nf4"]]
-        table.add_row(str(row["size_px"]), "yes" if row["gradient_checkpointing"] else "no", *(f"{size / 2**30:.2f}" for size in sizes))
+        table.add_row(
+            str(row["size_px"]),
+            "yes" if row["gradient_checkpointing"] else "no",
+            *(f"{size / 2**30:.2f}" for size in sizes),
+        )
     Console(width=140).print(table)
 
 

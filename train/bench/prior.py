@@ -1,7 +1,9 @@
-"""Measures how well a few-step student still draws with a LoRA on it: python train/bench/prior.py [key=value ...], or make bench-prior
+"""Measures how well a few-step student still draws with a LoRA on it: python train/bench/prior.py [key=value
+...], or make bench-prior
 
-Trains one LoRA of a held-out style of the embedded world on the student, at several weights of the prior term, and draws held-out
-captions in the student's own few steps, without and with the token. Writes runs/bench-prior/results.json.
+Trains one LoRA of a held-out style of the embedded world on the student, at several weights of the prior
+term, and draws held-out captions in the student's own few steps, without and with the token. Writes
+runs/bench-prior/results.json.
 """
 
 import json
@@ -41,38 +43,71 @@ def main(cfg: Config) -> None:
     """Trains once per weight, measures the student before and after, prints the table."""
     rows = {"before": judge(cfg, None)}
     for prior in cfg.priors:
-        words = [f"name=prior-{prior:g}".replace(".", "_"), f"prior={prior}", f"member={cfg.member}", f"steps={cfg.steps}",
-                 f"out={cfg.out}", "sample_every=0", "overwrite=true", "wandb=disabled"]  # fmt: skip
-        rows[f"after, prior {prior:g}"] = judge(cfg, formats.load(lora.main(merge(lora.Config, cfg.config, words))))
+        words = [
+            f"name=prior-{prior:g}".replace(".", "_"),
+            f"prior={prior}",
+            f"member={cfg.member}",
+            f"steps={cfg.steps}",
+            f"out={cfg.out}",
+            "sample_every=0",
+            "overwrite=true",
+            "wandb=disabled",
+        ]
+        rows[f"after, prior {prior:g}"] = judge(
+            cfg, formats.load(lora.main(merge(lora.Config, cfg.config, words)))
+        )
     with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1) + "\n")
+        new.write_text(
+            json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1)
+            + "\n"
+        )
     show(rows)
 
 
 def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[float]]]:
-    """For captions without and with the token: obedience and kernel distance to true pictures, each with its standard error.
+    """For captions without and with the token: obedience and kernel distance to true pictures, each with its
+    standard error.
 
-    True pictures show other people than the captions do: without the token as the world draws them, with it in the style.
+    True pictures show other people than the captions do: without the token as the world draws them, with it
+    in the style.
     """
     recipe, (name, member_name) = merge(lora.Config, cfg.config), split(cfg.member)
     family = Family(name)
     member, clip, probe = family.member(member_name), Clip(family.card.clip), Attributes(family.card.probe)
-    texts, people, found = world.captions(world.faces(cfg.images, SEED), SEED), world.faces(cfg.images, SEED + 1), {}
-    cases = {"without token": (texts, people),
-             "with token": ([f"{recipe.token} {text}" for text in texts],
-                            [styled(face, recipe.data.partition(":")[2]) for face in people])}  # fmt: skip
+    texts, people, found = (
+        world.captions(world.faces(cfg.images, SEED), SEED),
+        world.faces(cfg.images, SEED + 1),
+        {},
+    )
+    cases = {
+        "without token": (texts, people),
+        "with token": (
+            [f"{recipe.token} {text}" for text in texts],
+            [styled(face, recipe.data.partition(":")[2]) for face in people],
+        ),
+    }
     for case, (prompts, true) in cases.items():
         with fused(member.denoiser.net, control, 1.0, name) if control else nullcontext():
             images = family.draw(member, prompts, list(range(cfg.images)))
-        obeyed = [np.mean(list(checks(claims(text), seen).values())) for text, seen in zip(texts, probe.features(images), strict=True)]
-        pairs = zip(np.array_split(clip.features(images), BLOCKS),
-                    np.array_split(clip.features(world.to_unit(world.pictures(true))), BLOCKS), strict=True)  # fmt: skip
-        found[case] = {"obeys": with_error(obeyed), "distance": with_error([distance(*pair) for pair in pairs])}
+        obeyed = [
+            np.mean(list(checks(claims(text), seen).values()))
+            for text, seen in zip(texts, probe.features(images), strict=True)
+        ]
+        pairs = zip(
+            np.array_split(clip.features(images), BLOCKS),
+            np.array_split(clip.features(world.to_unit(world.pictures(true))), BLOCKS),
+            strict=True,
+        )
+        found[case] = {
+            "obeys": with_error(obeyed),
+            "distance": with_error([distance(*pair) for pair in pairs]),
+        }
     return found
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Kernel distance of two sets of features (N, d), (M, d): the squared MMD of the kernel (x·y / d + 1)³, unbiased in N and M.
+    """Kernel distance of two sets of features (N, d), (M, d): the squared MMD of the kernel (x·y / d + 1)³,
+    unbiased in N and M.
 
     About 0 where both come from one distribution. Source: Bińkowski et al. 2018, arXiv 1801.01401, sec. 3.
     """
@@ -88,13 +123,21 @@ def with_error(values: list[float]) -> list[float]:
 
 def show(rows: dict) -> None:
     """Prints both measures of every student."""
-    table = Table(title="Obeys: share of a caption's claims that the probe sees; distance: of CLIP features to true pictures, × 1000")
+    table = Table(
+        title="Obeys: share of a caption's claims that the probe sees; distance: of CLIP features to true pictures, × 1000"
+    )
     kinds = list(next(iter(rows.values())))
     for head in ("student", *(f"{what} {kind}" for kind in kinds for what in ("obeys", "distance"))):
         table.add_column(head)
     for name, row in rows.items():
-        cells = [f"{factor * value:.{digits}f} ± {factor * error:.{digits}f}" for kind in kinds
-                 for (value, error), factor, digits in ((row[kind]["obeys"], 1, 3), (row[kind]["distance"], 1000, 2))]  # fmt: skip
+        cells = [
+            f"{factor * value:.{digits}f} ± {factor * error:.{digits}f}"
+            for kind in kinds
+            for (value, error), factor, digits in (
+                (row[kind]["obeys"], 1, 3),
+                (row[kind]["distance"], 1000, 2),
+            )
+        ]
         table.add_row(name, *cells)
     Console(width=140).print(table)
 

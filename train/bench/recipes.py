@@ -1,6 +1,8 @@
-"""Measures the fast slider recipe against the published one: python train/bench/recipes.py [key=value ...], or make bench-train
+"""Measures the fast slider recipe against the published one: python train/bench/recipes.py [key=value ...],
+or make bench-train
 
-Trains the same slider by both, for the same steps, and by the fast one for the published one's wall time. Writes runs/bench/results.json.
+Trains the same slider by both, for the same steps, and by the fast one for the published one's wall time.
+Writes runs/bench/results.json.
 """
 
 import json
@@ -41,20 +43,34 @@ def main(cfg: Config) -> None:
     for row in rows.values():
         row["effect"] = effects(cfg, row.pop("control"))
     with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1) + "\n")
+        new.write_text(
+            json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1)
+            + "\n"
+        )
     show(rows)
 
 
 def train(cfg: Config, recipe: str, steps: int) -> dict:
-    """One training from scratch: its control's path, seconds and U-Net evaluations of single samples, whatever prepares them included."""
+    """One training from scratch: its control's path, seconds and U-Net evaluations of single samples,
+    whatever prepares them included.
+    """
     counted = 0
 
     def count(module, inputs):
         nonlocal counted
         counted += len(inputs[0]) if type(module).__name__ == "UNet2DConditionModel" else 0
 
-    words = [f"name={recipe}-{steps}", f"recipe={recipe}", f"steps={steps}", f"out={cfg.out}", "sample_every=0", "sample_seeds=[1]",
-             "sample_scales=[0]", "overwrite=true", "wandb=disabled"]  # fmt: skip
+    words = [
+        f"name={recipe}-{steps}",
+        f"recipe={recipe}",
+        f"steps={steps}",
+        f"out={cfg.out}",
+        "sample_every=0",
+        "sample_seeds=[1]",
+        "sample_scales=[0]",
+        "overwrite=true",
+        "wandb=disabled",
+    ]
     hook, start = torch.nn.modules.module.register_module_forward_pre_hook(count), time.time()
     try:
         path = slider.main(merge(slider.Config, cfg.config, words))
@@ -69,7 +85,10 @@ def effects(cfg: Config, path: str) -> dict:
     """The slope on the member it was trained on, with its interval, by each evaluator."""
     control = formats.load(path)
     family = Family(control.card.family)
-    member, words = family.member(control.card.member), (control.card.recipe["positive"], control.card.recipe["negative"])
+    member, words = (
+        family.member(control.card.member),
+        (control.card.recipe["positive"], control.card.recipe["negative"]),
+    )
     texts = [prompt for prompt in family.card.prompts for _ in range(cfg.seeds)]
     evaluators, images = load_evaluators(family.card), []
     for scale in SCALES:
@@ -77,7 +96,9 @@ def effects(cfg: Config, path: str) -> dict:
             images.append(family.draw(member, texts, [5000 + k for k in range(len(texts))]))
     found = {}
     for name, evaluator in evaluators.items():
-        score = np.stack([evaluator.score(evaluator.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1)
+        score = np.stack(
+            [evaluator.score(evaluator.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1
+        )
         found[name] = retention.estimate(change(score, 1), SCALES)["slope"]
     return found
 
@@ -85,13 +106,28 @@ def effects(cfg: Config, path: str) -> dict:
 def show(rows: dict[str, dict]) -> None:
     """Prints seconds, evaluations and effect of each training."""
     names = list(next(iter(rows.values()))["effect"])
-    table = Table(title="Evaluations: U-Net forwards per sample and step; effect: slope per unit of scale [95 %]")
-    for head in ("recipe", "steps", "seconds", "ms per step", "nfe", *(f"effect by {name}" for name in names)):
+    table = Table(
+        title="Evaluations: U-Net forwards per sample and step; effect: slope per unit of scale [95 %]"
+    )
+    for head in (
+        "recipe",
+        "steps",
+        "seconds",
+        "ms per step",
+        "nfe",
+        *(f"effect by {name}" for name in names),
+    ):
         table.add_column(head)
     for name, row in rows.items():
         effect = [f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in row["effect"].values()]
-        table.add_row(name, str(row["steps"]), f"{row['seconds']:.0f}", f"{1000 * row['seconds'] / row['steps']:.0f}",
-                      f"{row['nfe']:.1f}", *effect)  # fmt: skip
+        table.add_row(
+            name,
+            str(row["steps"]),
+            f"{row['seconds']:.0f}",
+            f"{1000 * row['seconds'] / row['steps']:.0f}",
+            f"{row['nfe']:.1f}",
+            *effect,
+        )
     Console(width=140).print(table)
 
 

@@ -41,8 +41,13 @@ def main(cfg: Config) -> Path:
     """Measures, prints the table, returns the path of the results."""
     family = subject()
     rows = {name: measure() for name, measure in pictures(family, cfg.repeats)}
-    results = {"hardware": hardware(), "size_px": family.card.size_px, "rows": rows, "versions": versions(),
-               "config": asdict(cfg)}  # fmt: skip
+    results = {
+        "hardware": hardware(),
+        "size_px": family.card.size_px,
+        "rows": rows,
+        "versions": versions(),
+        "config": asdict(cfg),
+    }
     path = Path(cfg.out) / "results.json"
     with replacing(path) as new:
         new.write_text(json.dumps(results, indent=1) + "\n")
@@ -97,8 +102,12 @@ def pictures(family: Family, repeats: int, steps: int = 0) -> Rows:
     """
     base, student = base_and_student(family, steps)
     alike = replace(base, guidance=None, eta=student.eta)
-    plans = {"base": alone(base), "student": alone(student), "hybrid(1)": hybrid(base, student, 1),
-             "hybrid(1), the paper's": hybrid(alike, student, 1)}  # fmt: skip
+    plans = {
+        "base": alone(base),
+        "student": alone(student),
+        "hybrid(1)": hybrid(base, student, 1),
+        "hybrid(1), the paper's": hybrid(alike, student, 1),
+    }
     for name, plan in plans.items():
         yield name, lambda plan=plan: timed(family, plan, repeats)
         if len({member.name for member in plan.members}) == 1:
@@ -183,8 +192,13 @@ def drawn(images: Callable[[], None], plan: Plan, repeats: int, batch_size: int 
     """The figures of a piece of work that draws a batch of images by a plan."""
     nets = {id(member.denoiser.net): member.denoiser.net for member in plan.members}
     seconds, inside = clocked(images, list(nets.values()), repeats)
-    return {"batch_size": batch_size, "nfe": plan.nfe, "seconds": seconds / batch_size,
-            "in_network": inside / seconds, "peak_gb": peak_gb()}  # fmt: skip
+    return {
+        "batch_size": batch_size,
+        "nfe": plan.nfe,
+        "seconds": seconds / batch_size,
+        "in_network": inside / seconds,
+        "peak_gb": peak_gb(),
+    }
 
 
 def clocked(work: Callable[[], None], nets: list[nn.Module], repeats: int) -> tuple[float, float]:

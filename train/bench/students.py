@@ -27,10 +27,18 @@ def taught(name: str, steps: int, batch_size: int | None, compile: bool) -> Row:
     device, marks = "cuda" if torch.cuda.is_available() else "cpu", []
     with tempfile.TemporaryDirectory() as folder:  # with a copy of the base: no shipped student is replaced
         shutil.copytree(ROOT / tiny_parts.WEIGHTS / "base", Path(folder) / "weights/base")
-        cfg = merge(tiny_parts.Config, SMALL | {
-            "steps": steps, "batch_size": batch_size, "compile": compile, "device": device,
-            "work": f"{folder}/work", "weights": f"{folder}/weights",
-        })  # fmt: skip
+        cfg = merge(
+            tiny_parts.Config,
+            SMALL
+            | {
+                "steps": steps,
+                "batch_size": batch_size,
+                "compile": compile,
+                "device": device,
+                "work": f"{folder}/work",
+                "weights": f"{folder}/weights",
+            },
+        )
         start, hook = now(), register_optimizer_step_post_hook(lambda *_: marks.append(now()))
         try:
             getattr(tiny_students, name)(cfg)
@@ -38,5 +46,9 @@ def taught(name: str, steps: int, batch_size: int | None, compile: bool) -> Row:
             hook.remove()
     late, each = marks[len(marks) // 2 :], len(marks) / steps  # dmd's step has three of the optimizers'
     seconds = (late[-1] - late[0]) / (len(late) - 1) * each
-    return {"steps": steps, "batch_size": batch_size or "its own", "seconds_per_step": seconds,
-            "seconds_before": late[0] - start}  # fmt: skip
+    return {
+        "steps": steps,
+        "batch_size": batch_size or "its own",
+        "seconds_per_step": seconds,
+        "seconds_before": late[0] - start,
+    }

@@ -13,8 +13,12 @@ from models.tiny.evaluators import Probe, column
 
 WEIGHTS = ROOT / "models/tiny/weights"
 PROMPT = "portrait of a person, smiling, glasses"
-CALLS = {"base": {"num_inference_steps": 10, "guidance_scale": 3.0}, "dmd": {"timesteps": [999, 749, 499, 249], "guidance_scale": 0},
-         "lcm": {"num_inference_steps": 4, "guidance_scale": 0}, "lightning": {"num_inference_steps": 4, "guidance_scale": 0}}  # fmt: skip
+CALLS = {
+    "base": {"num_inference_steps": 10, "guidance_scale": 3.0},
+    "dmd": {"timesteps": [999, 749, 499, 249], "guidance_scale": 0},
+    "lcm": {"num_inference_steps": 4, "guidance_scale": 0},
+    "lightning": {"num_inference_steps": 4, "guidance_scale": 0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,14 @@ def pipeline(member: str) -> DiffusionPipeline:
 
 def theirs(pipe: DiffusionPipeline, member: str, seeds: list[int]) -> torch.Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe([PROMPT] * len(seeds), height=64, width=64, generator=generators, output_type="latent", **CALLS[member]).images
+    return pipe(
+        [PROMPT] * len(seeds),
+        height=64,
+        width=64,
+        generator=generators,
+        output_type="latent",
+        **CALLS[member],
+    ).images
 
 
 def ours(family: Family, member: str, seeds: list[int]) -> torch.Tensor:
@@ -55,7 +66,11 @@ def test_diffusers_alone_draws_what_we_draw(family, member):
 
 @pytest.mark.parametrize("member", CALLS)
 def test_a_shipped_slider_in_diffusers_is_ours(family, member):
-    pipe, net, file = pipeline(member), family.member(member).denoiser.net, ROOT / "controls/tiny/smile.safetensors"
+    pipe, net, file = (
+        pipeline(member),
+        family.member(member).denoiser.net,
+        ROOT / "controls/tiny/smile.safetensors",
+    )
     bare = theirs(pipe, member, [1])
     pipe.load_lora_weights(file, adapter_name="smile")
     changed = theirs(pipe, member, [1])
@@ -79,7 +94,9 @@ def test_each_slider_moves_its_own_attribute_on_the_base(family, control, attrib
     try:
         for scale in (-1.0, 0.0, 1.0):
             with torch.no_grad(), strength(member.denoiser.net, {control: scale}):
-                seen.append(probe(family.decode(finish(alone(member), noise, family.encode(prompts)))).mean(0))
+                seen.append(
+                    probe(family.decode(finish(alone(member), noise, family.encode(prompts)))).mean(0)
+                )
     finally:
         detach(member.denoiser.net)
     low, middle, high = seen

@@ -18,7 +18,12 @@ def test_each_part_has_its_own_numbers_where_none_are_given():
 def test_same_face_same_bytes_other_attribute_other_picture():
     face = Face(smile=0.8, age=0.2)
     assert np.array_equal(draw(face), draw(face))
-    for change in ({"smile": -face.smile}, {"hat": not face.hat}, {"age": 1 - face.age}, {"background": "white"}):
+    for change in (
+        {"smile": -face.smile},
+        {"hat": not face.hat},
+        {"age": 1 - face.age},
+        {"background": "white"},
+    ):
         assert not np.array_equal(draw(face), draw(replace(face, **change)))
 
 
