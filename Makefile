@@ -1,6 +1,6 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny report paper proof bench-train bench-transfer bench-prior bench-memory bench-sdxl gpu
+.PHONY: help check test demo tiny docs report paper proof bench-train bench-transfer bench-prior bench-memory bench-sdxl gpu
 
 LORA := python -m controls.convert hub:
 
@@ -18,6 +18,9 @@ demo: ## the main job: how much of every shipped control survives on every membe
 
 tiny: ## train the embedded family anew, all parts; continues where it was
 	python train/tiny.py all
+
+docs: ## write the tables of README.md and docs/ from records, cards and commands; python docs/make.py RUN … takes a run's record
+	python docs/make.py
 
 report: ## draw report.html again from the results on disk
 	python -m analysis.report

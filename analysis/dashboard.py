@@ -2,7 +2,7 @@
 [config=FILE] [key=value ...]
 
 The panels are for the controls and members of one transfer run, which `python -m analysis.transfer` makes.
-Needs a login at W&B and the extra `dashboard`. What the keys mean stands in README.md.
+Needs a login at W&B and the extra `dashboard`. What the keys mean stands in docs/wandb.md.
 """
 
 import os

@@ -109,7 +109,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     """Logs the record: a table of cells, of leakage, heat maps, curves, images with a step per scale,
     summary, artifacts and their lineage.
 
-    controls: the files by name, for the lineage. README.md lists every key. What an older record lacks is
+    controls: the files by name, for the lineage. docs/wandb.md lists every key. What an older record lacks is
     left out.
     """
     if tracker.run is None:

@@ -203,8 +203,8 @@ class Keys:
 
 
 def documented(*commands: str) -> dict[str, re.Pattern]:
-    """The keys of the README's table, all or of some commands; <words> stand for anything."""
-    section = (ROOT / "README.md").read_text().split("## W&B keys")[1].split("\n## ")[0]
+    """The keys of the table in docs/wandb.md, all or of some commands; <words> stand for anything."""
+    section = (ROOT / "docs/wandb.md").read_text()
     rows = re.findall(r"^\| `([^`]+)` \|.*\| (\w+)[^|]* \|$", section, re.M)
     return {
         key: re.compile(re.sub(r"<[^>]+>", ".+", key))
@@ -214,7 +214,7 @@ def documented(*commands: str) -> dict[str, re.Pattern]:
 
 
 def undocumented(logged: set[str], command: str) -> list[str]:
-    """The keys that a command logs and the README lacks, and the other way round."""
+    """The keys that a command logs and the table lacks, and the other way round."""
     patterns = documented(command)
     lost = [key for key in sorted(logged) if not any(pattern.fullmatch(key) for pattern in patterns.values())]
     return lost + [key for key, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))]

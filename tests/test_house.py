@@ -212,6 +212,13 @@ def fences(text: str) -> list[tuple[str, str, str]]:
     return re.findall(r"(?:^([^\n]*)\n\n?)?^```(\w*)[^\n]*\n(.*?)^```$", text, re.M | re.S)
 
 
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
 def readme() -> list[tuple[str, str, str]]:
     return fences((ROOT / "README.md").read_text())
 
@@ -283,9 +290,10 @@ def test_the_readme_has_the_two_commands_that_ci_runs():
         assert block.strip()
 
 
-def test_commands_in_the_readme_name_things_that_exist():
-    lines = shell_lines(readme())
-    assert lines
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_docs_name_things_that_exist(page):
+    lines = shell_lines(fences((ROOT / page).read_text()))
+    assert lines or page not in ("README.md", "docs/guide.md", "docs/families.md")
     assert not [f"{what}: {line}" for line in lines for what in missing(line)]
 
 
@@ -330,29 +338,92 @@ def test_make_explains_each_target():
     )
 
 
-def test_the_readme_lists_every_member_as_its_card_has_it():
-    """Files, steps and licence, and no member more or less."""
-    from models.cards import CARDS, card
-    from models.loading import source as whence
+def test_links_between_the_docs_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
-    expected = set()
-    for path in CARDS.glob("*.yaml"):
-        family = card(path.stem)
-        for name, its in family.members.items():
-            file = f", `{its.file or its.lora}`" if its.file or its.lora else ""
-            words = [
-                f"{family.name}/{name}",
-                f"{whence(family, its)[0]}{file}",
-                str(len(its.timesteps) or its.steps),
-            ]
-            expected |= (
-                {f"| {' | '.join([*words, its.licence or family.licence])} |"}
-                if family.name != "tiny"
-                else set()
-            )
-    found = {
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if re.match(r"\| [a-z0-9]+/[\w-]+ \| [\w-]+/", line)
+
+def test_the_readme_can_be_read():
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_python_in_the_docs_runs(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = [content for _, language, content in fences((ROOT / page).read_text()) if language == "python"]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})
+
+
+def test_the_docs_say_what_records_cards_and_commands_say():
+    """`make docs` writes the blocks anew where this fails."""
+    spec = importlib.util.spec_from_file_location("make", ROOT / "docs/make.py")
+    spec.loader.exec_module(make := importlib.util.module_from_spec(spec))
+    assert not [path for path, text in make.pages().items() if path.read_text(encoding="utf-8") != text]
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def test_no_folder_holds_more_files_than_fit_in_a_head():
+    folders = {path.parent for package in (*ALLOWED, "tests") for path in modules(package)}
+    most = {ROOT / "analysis": 12, ROOT / "models": 25, ROOT / "train": 25}
+    full = {folder: len(list(folder.glob("*.py"))) for folder in folders}
+    assert not {folder: count for folder, count in full.items() if count > most.get(folder, 15)}
+
+
+def test_imports_go_in_no_circle():
+    files = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+        for p in ALLOWED
+        for path in modules(p)
     }
-    assert found == expected
+    names = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    edges = {name: top_imports(path) & names.keys() - {name} for name, path in names.items()}
+    while leaves := [name for name, needed in edges.items() if not needed & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    assert not edges, "these import each other"
+
+
+def top_imports(path: Path) -> set[str]:
+    """The dotted names that running a file imports: those outside of functions and of `if TYPE_CHECKING`."""
+    found, todo = set(), list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, (ast.Try, ast.With)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test)
+        ):
+            todo += node.body
+    return found
+
+
+def test_lines_and_functions_are_short():
+    lengths, lines, lambdas = {}, 0, 0
+    for path in (path for package in ALLOWED for path in modules(package)):
+        text = path.read_text()
+        lines += text.count("\n")
+        for node in ast.walk(ast.parse(text)):
+            lambdas += isinstance(node, ast.Lambda)
+            if isinstance(node, ast.FunctionDef):
+                lengths[f"{path.relative_to(ROOT)}:{node.name}"] = node.end_lineno - node.lineno + 1
+    del lengths["models/tiny/faces.py:draw"]  # a picture, line by line
+    ordered = sorted(lengths.values())
+    assert ordered[int(0.9 * len(ordered))] <= 20
+    assert not {name: length for name, length in lengths.items() if length > 60}
+    assert not {name: n for name, n in lengths.items() if re.match(r"analysis/\w+\.py:main", name) and n > 20}
+    assert 1000 * lambdas / lines <= 5
+    wide = [
+        path
+        for package in (*ALLOWED, "tests", "docs")
+        for path in modules(package)
+        if max(map(len, path.read_text().splitlines()), default=0) > 110
+    ]
+    assert not wide

@@ -120,13 +120,13 @@ def test_what_a_gpu_measured_is_never_replaced_without_one(tmp_path):
         gpu.check(config(tmp_path, parts=["coffee"]))
 
 
-def test_the_readme_says_what_the_file_says_or_that_there_is_none():
-    found = figures.BLOCK.search(figures.README.read_text())
+def test_the_docs_say_what_the_file_says_or_that_there_is_none():
+    found = figures.BLOCK.search(figures.PAGE.read_text())
     assert found[0] == found[1] + figures.docs() + found[2], "python train/bench/gpu.py --docs writes it"
 
 
-def test_figures_come_into_the_readme(tmp_path, monkeypatch, capsys):
-    record, readme = tmp_path / "gpu.json", tmp_path / "README.md"
+def test_figures_come_into_the_docs(tmp_path, monkeypatch, capsys):
+    record, page = tmp_path / "gpu.json", tmp_path / "families.md"
     device = {"gpu": "H100", "memory_gb": 80, "driver": "1.2", "cuda": "12.8"}
     rows = {
         "base": {"seconds": 4.0, "in_network": 0.981},
@@ -137,11 +137,11 @@ def test_figures_come_into_the_readme(tmp_path, monkeypatch, capsys):
     parts = {"pictures": {"seconds": 80, "error": "ended", "rows": rows}}
     about = {"hardware": device, "versions": {"torch": "2.9", "commit": "abc"}, "created": "today"}
     record.write_text(json.dumps(about | {"parts": parts}))
-    readme.write_text("before\n<!-- gpu -->\nnot yet\n<!-- /gpu -->\nafter\n")
+    page.write_text("before\n<!-- gpu -->\nnot yet\n<!-- /gpu -->\nafter\n")
     monkeypatch.setattr(figures, "RECORD", record)
-    monkeypatch.setattr(figures, "README", readme)
+    monkeypatch.setattr(figures, "PAGE", page)
     gpu.main(config(tmp_path, docs=True))
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- gpu -->\n`make gpu`")
     assert text.endswith("</details>\n<!-- /gpu -->\nafter\n")
     assert all(word in text for word in ("H100", "commit abc", "98.1%; aim", "1.010; aim", ": ended"))

@@ -1,4 +1,4 @@
-"""What bench/gpu.json says, as Markdown: all figures, and the README's word on them."""
+"""What bench/gpu.json says, as Markdown: all figures, and the word of docs/families.md on them."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 from configs import ROOT, UserError, replacing
 
 RECORD = ROOT / "bench/gpu.json"  # of a GPU alone
-README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- gpu -->\n).*?(\n<!-- /gpu -->)", re.S)  # the README's place for it
+PAGE = ROOT / "docs/families.md"
+BLOCK = re.compile(r"(<!-- gpu -->\n).*?(\n<!-- /gpu -->)", re.S)  # the page's place for it
 STAND_IN = "no GPU: the embedded family on the CPU stands in"
 WHAT = """`make gpu` measures in at most 9 minutes all that only a GPU can show: SDXL at full size beside
 diffusers' pipelines, training steps, peaks of memory, `torch.compile`, commands' values beside the CPU's"""
@@ -71,15 +71,15 @@ def cell(key: str, value: float | int | str | bool | None) -> str:
 
 
 def docs() -> str:
-    """The README's word on it: that it has not run on a GPU, or the figures."""
+    """The page's word on it: that it has not run on a GPU, or the figures."""
     if not RECORD.is_file():
         return f"{WHAT}.\n**It has not run on a GPU yet**, so that there is no `bench/gpu.json`."
     return f"{WHAT}.\n\n<details><summary>The figures</summary>\n\n{markdown(read(RECORD))}\n\n</details>"
 
 
 def write_docs() -> Path:
-    """Puts that into the README's place for it."""
-    text = BLOCK.sub(lambda place: place[1] + docs() + place[2], README.read_text())
-    with replacing(README) as new:
+    """Puts that into the page's place for it."""
+    text = BLOCK.sub(lambda place: place[1] + docs() + place[2], PAGE.read_text())
+    with replacing(PAGE) as new:
         new.write_text(text)
-    return README
+    return PAGE

@@ -3,7 +3,7 @@
 Or make gpu. At most 9 minutes on one H100. Needs torch for CUDA and the packages of pyproject.toml, those of
 the extra dev for the tests and nf4, and the project's folder on PYTHONPATH where it is not installed. Needs
 no network and no weights but the embedded family's, for SDXL's are random. Without a GPU the embedded family
-stands in, and the file goes to runs/. --show prints the file; --docs writes what it says into the README.
+stands in, and the file goes to runs/. --show prints the file; --docs writes what it says into docs/families.md.
 """
 
 import json
@@ -47,7 +47,7 @@ class Config:
     student_batch: int | None = None  # images per such step; null = the student's own number
     tests: list[str] = field(default_factory=lambda: ["tests/test_gpu.py"])  # whose tests marked gpu are run
     show: bool = False  # --show: print the file and measure nothing
-    docs: bool = False  # --docs: write into the README what the file says, and measure nothing
+    docs: bool = False  # --docs: write into docs/families.md what the file says, and measure nothing
     out: str = ""  # the file; empty = bench/gpu.json, without a GPU runs/bench-gpu/gpu.json
 
 

@@ -1,0 +1,312 @@
+"""Writes what no hand writes in README.md and docs/: python docs/make.py [RUN …], or make docs
+
+Those are the blocks between <!-- name --> and <!-- /name -->: tables from docs/records, families and members
+from their cards, keys from the commands' dataclasses. A RUN is the folder of a run of an analysis, whose
+numbers are first taken into docs/records.
+"""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import configs  # noqa: E402
+from analysis import results  # noqa: E402
+from analysis.pages.html import number, ranged  # noqa: E402
+from configs.options import usage  # noqa: E402
+from models import cards  # noqa: E402
+from models.loading import source  # noqa: E402
+from train.bench import figures  # noqa: E402
+
+DOCS, RECORDS, README = ROOT / "docs", ROOT / "docs/records", ROOT / "README.md"
+COMMANDS = {  # module: how it is called
+    "train.slider": "accelerate launch train/slider.py",
+    "train.image_slider": "accelerate launch train/image_slider.py",
+    "train.lora": "accelerate launch train/lora.py",
+    "train.sliderspace": "accelerate launch train/sliderspace.py",
+    "analysis.transfer": "python -m analysis.transfer",
+    "analysis.trace": "python -m analysis.trace",
+    "analysis.diversity": "python -m analysis.diversity",
+    "analysis.similarity": "python -m analysis.similarity",
+    "analysis.dashboard": "python -m analysis.dashboard",
+    "controls.show": "python -m controls.show FILE …",
+    "controls.convert": "python -m controls.convert FROM TO",
+    "controls.merge": "python -m controls.merge A B … TO",
+    "models.budget": "python -m models.budget",
+}
+KEPT = {  # of a record: what the pages tell, everything else stays in the run's own folder
+    "analysis.transfer": {"readings": {"retention", "verdict", "matched_scale", "references"}},
+    "analysis.trace": {"commitment", "abandoned"},
+    "analysis.diversity": {"diversity", "of_base", "gain", "recovery", "agreement_gain", "quality"},
+}
+ABOUT = {
+    "control",
+    "kind",
+    "source",
+    "target",
+    "reference",
+    "scales",
+    "prompts",
+    "seeds",
+    "images",
+    "clip_change_percent",
+    "student",
+    "plan",
+    "nfe",
+}
+SHOWN = ("smile", "age", "watercolour", "crayon", "space-1")  # rows of README's table
+
+
+def main(folders: list[str]) -> None:
+    """Takes the records of these runs, then writes every page."""
+    for folder in folders:
+        take(Path(folder))
+    for path, text in pages().items():
+        with configs.replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
+def take(folder: Path) -> None:
+    """What the pages need of a run's record, into docs/records/<command>-<name>.json. Raises UserError."""
+    record = results.read(folder)
+    command = record["recipe"]
+    cells = [slim(cell, KEPT[command]) for cell in record["cells"]]
+    kept = {
+        key: record[key]
+        for key in ("schema", "recipe", "command", "created", "versions", "evaluators", "margin")
+        if key in record
+    }
+    path = RECORDS / f"{command.rpartition('.')[2]}-{folder.resolve().name}.json"
+    with configs.replacing(path) as new:
+        new.write_text(
+            json.dumps(rounded({**kept, "cells": cells}), ensure_ascii=False, allow_nan=False) + "\n"
+        )
+
+
+def slim(cell: dict, wanted: set[str] | dict) -> dict:
+    """The parts of a cell that the pages tell; of curves the last value alone."""
+    kept = {key: value for key, value in cell.items() if key in ABOUT or key in wanted}
+    for reading in kept.get("readings", {}).values():
+        for key in reading.keys() - wanted["readings"]:
+            del reading[key]
+    if "diversity" in kept:
+        kept["diversity"] = {name: curve[-1] for name, curve in kept["diversity"].items()}
+    if "abandoned" in kept:
+        kept["abandoned"] = {key: kept["abandoned"][key] for key in ("evaluator", "falls", "rises_and_falls")}
+    return kept
+
+
+def rounded(value: Any) -> Any:
+    """The same with four significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def pages() -> dict[Path, str]:
+    """Path to text of every page that holds blocks. Raises UserError for a block that a page lacks."""
+    written = {
+        README: {"table": short_table},
+        DOCS / "results.md": {"transfer": transfer_table, "trace": trace_table, "plans": plan_table},
+        DOCS / "families.md": {"sizes": sizes, "gpu": figures.docs, "members": members},
+        DOCS / "commands.md": {"commands": commands},
+    }
+    texts = {}
+    for path, blocks in written.items():
+        text = path.read_text(encoding="utf-8")
+        for name, write in blocks.items():
+            block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+            if not block.search(text):
+                raise configs.UserError(
+                    f"{path.relative_to(ROOT)} has no block <!-- {name} --> … <!-- /{name} -->"
+                )
+            made = write()
+            text = block.sub(lambda mark, made=made: mark[1] + made + mark[2], text)
+        texts[path] = text
+    return texts
+
+
+def record(name: str) -> dict:
+    return json.loads((RECORDS / f"{name}.json").read_text())
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def commands() -> str:
+    """Every command with its keys, as --help prints them."""
+    parts = []
+    for module, call in COMMANDS.items():
+        text = usage(importlib.import_module(module).Config).replace(str(ROOT), ".")
+        parts += [f"## {module}", f"`{call}`", f"```text\n{text.strip()}\n```"]
+    return "\n\n".join(parts)
+
+
+def family_cards() -> list[cards.FamilyCard]:
+    return [cards.card(name) for name in record("sizes")]
+
+
+def sizes() -> str:
+    """A row per family: its members, licence and sizes."""
+    heads = [
+        "family",
+        "members",
+        "licence of the base",
+        "GB to download: shared, each network",
+        "GB in bf16: shared, each network",
+    ]
+    rows = [
+        [f"`{family.name}`", ", ".join(family.members), family.licence, *record("sizes")[family.name]]
+        for family in family_cards()
+    ]
+    return markdown(heads, rows)
+
+
+def members() -> str:
+    """A row per member as its card has it: files, steps, licence."""
+    rows = []
+    for family in family_cards():
+        for name, member in family.members.items():
+            file = member.file or member.lora
+            where = source(family, member)[0] + (f", `{file}`" if file else "")
+            steps = len(member.timesteps) or member.steps
+            rows.append([f"{family.name}/{name}", where, f"{steps}", member.licence or family.licence])
+    return markdown(["member", "files", "steps", "licence"], rows)
+
+
+def made(kept: dict) -> str:
+    """The command, the day and the design of a record."""
+    cell, torch = kept["cells"][0], kept.get("versions", {}).get("torch", "?")
+    design = f"{cell['prompts']} prompts × {cell['seeds']} seeds"
+    return f"`{kept['command']}`, {kept['created'][:10]}, torch {torch}: {design}.\n\n"
+
+
+def targets_of(cells: list[dict]) -> list[str]:
+    """The targets in order of appearance, those for comparison last."""
+    return list(dict.fromkeys(cell["target"] for cell in sorted(cells, key=lambda cell: cell["reference"])))
+
+
+def short_table() -> str:
+    """README's table: a row per control of SHOWN, a column per student, by the first evaluator."""
+    cells = {(cell["control"], cell["target"]): cell for cell in record("transfer-all")["cells"]}
+    students = [
+        target for target in targets_of(list(cells.values())) if target != "tiny/base" and ":" not in target
+    ]
+    rows = [[name, *(brief(cells[name, student]) for student in students)] for name in SHOWN]
+    return markdown(
+        ["trained on the base", *(f"on {student.partition('/')[2]}" for student in students)], rows
+    )
+
+
+def brief(cell: dict) -> str:
+    """A retention with its interval and verdict."""
+    reading = next(iter(cell["readings"].values()))
+    return f"{ranged(reading['retention'])} {reading['verdict']}"
+
+
+def transfer_table() -> str:
+    """Controls in rows, targets in columns."""
+    kept = record("transfer-all")
+    cells, targets = (
+        {(cell["control"], cell["target"]): cell for cell in kept["cells"]},
+        targets_of(kept["cells"]),
+    )
+    sources = {cell["control"]: cell["source"].partition("/")[2] for cell in kept["cells"]}
+    rows = [
+        [f"{name} (from {source_name})", *("<br>".join(lines(cells[name, target])) for target in targets)]
+        for name, source_name in sources.items()
+    ]
+    return made(kept) + markdown(["control", *(f"on {target.partition('/')[2]}" for target in targets)], rows)
+
+
+def lines(cell: dict) -> Iterator[str]:
+    """What stands in a cell of the transfer table, line by line."""
+    change = cell["clip_change_percent"]
+    change_text = f"{change:+.1f} %".replace("-", "−") if change is not None else "–"
+    if cell["source"] == cell["target"]:
+        yield from ("source", change_text)
+        return
+    (_, first), *others = cell["readings"].items()
+    verdict = "" if cell["reference"] else first["verdict"]
+    value, _, ends = ranged(first["retention"]).partition(" ")
+    yield f"**{value}** {ends} {verdict}".strip()
+    for name, reading in others:
+        verdict = "" if cell["reference"] else reading["verdict"]
+        yield f"{name} {number(reading['retention']['value'])} {verdict}".strip()
+    yield f"{matched(first['matched_scale'])}, {change_text}"
+    shares = {name: (first["references"].get(name) or {}).get("share") for name in ("floor", "ceiling")}
+    if any(shares.values()):
+        yield ", ".join(f"{name} {number(share['value'])}" for name, share in shares.items() if share)
+
+
+def matched(scale: dict) -> str:
+    """The scale to use, or how much of the source's effect is reached at most."""
+    if scale["value"] is not None:
+        return f"scale {number(scale['value'])}"
+    return f"≤ {min(round(100 * scale['reach']['share']), 99)} %" if scale.get("reach") else "–"
+
+
+def trace_table() -> str:
+    """Members and plans in rows: after which share of the steps x0 stays near the final image."""
+    kept = record("trace-default")
+    names, rows = kept["evaluators"], []
+    for cell in kept["cells"]:
+        shares = [ranged(cell["commitment"][name]["share"]) for name in names]
+        rows.append(
+            [cell["student"], cell["plan"], *shares, interval(cell["abandoned"]["rises_and_falls"], 2)]
+        )
+    heads = ["member", "plan", *(f"share of the steps, by {name}" for name in names)]
+    return made(kept) + markdown([*heads, "images in which a concept rises and falls"], rows)
+
+
+def plan_table() -> str:
+    """Every run of analysis.diversity that was kept: students and plans in rows."""
+    heads = [
+        "student",
+        "plan",
+        "nfe",
+        "distance",
+        "gain on the student",
+        "recovery",
+        "gain in agreement",
+        "Fréchet distance",
+    ]
+    parts = []
+    for path in sorted(RECORDS.glob("diversity-*.json")):
+        kept = record(path.stem)
+        parts.append(made(kept) + markdown(heads, [plan_row(cell) for cell in kept["cells"]]))
+    return "\n\n".join(parts)
+
+
+def plan_row(cell: dict) -> list[str]:
+    nfe = f"{cell['nfe']:g}" if "nfe" in cell else "–"
+    frechet = (cell.get("quality") or {}).get("frechet_clip")
+    by_clip = [(cell["diversity"], 3), (cell["gain"], 3), (cell["recovery"], 2)]
+    values = [interval(numbers.get("clip"), digits) for numbers, digits in by_clip]
+    return [
+        cell["student"],
+        cell["plan"],
+        nfe,
+        *values,
+        interval(cell.get("agreement_gain"), 1),
+        interval(frechet, 3),
+    ]
+
+
+def interval(value: dict | None, digits: int) -> str:
+    return ranged(value, digits) if value else "–"
+
+
+if __name__ == "__main__":
+    configs.entry(lambda: main(sys.argv[1:]))
