@@ -83,6 +83,8 @@ def take(folder: Path) -> None:
         for key in ("schema", "recipe", "command", "created", "versions", "evaluators", "margin")
         if key in record
     }
+    where = ("out=", "cache=", "wandb=", "transfer=")  # words that change no number
+    kept["command"] = " ".join(word for word in kept["command"].split() if not word.startswith(where))
     path = RECORDS / f"{command.rpartition('.')[2]}-{folder.resolve().name}.json"
     with configs.replacing(path) as new:
         new.write_text(

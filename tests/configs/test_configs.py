@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import yaml
 
 import configs
 from configs import UserError, entry, load, merge, replacing, save, usage
+from configs.options import FORMER
+from models.cards import MemberCard
+from train import slider
 
 
 @dataclass
@@ -363,6 +367,20 @@ def test_replacing_leaves_the_old_file_on_an_exception(tmp_path, error):
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("former", "now"), FORMER.items())
+def test_a_former_key_says_what_it_is_called_now(former, now):
+    known = {field.name for schema in (slider.Config, MemberCard) for field in dataclasses.fields(schema)}
+    for key in now.split():
+        assert key in known and former not in known
+        schema = slider.Config if key in {field.name for field in dataclasses.fields(slider.Config)} else MemberCard
+        with pytest.raises(UserError, match=f"unknown key '{former}'; did you mean '{key}'"):
+            merge(schema, [f"{former}=1"])
+
+
+def test_two_dashes_are_a_key_that_is_true():
+    assert load(slider.Config, ["--dry-run", "--overwrite"]).dry_run
 
 
 def test_entry_turns_a_user_error_into_one_line_and_exit_code_2(capsys):
