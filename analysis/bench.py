@@ -17,7 +17,7 @@ from rich.table import Table
 
 from analysis import transfer
 from analysis.images.cache import Drawings, Job
-from configs import entry, load, merge
+from configs import entry, merge
 from models.sampler import draw_noise
 
 
@@ -105,4 +105,4 @@ def seconds(work: Callable) -> float:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -15,7 +15,7 @@ from typing import Any
 
 from analysis import results
 from analysis.pages import words as of
-from configs import UserError, entry, load, tracking
+from configs import UserError, entry, tracking
 
 # title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>,
 # <evaluator>
@@ -64,7 +64,8 @@ def main(cfg: Config) -> None:
     toolkit()
     if not tracking.logged_in():
         raise UserError(
-            "not logged in to W&B: run `wandb login` once, or set WANDB_API_KEY; a dashboard is kept by the server alone"
+            "not logged in to W&B: run `wandb login` once, or set WANDB_API_KEY; a dashboard is kept by "
+            "the server alone"
         )
     cells = results.read(Path(cfg.run), "analysis.transfer")["cells"]
     import wandb
@@ -89,7 +90,7 @@ def toolkit() -> tuple[Any, Any]:
 
 
 def layout(cells: list[dict], entity: str, project: str, name: str) -> Any:
-    """A workspace that is not saved yet, with panels for the controls, targets and evaluators of these cells."""
+    """A workspace, not saved yet, with panels for the controls, targets and evaluators of these cells."""
     panels, workspaces = toolkit()
     sections = [
         workspaces.Section(
@@ -147,4 +148,4 @@ def kinds(panels: Any) -> dict[str, Callable[[str, list[str]], Any]]:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

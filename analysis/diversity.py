@@ -23,7 +23,7 @@ from analysis.measures.image_sets import Spread
 from analysis.pages import diversity as diversity_page
 from analysis.pages.charts import shown
 from analysis.pages.html import number
-from configs import UserError, entry, load, releases, tracking
+from configs import UserError, entry, list_of, releases, tracking
 from controls import intervals
 from models import budget, devices, forecast, promptsets
 from models.evaluators import UNIT, Evaluator, chosen, load_evaluators
@@ -64,30 +64,22 @@ FREE = (
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    students: list[str] = field(
-        default_factory=list
-    )  # members to compare with the base; empty = all of the family
-    plans: list[str] = field(
-        default_factory=lambda: list(FEW)
-    )  # as models/sampler.py writes them; base and student are always there
-    prompts: list[str] = field(
-        default_factory=list
-    )  # texts, or files and datasets of them; empty = the family card's prompts
+    students: list[str] = list_of()  # members to compare with the base; empty = all of the family
+    plans: list[str] = list_of(*FEW)  # as models/sampler.py writes them; base and student are always there
+    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 5  # images per prompt, at least 3
     seed: int = 2000  # the first image seed
     captions: int = (
         48  # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
     )
-    evaluators: list[str] = field(
-        default_factory=list
-    )  # of the family's card, clip among them; empty = all that read words
-    captions_from: list[str] = field(
-        default_factory=list
+    evaluators: list[str] = list_of()  # of the family's card, clip among them; empty = all that read words
+    captions_from: list[str] = (
+        list_of()
     )  # what those are told, as prompts; empty = the reference's own, else prompts
     # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
     reference: str = ""
-    labels: list[str] = field(
-        default_factory=list
+    labels: list[str] = (
+        list_of()
     )  # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
     neighbours: int = 5  # k of precision, recall, density and coverage
     # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
@@ -323,7 +315,10 @@ def gather(cfg: Config, student: str, plan: str, evaluators: list[str], folder: 
 
 def summary(cfg: Config, own: dict, base: dict, student: dict | None, evaluators: list[str]) -> dict:
     """The numbers of one plan, beside those of the base and of its student alone."""
-    value = lambda found, name, t=-1: found[name][:, t, 0]  # noqa: E731
+
+    def value(found, name, t=-1):
+        return found[name][:, t, 0]
+
     steps = len(own["t"])
     return {
         "steps": [{"t": float(t), "share": (i + 1) / steps} for i, t in enumerate(own["t"])],
@@ -403,7 +398,8 @@ def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
     table = Table(
-        title="Diversity (mean pairwise distance over seeds) [95 %], share of the loss that is recovered, cost"
+        title="Diversity (mean pairwise distance over seeds) [95 %], share of the loss that is recovered, "
+        "cost"
     )
     names = list(cells[0]["diversity"])
     heads = [head for name in names for head in (f"by {name}", "recovery")]
@@ -461,4 +457,4 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -249,7 +249,8 @@ def read(folder: Path, command: str = "") -> dict:
     recipe = found["recipe"] = recipe_of(found)
     if recipe not in SHAPES or command not in ("", recipe):
         raise UserError(
-            f"{path} was made by {quoted(recipe)}; give a folder that python -m {command or ' or '.join(SHAPES)} made"
+            f"{path} was made by {quoted(recipe)}; give a folder that python -m "
+            f"{command or ' or '.join(SHAPES)} made"
         )
     where = f"{path}: "
     check(found, SHAPES[recipe], where)
@@ -278,7 +279,8 @@ def loaded(folder: Path, command: str = "") -> dict:
         or isinstance(found["schema"], bool)
     ):
         raise UserError(
-            f"{path} has no cells of schema {SCHEMA}: it is not the record of {command or 'one of our analyses'}, or an older one; run it again"
+            f"{path} has no cells of schema {SCHEMA}: it is not the record of "
+            f"{command or 'one of our analyses'}, or an older one; run it again"
         )
     return found
 

@@ -42,7 +42,8 @@ def show(
     for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
         least = stats.detectable(n, k, spread)
         print(
-            f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of cases ({whence})"
+            f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of "
+            f"cases ({whence})"
         )
     calls = budget.nfe_by_member((drawings.plan(job.target), each) for job in todo)
     print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
@@ -66,5 +67,8 @@ def known(folder: Path) -> tuple[dict, str]:
         spreads = []
     if not spreads:
         return TYPICAL, "spread as on the embedded family"
-    typical = lambda key: (sum(spread[key] ** 2 for spread in spreads) / len(spreads)) ** 0.5  # noqa: E731
+
+    def typical(key):
+        return (sum(spread[key] ** 2 for spread in spreads) / len(spreads)) ** 0.5
+
     return {key: typical(key) for key in TYPICAL}, f"spread as in {folder}"

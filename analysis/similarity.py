@@ -40,7 +40,7 @@ from analysis.images.stitching import stitch
 from analysis.measures.prediction import points, predictors
 from analysis.pages import similarity as similarity_page
 from analysis.pages.html import number, ranged
-from configs import ROOT, UserError, entry, load, releases, replacing, tracking
+from configs import ROOT, UserError, entry, list_of, releases, replacing, tracking
 from controls import formats
 from controls.lora import Control, fused
 from models import budget, devices, promptsets
@@ -64,20 +64,18 @@ class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
     source: str = ""  # the member the others are compared with; empty = the family's base
-    targets: list[str] = field(
-        default_factory=list
+    targets: list[str] = (
+        list_of()
     )  # members compared with it; empty = all others; with control: these with it
     control: str = (
         ""  # a control file: members without it against themselves with it, instead of member against member
     )
     scale: float = 1.0  # of that control
-    controls: list[str] = field(
-        default_factory=lambda: SHIPPED
+    controls: list[str] = list_of(
+        *SHIPPED
     )  # control files whose weights and directions are compared; [] = none
     transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
-    prompts: list[str] = field(
-        default_factory=list
-    )  # texts, or files and datasets of them; empty = the family card's prompts
+    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 16  # images per prompt
     seed: int = 1000  # the first image seed, and that of permutations
     blocks: str = (
@@ -127,7 +125,8 @@ def main(cfg: Config) -> Path:
     )
     if cfg.dry_run:
         print(
-            f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come on top"
+            f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come "
+            f"on top"
         )
         print(
             budget.forecast(family.card, nfe(family, pairs, firsts, len(seeds)), family.dtype, family.device)
@@ -224,7 +223,8 @@ def retentions(folder: str) -> list[dict]:
     path = Path(folder) / "results.json"
     if not path.is_file():
         print(
-            f"no {path}, so nothing to predict; python -m analysis.transfer config=configs/transfer/all.yaml makes it"
+            f"no {path}, so nothing to predict; python -m analysis.transfer "
+            f"config=configs/transfer/all.yaml makes it"
         )
         return []
     cells = results.loaded(Path(folder), "analysis.transfer")["cells"]
@@ -285,7 +285,9 @@ def measurements(
     """Comparisons, stitched networks and controls: one job and one JSON file of cells each."""
 
     def comparison(pair: Pair) -> list[dict]:
-        own = lambda chunk: store.load(folder / walked(pair.first, chunk), walked(pair.first, chunk))  # noqa: E731
+        def own(chunk):
+            return store.load(folder / walked(pair.first, chunk), walked(pair.first, chunk))
+
         return compare(family, pair, todo, measure, own, quiet)
 
     def stitches(pair: Pair) -> list[dict]:
@@ -365,7 +367,8 @@ def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dic
 def show(cells: list[dict]) -> None:
     """Prints CKA and the variance over seeds per comparison and step, then what predicts retention."""
     table = Table(
-        title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first (means over blocks)"
+        title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first "
+        "(means over blocks)"
     )
     for head in (
         "comparison",
@@ -490,4 +493,4 @@ def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

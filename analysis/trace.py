@@ -22,7 +22,7 @@ from analysis.images.cache import acting, in_memory, in_turn, networks, one_by_o
 from analysis.measures.commitment import abandoned, apart, committed, concept, followed
 from analysis.pages import trace as trace_page
 from analysis.pages.charts import shown
-from configs import UserError, entry, load, releases, tracking
+from configs import UserError, entry, list_of, releases, tracking
 from controls import formats
 from controls.lora import Control, fits
 from models import budget, devices, forecast, promptsets
@@ -52,34 +52,28 @@ CONCEPTS = [
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    students: list[str] = field(
-        default_factory=list
-    )  # members to trace beside the base; empty = all of the family
-    plans: list[str] = field(
-        default_factory=lambda: ["base(4)", "hybrid(1)"]
+    students: list[str] = list_of()  # members to trace beside the base; empty = all of the family
+    plans: list[str] = list_of(
+        "base(4)", "hybrid(1)"
     )  # besides base and student, as models/sampler.py writes them
-    prompts: list[str] = field(
-        default_factory=list
-    )  # texts, or files and datasets of them; empty = the family card's prompts
+    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt, at least 2
     seed: int = 3000  # the first image seed
     # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
     tolerance: float = 0.25
-    concepts: list[str] = field(
-        default_factory=lambda: list(CONCEPTS)
-    )  # what may be abandoned, name: positive | negative
+    concepts: list[str] = list_of(*CONCEPTS)  # what may be abandoned, name: positive | negative
     threshold: float = (
         0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
     )
     control: str = "controls/tiny/smile.safetensors"  # a control file whose effect is followed; empty = none
     scale: float = 1.0  # of the control
-    evaluators: list[str] = field(
-        default_factory=list
+    evaluators: list[str] = (
+        list_of()
     )  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what the control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    bands: list[float] = field(
-        default_factory=lambda: [875.0, 625.0, 375.0]
+    bands: list[float] = list_of(
+        875.0, 625.0, 375.0
     )  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
     # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
@@ -360,7 +354,7 @@ def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
 
 @torch.no_grad()
 def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) -> None:
-    """The images that abandon most, drawn again: x0 at every step, one sheet per plan that has such images."""
+    """The images that abandon most, drawn again: x0 at every step, a sheet per plan that has such images."""
     for i, c in enumerate(cells):
         examples = c["abandoned"]["examples"]
         if not examples:
@@ -393,7 +387,8 @@ def placed(pictures: Tensor, columns: int) -> list[Tensor | None]:
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
     table = Table(
-        title="When x0 is the final image (share of steps, t); what is abandoned; where half of the control's effect is there"
+        title="When x0 is the final image (share of steps, t); what is abandoned; where half of the "
+        "control's effect is there"
     )
     names = list(cells[0]["commitment"])
     heads = [head for name in names for head in (f"commits, {name}", "t")]
@@ -436,4 +431,4 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

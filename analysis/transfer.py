@@ -20,7 +20,7 @@ from analysis import model_cards, report, session, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
 from analysis.pages import html
-from configs import UserError, entry, load, releases, tracking
+from configs import UserError, entry, list_of, releases, tracking
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
 from models import devices, promptsets
@@ -57,39 +57,31 @@ FREE = (
 class Config:
     name: str = "default"  # of the run folder
     family: str = "tiny"  # a card in configs/families, or the path of one
-    controls: list[str] = field(
-        default_factory=lambda: SHIPPED
-    )  # control files of any layout, or hub:owner/name/file
+    controls: list[str] = list_of(*SHIPPED)  # control files of any layout, or hub:owner/name/file
     # what becomes of text encoders' layers in a file: refuse it, or ignore them and say how many
     encoders: str = "refuse"
     source: str = (
         ""  # the member that controls without a card of ours were trained on; empty = the family's base
     )
-    targets: list[str] = field(
-        default_factory=list
+    targets: list[str] = (
+        list_of()
     )  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
     references: bool = (
         True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
     )
-    prompts: list[str] = field(
-        default_factory=list
-    )  # texts, or files and datasets of them; empty = the family card's prompts
+    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt
     seed: int = 1000  # of the first image
-    scales: list[float] = field(
-        default_factory=lambda: [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
-    )  # of sliders; must hold 0 and reach 1
-    lora_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5])  # of LoRAs; likewise
-    direction_scales: list[float] = field(
-        default_factory=lambda: [-1.0, 0.0, 1.0]
-    )  # of SliderSpace's directions; likewise
+    scales: list[float] = list_of(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0)  # of sliders; must hold 0 and reach 1
+    lora_scales: list[float] = list_of(0.0, 0.5, 1.0, 1.5)  # of LoRAs; likewise
+    direction_scales: list[float] = list_of(-1.0, 0.0, 1.0)  # of SliderSpace's directions; likewise
     below: float | None = (
         # controls act only at noise levels with sigma / alpha below this, which preserves structure; null =
         # at all
         None
     )
-    evaluators: list[str] = field(
-        default_factory=list
+    evaluators: list[str] = (
+        list_of()
     )  # of the family's card: clip, siglip, probe, …; empty = all that read words
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
@@ -148,7 +140,8 @@ def publish(cfg: Config, results: dict, folder: Path) -> None:
     show(results["cells"])
     cost = results["cost"]
     print(
-        f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: {page}"
+        f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: "
+        f"{page}"
     )
     with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(files), cfg.wandb) as tracker:
         wandb_log.track(results, folder, tracker, files)
@@ -228,7 +221,8 @@ def read(cfg: Config, family: Family) -> list[Control]:
     strange = [control.card for control in controls if control.card.family != family.card.name]
     if strange:
         raise UserError(
-            f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family {family.card.name!r}"
+            f"{strange[0].name} was trained on family {strange[0].family!r}, this run is of family "
+            f"{family.card.name!r}"
         )
     return controls
 
@@ -337,7 +331,10 @@ def show(cells: list[dict]) -> None:
     """Prints the table in the shape of the paper's T1: controls in rows, members in columns."""
     targets = list(dict.fromkeys(cell["target"] for cell in cells))
     first, *others = cells[0]["readings"]
-    title = f"Retention [95 %] by {first}, verdict; then by {' and '.join(others)}; then matched scale, % change of the CLIP score"
+    title = (
+        f"Retention [95 %] by {first}, verdict; then by {' and '.join(others)}; then matched scale, % "
+        f"change of the CLIP score"
+    )
     table = Table(title=title, show_lines=True)
     for head in ("control", *(f"-> {target.partition('/')[2]}" for target in targets)):
         table.add_column(head)
@@ -355,8 +352,11 @@ def lines(cell: dict) -> Iterator[str]:
     yield f"{html.ranged(first['retention'])} {'' if cell['reference'] else first['verdict']}"
     for name, reading in others:
         yield f"{html.ranged(reading['retention'])} {name}"
-    yield f"scale {html.number(first['matched_scale']['value'])}, CLIP {html.percent(cell['clip_change_percent'])}"
+    yield (
+        f"scale {html.number(first['matched_scale']['value'])}, CLIP "
+        f"{html.percent(cell['clip_change_percent'])}"
+    )
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -6,7 +6,7 @@ import warnings
 
 from configs.errors import ROOT, UserError, cut, entry, note, quoted
 from configs.folders import claim, release, releases
-from configs.options import load, merge, plain, usage
+from configs.options import list_of, load, merge, plain, usage
 from configs.runs import command, plain_name, replacing, save, versions
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "command",
     "cut",
     "entry",
+    "list_of",
     "load",
     "merge",
     "note",
@@ -30,14 +31,9 @@ __all__ = [
     "versions",
 ]
 
-for _name in (
-    "TRANSFORMERS_VERBOSITY",
-    "DIFFUSERS_VERBOSITY",
-):  # read when those libraries are imported, which is after this
+for _name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when those are imported, later
     os.environ.setdefault(_name, "error")
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # on some CPUs it warns of a package that nothing here uses
-warnings.filterwarnings(
-    "ignore", "The `local_dir_use_symlinks` argument"
-)  # which diffusers gives huggingface_hub
+# on some CPUs it warns of a package that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# diffusers gives it to huggingface_hub
+warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")

@@ -26,15 +26,20 @@ def quoted(value: object, length: int = 80) -> str:
     return repr(text if len(text) <= length else text[:length] + "…")
 
 
-def entry(main: Callable[[], None]) -> None:
-    """Runs a command's main; what the user can mend, files and disks included, becomes one line on stderr and
-    exit code 2.
+def entry(main: Callable, schema: type | None = None) -> None:
+    """Runs a command's main, with its config where there is a schema.
 
+    What the user can mend, files and disks included, becomes one line on stderr and exit code 2.
     A command that is told to end (SIGTERM) ends as one that is interrupted: what it borrowed is given back.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        main()
+        if schema:
+            from configs.options import load  # which needs what stands here
+
+            main(load(schema))
+        else:
+            main()
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:  # who read our output has gone
@@ -63,7 +68,7 @@ def explained(error: OSError) -> str:
 
 
 def cut(text: object, most: int = 100) -> str:
-    """A text in one line of characters that can be shown, its middle left out where it is longer than `most`."""
+    """A text in one line of printable characters, its middle left out where it is longer than `most`."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[3 - most // 3 :]}"
 

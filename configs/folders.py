@@ -54,13 +54,15 @@ def look(cfg: Any, free: tuple[str, ...] | None = None) -> Path:
             if not path.name.startswith(LOCK) and not _temporary(path)
         ]:
             raise UserError(
-                f"{folder} is not the folder of a run: it holds {cut(', '.join(foreign[:3]), 200)} and no {CONFIG} of ours; "
+                f"{folder} is not the folder of a run: it holds {cut(', '.join(foreign[:3]), 200)} and no "
+                f"{CONFIG} of ours; "
                 "give a new name=, or remove it yourself"
             )
     elif cfg.overwrite:
         if folder.resolve().parent != Path(cfg.out).resolve():
             raise UserError(
-                f"{folder} leads to {folder.resolve()}, outside out={cfg.out}: overwrite=true does not remove that"
+                f"{folder} leads to {folder.resolve()}, outside out={cfg.out}: overwrite=true does not "
+                f"remove that"
             )
     elif free is not None:
         _compare(cfg, folder / CONFIG, free)
@@ -131,7 +133,8 @@ def _place(cfg: Any) -> Path:
         raise UserError(f"out={cut(cfg.out, 100)} cannot be a folder: it has characters that cannot be shown")
     if cfg.out.startswith("~"):
         raise UserError(
-            f"out={cfg.out} would be a folder called ~, for a shell writes your home only where a word begins; write $HOME"
+            f"out={cfg.out} would be a folder called ~, for a shell writes your home only where a word "
+            f"begins; write $HOME"
         )
     return Path(cfg.out) / name
 
@@ -166,7 +169,8 @@ def _compare(cfg: Any, path: Path, free: tuple[str, ...]) -> None:
         before = asdict(merge(type(cfg), saved))
     except UserError as error:
         raise UserError(
-            f"{path} is of another command or version ({cut(str(error), 200)}); give a new name=, or overwrite=true"
+            f"{path} is of another command or version ({cut(str(error), 200)}); give a new name=, or "
+            f"overwrite=true"
         ) from None
     now = asdict(cfg)
     other = [
@@ -296,4 +300,7 @@ def _taken(folder: Path, held: dict | None) -> str:
         if held
         else "another process"
     )
-    return f"{folder} is in use by {who}; give another name=, or wait. If that run is no more, remove {folder / LOCK}"
+    return (
+        f"{folder} is in use by {who}; give another name=, or wait. If that run is no more, remove "
+        f"{folder / LOCK}"
+    )

@@ -44,6 +44,11 @@ FORMER = {  # keys as they were called, and what they are called now
 }
 
 
+def list_of(*items: Any) -> Any:
+    """A dataclass's field that holds a list: these items, unless another is given."""
+    return dataclasses.field(default_factory=lambda: list(items))
+
+
 def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
     """An instance of the dataclass `schema`: its defaults, then each layer (a dict, a dotlist, or a YAML
     file) over the last.
@@ -82,7 +87,8 @@ def load(schema: type[T], argv: list[str] | None = None) -> T:
         if texts := _parted(word.partition("=")[2]):
             key = word.partition("=")[0]
             note(
-                f"{key} holds {len(texts)} texts, {' | '.join(map(quoted, texts[:3]))}{' …' if len(texts) > 3 else ''}; "
+                f"{key} holds {len(texts)} texts, "
+                f"{' | '.join(map(quoted, texts[:3]))}{' …' if len(texts) > 3 else ''}; "
                 f'a comma inside a text needs quotes: {key}=["{", ".join(texts[:2])[:80]}"]'
             )
     files = [w.split("=", 1)[1] for w in argv if w.startswith("config=")]

@@ -81,7 +81,10 @@ AMOUNTS = {
 }
 RANGES = COUNTS | AMOUNTS
 GUIDED = ("guidance", "denoise_guidance")
-TWO_MEANINGS = "guidance 0 means conditional only in pipelines and unconditional in formulas; write 1 (or null) for conditional only"
+TWO_MEANINGS = (
+    "guidance 0 means conditional only in pipelines and unconditional in formulas; write 1 (or "
+    "null) for conditional only"
+)
 LONGEST = 10_000  # characters of a text
 FULL = (
     "bands",

@@ -174,7 +174,7 @@ class Tracker:
         self.run.config.update({"uses": list(self.used)}, allow_val_change=True)
         if (
             self.run.offline and path
-            # use_artifact refuses offline what it would do itself: note the use, for `wandb sync` to carry out
+            # use_artifact refuses offline: note the use, for `wandb sync` to carry out
         ):
             self.run._log_artifact(_artifact(path, name, type), is_user_created=True, use_after_commit=True)
         elif not self.run.offline:

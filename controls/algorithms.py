@@ -132,7 +132,8 @@ def pair(
     if "alpha" in parts:
         if parts["alpha"].numel() != 1 or parts["alpha"].is_complex():
             raise UserError(
-                f"{cut(stem)} has only one half here, or halves of different ranks, or an alpha that is no number"
+                f"{cut(stem)} has only one half here, or halves of different ranks, or an alpha that is no "
+                f"number"
             )
         alpha = float(parts["alpha"])
         if not abs(alpha) <= 1e6:

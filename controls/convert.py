@@ -53,7 +53,8 @@ def main(source: str | Path, target: str | Path, cfg: Config) -> None:
     WRITERS[cfg.format](control, target)
     layers = len(control.tensors) // 2
     print(
-        f"{target}: {control.card.name}, {layers} layers, rank {control.card.rank}, alpha {control.card.alpha:g}, {cfg.format}"
+        f"{target}: {control.card.name}, {layers} layers, rank {control.card.rank}, alpha "
+        f"{control.card.alpha:g}, {cfg.format}"
     )
 
 
@@ -93,7 +94,8 @@ def run() -> None:
     cfg = load(Config, words)
     if len(files) != 2:
         raise UserError(
-            f"say what to convert and where to: python -m controls.convert IN OUT; got {' '.join(files) or 'nothing'}"
+            f"say what to convert and where to: python -m controls.convert IN OUT; got "
+            f"{' '.join(files) or 'nothing'}"
         )
     main(*files, cfg)
 

@@ -130,7 +130,8 @@ def load(path: str | Path) -> Control:
         raise UserError(f"{cut(path)} is not in diffusers' layout but {kind}: it holds {shown}; {how}")
     if "card" not in metadata:
         raise UserError(
-            f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its alpha; {how}"
+            f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its "
+            f"alpha; {how}"
         )
     card, found = (
         card_of(path, metadata),
@@ -143,7 +144,8 @@ def load(path: str | Path) -> Control:
     if odd or len(found) < len(tensors):
         first = cut(odd[0]) if odd else "one that is there twice"
         raise UserError(
-            f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank {card.rank}: {first}"
+            f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank "
+            f"{card.rank}: {first}"
         )
     if card.alpha == 0:
         note(f"{cut(path)} has alpha 0: it does nothing at any scale")

@@ -74,11 +74,13 @@ def settings(metadata: dict[str, str]) -> dict:
         )
     if found.get("use_dora"):
         raise UserError(
-            f"{what} says use_dora: a DoRA rescales whole weights, which no low-rank pair does, and is not read"
+            f"{what} says use_dora: a DoRA rescales whole weights, which no low-rank pair does, and is not "
+            f"read"
         )
     if start.startswith(CHANGED):
         raise UserError(
-            f"{what} says init_lora_weights={cut(start, 20)}: the pair fits changed weights of the base, and is not read"
+            f"{what} says init_lora_weights={cut(start, 20)}: the pair fits changed weights of the base, "
+            f"and is not read"
         )
     return found
 

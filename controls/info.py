@@ -33,7 +33,8 @@ def describe(path: str | Path) -> str:
         "kind of layer": ", ".join(f"{kind} ({count})" for kind, count in Counter(kinds.values()).items()),
         "rank": counted(Counter(tensor.shape[0] for tensor in downs.values() if tensor.ndim)),
         "alpha": valued(Counter([card.alpha])) if card else alpha(stems, kinds, metadata),
-        "size": f"{located(path).stat().st_size / 1e6:.2f} MB, {sum(t.numel() for t in tensors.values()):,} numbers",
+        "size": f"{located(path).stat().st_size / 1e6:.2f} MB, "
+        f"{sum(t.numel() for t in tensors.values()):,} numbers",
     }
     if theirs:
         rows["text encoders"] = f"{theirs} layers, which are not used here; the network has {len(kinds)}"
@@ -50,7 +51,7 @@ def describe(path: str | Path) -> str:
             "trained on": f"{card.family}/{card.member}",
             "its weights": card.base_hash[:12] or "unknown",
             "layer set": f"{card.layers}, {card.scope}",
-            **{cut(key, 40): listed(value) for key, value in card.recipe.items()},
+            **{cut(key, 40): list_of(value) for key, value in card.recipe.items()},
             "versions": shown(", ".join(f"{k} {v}" for k, v in card.versions.items())),
             **measured(card.transfer),
         }
@@ -121,7 +122,8 @@ def measured(transfer: dict) -> dict[str, str]:
     try:
         rows = {
             target: "; ".join(
-                f"{evaluator_name}: scale {ranged(found['scale'])}, retention {ranged(found['retention'])}, {found['verdict']}"
+                f"{evaluator_name}: scale {ranged(found['scale'])}, retention "
+                f"{ranged(found['retention'])}, {found['verdict']}"
                 for evaluator_name, found in readings.items()
             )
             for target, readings in transfer["targets"].items()
@@ -142,7 +144,7 @@ def ranged(interval: dict) -> str:
     return value if low == high == "-" else f"{value} [{low}, {high}]"
 
 
-def listed(value: object) -> str:
+def list_of(value: object) -> str:
     """A value of a recipe; a list of mappings, as prompts are, as one line each."""
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         return shown(value)

@@ -55,7 +55,8 @@ def targets(net: nn.Module, layers: str = "noxattn", scope: str = "c3lier") -> l
     found = sorted(name for name in named_layers(net) if re.search(chosen, name) and re.search(reach, name))
     if not found:
         raise UserError(
-            f"layer set {layers!r} with scope {scope!r} matches no layer of {type(net).__name__}; sets: {', '.join(LAYERS)}"
+            f"layer set {layers!r} with scope {scope!r} matches no layer of {type(net).__name__}; sets: "
+            f"{', '.join(LAYERS)}"
         )
     return found
 

@@ -184,9 +184,10 @@ def bare(stem: str) -> str:
 
 def layout(keys: list[str]) -> str:
     """The name of a file's layout, for people."""
-    holds = lambda starts, insides: any(
-        key.startswith(starts) or any(part in key for part in insides) for key in keys
-    )  # noqa: E731
+
+    def holds(starts, insides):
+        return any(key.startswith(starts) or any(part in key for part in insides) for key in keys)
+
     return next((name for name, starts, insides in LAYOUTS if holds(starts, insides)), "unknown")
 
 
@@ -238,7 +239,8 @@ def gather(
         )
     if lost := [stem for stem in stems if stem not in table]:
         raise UserError(
-            f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another family?"
+            f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another "
+            f"family?"
         )
     pairs, swapped = {}, _swapped(spots)
     for stem, parts in stems.items():
@@ -248,7 +250,8 @@ def gather(
         )
         if sum(rows) != b.shape[0]:
             raise UserError(
-                f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on another family?"
+                f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on "
+                f"another family?"
             )
         if table[stem][0] in swapped and not stem.endswith(
             (table[stem][0], table[stem][0].replace(".", "_"))
@@ -273,7 +276,8 @@ def _networks(stems: dict, strange: list[str], encoders: str) -> tuple[dict, lis
     text = f"{len(theirs)} of {len(stems)} layers are text encoders'"
     if encoders == "refuse":
         raise UserError(
-            f"{text}, which are not used here: encoders=ignore takes the others alone; the first is {_few(theirs[:1])}"
+            f"{text}, which are not used here: encoders=ignore takes the others alone; the first is "
+            f"{_few(theirs[:1])}"
         )
     note(f"{text} and are left out")
     return {stem: parts for stem, parts in stems.items() if not of_encoder(stem)}, [
@@ -287,7 +291,8 @@ def _named(kinds: dict[str, str], count: str) -> None:
     if kind:
         mine = [stem for stem in kinds if kinds[stem] == kind]
         raise UserError(
-            f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: {_few(mine)}"
+            f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: "
+            f"{_few(mine)}"
         )
 
 

@@ -97,7 +97,7 @@ def attach(net: nn.Module, control: Control, name: str | None = None, family: st
 
 
 def fits(net: nn.Module, control: Control, family: str | None = None) -> None:
-    """Raises UserError as `attach` does for a control that has no place in a network, and does nothing else."""
+    """Raises UserError as `attach` does for a control without a place in a network; does nothing else."""
     _fits(control, family)
     _check(net, control)
 
@@ -165,7 +165,8 @@ def fusing(
     _fits(control, family)
     if quantized(net):
         raise UserError(
-            f"{control.card.name} cannot be added to the weights of a quantised network: attach it, or load the network whole"
+            f"{control.card.name} cannot be added to the weights of a quantised network: attach it, or "
+            f"load the network whole"
         )
     _check(net, control)
     spots, factor = named_layers(net), scale * control.card.alpha / control.card.rank
@@ -365,7 +366,8 @@ def _inject(
         or any(name in layer.lora_A for layer in adapted.values())
     ):
         raise UserError(
-            f"{name!r} cannot name a control here: it is in use, empty, has a dot, or is a word of torch's own; choose another"
+            f"{name!r} cannot name a control here: it is in use, empty, has a dot, or is a word of torch's "
+            f"own; choose another"
         )
     before = [(layer, _state(layer)) for layer in adapted.values()]
     trained = [(weight, weight.requires_grad) for layer in adapted.values() for weight in layer.parameters()]

@@ -6,12 +6,12 @@ loses is printed.
 
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load, plain, plain_name, versions
+from configs import UserError, entry, list_of, load, plain, plain_name, versions
 from controls import formats
 from controls.layers import CUSTOM
 from controls.lora import Card, Control
@@ -19,7 +19,7 @@ from controls.lora import Card, Control
 
 @dataclass
 class Config:
-    weights: list[float] = field(default_factory=list)  # a factor per control; empty = 1 each
+    weights: list[float] = list_of()  # a factor per control; empty = 1 each
     rank: int = 0  # of the result; 0 = the sum of the ranks, which loses nothing
     name: str = "merged"  # of the result
 
@@ -119,13 +119,15 @@ def run() -> None:
     cfg = load(Config, words)
     if len(files) < 2:
         raise UserError(
-            f"say what to merge and where to: python -m controls.merge A B OUT; got {' '.join(files) or 'nothing'}"
+            f"say what to merge and where to: python -m controls.merge A B OUT; got "
+            f"{' '.join(files) or 'nothing'}"
         )
     plain_name(cfg.name)
     controls, weights = [formats.load(file) for file in files[:-1]], cfg.weights or [1.0] * (len(files) - 1)
     if len(weights) != len(controls) or cfg.rank < 0:
         raise UserError(
-            f"{len(controls)} controls need as many weights, and a rank of 0 or more; got {weights}, {cfg.rank}"
+            f"{len(controls)} controls need as many weights, and a rank of 0 or more; got {weights}, "
+            f"{cfg.rank}"
         )
     merged, lost, overall = merge(controls, weights, cfg.rank, cfg.name)
     formats.save(merged, files[-1])

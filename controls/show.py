@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from configs import UserError, cut, entry, load, plain, replacing
+from configs import UserError, cut, entry, list_of, load, plain, replacing
 from controls import formats
 from controls.lora import fused
 from models.families import DTYPES, Family, Memory, split
@@ -27,10 +27,8 @@ class Config:
     member: str = ""  # family/member to draw on; empty = the one that each control was trained on
     prompt: str = ""  # what is drawn; empty = the first prompt of the family's card
     seed: int = 11  # of the picture
-    scales: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])  # columns, for sliders
-    lora_scales: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0]
-    )  # columns, for other controls
+    scales: list[float] = list_of(-2.0, -1.0, 0.0, 1.0, 2.0)  # columns, for sliders
+    lora_scales: list[float] = list_of(0.0, 0.25, 0.5, 0.75, 1.0)  # columns, for other controls
     # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
     # suffice
     batch_size: int = 0

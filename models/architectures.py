@@ -120,7 +120,7 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
 
 
 def call_zimage(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
-    """Z-Image: lists of images and of texts without their padding, a clock from 0 to 1, the output negated."""
+    """Z-Image: lists of images and of texts without padding, a clock from 0 to 1, the output negated."""
     masks = [slice(None)] * len(x) if prompts.mask is None else prompts.mask.bool()
     texts = [tokens[mask] for tokens, mask in zip(prompts.tokens, masks, strict=True)]
     out = net(list(x.unsqueeze(2)), (TRAIN_STEPS - _clock(x, t)) / TRAIN_STEPS, texts).sample

@@ -52,7 +52,8 @@ class Batches:
                     raise
                 if len(rows) == 1:
                     raise UserError(
-                        "not enough memory for a single image; try dtype=bf16, memory.offload=true, memory.tiling=true, "
+                        "not enough memory for a single image; try dtype=bf16, memory.offload=true, "
+                        "memory.tiling=true, "
                         "or a device with more memory"
                     ) from None
                 self.size = len(rows) // 2

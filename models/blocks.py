@@ -38,7 +38,8 @@ def blocks(net: nn.Module, kind: str = "parts") -> list[str]:
     found = [name for name, _ in net.named_modules() if re.search(BLOCKS[kind], name)]
     if not found:
         raise UserError(
-            f"{type(net).__name__} has no {kind}: no module is named like down_blocks.0 or transformer_blocks.0"
+            f"{type(net).__name__} has no {kind}: no module is named like down_blocks.0 or "
+            f"transformer_blocks.0"
         )
     return sorted(found, key=_place)
 

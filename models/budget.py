@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import ROOT, UserError, entry, load
+from configs import ROOT, UserError, entry, list_of
 from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard, card
 from models.evaluators import EVALUATORS, PACKAGED, Picture
@@ -198,7 +198,10 @@ def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.devic
     except UserError as error:
         return f"unknown ({error})"
     here, there = spelt(work / pace(device, dtype)), spelt(work / GPU)
-    return f"roughly {here} on one such {device.type}, {there} at {GPU / 1e12:.0f} TFLOP/s, for {work / 1e12:.3g} TFLOP in the networks"
+    return (
+        f"roughly {here} on one such {device.type}, {there} at {GPU / 1e12:.0f} TFLOP/s, for "
+        f"{work / 1e12:.3g} TFLOP in the networks"
+    )
 
 
 def spelt(seconds: float) -> str:
@@ -261,7 +264,8 @@ def check(
         else []
     )
     raise UserError(
-        f"{what} needs {need / GB:.1f} GB of memory on {device.type} in {str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; "
+        f"{what} needs {need / GB:.1f} GB of memory on {device.type} in "
+        f"{str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; "
         + (ways or ["fewer members at once, or another device, would fit"])[0]
     )
 
@@ -393,7 +397,7 @@ def _file(repo: str, revision: str | None, file: str) -> Path | None:
 @dataclass
 class Config:
     family: str = "tiny"  # a card in configs/families, or the path of one
-    members: list[str] = field(default_factory=list)  # empty = all of the family
+    members: list[str] = list_of()  # empty = all of the family
     dtype: str = "bf16"  # of the networks: bf16, fp16, fp32
 
 
@@ -403,10 +407,11 @@ def main(cfg: Config) -> None:
     unknown = [name for name in cfg.members if name not in family.members]
     if unknown or cfg.dtype not in dtypes:
         raise UserError(
-            f"no member or dtype {(unknown or [cfg.dtype])[0]!r}; there are {', '.join([*family.members, *dtypes])}"
+            f"no member or dtype {(unknown or [cfg.dtype])[0]!r}; there are "
+            f"{', '.join([*family.members, *dtypes])}"
         )
     print(table(needs(family, cfg.members or list(family.members), dtypes[cfg.dtype])))
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

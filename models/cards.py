@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from configs import ROOT, UserError, merge, plain_name, quoted
+from configs import ROOT, UserError, list_of, merge, plain_name, quoted
 from models.architectures import ARCHITECTURES
 from models.noise import TRAIN_STEPS, timesteps
 
@@ -51,7 +51,7 @@ class MemberCard:
     spacing: Literal["leading", "trailing", "linspace"] = (
         "leading"  # timestep spacing; flows take their scheduler's instead
     )
-    timesteps: list[float] = field(default_factory=list)  # explicit timesteps, which win over the spacing
+    timesteps: list[float] = list_of()  # explicit timesteps, which win over the spacing
     eta: float = 0.0  # share of fresh noise per update: 0 DDIM and Euler, 1 LCM and DMD2
     ancestral: bool = False  # Euler-ancestral's eta instead
     guidance: float | None = None  # classifier-free guidance; null = conditional only
@@ -94,9 +94,7 @@ class FamilyCard:
     dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble
     inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
-    prompts: list[str] = field(
-        default_factory=lambda: list(PEOPLE)
-    )  # what controls are measured on by default
+    prompts: list[str] = list_of(*PEOPLE)  # what controls are measured on by default
     members: dict[str, MemberCard] = field(default_factory=dict)
 
 
@@ -117,7 +115,8 @@ def card(name: str) -> FamilyCard:
     for member, its in found.members.items():
         if (its.noise_schedule == "flow") != (its.prediction_type == "flow"):
             raise UserError(
-                f"{path}: member {member} has noise_schedule {its.noise_schedule} and prediction_type {its.prediction_type}; flow goes with flow"
+                f"{path}: member {member} has noise_schedule {its.noise_schedule} and prediction_type "
+                f"{its.prediction_type}; flow goes with flow"
             )
         if bool(its.file) + bool(its.lora) > 1 or (member == found.base and its.lora):
             raise UserError(

@@ -68,7 +68,8 @@ def start(cfg: Any, free: tuple[str, ...] | None = None) -> Processes:
         and "MASTER_ADDR" in os.environ
     ):
         print(
-            "note: this is one process; for more on CPUs: torchrun --nproc_per_node=N FILE …, or accelerate launch with mpirun_hostfile",
+            "note: this is one process; for more on CPUs: torchrun --nproc_per_node=N FILE …, or "
+            "accelerate launch with mpirun_hostfile",
             file=sys.stderr,
             flush=True,
         )
@@ -80,7 +81,8 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
     for name, what in SHARDED.items():
         if settings.get(name, "false").lower() in ("1", "true", "yes"):
             raise UserError(
-                f"accelerate's {what} is not heeded: every process holds the whole network; choose a launch without it"
+                f"accelerate's {what} is not heeded: every process holds the whole network; choose a "
+                f"launch without it"
                 " (for less memory: memory.offload=true, quantize=nf4)"
             )
     dtype = DTYPES.get(cfg.dtype) or fast_dtype(torch.device(device))
@@ -89,13 +91,15 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
     if precision not in ("no", runs_in):
         instead = precision if precision in DTYPES else "bf16"
         raise UserError(
-            f"accelerate's mixed_precision={precision} is not heeded: with dtype={cfg.dtype} the network runs in {runs_in};"
+            f"accelerate's mixed_precision={precision} is not heeded: with dtype={cfg.dtype} the network "
+            f"runs in {runs_in};"
             f" give dtype={instead}, or mixed_precision=no"
         )
     compiled, backend = cfg.memory.compile or "no", settings.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend not in ("no", compiled):
         raise UserError(
-            f"accelerate's dynamo_backend={backend} is not heeded; give memory.compile={backend}, or dynamo_backend=no"
+            f"accelerate's dynamo_backend={backend} is not heeded; give memory.compile={backend}, or "
+            f"dynamo_backend=no"
         )
     batches, steps = (
         getattr(cfg, "gradient_accumulation_steps", 1),
@@ -103,7 +107,8 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
     )
     if steps not in ("1", str(batches)):
         raise UserError(
-            f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have accumulate={batches}"
+            f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have "
+            f"accumulate={batches}"
         )
 
 
@@ -150,5 +155,6 @@ def _together():
         if not torch.distributed.is_initialized():
             raise
         raise UserError(
-            f"another process of this run has ended ({str(error)[:80]}…); its own message says why; the same command continues"
+            f"another process of this run has ended ({str(error)[:80]}…); its own message says why; the "
+            f"same command continues"
         ) from None

@@ -1,4 +1,4 @@
-"""Images to features: evaluators, each a function of pictures and of the words that say what a control does."""
+"""Evaluators: images to features, and features to how much they show what words say."""
 
 import json
 from collections.abc import Sequence
@@ -138,7 +138,8 @@ class Picture:
 
     def direction(self, positive: str, negative: str) -> np.ndarray:
         raise UserError(
-            f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's own direction"
+            f"{type(self).__name__.lower()} sees pictures but reads no words; measure along a control's "
+            f"own direction"
         )
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:

@@ -114,7 +114,7 @@ class Family:
         return self._pipe
 
     def _parts(self, **without) -> "DiffusionPipeline":
-        """The pipeline from its repository, at home: without its network, and without what is given as None."""
+        """The pipeline from its repository, on the CPU: without its network and what is given as None."""
         its, fixed = self.architecture, self.card.encoders == "fp32"
         text = torch.float32 if fixed else self.dtype
         budget.check(
@@ -236,7 +236,7 @@ class Family:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, size_px, size_px) in [-1, 1] from finished latents (B, C, H, W), in fp32 on the CPU."""
+        """Images (B, 3, size_px, size_px) in [-1, 1] of finished latents (B, C, H, W), fp32 on the CPU."""
         return torch.cat(self.decoding.of(lambda rows: self._pixels(latents[rows]).cpu(), len(latents)))
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -338,7 +338,8 @@ class Family:
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
         if member.trained_px and member.trained_px != self.card.size_px:
             note(
-                f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at {self.card.size_px}: its images may suffer"
+                f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at "
+                f"{self.card.size_px}: its images may suffer"
             )
         self._agrees(name, member)
         net, delta = self._network(name, member, quantize)
@@ -382,17 +383,20 @@ class Family:
         other = {key: config[key] for key, value in betas.items() if key in config and config[key] != value}
         if config.get("rescale_betas_zero_snr"):
             raise UserError(
-                f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero (rescale_betas_zero_snr), which is "
+                f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero "
+                f"(rescale_betas_zero_snr), which is "
                 "not supported: here its first step would be told a picture that still shines through"
             )
         if other:
             raise UserError(
-                f"{self.card.name}/{name} was trained on other noise than noise_schedule {member.noise_schedule}: {other}"
+                f"{self.card.name}/{name} was trained on other noise than noise_schedule "
+                f"{member.noise_schedule}: {other}"
             )
         says = PREDICTIONS.get(config.get("prediction_type", ""), member.prediction_type)
         if says != member.prediction_type:
             note(
-                f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says {member.prediction_type}, which is done"
+                f"the scheduler of {repo} says that {self.card.name}/{name} predicts {says}; its card says "
+                f"{member.prediction_type}, which is done"
             )
 
     def _network(self, name: str, member: MemberCard, quantize: str) -> tuple[nn.Module, Delta | None]:

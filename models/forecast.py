@@ -56,7 +56,7 @@ def said(moments: Callable[[], Iterable[Moment]]) -> str:
 
 
 def program(device: torch.device) -> dict[str, float]:
-    """On a CPU, where it shares the memory, the program itself: what this process holds besides mapped files."""
+    """On a CPU, where it shares the memory: what this process holds besides mapped files."""
     about = psutil.Process().memory_info()
     return {} if device.type == "cuda" else {"the program": float(about.rss - getattr(about, "shared", 0))}
 
@@ -220,7 +220,10 @@ def _decoding(kind: str, values: str, shape: tuple[int, int, int], tiled: bool, 
     side = min(shape[1], vae.tile_latent_min_size) if tiled else shape[1]
     latents = torch.zeros(1, shape[0], side, side, device="meta", requires_grad=learning)
     with torch.set_grad_enabled(learning):
-        pictures = lambda: vae.decode(latents).sample.float().clamp(-1, 1)  # noqa: E731
+
+        def pictures():
+            return vae.decode(latents).sample.float().clamp(-1, 1)
+
         return beside(vae, lambda: pictures().sum().backward() if learning else pictures())
 
 

@@ -95,7 +95,8 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
         return f"{repo}@{','.join(sorted(commits)) or revision or 'main'}"
     if not paths or not all(path.is_file() for path in paths):
         raise UserError(
-            f"{repo} holds no {file or ' or '.join(filter(None, subfolders)) or 'file'}, so nothing tells its images apart"
+            f"{repo} holds no {file or ' or '.join(filter(None, subfolders)) or 'file'}, so nothing tells "
+            f"its images apart"
         )
     digest = hashlib.sha256()
     for path in paths:

@@ -78,7 +78,10 @@ class CADS:
         new = gamma**0.5 * y + self.scale * (1 - gamma) ** 0.5 * derived(
             own, tuple(y.shape[1:]), part * 10_000 + round(level.t)
         ).to(y)
-        deviation = lambda z: z.std(over, keepdim=True)  # noqa: E731
+
+        def deviation(z):
+            return z.std(over, keepdim=True)
+
         scaled = (new - new.mean(over, keepdim=True)) / deviation(new).clamp_min(1e-12) * deviation(
             y
         ) + y.mean(over, keepdim=True)

@@ -49,7 +49,7 @@ def fetch(kind, repo: str, revision: str | None = None, **options):
 
 
 def inside(repo: str, subfolder: str | None) -> None:
-    """Raises FileNotFoundError for a subfolder that a folder lacks: diffusers would take what lies beside it."""
+    """Raises FileNotFoundError for a missing subfolder: diffusers would take what lies beside it."""
     if subfolder and Path(place(repo)).is_dir() and not (Path(place(repo)) / subfolder).is_dir():
         raise FileNotFoundError(f"it has no folder {subfolder}")
 
@@ -231,9 +231,15 @@ def _reason(error: BaseException) -> str:
         chain.append(above)
     kinds = tuple(type(link) for link in chain)
     if GatedRepoError in kinds or "gated repo" in str(error):
-        return "its repository is gated: accept the licence on its page at huggingface.co, then `hf auth login` or set HF_TOKEN"
+        return (
+            "its repository is gated: accept the licence on its page at huggingface.co, then `hf auth "
+            "login` or set HF_TOKEN"
+        )
     if RepositoryNotFoundError in kinds:
-        return "the Hub knows no such repository, or it is private: check the name; for a private one `hf auth login`"
+        return (
+            "the Hub knows no such repository, or it is private: check the name; for a private one `hf "
+            "auth login`"
+        )
     if LocalEntryNotFoundError in kinds:
         why = (
             "HF_HUB_OFFLINE keeps it from being downloaded"

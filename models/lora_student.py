@@ -95,7 +95,8 @@ def read(path: Path, architecture: Architecture, net: nn.Module) -> Delta:
     lost = strange + sorted(spot for spot in spots if spot not in known)
     if lost or not own:
         raise UserError(
-            f"{path.name} is no LoRA of a {type(net).__name__} alone: it holds {', '.join(lost[:2]) or 'nothing for it'}"
+            f"{path.name} is no LoRA of a {type(net).__name__} alone: it holds "
+            f"{', '.join(lost[:2]) or 'nothing for it'}"
         )
     with init_empty_weights():
         shadow = type(net).from_config(net.config)  # says how strongly each layer is meant

@@ -1,4 +1,4 @@
-"""Noise levels: every state is x = alpha x0 + sigma eps, whatever the model's noise schedule calls its clock."""
+"""Noise levels: every state is x = alpha x0 + sigma eps, whatever a noise schedule calls its clock."""
 
 import math
 from collections.abc import Callable

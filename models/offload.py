@@ -3,13 +3,13 @@
 import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from configs import UserError
+from configs import UserError, list_of
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Memory:
             exclude_tags=()
         ):  # for debugging, there are more than it lists
             raise UserError(
-                f"no backend {self.compile!r} of torch.compile; there are {', '.join(torch._dynamo.list_backends())}"
+                f"no backend {self.compile!r} of torch.compile; there are "
+                f"{', '.join(torch._dynamo.list_backends())}"
             )
 
 
@@ -56,7 +57,7 @@ class Offloader:
 
     device: torch.device
     away: torch.device = torch.device("cpu")
-    here: list[nn.Module] = field(default_factory=list)
+    here: list[nn.Module] = list_of()
 
     def bring(self, parts: Sequence[nn.Module]) -> None:
         """Puts these parts on the device, and takes all others off it first."""

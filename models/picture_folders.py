@@ -61,7 +61,8 @@ def read(source: str) -> Folder:
     ]
     if tables and not any(found):
         raise UserError(
-            f"{tables[0]} names none of the {len(pictures)} pictures; file_name is a path from there, like {pictures[0].name}"
+            f"{tables[0]} names none of the {len(pictures)} pictures; file_name is a path from there, like "
+            f"{pictures[0].name}"
         )
     captions = [text or (_caption(path) if path else "") for text, path in zip(told, beside, strict=True)]
     sources = [

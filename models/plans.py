@@ -38,7 +38,7 @@ def skip(student: Member, k: int = 1) -> Plan:
 
 
 def only(base: Member, student: Member, k: int = 1) -> Plan:
-    """The base in step k alone, counted from 1, the student in all others: where is it that the two differ?"""
+    """The base in step k alone, counted from 1, the student in all others: where do the two differ?"""
     return _changed(f"only({k})", student, Stage.of(base, student.levels[_which(k, student) :][:1]), k)
 
 
@@ -111,7 +111,8 @@ def delta(base: Member, student: Member, s: float, k: int | None = None) -> Plan
     """
     if base.denoiser.prediction_type != student.denoiser.prediction_type:
         raise UserError(
-            f"delta({s:g}) needs a student that predicts what its base does; {student.name} says {student.denoiser.prediction_type}"
+            f"delta({s:g}) needs a student that predicts what its base does; {student.name} says "
+            f"{student.denoiser.prediction_type}"
         )
     within = WeightInterpolation(base.denoiser.net, student.denoiser.net, s)
     if k is None:

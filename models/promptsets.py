@@ -68,7 +68,8 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     if file and file[2] is not None and not os.path.isfile(prompt):  # a file may have a colon in its name
         if not file[2].isdecimal() or len(file[2]) > 18 or not int(file[2]):
             raise UserError(
-                f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the first hundred"
+                f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the "
+                f"first hundred"
             )
         return _file(file[1])[: int(file[2])]
     if file:
@@ -115,7 +116,7 @@ def _table(path: Path) -> list[tuple[str, int | None]]:
 
 
 def _whole(cell: str | float | None, column: str, where: str) -> int | None:
-    """A cell that holds a whole number, 41337.0 as tables with gaps write it included; None for an empty one."""
+    """A cell's whole number, also 41337.0 as tables with gaps write it; None for an empty one."""
     if cell is None or cell == "" or cell != cell:
         return None
     found = re.fullmatch(r"\s*(\d{1,19})(\.0*)?\s*", str(cell))

@@ -24,14 +24,15 @@ def kept(reader: Reader, text: str) -> tuple[list[int], bool]:
 
 
 def cuts(readers: Iterable[Reader], texts: Iterable[str]) -> list[str]:
-    """A line for each text that no reader is given whole: what the one that takes most of it is given last."""
+    """A line for each text that no encoder reads whole: where the one that reads most of it ends."""
     lines, most = [], max(readers, key=lambda reader: reader[1], default=None)
     for text in texts if most else ():
         tokens, cut = kept(most, text)
         if cut:
             end = most[0].decode(tokens, skip_special_tokens=True)[-40:]
             lines.append(
-                f"{quoted(text, 60)} is longer than the {most[1]} tokens that are read: it ends at {quoted(end)}"
+                f"{quoted(text, 60)} is longer than the {most[1]} tokens that are read: it ends at "
+                f"{quoted(end)}"
             )
     more = len(lines) - SAID
     return (

@@ -1,4 +1,4 @@
-"""A Hub cache with small random weights under the real names: real classes, real layouts, seconds to write."""
+"""A Hub cache with small random weights under the real names: real classes and layouts, written in seconds."""
 
 import hashlib
 import json
@@ -366,7 +366,7 @@ def write(cache: Path, name: str) -> FamilyCard:
 
 
 def write_configs(cache: Path, name: str) -> FamilyCard:
-    """Publishes the full-size configs of a family's repositories, as the real ones have them, and no weights."""
+    """Publishes the full-size configs of a family's repositories, as the real ones are, and no weights."""
     family, parts = card(name), json.loads((ROOT / "models/published.json").read_text())[name]
     for evaluator, config in EVALUATORS.items():
         if its := getattr(family, evaluator):

@@ -70,8 +70,13 @@ def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
         intervals.equivalence(above, below),
         intervals.difference(above, below),
     )
-    share = lambda factor: intervals.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)  # noqa: E731
-    part = lambda factor: {"slope": intervals.mean(factor * below), "share": share(factor)}  # noqa: E731
+
+    def share(factor):
+        return intervals.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)
+
+    def part(factor):
+        return {"slope": intervals.mean(factor * below), "share": share(factor)}
+
     return {
         "window": inside.tolist(),
         **stats.estimate(target, SCALES, inside),
@@ -132,7 +137,10 @@ def cell(control: str, target: str) -> dict:
 
 def leakage(names: list[str]) -> list[dict]:
     """One row per evaluator, target, control and attribute."""
-    share = lambda a, b: 1.0 if a == b else 0.11 * (len(a) - len(b))  # noqa: E731
+
+    def share(a, b):
+        return 1.0 if a == b else 0.11 * (len(a) - len(b))
+
     return [
         {
             "evaluator": evaluator_name,

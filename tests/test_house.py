@@ -115,7 +115,10 @@ def test_importing_the_report_loads_no_torch():
 
 
 def test_a_transfer_run_with_nothing_new_need_not_wait_for_heavy_libraries():
-    code = "import sys, analysis.transfer; sys.exit(str({'diffusers', 'transformers', 'peft'} & set(sys.modules)))"
+    code = (
+        "import sys, analysis.transfer; sys.exit(str({'diffusers', 'transformers', 'peft'} & "
+        "set(sys.modules)))"
+    )
     assert (
         "set()"
         in subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
@@ -318,9 +321,15 @@ def test_the_checks_themselves_see_what_is_wrong():
     text = "say:\n```bash\n$ a \\\n  b  # why\n\n# c\n```\n<!-- x -->\n\n```text\nno\n```\n"
     assert [before for before, *_ in fences(text)] == ["say:", "<!-- x -->"]
     assert shell_lines(fences(text)) == ["a    b"]
-    drawn = "distilled-control/\n├── configs/      the defaults\n│   └── sliders/  a.yaml: x\n├── LICENSE\n└── .ci/run  what CI runs\n"
+    drawn = (
+        "distilled-control/\n├── configs/      the defaults\n│   └── sliders/  a.yaml: x\n├── "
+        "LICENSE\n└── .ci/run  what CI runs\n"
+    )
     assert tree_paths(drawn) == ["configs/", "configs/sliders/", "LICENSE", ".ci/run"]
-    plain = "configs/\n    __init__.py: load\n    sliders/ loras/    short\nmodels/ the family\n    noise.py  levels\n"
+    plain = (
+        "configs/\n    __init__.py: load\n    sliders/ loras/    short\nmodels/ the family\n    "
+        "noise.py  levels\n"
+    )
     assert tree_paths(plain) == [
         "configs/",
         "configs/__init__.py",

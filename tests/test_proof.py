@@ -22,7 +22,10 @@ def test_layer_sets_of_full_size_sdxl():
     """70 transformer blocks, each with two attentions of four projections."""
     net = memory.unet("meta")
     assert sum(p.numel() for p in net.parameters()) == 2_567_463_684
-    count = lambda layers: len(targets(net, layers, "lierla"))  # noqa: E731
+
+    def count(layers):
+        return len(targets(net, layers, "lierla"))
+
     assert (count("full"), count("selfattn"), count("xattn"), count("xattn-strict")) == (560, 280, 280, 140)
 
 

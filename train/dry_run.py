@@ -68,7 +68,8 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     create(net, "control", cfg.layers, cfg.scope, cfg.rank)
     weights = parameters(net, "control")
     print(
-        f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in {len(weights) // 2} layers"
+        f"control: {sum(weight.numel() for weight in weights) / 1e6:.2f} million weights in "
+        f"{len(weights) // 2} layers"
     )
     control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)

@@ -7,13 +7,13 @@ file_name, scale and pair.
 """
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load, note, quoted
+from configs import UserError, entry, list_of, note, quoted
 from configs.ranges import RANGES
 from controls.lora import strength
 from models.families import Family, split
@@ -35,10 +35,8 @@ class Config(Training):
     name: str = "eyes-image"  # of the control, and of the run folder
     data: str = "tiny:eyes"  # a folder of pictures, or tiny:ATTRIBUTE for pairs of the embedded world
     pairs: int = 6  # of the embedded world: how many pairs
-    folders: list[str] = field(
-        default_factory=list
-    )  # one per scale, inside data; empty = those whose names are numbers
-    scales: list[float] = field(default_factory=list)  # of the folders; empty = their names
+    folders: list[str] = list_of()  # one per scale, inside data; empty = those whose names are numbers
+    scales: list[float] = list_of()  # of the folders; empty = their names
     prompt: str = "portrait of a person"  # what a picture without a caption shows; also of the strips
     positive: str = "portrait of a person, big eyes"  # what more of it is: the card's words for measuring it
     negative: str = "portrait of a person, small eyes"  # what less of it is
@@ -125,11 +123,13 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
     scales = cfg.scales or [number(name) for name in named]
     if len(scales) != len(named) or None in scales:
         raise UserError(
-            f"folders {', '.join(named) or '(none)'} need as many scales, like scales=[-1,1]; there are {len(cfg.scales)}"
+            f"folders {', '.join(named) or '(none)'} need as many scales, like scales=[-1,1]; there are "
+            f"{len(cfg.scales)}"
         )
     if len(set(scales)) < len(scales) or len(set(named)) < len(named):
         raise UserError(
-            f"folders {', '.join(named)} need scales of their own; got {', '.join(f'{scale:g}' for scale in scales)}"
+            f"folders {', '.join(named)} need scales of their own; got "
+            f"{', '.join(f'{scale:g}' for scale in scales)}"
         )
     if left := [name for name in there if name not in named]:
         note(f"{cfg.data}: left out, for they are no folders of a scale: {', '.join(left)[:200]}")
@@ -155,7 +155,8 @@ def listed(folder: str, size_px: int) -> Pairs:
     images, columns = read(folder, size_px)
     if not {"scale", "pair"} <= columns.keys():
         raise UserError(
-            f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair"
+            f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, "
+            f"scale and pair"
         )
     found, captions = {}, {}
     rows = zip(columns["file_name"], images, columns["scale"], columns["pair"], columns["text"], strict=True)
@@ -163,7 +164,8 @@ def listed(folder: str, size_px: int) -> Pairs:
         scale = number(cell)
         if scale is None or pair is None or pair == "":
             raise UserError(
-                f"{folder}: {name} needs a scale, which is a number, and a pair; got {quoted(cell, 40)} and {quoted(pair, 40)}"
+                f"{folder}: {name} needs a scale, which is a number, and a pair; got {quoted(cell, 40)} "
+                f"and {quoted(pair, 40)}"
             )
         if str(pair) in found.setdefault(scale, {}):
             raise UserError(
@@ -222,4 +224,4 @@ def drawn(attribute: str, count: int, seed: int) -> Pairs:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -4,14 +4,14 @@
 Without arguments: the watercolour style, which the embedded base has never seen, on tiny/base.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load, note, quoted
+from configs import UserError, entry, list_of, note, quoted
 from controls.lora import strength
 from models.cards import card, split
 from models.noise import NOISE_SCHEDULES, TRAIN_STEPS, loss_target
@@ -46,7 +46,7 @@ class Config(Training):
         "full"  # layer set, see controls/layers.py; xattn-strict with scope=lierla is Custom Diffusion's
     )
     steps: int = 500  # optimizer steps
-    sample_scales: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])  # columns of a strip
+    sample_scales: list[float] = list_of(0.0, 0.5, 1.0)  # columns of a strip
     out: str = "runs/lora"  # the run is written to out/name
 
 
@@ -138,7 +138,10 @@ class Memory:
     def __init__(self, cfg: Config, run: Run):
         self.member, self.batch_size, prompt = run.member, cfg.batch_size, run.family.encode([cfg.negative])
         self.prompt, which = prompt.conditional(), torch.zeros(cfg.prior_images, dtype=torch.long)
-        seen = lambda step, rows: (step.x, self.member.denoiser(step.x, step.noise, self.prompt[which[rows]]))  # noqa: E731
+
+        def seen(step, rows):
+            return (step.x, self.member.denoiser(step.x, step.noise, self.prompt[which[rows]]))
+
         self.x, self.x0 = rollouts(
             run.family, run.member, prompt, which, cfg.seed, 2 * cfg.batch_size, seen
         )  # (N, T, C, H, W)
@@ -157,4 +160,4 @@ class Memory:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

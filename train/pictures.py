@@ -50,7 +50,8 @@ def _dataset(source: str, size_px: int) -> tuple[Tensor, dict[str, list]]:
         rows = load_dataset(source, split="train")
     except (FileNotFoundError, ConnectionError):
         raise UserError(
-            f"{quoted(source)} is neither a folder with pictures (.png, .jpg) nor a dataset that the Hub gives"
+            f"{quoted(source)} is neither a folder with pictures (.png, .jpg) nor a dataset that the Hub "
+            f"gives"
         ) from None
     except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor
 
-from configs import UserError, folders, plain_name, tracking, versions
+from configs import UserError, folders, list_of, plain_name, tracking, versions
 from controls import formats
 from controls.layers import targets
 from controls.lora import Card, Control, create, detach, extract, parameters
@@ -53,13 +53,11 @@ class Training:
     )
     seed: int = 0  # of the control, the data and the noise
     sample_every: int = 200  # steps between strips; 0 = only at the end
-    sample_scales: list[float] = field(
-        default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0]
-    )  # columns of a strip
-    sample_seeds: list[int] = field(default_factory=lambda: [11, 12, 13])  # rows of a strip
+    sample_scales: list[float] = list_of(-2.0, -1.0, 0.0, 1.0, 2.0)  # columns of a strip
+    sample_seeds: list[int] = list_of(11, 12, 13)  # rows of a strip
     save_every: int = 100  # steps between checkpoints
-    watch: list[str] = field(
-        default_factory=list
+    watch: list[str] = (
+        list_of()
     )  # other members, e.g. [tiny/dmd], on which the effect is measured during training
     watch_every: int = 200  # steps between such measurements
     watch_prompts: int = 4  # of the family card's prompts, two images each
@@ -204,7 +202,8 @@ class Run:
             if self.main:
                 store(self.folder / "state.pt", self.state, step, folders.digest(self.cfg, FREE))
             raise UserError(
-                f"the gradient is not finite at step {step}; the state before it is saved; try a rate below {self.cfg.learning_rate}"
+                f"the gradient is not finite at step {step}; the state before it is saved; try a rate "
+                f"below {self.cfg.learning_rate}"
             )
         self.optimizer.step()
         self.lr_scheduler.step()

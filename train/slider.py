@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import UserError, entry, load, note, quoted
+from configs import UserError, entry, list_of, note, quoted
 from controls.lora import strength
 from models.families import Family, split
 from models.noise import Noise, loss_target
@@ -71,10 +71,8 @@ def smile() -> list[Pair]:
 class Config(Training):
     name: str = "smile"  # of the control, and of the run folder
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
-    attributes: list[str] = field(
-        default_factory=list
-    )  # put before all four prompts, one after the other, to disentangle
-    anchors: list[str] = field(default_factory=list)  # prompts whose pictures must not change
+    attributes: list[str] = list_of()  # put before all four prompts, one after the other, to disentangle
+    anchors: list[str] = list_of()  # prompts whose pictures must not change
     guidance_scale: float = (
         0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
     )
@@ -126,7 +124,8 @@ def spread(cfg: Config) -> list[Pair]:
         if not pair.positive.strip() or pair.positive == pair.unconditional:
             ends = f"got {quoted(pair.positive, 40)} and {quoted(pair.unconditional, 40)}"
             raise UserError(
-                f"prompt pair {number} needs a positive text, and an unconditional one that differs from it; {ends}"
+                f"prompt pair {number} needs a positive text, and an unconditional one that differs from "
+                f"it; {ends}"
             )
         if pair.action not in ("enhance", "erase"):
             raise UserError(f"prompt pair {number}: action is enhance or erase, got {quoted(pair.action)}")
@@ -225,7 +224,7 @@ class Fast:
 
     @staticmethod
     def cost(cfg: Config, member: Member) -> dry_run.Cost:
-        """Runs of which every point is taught by the teacher's three, and x, neutral and direction are kept."""
+        """Rollouts whose every point is taught by the teacher's three; x, neutral and direction are kept."""
         rollouts, rows = cfg.trajectories * len(member.levels), 3 * min(2 * cfg.batch_size, cfg.trajectories)
         return dry_run.Cost(cfg.trajectories * alone(member).nfe + 3 * rollouts, 3, rows, 3 * rollouts)
 
@@ -234,7 +233,10 @@ class Fast:
         self.which = torch.arange(cfg.trajectories) % len(pairs)
         prompts = family.encode([pair.target for pair in pairs])
         self.targets = prompts.conditional()
-        taught = lambda step, rows: (step.x, *teacher(step.x, step.noise, self.which[rows]))  # noqa: E731
+
+        def taught(step, rows):
+            return (step.x, *teacher(step.x, step.noise, self.which[rows]))
+
         # all (N, T, C, H, W)
         self.x, self.neutral, self.direction = rollouts(
             family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, taught
@@ -276,7 +278,8 @@ class Published:
             )
         if len(member.levels) < 2:
             raise UserError(
-                "recipe=published stops before the last step, so it needs at least two; give denoise_steps, or recipe=fast"
+                "recipe=published stops before the last step, so it needs at least two; give "
+                "denoise_steps, or recipe=fast"
             )
         self.member = member
 
@@ -300,4 +303,4 @@ RECIPES = {"fast": Fast, "published": Published}
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

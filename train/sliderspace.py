@@ -6,7 +6,7 @@ Without arguments: eight directions of "portrait of a person" on tiny/base. Slid
 low-rank control that moves x0 along each.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs import UserError, entry, load
+from configs import UserError, entry, list_of
 from controls.lora import strength
 from models.evaluators import Clip
 from models.sampler import Member, alone
@@ -32,12 +32,8 @@ class Config(Training):
     rank: int = 1  # of the low-rank pairs
     steps: int = 640  # optimizer steps, shared by the directions in turn
     learning_rate: float = 5e-3  # learning rate
-    sample_scales: list[float] = field(
-        default_factory=lambda: [-1.0, 0.0, 1.0]
-    )  # columns of the picture, for every seed
-    sample_seeds: list[int] = field(
-        default_factory=lambda: [11, 12]
-    )  # its seeds, side by side; a row per direction
+    sample_scales: list[float] = list_of(-1.0, 0.0, 1.0)  # columns of the picture, for every seed
+    sample_seeds: list[int] = list_of(11, 12)  # its seeds, side by side; a row per direction
     out: str = "runs/sliderspace"  # the run is written to out/name
 
 
@@ -56,7 +52,8 @@ def main(cfg: Config) -> Path | None:
     """Trains and returns the run folder with one file per direction."""
     if cfg.watch:
         raise UserError(
-            "watch measures by words, which directions do not have; python -m analysis.transfer measures them without"
+            "watch measures by words, which directions do not have; python -m analysis.transfer measures "
+            "them without"
         )
     if cfg.dry_run:
         return dry_run.show(cfg, partial(cost, cfg))
@@ -142,7 +139,8 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
     apart = (features - features.mean(0)).flatten(0, 1)
     if cfg.directions > min(apart.shape):
         raise UserError(
-            f"{cfg.directions} directions need as many trajectories and features; there are {min(apart.shape)}"
+            f"{cfg.directions} directions need as many trajectories and features; there are "
+            f"{min(apart.shape)}"
         )
     _, values, directions = torch.linalg.svd(apart, full_matrices=False)
     shares = (values.square() / values.square().sum()).tolist()
@@ -153,4 +151,4 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -65,7 +65,7 @@ def clip(cfg: Config) -> None:
 def look(
     cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], steps: int = 3000, size: int = 64
 ) -> None:
-    """Trains CLIP's towers apart: pictures to their attributes, captions to their claims, by squared error."""
+    """Trains CLIP's towers apart: pictures to attributes, captions to claims, by squared error."""
     said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
     value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
     heads = torch.nn.ModuleList(

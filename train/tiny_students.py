@@ -1,6 +1,7 @@
-"""The embedded students: the base distilled by distribution matching, by consistency and along trajectories."""
+"""The embedded students: distribution matching, consistency and trajectory distillation of the base."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -184,7 +185,10 @@ def dmd(cfg: Config) -> None:
     fake_optimizer = torch.optim.AdamW(
         fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True
     )
-    warm = lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 50)  # noqa: E731
+
+    def warm(o):
+        return torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 50)
+
     schedule, fake_schedule = warm(optimizer), warm(fake_optimizer)
     state = {
         "student": student,
@@ -200,19 +204,19 @@ def dmd(cfg: Config) -> None:
         generator = seeded(cfg.seed, step, 4)
         _, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
-        draw = lambda: torch.randn(size, 4, 16, 16, generator=generator).to(cfg.device)  # noqa: E731, B023
-        x, stop = draw(), int(torch.randint(4, (1,), generator=generator))
+        draw = partial(torch.randn, size, 4, 16, 16, generator=generator)
+        x, stop = draw().to(cfg.device), int(torch.randint(4, (1,), generator=generator))
         for k in range(stop):  # backward simulation: the student sees its own intermediate states
             t = torch.full((size,), FEW_STEPS[k], device=cfg.device)
             with torch.no_grad():
                 alpha, sigma = levels(t - 250)
-                x = alpha * clean(x, predict(net, x, t, states, pooled), t) + sigma * draw()
+                x = alpha * clean(x, predict(net, x, t, states, pooled), t) + sigma * draw().to(cfg.device)
         t = torch.full((size,), FEW_STEPS[stop], device=cfg.device)
         x0 = clean(x, predict(net, x, t, states, pooled), t)
         with torch.no_grad():
             s = torch.randint(20, 980, (size,), generator=generator).to(cfg.device)
             alpha, sigma = levels(s)
-            noisy = alpha * x0 + sigma * draw()
+            noisy = alpha * x0 + sigma * draw().to(cfg.device)
             real = clean(noisy, teacher.eps(noisy, s, states, pooled), s)
             false = clean(noisy, predict(fake_net, noisy, s, states, pooled), s)
             gradient = (false - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)  # DMD, eq. 8
@@ -221,7 +225,7 @@ def dmd(cfg: Config) -> None:
         for _ in range(updates):
             s = torch.randint(TRAIN_STEPS, (size,), generator=generator).to(cfg.device)
             alpha, sigma = levels(s)
-            eps = draw()
+            eps = draw().to(cfg.device)
             fake_loss = (
                 (predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps)
                 .square()

@@ -78,7 +78,7 @@ class Measure:
 
 
 def chunks(prompts: Sequence[str], numbers: Sequence[int], batch_size: int) -> list[Chunk]:
-    """All images, prompt by prompt, at most `batch` at a time. numbers: their seeds, as many for each prompt."""
+    """All images, prompt by prompt, at most batch_size at a time. numbers: seeds, as many for each prompt."""
     each = len(numbers) // len(prompts)
     return [
         Chunk(p, text, start, tuple(numbers[p * each : (p + 1) * each][start : start + batch_size]))
@@ -88,8 +88,11 @@ def chunks(prompts: Sequence[str], numbers: Sequence[int], batch_size: int) -> l
 
 
 def nearest(levels: Sequence[Noise], wanted: Sequence[Noise]) -> list[int]:
-    """For each wanted noise level the place of the nearest of `levels`, by the angle between alpha and sigma."""
-    angle = lambda level: atan2(level.sigma, level.alpha)  # noqa: E731
+    """For each wanted noise level the index of the nearest in `levels`, by the angle of alpha and sigma."""
+
+    def angle(level):
+        return atan2(level.sigma, level.alpha)
+
     return [min(range(len(levels)), key=lambda i: abs(angle(levels[i]) - angle(level))) for level in wanted]
 
 
@@ -140,25 +143,25 @@ class Site:
         seed_share: of each, seeds / (seeds + prompts) in variance, which a mere change of the activations'
         size leaves as it is.
         """
-        m, (x, y) = self.measure, (np.concatenate(side) for side in self.kept)
-        prompts = np.repeat(np.arange(len(x) // m.kept), m.kept)
-        k, l = alignment.gram(x), alignment.gram(y)  # noqa: E741
+        measure, (x, y) = self.measure, (np.concatenate(side) for side in self.kept)
+        prompts = np.repeat(np.arange(len(x) // measure.kept), measure.kept)
+        k, m = alignment.gram(x), alignment.gram(y)
         around = alignment.jackknife(
-            lambda rows: alignment.cka(k[np.ix_(rows, rows)], l[np.ix_(rows, rows)]), prompts
+            lambda rows: alignment.cka(k[np.ix_(rows, rows)], m[np.ix_(rows, rows)]), prompts
         )
         first, second = (spread.finish() for spread in self.spreads)
         chance = [
             alignment.procrustes(x, y[rows])
-            for rows in alignment.permutations(prompts, PROCRUSTES_DRAWS, m.seed)
+            for rows in alignment.permutations(prompts, PROCRUSTES_DRAWS, measure.seed)
         ]
         return {
             "cka": {**around, "value": self.alignment.cka()},
-            "null": alignment.null(k, l, prompts, m.draws, m.seed),
+            "null": alignment.null(k, m, prompts, measure.draws, measure.seed),
             "standardised": self.alignment.standardised(),
             "procrustes": self.alignment.procrustes(),
             "procrustes_permuted": None if None in chance else float(np.mean(chance)),
-            "neighbours": alignment.neighbours(x, y, m.neighbours),
-            "neighbours_chance": m.neighbours / (len(x) - 1),
+            "neighbours": alignment.neighbours(x, y, measure.neighbours),
+            "neighbours_chance": measure.neighbours / (len(x) - 1),
             "seed_variance": intervals.ratio(second[0], first[0], positive=True),
             "seed_share": [_share(first), _share(second)],
             "samples": self.n,
@@ -228,7 +231,8 @@ def shared_blocks(first: Member, second: Member, kind: str) -> list[str]:
     names, theirs = (blocks(member.denoiser.net, kind) for member in (first, second))
     if names != theirs:
         raise UserError(
-            f"{first.name} and {second.name} have different blocks ({len(names)} and {len(theirs)}): nothing to compare"
+            f"{first.name} and {second.name} have different blocks ({len(names)} and {len(theirs)}): "
+            f"nothing to compare"
         )
     return names
 
@@ -243,7 +247,7 @@ def looks(
     walked: dict[str, Tensor],
     grid: int,
 ) -> Iterator[tuple[tuple[str, int, str], tuple[Tensor, Tensor]]]:
-    """((inputs, step, block), (map of the first, map of the second)) of one chunk; maps (B, C, grid, grid)."""
+    """((inputs, step, block), (first map, second map)) of one chunk; maps (B, C, grid, grid)."""
     levels = second.levels
     at = [first.levels[i] for i in nearest(first.levels, levels)]
     held = walked["x"][:, nearest(first.levels, levels)]

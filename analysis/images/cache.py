@@ -145,7 +145,8 @@ class Drawings:
         ]
         if spoilt:
             note(
-                f"{len(spoilt)} of the drawings in {self.folder} are damaged, or of an earlier version: they are made again"
+                f"{len(spoilt)} of the drawings in {self.folder} are damaged, or of an earlier version: "
+                f"they are made again"
             )
         return found
 
@@ -165,7 +166,7 @@ class Drawings:
 
     @torch.no_grad()
     def make(self, job: Job) -> None:
-        """Draws what is not yet drawn, and looks at it by what has not yet looked; an image is decoded once."""
+        """Draws what is not yet drawn, and reads its missing features; an image is decoded once."""
         new = not self.there(self.path(job))
         latents = self.latents(job) if new else self.read(self.path(job))["latents"].to(self.family.device)
         blind = [
@@ -195,7 +196,8 @@ class Drawings:
         for evaluator_name, found in features.items():
             if not torch.isfinite(found).all():
                 raise UserError(
-                    f"{evaluator_name} sees numbers that are not finite in the images of {self.words_of(job)}: its weights are damaged"
+                    f"{evaluator_name} sees numbers that are not finite in the images of "
+                    f"{self.words_of(job)}: its weights are damaged"
                 )
         if new:
             self.keep(

@@ -41,18 +41,24 @@ def against(
         files, captions_beside = folder.files, [caption for caption in folder.captions if caption]
         if len(files) <= k:
             raise UserError(
-                f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has {len(files)}"
+                f"reference={reference} must hold more than {k} pictures ({', '.join(SUFFIXES)}); it has "
+                f"{len(files)}"
             )
         for file in files:
             check(file)  # before hours of drawing
         note(folder.report)
         if captions_beside and not chosen:
             prompts = PromptSet(captions_beside)
-        real = lambda: (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))  # noqa: E731
+
+        def real():
+            return (opened(files[i : i + 32], card.size_px) for i in range(0, len(files), 32))
     elif card.probe:  # a world whose truth is known can be asked for its own pictures
         if not chosen:
             prompts = PromptSet(world.captions(world.faces(captions, 558), 558))
-        real = lambda: (world.to_unit(part) for part in world.pictures(world.faces(REAL, 559)).split(100))  # noqa: E731
+
+        def real():
+            return (world.to_unit(part) for part in world.pictures(world.faces(REAL, 559)).split(100))
+
     return cycled(prompts, captions), real
 
 

@@ -60,7 +60,7 @@ class Measurement:
         return found
 
     def cell(self, subject: Subject, target: str) -> dict:
-        """One control on one target: the record that CONTRIBUTING's contract describes, without its verdict."""
+        """One control on one target: the record of docs/design.md, without its verdict."""
         card, words = subject.control.card, subject.words
         readings = {
             evaluator_name: self.reading(evaluator_name, subject, target)
@@ -133,7 +133,10 @@ class Measurement:
         found = dict.fromkeys(("floor", "ceiling", "wrong", "rerun", "normalised"))
         if not self.references:
             return found
-        at = lambda slopes: {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}  # noqa: E731
+
+        def at(slopes):
+            return {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}
+
         floor = self.slopes(
             evaluator_name, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0]
         )

@@ -30,7 +30,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{cut(what, 200)} is not kept, for its {cut(name, 60)} is not finite: a smaller scale, or dtype=fp32, may do, "
+                f"{cut(what, 200)} is not kept, for its {cut(name, 60)} is not finite: a smaller scale, or "
+                f"dtype=fp32, may do, "
                 "or weights are damaged"
             )
     with replacing(Path(path)) as new:
@@ -64,7 +65,8 @@ def missing(folder: Path, files: Iterable[str], whole: Callable[[Path, str], obj
     spoilt = [file for file in lost if (Path(folder) / file).exists()]
     if spoilt:
         note(
-            f"{len(spoilt)} of the files in {folder} are damaged, or of an earlier version: they are made again"
+            f"{len(spoilt)} of the files in {folder} are damaged, or of an earlier version: they are made "
+            f"again"
         )
     return lost
 

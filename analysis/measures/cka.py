@@ -42,17 +42,17 @@ class Moments:
         """Debiased HSIC of a·x and b·y with linear kernels (Song et al. 2012, eq. 5), without an n x n
         matrix.
 
-        a: (p,), b: (q,) or a number. With k_i = |a x_i|², l_i = |b y_i|², C = Σ x yᵀ: tr KL = |C|² - Σ k l,
-        1ᵀKL1 = s_xᵀ C s_y - s_xᵀ Σ l x - s_yᵀ Σ k y + Σ k l, and 1ᵀK1 = |s_x|² - Σ k, K and L with empty
+        a: (p,), b: (q,) or a number. With k_i = |a x_i|², l_i = |b y_i|², C = Σ x yᵀ: tr KL = |C|² - Σ k m,
+        1ᵀKL1 = s_xᵀ C s_y - s_xᵀ Σ m x - s_yᵀ Σ k y + Σ k m, and 1ᵀK1 = |s_x|² - Σ k, K and L with empty
         diagonals.
         """
         p, q = self.c.shape
         a, b = np.broadcast_to(a, p), np.broadcast_to(b, q)
         c, sx, sy = a[:, None] * self.c * b, a * self.sums[0], b * self.sums[1]
         lx, ky = a * (self.u @ b**2), b * (a**2 @ self.v)
-        k, l, kl = a**2 @ self.sums[2], b**2 @ self.sums[3], a**2 @ self.q @ b**2  # noqa: E741
+        k, m, kl = a**2 @ self.sums[2], b**2 @ self.sums[3], a**2 @ self.q @ b**2
         return _hsic1(
-            (c**2).sum() - kl, sx @ sx - k, sy @ sy - l, sx @ c @ sy - sx @ lx - sy @ ky + kl, self.n
+            (c**2).sum() - kl, sx @ sx - k, sy @ sy - m, sx @ c @ sy - sx @ lx - sy @ ky + kl, self.n
         )
 
     def scales(self) -> tuple[np.ndarray, np.ndarray]:
@@ -166,45 +166,45 @@ def gram(x: np.ndarray) -> np.ndarray:
     return x @ x.T
 
 
-def hsic(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
+def hsic(k: np.ndarray, m: np.ndarray) -> float:
     """Debiased HSIC of two kernel matrices (n, n), any kernel; their diagonals do not count (Song et al.
     2012, eq. 5).
     """
-    k, l = _hollow(k), _hollow(l)  # noqa: E741
-    return _hsic1((k * l).sum(), k.sum(), l.sum(), k.sum(0) @ l.sum(0), len(k))
+    k, m = _hollow(k), _hollow(m)
+    return _hsic1((k * m).sum(), k.sum(), m.sum(), k.sum(0) @ m.sum(0), len(k))
 
 
-def cka(k: np.ndarray, l: np.ndarray) -> float | None:  # noqa: E741
+def cka(k: np.ndarray, m: np.ndarray) -> float | None:
     """Debiased CKA of two kernel matrices (n, n); None as in `Alignment.cka`."""
-    return _ratio(hsic(k, l), hsic(k, k), hsic(l, l))
+    return _ratio(hsic(k, m), hsic(k, k), hsic(m, m))
 
 
-def cross(ks: list[np.ndarray], ls: list[np.ndarray]) -> list[list[float | None]]:
-    """Debiased CKA of every kernel matrix of the first list with every one of the second, (len(ks), len(ls))."""
-    own_k, own_l = ([hsic(m, m) for m in side] for side in (ks, ls))
+def cross(ks: list[np.ndarray], ms: list[np.ndarray]) -> list[list[float | None]]:
+    """Debiased CKA of every kernel matrix of one list with every one of the other, (len(ks), len(ms))."""
+    own_k, own_m = ([hsic(kernel, kernel) for kernel in side] for side in (ks, ms))
     return [
-        [_ratio(hsic(k, l), a, b) for l, b in zip(ls, own_l, strict=True)]
+        [_ratio(hsic(k, m), a, b) for m, b in zip(ms, own_m, strict=True)]
         for k, a in zip(ks, own_k, strict=True)
-    ]  # noqa: E741
+    ]
 
 
-def null(k: np.ndarray, l: np.ndarray, prompts: np.ndarray, draws: int = 200, seed: int = 0) -> dict:  # noqa: E741
+def null(k: np.ndarray, m: np.ndarray, prompts: np.ndarray, draws: int = 200, seed: int = 0) -> dict:
     """Debiased CKA where the second side's prompts are permuted, whole with their seeds: what chance gives.
 
-    k, l: (n, n). prompts: (n,) the prompt of each row, every one equally often. Returns mean, high (95th
+    k, m: (n, n). prompts: (n,) the prompt of each row, every one equally often. Returns mean, high (95th
     percentile) and p, the share of permutations, the true pairing counted as one, that reach the true value.
     None where the CKA is None.
     """
-    norm = hsic(k, k) * hsic(l, l)
+    norm = hsic(k, k) * hsic(m, m)
     if norm <= 0:
         return {"mean": None, "high": None, "p": None}
-    k, l, n = _hollow(k), _hollow(l), len(k)  # noqa: E741
-    sums, sides = (k.sum(), l.sum()), (k.sum(0), l.sum(0))
+    k, m, n = _hollow(k), _hollow(m), len(k)
+    sums, sides = (k.sum(), m.sum()), (k.sum(0), m.sum(0))
     values = [
-        _hsic1(np.vdot(k, l[rows][:, rows]), *sums, sides[0] @ sides[1][rows], n)
+        _hsic1(np.vdot(k, m[rows][:, rows]), *sums, sides[0] @ sides[1][rows], n)
         for rows in permutations(prompts, draws, seed)
     ]
-    values, true = np.array(values) / norm**0.5, hsic(k, l) / norm**0.5
+    values, true = np.array(values) / norm**0.5, hsic(k, m) / norm**0.5
     return {
         "mean": float(values.mean()),
         "high": float(np.quantile(values, 0.95)),
@@ -268,11 +268,11 @@ def _procrustes(covariance: np.ndarray, x: float, y: float) -> float | None:
     )
 
 
-def _hsic1(trace: float, k: float, l: float, kl: float, n: int) -> float:  # noqa: E741
+def _hsic1(trace: float, k: float, m: float, kl: float, n: int) -> float:
     """tr KL, 1ᵀK1, 1ᵀL1, 1ᵀKL1 of hollow kernel matrices to HSIC1. Raises ValueError below four samples."""
     if n < 4:
         raise ValueError(f"debiased HSIC needs at least 4 samples, not {n}")
-    return float((trace + k * l / ((n - 1) * (n - 2)) - 2 * kl / (n - 2)) / (n * (n - 3)))
+    return float((trace + k * m / ((n - 1) * (n - 2)) - 2 * kl / (n - 2)) / (n * (n - 3)))
 
 
 def _ratio(both: float, first: float, second: float) -> float | None:

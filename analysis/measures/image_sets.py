@@ -4,10 +4,11 @@
 not grow with the number of images and their time is linear in it; what they give is exact.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from configs import list_of
 from controls.intervals import LEVEL, jackknife, quantile
 
 
@@ -209,7 +210,7 @@ class PRDC:
     n: int = 0
     inside: int = 0  # images in some ball of the reference
     balls: int = 0  # balls that hold an image, summed over images
-    first: list[np.ndarray] = field(default_factory=list)
+    first: list[np.ndarray] = list_of()
     radii: np.ndarray | None = None  # of the reference, (R,); found where not given
 
     met: np.ndarray | None = None  # which of the reference have an image in their ball, (R,)

@@ -128,7 +128,10 @@ def fronts(cells: list[dict], base: str) -> dict[str, list[str]]:
 
 def dominates(a: dict, b: dict) -> bool:
     """Whether plan a is nowhere worse than b and somewhere better."""
-    marks = lambda c: (c["diversity"]["clip"][-1]["value"], c["agreement"]["value"], -c.get("nfe", 0))  # noqa: E731
+
+    def marks(c):
+        return (c["diversity"]["clip"][-1]["value"], c["agreement"]["value"], -c.get("nfe", 0))
+
     pairs = list(zip(marks(a), marks(b), strict=True))
     return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
@@ -278,7 +281,10 @@ def quality(cells: list[dict], student: str, base: str) -> str:
     if not group:
         return ""
     keys = list(group[0]["quality"])
-    cost = lambda c: [f"{c['nfe']:g}", number(1000 * c["seconds"], 0)]  # noqa: E731
+
+    def cost(c):
+        return [f"{c['nfe']:g}", number(1000 * c["seconds"], 0)]
+
     rows = [[c["plan"], *(shown(c["quality"][key]) for key in keys), *cost(c)] for c in group]
     return f"<h3>{escape(student)}</h3>" + table(
         ["plan", *(key.replace("_", ", ") for key in keys), "nfe", "ms"], rows

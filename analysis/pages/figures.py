@@ -77,7 +77,7 @@ def chart_figure(group: list[dict], evaluator: str, colours: dict[str, int]) -> 
 
 
 def forest_figure(group: list[dict], margin: list[float]) -> str:
-    """The retentions of one control on one axis, with what they are compared with; empty where there is none."""
+    """The retentions of one control on one axis, with their references; empty where there is none."""
     cells = [c for c in group if not is_own(c) and c["retention"]["value"] is not None]
     if not cells:
         return ""

@@ -203,7 +203,7 @@ def predictor_sentences(found: Cells) -> list[str]:
 
 
 def best_of(predictors: Cells) -> dict:
-    """The predictor whose line foretells left-out controls best, and does not owe that to a single control."""
+    """The predictor with the best cross-validated R², which it does not owe to a single control."""
     return max(
         predictors,
         key=lambda c: -math.inf if c["r2_without_one"]["value"] is None else c["r2_without_one"]["value"],
@@ -434,11 +434,10 @@ def overlap_table(pairs: Cells) -> str:
     """Pairs of one concept, then means, as shares of common directions beside chance."""
     pairs = [c for c in pairs if c["in"] is not None]
     keys = ("cosine", "in", "chance_in", "out", "chance_out")
-    row = lambda name, some: [
-        name,
-        str(len(some)),
-        *(number(mean([c[key] for c in some]), 3) for key in keys),
-    ]  # noqa: E731
+
+    def row(name, some):
+        return [name, str(len(some)), *(number(mean([c[key] for c in some]), 3) for key in keys)]
+
     same, other = [c for c in pairs if c["same"]], [c for c in pairs if not c["same"]]
     rows = [row(f"{c['one']} and {c['two']}", [c]) for c in same]
     means = {

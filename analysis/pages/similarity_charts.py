@@ -83,8 +83,13 @@ def curves(
         v for v in dashed if v is not None
     ]
     low, high = min([*values, 0.0]), max([*values, 1.0])
-    x = lambda i: LEFT + i * (width - LEFT - RIGHT) / max(1, blocks - 1)  # noqa: E731
-    y = lambda v: TOP + (high - v) / (high - low) * (height - TOP - FOOT)  # noqa: E731
+
+    def x(i):
+        return LEFT + i * (width - LEFT - RIGHT) / max(1, blocks - 1)
+
+    def y(v):
+        return TOP + (high - v) / (high - low) * (height - TOP - FOOT)
+
     parts = [_opening(title, width, height), *_horizontals(ticks(low, high), y, width)]
     parts += [
         f'<text x="{x(i):.1f}" y="{height - 22}" text-anchor="middle">{i + 1}</text>'
@@ -122,8 +127,13 @@ def scatter(
 ) -> str:
     """Dots (name, colour group, x, y); the names on hovering."""
     (x0, x1), (y0, y1) = (_span([p[i] for p in points]) for i in (2, 3))
-    x = lambda v: LEFT + (v - x0) / (x1 - x0) * (width - LEFT - RIGHT)  # noqa: E731
-    y = lambda v: TOP + (y1 - v) / (y1 - y0) * (height - TOP - FOOT)  # noqa: E731
+
+    def x(v):
+        return LEFT + (v - x0) / (x1 - x0) * (width - LEFT - RIGHT)
+
+    def y(v):
+        return TOP + (y1 - v) / (y1 - y0) * (height - TOP - FOOT)
+
     parts = [_opening(title, width, height), *_horizontals(ticks(y0, y1), y, width)]
     parts += [
         f'<text x="{x(v):.1f}" y="{height - 22}" text-anchor="middle">{v:.3g}</text>'

@@ -82,7 +82,7 @@ def _heat_row(group: list[dict], members: list[str], first: list[str], home: str
 
 
 def heat_cell(cell: dict | None, kind: str = "") -> str:
-    """One retention with its interval, verdicts and % CLIP change; the source's own cell is the 1 of its row."""
+    """One retention with its interval, verdicts and % CLIP change; the source's own is the 1 of its row."""
     if cell is None:
         return f"<td{_class(kind)}>{DASH}</td>"
     clip = f"<small>CLIP {percent(cell.get('clip_change_percent'))}</small>"

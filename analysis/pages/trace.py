@@ -170,11 +170,14 @@ def distance(cells: list[dict], name: str) -> str:
 
 def commitments(cells: list[dict], names: list[str]) -> str:
     heads = [head for name in names for head in (f"share, by {name}", "t")]
-    when = lambda c: [
-        shown(c["commitment"][name][key], digits)
-        for name in names
-        for key, digits in (("share", 2), ("t", 0))
-    ]  # noqa: E731
+
+    def when(c):
+        return [
+            shown(c["commitment"][name][key], digits)
+            for name in names
+            for key, digits in (("share", 2), ("t", 0))
+        ]
+
     rows = [[label(c), *when(c)] for c in cells]
     return table(["", *heads], rows)
 
@@ -215,9 +218,10 @@ def strips(cells: list[dict], folder: Path) -> list[str]:
 def effects(cells: list[dict], names: list[str], bands: list[float]) -> list[str]:
     """The effect over the steps, and the matrix of what a part of the steps does."""
     followed = [c for c in cells if "control" in c]
-    points = lambda c, name: [
-        (step["share"], p) for step, p in zip(c["steps"], c["control"][name]["effect"], strict=True)
-    ]  # noqa: E731
+
+    def points(c, name):
+        return [(step["share"], p) for step, p in zip(c["steps"], c["control"][name]["effect"], strict=True)]
+
     names = [name for name in names if followed and name in followed[0]["control"]]  # those that read words
     curves = {name: {label(c): points(c, name) for c in followed} for name in names}
     drawn = figures(

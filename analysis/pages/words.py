@@ -27,7 +27,7 @@ def is_own(cell: dict) -> bool:
 
 
 def is_verdict(cell: dict) -> bool:
-    """Whether a cell says something about transfer: neither the source's own nor there for comparison only."""
+    """Whether a cell says something about transfer: neither the source's own nor for comparison only."""
     return not is_own(cell) and not cell.get("reference")
 
 
@@ -62,7 +62,7 @@ def readings(cell: dict) -> dict[str, dict]:
 
 
 def references(reading: dict) -> dict[str, dict]:
-    """What a retention is compared with, as far as it was measured: floor, ceiling, wrong, rerun, normalised."""
+    """What a retention is compared with, where measured: floor, ceiling, wrong, rerun, normalised."""
     return {name: found for name, found in (reading.get("references") or {}).items() if found}
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel
 
-from configs import ROOT, entry, load, replacing, versions
+from configs import ROOT, entry, replacing, versions
 from models.families import Family
 from models.tiny import world
 from models.tiny.evaluators import Probe, clip_images, clip_texts, column
@@ -84,7 +84,10 @@ def checks(claimed: dict[str, float], seen: np.ndarray) -> dict[str, bool]:
     """Which claims the probed values bear out: scalars on the claimed side, names where the claimed one is
     the largest.
     """
-    value = lambda name: seen[column(name)]  # noqa: E731
+
+    def value(name):
+        return seen[column(name)]
+
     ok: dict[str, bool] = {}
     for name, target in claimed.items():
         kind, _, word = name.partition(" ")
@@ -165,20 +168,20 @@ def clip_scores() -> dict[str, float]:
     ]
     scores = {"retrieval among 100": torch.cat(hits).float().mean().item()}
     pairs = {
-        "smile": ("smiling", "frowning", lambda f: f.smile, 0.3, -0.3),
-        "age": ("old", "young", lambda f: f.age, 0.65, 0.35),
-        "eyes": ("big eyes", "small eyes", lambda f: f.eyes, 0.65, 0.35),
-        "glasses": ("glasses", "no glasses", lambda f: f.glasses, 0.5, 0.5),
-        "hat": ("hat", "no hat", lambda f: f.hat, 0.5, 0.5),
-        "beard": ("beard", "no beard", lambda f: f.beard, 0.5, 0.5),
+        "smile": ("smiling", "frowning", 0.3, -0.3),
+        "age": ("old", "young", 0.65, 0.35),
+        "eyes": ("big eyes", "small eyes", 0.65, 0.35),
+        "glasses": ("glasses", "no glasses", 0.5, 0.5),
+        "hat": ("hat", "no hat", 0.5, 0.5),
+        "beard": ("beard", "no beard", 0.5, 0.5),
     }
-    for name, (more, less, value, high, low) in pairs.items():
+    for name, (more, less, high, low) in pairs.items():
         texts = [
             f"portrait of a {w} person" if name == "age" else f"portrait of a person, {w}"
             for w in (more, less)
         ]
         difference = seen @ (clip_texts(model, words, texts) * torch.tensor([[1.0], [-1.0]])).sum(0)
-        truth = torch.tensor([float(value(face)) for face in people])
+        truth = torch.tensor([float(getattr(face, name)) for face in people])
         clear = (truth > high) | (truth < low)
         scores[f"zero-shot {name}"] = ((difference > 0) == (truth > high))[clear].float().mean().item()
     return scores
@@ -235,7 +238,10 @@ def sheet(family: Family, path: Path, scale: int = 2) -> None:
 
 def table(head: list[str], rows: list[list]) -> str:
     """A markdown table; floats with three digits."""
-    shown = lambda v: f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+
+    def shown(v):
+        return f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v)
+
     lines = [head, ["---"] * len(head), *[[shown(v) for v in row] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -305,4 +311,4 @@ Minutes are steps times the measured seconds per step.
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -53,7 +53,7 @@ ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class Face:
-    """One portrait. age, eyes, size in [0, 1]; smile, x in [-1, 1]; the rest are names of the tables above."""
+    """A portrait. age, eyes, size in [0, 1]; smile, x in [-1, 1]; the rest are names of the tables above."""
 
     age: float = 0.5
     smile: float = 0.0
@@ -95,7 +95,10 @@ def attributes(face: Face) -> np.ndarray:
     """The truth as numbers, (len(ATTRIBUTES),) float32: scalars as they are, names as one-hot; a bald head
     has no hair colour.
     """
-    one_hot = lambda name, names: [float(name == n) for n in names]  # noqa: E731
+
+    def one_hot(name, names):
+        return [float(name == n) for n in names]
+
     colour = [0.0] * len(HAIRS) if face.hair == "bald" else one_hot(face.hair_colour, HAIRS)
     scalars = [face.age, face.smile, face.eyes, face.glasses, face.beard, face.hat, face.x, face.size]
     return np.array(
@@ -117,7 +120,10 @@ def describe(face: Face, rng: np.random.Generator | None = None, keep: float = 0
 
     Middle values of age, eyes, size and position have no word, so a caption never lies.
     """
-    said = lambda: rng is None or rng.random() < keep  # noqa: E731
+
+    def said():
+        return rng is None or rng.random() < keep
+
     age = "young" if face.age < 0.35 else "old" if face.age > 0.65 else "middle-aged"
     article = f"a {age} person" if said() else "a person"
     if age == "old":

@@ -44,7 +44,7 @@ def new_clip(words) -> CLIPModel:
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges are learnt on the world's captions; its words are whole tokens."""
+    """A CLIP tokenizer with merges learnt on the world's captions; its words are whole tokens."""
     people = world.faces(4000, 1, styled=0.3)
     bpe = Tokenizer(BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()

@@ -66,7 +66,7 @@ def greys(view: Locator) -> np.ndarray:
 
 
 def shown(section: Locator) -> list[int]:
-    """The column of its sheet that each member of a control shows; the whole of what is seen is that column."""
+    """The column of its sheet that each member of a control shows, and nothing else of it."""
     views = [greys(view) for view in section.locator(".view").all()]
     assert len(views) == len(TARGETS) and all(np.ptp(seen) <= 2 for seen in views)
     return [int(np.abs(np.array(GREYS) - np.median(seen)).argmin()) for seen in views]
@@ -135,7 +135,10 @@ def test_whole_sheets_on_request_on_paper_and_without_script(opened):
 
 def test_a_choice_shows_one_leakage_matrix(opened):
     page = opened()
-    seen = lambda: page.locator("[data-part]:visible caption").all_inner_texts()  # noqa: E731
+
+    def seen():
+        return page.locator("[data-part]:visible caption").all_inner_texts()
+
     assert seen() == ["on base, by clip"]
     page.get_by_label("on", exact=True).select_option("tiny/dmd")
     page.get_by_label("by", exact=True).select_option("probe")

@@ -64,8 +64,8 @@ def test_hsic_is_that_of_a_published_package():
     x, y = (torch.tensor(side[:, 1:] / 5) for side in data(40, 6, 5))
     metric = HSIC(sigma_x=1.0, sigma_y=2.0)
     metric.update((x, y))
-    k, l = (torch.exp(-(torch.cdist(s, s) ** 2) / (2 * w**2)).numpy() for s, w in ((x, 1.0), (y, 2.0)))  # noqa: E741
-    assert alignment.hsic(k, l) == pytest.approx(metric.compute(), abs=1e-8)
+    k, m = (torch.exp(-(torch.cdist(s, s) ** 2) / (2 * w**2)).numpy() for s, w in ((x, 1.0), (y, 2.0)))
+    assert alignment.hsic(k, m) == pytest.approx(metric.compute(), abs=1e-8)
 
 
 def test_standardised_is_cka_of_channels_at_unit_variance():

@@ -139,13 +139,15 @@ def test_page(run, results):
 
 
 def test_the_front_holds_what_nothing_dominates():
-    make = lambda plan, d, a, e: {
-        "student": "s",
-        "plan": plan,
-        "diversity": {"clip": [{"value": d}]},
-        "agreement": {"value": a},  # noqa: E731
-        "nfe": e,
-    }
+    def make(plan, d, a, e):
+        return {
+            "student": "s",
+            "plan": plan,
+            "diversity": {"clip": [{"value": d}]},
+            "agreement": {"value": a},
+            "nfe": e,
+        }
+
     cells = [make("dear", 3, 3, 9), make("cheap", 2, 3, 4), make("worse", 2, 2, 4), make("varied", 4, 1, 9)]
     assert diversity_page.fronts(cells, "base") == {"s": ["dear", "cheap", "varied"]}
 

@@ -104,8 +104,13 @@ def test_sharpness_closed_forms():
 
 def brute(reference, images, k):
     """Precision, recall, density, coverage in plain loops."""
-    apart = lambda a, b: float(np.linalg.norm(a - b))  # noqa: E731
-    ball = lambda points: [sorted(apart(p, q) for q in points)[k] for p in points]  # noqa: E731
+
+    def apart(a, b):
+        return float(np.linalg.norm(a - b))
+
+    def ball(points):
+        return [sorted(apart(p, q) for q in points)[k] for p in points]
+
     real, made = ball(reference), ball(images)
     hits = np.array(
         [[apart(r, x) <= radius for x in images] for r, radius in zip(reference, real, strict=True)]

@@ -151,8 +151,8 @@ def test_info_shows_them_and_a_merged_control_does_not_inherit_them(tmp_path, re
     model_cards.into_header(results, path)
     said, cell = info.describe(path), results["cells"][1]
     assert (
-        f"scale {info.ranged(cell['matched_scale'])}, retention {info.ranged(cell['retention'])}, {cell['verdict']}"
-        in said
+        f"scale {info.ranged(cell['matched_scale'])}, retention {info.ranged(cell['retention'])}, "
+        f"{cell['verdict']}" in said
     )
     assert "measured by    python -m analysis.transfer" in said
     merged, _, _ = merge.merge([formats.load(path), formats.load(SMILE)], [1.0, 1.0], 4, "both")

@@ -90,7 +90,10 @@ def test_page_stands_alone(folder):
 
 
 def test_no_torch(folder):
-    code = "import sys; from analysis import report; report.build(sys.argv[1]); assert not {'torch', 'diffusers'} & set(sys.modules)"
+    code = (
+        "import sys; from analysis import report; report.build(sys.argv[1]); assert not {'torch', "
+        "'diffusers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=configs.ROOT)
 
 

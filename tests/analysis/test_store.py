@@ -1,4 +1,4 @@
-"""Files that know whether they are whole: whatever happens to one, its reader finds it whole or not at all."""
+"""Files that know whether they are whole: a reader finds one whole or not at all."""
 
 import os
 import time

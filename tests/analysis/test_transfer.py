@@ -319,7 +319,10 @@ def test_below_a_noise_level_a_control_does_less(tmp_path, run):
         for below in ("null", 8.0, 0.001)
     )
     assert whole["cells"][0]["effect"] == run[1]["cells"][0]["effect"] and part["cells"][0]["below"] == 8
-    size = lambda found: found["cells"][0]["readings"]["probe"]["effect"][2]["value"]  # noqa: E731
+
+    def size(found):
+        return found["cells"][0]["readings"]["probe"]["effect"][2]["value"]
+
     assert size(none) == 0 < size(part) < size(whole)
     assert part["cells"][1]["target"] == "tiny/dmd:hybrid(1)" and part["cells"][1]["source"] == "tiny/dmd"
 

@@ -25,9 +25,7 @@ class Optim:
 class Config:
     steps: int = 10  # optimizer steps
     colour: str = "#fff"  # of the background
-    prompts: list[str] = field(
-        default_factory=lambda: ["a face"],
-    )  # one image each
+    prompts: list[str] = field(default_factory=lambda: ["a face"])  # one image each
     optim: Optim = field(default_factory=Optim)  # the optimizer
     limit: float | None = None
     layers: dict[str, Optim] = field(default_factory=dict)  # by name
@@ -374,7 +372,11 @@ def test_a_former_key_says_what_it_is_called_now(former, now):
     known = {field.name for schema in (slider.Config, MemberCard) for field in dataclasses.fields(schema)}
     for key in now.split():
         assert key in known and former not in known
-        schema = slider.Config if key in {field.name for field in dataclasses.fields(slider.Config)} else MemberCard
+        schema = (
+            slider.Config
+            if key in {field.name for field in dataclasses.fields(slider.Config)}
+            else MemberCard
+        )
         with pytest.raises(UserError, match=f"unknown key '{former}'; did you mean '{key}'"):
             merge(schema, [f"{former}=1"])
 
@@ -434,7 +436,8 @@ def test_entry_lets_a_bug_through_and_an_interrupt_end_quietly(capsys):
 def test_a_command_as_the_shell_sees_it(tmp_path):
     script = tmp_path / "draw.py"
     script.write_text(
-        "'''Draws.'''\nfrom dataclasses import dataclass\nfrom configs import entry, load\n\n\n@dataclass\nclass Config:\n"
+        "'''Draws.'''\nfrom dataclasses import dataclass\nfrom configs import entry, "
+        "load\n\n\n@dataclass\nclass Config:\n"
         "    steps: int = 1  # strokes\n\n\nentry(lambda: print(load(Config).steps))\n"
     )
 
@@ -454,7 +457,10 @@ def test_a_command_as_the_shell_sees_it(tmp_path):
 def test_what_libraries_say_that_nobody_can_mend_is_not_said():
     """bitsandbytes warns at its import, which diffusers makes, of a kernel that it does without."""
     name = "bitsandbytes.backends.cpu.ops"
-    code = f"import configs, logging; log = logging.getLogger('{name}'); log.warning('no kernel'); log.error('broken')"
+    code = (
+        f"import configs, logging; log = logging.getLogger('{name}'); log.warning('no kernel'); "
+        f"log.error('broken')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=configs.ROOT)
     assert done.stderr == "broken\n"
     said = "The `local_dir_use_symlinks` argument is deprecated"

@@ -399,7 +399,8 @@ def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path, monkeypatch, ca
 FULL = [
     OSError(28, "No space left on device"),
     RuntimeError(
-        "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"
+        "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file "
+        "write failed"
     ),
     Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]

@@ -32,7 +32,10 @@ def change(control: Control) -> dict[str, torch.Tensor]:
     """What a control adds to each weight at scale 1, flattened."""
     layers = {key.rsplit(".lora_", 1)[0] for key in control.tensors}
     factor = control.card.alpha / control.card.rank
-    half = lambda layer, end: control.tensors[layer + end].double().flatten(1)  # noqa: E731
+
+    def half(layer, end):
+        return control.tensors[layer + end].double().flatten(1)
+
     return {
         layer: factor * half(layer, formats.HALVES[1]) @ half(layer, formats.HALVES[0]) for layer in layers
     }
@@ -440,7 +443,10 @@ def test_merging_at_full_rank_is_the_sum_and_at_less_the_best():
     assert merged.card.rank == 8 and max(lost.values()) < 1e-6
     assert all(torch.allclose(ours[layer], a[layer] - 0.5 * b[layer], atol=1e-6) for layer in ours)
     small, lost, overall = merge.merge([smile, age], [1.0, -0.5], 2, "small")
-    norm = lambda changes: sum(moved.square().sum() for moved in changes.values()) ** 0.5  # noqa: E731
+
+    def norm(changes):
+        return sum(moved.square().sum() for moved in changes.values()) ** 0.5
+
     missing = {layer: moved - ours[layer] for layer, moved in change(small).items()}
     assert overall == pytest.approx((norm(missing) / norm(ours)).item(), rel=1e-4)
     layer = max(lost, key=lost.get)

@@ -40,14 +40,17 @@ def simulated(
         1 + 0.3 * random.normal(size=(prompts, 1, 1)),
         kept * (1 + differ * random.normal(size=(prompts, 1, 1))),
     )
-    images = lambda: (
-        noise
-        / 2
-        * (
-            random.normal(size=(prompts, seeds, 1)) * SCALES
-            + random.normal(size=(prompts, seeds, len(SCALES)))
+
+    def images():
+        return (
+            noise
+            / 2
+            * (
+                random.normal(size=(prompts, seeds, 1)) * SCALES
+                + random.normal(size=(prompts, seeds, len(SCALES)))
+            )
         )
-    )  # noqa: E731
+
     return tuple(effect.change(s * curve + images(), ZERO) for s in (strength, strength * share))
 
 

@@ -224,12 +224,7 @@ def test_an_unknown_config_is_said_and_stops_no_plan(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "batch_size"),
-    [
-        ([], 8),
-        (["member=sdxl/base"], 2),
-        (["member=flux/dev"], 1),
-        (["member=sdxl/base", "batch_size=5"], 5),
-    ],
+    [([], 8), (["member=sdxl/base"], 2), (["member=flux/dev"], 1), (["member=sdxl/base", "batch_size=5"], 5)],
 )
 def test_the_batch_is_the_familys_where_the_run_does_not_say(words, batch_size):
     cfg = merge(slider.Config, words)

@@ -1,4 +1,4 @@
-"""What cannot be loaded is said in one line: gated, missing, another revision, broken cards, one's own files."""
+"""What cannot be loaded is one line: gated, missing, another revision, broken cards, one's own files."""
 
 import hashlib
 import json

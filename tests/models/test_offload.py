@@ -155,9 +155,10 @@ class Types(Offloader):
 
     def comes_when_called(self, net: torch.nn.Module) -> None:
         super().comes_when_called(net)
-        here = lambda value: (
-            value.to(self.device) if torch.is_tensor(value) and value.is_floating_point() else value
-        )  # noqa: E731
+
+        def here(value):
+            return value.to(self.device) if torch.is_tensor(value) and value.is_floating_point() else value
+
         net.register_forward_pre_hook(
             lambda module, args, more: (tree_map(here, args), tree_map(here, more)), with_kwargs=True
         )

@@ -179,9 +179,10 @@ def test_the_line_between_them_is_straight():
     """With fresh noise, x after the first step is alpha' (keep x0 + (1 - keep) x0 of the other) + sigma'
     noise: PAPER.md's line.
     """
-    first = lambda text: (
-        next(iter(sample(named(text, *toys()), draw_noise([3], (4, 8, 8), 4), prompts(1)))).after
-    )  # noqa: E731
+
+    def first(text):
+        return next(iter(sample(named(text, *toys()), draw_noise([3], (4, 8, 8), 4), prompts(1)))).after
+
     for name, end in (("blend", "renoised(1)"), ("attenuate", "attenuate(0)")):
         assert torch.allclose(first(f"{name}(.25)"), 0.25 * first("student") + 0.75 * first(end), atol=1e-5)
 

@@ -66,7 +66,8 @@ def test_a_text_file_and_a_dataset(tmp_path):
         ),
         (
             "a.jsonl",
-            '{"prompt": "ein Mädchen, lächelnd", "evaluation_seed": 5}\n\n{"prompt": "a cat", "evaluation_seed": 41337.0}',
+            '{"prompt": "ein Mädchen, lächelnd", "evaluation_seed": 5}\n\n{"prompt": "a cat", '
+            '"evaluation_seed": 41337.0}',
             "utf-8",
         ),
     ],

@@ -38,8 +38,13 @@ def test_kernel_distance_by_its_definition():
     """
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
-    kernel = lambda x, y: (x @ y / 3 + 1) ** 3  # noqa: E731
-    within = lambda x: np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])  # noqa: E731
+
+    def kernel(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    def within(x):
+        return np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+
     across = np.mean([kernel(x, y) for x in a for y in b])
     assert prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
     many = rng.normal(size=(800, 3))

@@ -295,7 +295,10 @@ def test_watching_measures_other_members_and_changes_nothing(tmp_path, monkeypat
 
 def test_the_average_lags_behind(tmp_path, whole):
     average = trained(tmp_path, "ema=0.9")
-    size = lambda control: sum(t.square().sum() for n, t in control.items() if "lora_B" in n).sqrt()  # noqa: E731
+
+    def size(control):
+        return sum(t.square().sum() for n, t in control.items() if "lora_B" in n).sqrt()
+
     assert 0 < size(average) < size(whole)
 
 

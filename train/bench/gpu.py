@@ -3,7 +3,7 @@
 Or make gpu. At most 9 minutes on one H100. Needs torch for CUDA and the packages of pyproject.toml, those of
 the extra dev for the tests and nf4, and the project's folder on PYTHONPATH where it is not installed. Needs
 no network and no weights but the embedded family's, for SDXL's are random. Without a GPU the embedded family
-stands in, and the file goes to runs/. --show prints the file; --docs writes what it says into docs/families.md.
+stands in, and the file goes to runs/. --show prints the file; --docs writes it into docs/families.md.
 """
 
 import json
@@ -16,13 +16,13 @@ import time
 import xml.etree.ElementTree as xml
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from configs import ROOT, UserError, command, entry, load, replacing, versions
+from configs import ROOT, UserError, command, entry, list_of, replacing, versions
 from train.bench import figures, memory, sdxl, students
 from train.bench.figures import RECORD
 from train.bench.sdxl import Row, Rows
@@ -33,19 +33,21 @@ Keep = Callable[[str, dict], None]  # takes a part's name and what is known of i
 @dataclass
 class Config:
     minutes: float = 9.0  # for everything; what is not done by then is left out
-    parts: list[str] = field(default_factory=lambda: list(PARTS))  # of what is measured, in this order
+    parts: list[str] = list_of(
+        "pictures", "training", "tests", "compile", "students"
+    )  # of what is measured, in this order
     apart: bool = True  # every part in a process of its own, which ends when its time is over
     repeats: int = 2  # images or steps that a median is taken of, after one that is not counted
     base_steps: int = 0  # of the base; 0 = as its card says, 50 for SDXL
-    batches: list[int] = field(default_factory=lambda: [2, 4, 8, 16])  # images drawn, and decoded, at once
-    sizes_px: list[int] = field(default_factory=list)  # of training; empty = the family's size and its half
-    train_batches: list[int] = field(default_factory=lambda: [1, 8])  # latents of a training step
+    batches: list[int] = list_of(2, 4, 8, 16)  # images drawn, and decoded, at once
+    sizes_px: list[int] = list_of()  # of training; empty = the family's size and its half
+    train_batches: list[int] = list_of(1, 8)  # latents of a training step
     quantize: str = "nf4"  # how the network is packed for the last training steps; empty = not at all
     backend: str = "inductor"  # of torch.compile
-    students: list[str] = field(default_factory=lambda: ["dmd", "lcm", "lightning"])  # embedded ones
+    students: list[str] = list_of("dmd", "lcm", "lightning")  # embedded ones
     student_steps: int = 40  # of their training, at least 6
     student_batch: int | None = None  # images per such step; null = the student's own number
-    tests: list[str] = field(default_factory=lambda: ["tests/test_gpu.py"])  # whose tests marked gpu are run
+    tests: list[str] = list_of("tests/test_gpu.py")  # whose tests marked gpu are run
     show: bool = False  # --show: print the file and measure nothing
     docs: bool = False  # --docs: write into docs/families.md what the file says, and measure nothing
     out: str = ""  # the file; empty = bench/gpu.json, without a GPU runs/bench-gpu/gpu.json
@@ -232,4 +234,4 @@ def tested(files: list[str]) -> Row:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -6,7 +6,7 @@ that are trained on come on top. Writes runs/bench-memory/results.json.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from configs import ROOT, UserError, entry, load, replacing, versions
+from configs import ROOT, UserError, entry, list_of, replacing, versions
 from models.architectures import ARCHITECTURES
 from models.families import Family
 from models.quantized import KINDS, check, inside, quantize, quantized
@@ -26,7 +26,7 @@ SDXL = ARCHITECTURES["sdxl"]
 
 @dataclass
 class Config:
-    sizes_px: list[int] = field(default_factory=lambda: [512, 1024])  # of the images
+    sizes_px: list[int] = list_of(512, 1024)  # of the images
     batch_size: int = 1  # latents at once
     rank: int = 4  # of the slider
     layers: str = "noxattn"  # its layer set
@@ -188,4 +188,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

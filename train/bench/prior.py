@@ -8,14 +8,14 @@ runs/bench-prior/results.json.
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from configs import entry, load, merge, replacing, versions
+from configs import entry, list_of, merge, replacing, versions
 from controls import formats
 from controls.lora import Control, fused
 from models.evaluators import Attributes, Clip
@@ -33,7 +33,7 @@ BLOCKS = 6  # parts of the images, each of which gives a distance; their spread 
 class Config:
     config: str = "configs/loras/watercolour.yaml"  # the LoRA
     member: str = "tiny/dmd"  # the student
-    priors: list[float] = field(default_factory=lambda: [0.0, 1.0])  # weights of the prior term
+    priors: list[float] = list_of(0.0, 1.0)  # weights of the prior term
     steps: int = 150  # optimizer steps of each training
     images: int = 96  # pictures with and as many without the token, one per held-out caption
     out: str = "runs/bench-prior"  # the runs and results.json go there
@@ -111,8 +111,13 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
     About 0 where both come from one distribution. Source: Bińkowski et al. 2018, arXiv 1801.01401, sec. 3.
     """
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
-    within = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))  # noqa: E731
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        return (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
+
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 
@@ -124,7 +129,8 @@ def with_error(values: list[float]) -> list[float]:
 def show(rows: dict) -> None:
     """Prints both measures of every student."""
     table = Table(
-        title="Obeys: share of a caption's claims that the probe sees; distance: of CLIP features to true pictures, × 1000"
+        title="Obeys: share of a caption's claims that the probe sees; distance: of CLIP features to true "
+        "pictures, × 1000"
     )
     kinds = list(next(iter(rows.values())))
     for head in ("student", *(f"{what} {kind}" for kind in kinds for what in ("obeys", "distance"))):
@@ -143,4 +149,4 @@ def show(rows: dict) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

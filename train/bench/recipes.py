@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from configs import entry, load, merge, replacing, versions
+from configs import entry, merge, replacing, versions
 from controls import formats, retention
 from controls.effect import change
 from controls.lora import fused
@@ -132,4 +132,4 @@ def show(rows: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from configs import ROOT, entry, load, replacing, versions
+from configs import ROOT, entry, replacing, versions
 from models.families import Family
 from models.offload import compiled
 from models.plans import hybrid
@@ -245,4 +245,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda: main(load(Config)))
+    entry(main, Config)
