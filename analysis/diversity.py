@@ -21,8 +21,7 @@ from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of, ways
 from analysis.images.quality import Judge, against
 from analysis.measures.image_sets import Spread
 from analysis.pages import diversity as diversity_page
-from analysis.pages.charts import shown
-from analysis.pages.html import number
+from analysis.pages.words import number, shown
 from configs import UserError, entry, list_of, releases, tracking
 from controls import intervals
 from models import budget, devices, forecast, promptsets

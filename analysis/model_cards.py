@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from analysis.pages import words as of
-from analysis.pages.html import ranged
+from analysis.pages.words import ranged
 from configs import ROOT, UserError, plain_name, replacing
 from controls import formats
 from controls.lora import Card

@@ -39,7 +39,7 @@ from analysis.images.directions import Start, directions, overlaps
 from analysis.images.stitching import stitch
 from analysis.measures.prediction import points, predictors
 from analysis.pages import similarity as similarity_page
-from analysis.pages.html import number, ranged
+from analysis.pages.words import number, ranged
 from configs import ROOT, UserError, entry, list_of, releases, replacing, tracking
 from controls import formats
 from controls.lora import Control, fused

@@ -21,7 +21,7 @@ from analysis.images import sheets, store
 from analysis.images.cache import acting, in_memory, in_turn, networks, one_by_one, plan_of, ways
 from analysis.measures.commitment import abandoned, apart, committed, concept, followed
 from analysis.pages import trace as trace_page
-from analysis.pages.charts import shown
+from analysis.pages.words import shown
 from configs import UserError, entry, list_of, releases, tracking
 from controls import formats
 from controls.lora import Control, fits

@@ -19,7 +19,7 @@ from rich.table import Table
 from analysis import model_cards, report, session, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
-from analysis.pages import html
+from analysis.pages import words
 from configs import UserError, entry, list_of, releases, tracking
 from controls import formats, intervals
 from controls.lora import Card, Control, fits, random_like
@@ -156,7 +156,7 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
     """
     family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
     subjects = [
-        Subject(control, words(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)
+        Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)
     ]
     prompts, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
     cfg.prompts = prompts.texts
@@ -237,7 +237,7 @@ def adopted(path: str, name: str, cfg: Config, family: Family) -> Control:
     return formats.adopt(path, skeleton(family.card, source), own, cfg.encoders)
 
 
-def words(cfg: Config, control: Control) -> Words:
+def descriptions(cfg: Config, control: Control) -> Words:
     """The positive and negative descriptions by which a control is measured; None without words, as
     SliderSpace's directions are.
 
@@ -349,12 +349,12 @@ def show(cells: list[dict]) -> None:
 def lines(cell: dict) -> Iterator[str]:
     """The lines of one printed cell."""
     (_, first), *others = cell["readings"].items()
-    yield f"{html.ranged(first['retention'])} {'' if cell['reference'] else first['verdict']}"
+    yield f"{words.ranged(first['retention'])} {'' if cell['reference'] else first['verdict']}"
     for name, reading in others:
-        yield f"{html.ranged(reading['retention'])} {name}"
+        yield f"{words.ranged(reading['retention'])} {name}"
     yield (
-        f"scale {html.number(first['matched_scale']['value'])}, CLIP "
-        f"{html.percent(cell['clip_change_percent'])}"
+        f"scale {words.number(first['matched_scale']['value'])}, CLIP "
+        f"{words.percent(cell['clip_change_percent'])}"
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from analysis.pages import words as of
-from analysis.pages.html import short
+from analysis.pages.words import short
 from analysis.results import SCHEMA
 from configs import command, replacing, versions
 from configs.tracking import Tracker

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import configs  # noqa: E402
 from analysis import results  # noqa: E402
-from analysis.pages.html import number, ranged  # noqa: E402
+from analysis.pages.words import number, ranged  # noqa: E402
 from configs.options import usage  # noqa: E402
 from models import cards  # noqa: E402
 from models.loading import source  # noqa: E402

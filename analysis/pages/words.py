@@ -3,8 +3,19 @@
 Plain text, no HTML, no torch.
 """
 
-from analysis.pages.html import number, ranged, short, signed
+import math
 
+DASH = "–"
+EMPTY = {"value": None, "low": None, "high": None}
+MARKS = {
+    "kept": "✓",
+    "weaker": "↓",
+    "stronger": "↑",
+    "dead": "✕",
+    "reversed": "⇄",
+    "unclear": "?",
+    "undefined": "–",
+}
 WORDS = (
     "kept",
     "weaker",
@@ -14,6 +25,91 @@ WORDS = (
     "unclear",
     "undefined",
 )  # the verdicts, best news first
+
+
+def short(member: str, beside: str | None = None) -> str:
+    """A member without its family, unless it stands beside one of another family."""
+    family, _, name = member.rpartition("/")
+    return member if beside and beside.rpartition("/")[0] != family else name
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number in words: fixed digits, a true minus sign, a dash for None or what is not finite."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    text = f"{value:.{digits}f}"
+    return (text[1:] if float(text) == 0 and text[0] == "-" else text).replace("-", "−")
+
+
+def ranged(interval: dict, digits: int = 2) -> str:
+    """An interval as "0.93 [0.88, 0.98]"."""
+    return f"{number(interval['value'], digits)} {brackets(interval, digits)}".removesuffix(
+        f" [{DASH}, {DASH}]"
+    )
+
+
+def side(interval: dict, place: float) -> int:
+    """On which side of a place an interval lies with both ends: -1 below, 1 above, 0 on neither, or where it
+    has no ends.
+    """
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None:
+        return 0
+    return (low > place) - (high < place)
+
+
+def brackets(interval: dict, digits: int = 2) -> str:
+    """The ends of an interval as "[0.88, 0.98]"."""
+    return f"[{number(interval['low'], digits)}, {number(interval['high'], digits)}]"
+
+
+def percent(value: float | None) -> str:
+    """A signed percentage, "+17.8 %"."""
+    return DASH if number(value) == DASH else f"{'+' if value > 0 else ''}{number(value, 1)} %"
+
+
+def signed(value: float) -> str:
+    """A scale as "+1", "0", "−0.5"."""
+    return f"{'+' if value > 0 else ''}{value:g}".replace("-", "−")
+
+
+def shown(interval: dict | None, digits: int = 3) -> str:
+    """An interval in a table; a dash where there is none."""
+    return DASH if not interval or interval["value"] is None else ranged(interval, digits)
+
+
+def small(p: float | None) -> str:
+    """A p value, "0.032" or "< 0.001"."""
+    return "< 0.001" if p is not None and p < 0.001 else number(p, 3)
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 prompt", "12 prompts"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def design(cell: dict) -> str:
+    """How many images a cell is made of: "12 prompts × 4 seeds"."""
+    return f"{cell['prompts']} prompts × {cell['seeds']} seeds"
+
+
+def listed(values: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def scale_labels(scales: list[float]) -> list[str]:
+    return [f"scale {signed(scale)}" for scale in scales]
+
+
+def start_of(scales: list[float]) -> int:
+    """Where a dial over scales stands at first: at 1, else at the last."""
+    return scales.index(1) if 1 in scales else len(scales) - 1
+
+
+def stamp(results: dict) -> str:
+    """When a record was made, how long that took, with what."""
+    versions = listed(results.get("versions", {}))
+    return f"{results.get('created', '')} · {results.get('seconds', 0):.0f} s · {versions}"
 
 
 def led(cell: dict) -> dict:
@@ -44,6 +140,11 @@ def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
     for cell in sorted(cells, key=_place):
         found.setdefault((cell["control"], cell["source"]), []).append(cell)
     return {key: found[key] for key in dict.fromkeys((c["control"], c["source"]) for c in cells)}
+
+
+def on(group: list[dict], target: str) -> dict | None:
+    """The cell of a control on a target; None where there is none."""
+    return next((cell for cell in group if cell["target"] == target), None)
 
 
 def members_of(cells: list[dict]) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_wandb_log import CONTROLS, TARGETS, transfer_record
 
 from analysis import model_cards
-from analysis.pages import html
+from analysis.pages import words
 from analysis.pages import words as of
 from configs import ROOT, UserError
 from controls import formats, info, merge
@@ -54,11 +54,11 @@ def test_a_model_card_per_control(tmp_path, results):
         for cell in (c for c in results["cells"] if c["control"] == name and not c["reference"]):
             (row,) = [line for line in card.text.splitlines() if line.startswith(f"| `{cell['target']}`")]
             for reading in of.readings(cell).values():
-                assert f"{html.ranged(reading['retention'])} {reading['verdict']}" in row
+                assert f"{words.ranged(reading['retention'])} {reading['verdict']}" in row
             if cell["verdict"] == "undefined":
                 assert "| none |" in row
             elif cell["matched_scale"]["value"] is not None:
-                assert f"| {html.ranged(cell['matched_scale'])} |" in row
+                assert f"| {words.ranged(cell['matched_scale'])} |" in row
             else:
                 assert f"none up to 2; at {cell['matched_scale']['reach']['scale']:.2g} it has" in row
         assert (

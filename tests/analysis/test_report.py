@@ -5,18 +5,17 @@ import json
 import re
 import subprocess
 import sys
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 from synthetic import CONTROLS, SCALES, TARGETS, png, results, sheet, write
 
 import configs
 from analysis import report
-from analysis.pages import figures, tables, words
-from analysis.pages import html as page
+from analysis.pages import charts, html, transfer, words
 from controls import intervals
 
 OLD = {
@@ -62,31 +61,31 @@ def text_of(html: str) -> str:
 
 def test_page_holds_every_control_and_value(folder):
     path = report.build(folder)
-    html = path.read_text()
-    said = text_of(html)
-    assert path == folder / "report.html" and "$" not in html
+    page = path.read_text()
+    said = text_of(page)
+    assert path == folder / "report.html" and "$" not in page
     for c in map(words.led, report.read(folder)["cells"]):
         for reading in c["readings"].values():
             fine = [c["slope"], *reading["effect"], reading["shape"]["area"]]
             for value in [
-                *map(page.ranged, (reading["retention"], reading["matched_scale"])),
-                *(page.ranged(i, 3) for i in fine),
+                *map(words.ranged, (reading["retention"], reading["matched_scale"])),
+                *(words.ranged(i, 3) for i in fine),
             ]:
-                assert value in html, value
-        assert escape(c["control"]) in html and c["verdict"] in html
+                assert value in page, value
+        assert escape(c["control"]) in page and c["verdict"] in page
         assert (escape(words.headline(c)) in said) == words.is_verdict(c), words.headline(c)
     for value in ("its twin", "another", "person, smiling", "4320 images drawn", "an old man", "torch 2.13"):
-        assert value in html, value
-    assert "age <b>" not in html and "a child" not in html.split("Configuration")[0]
-    assert "None" not in html and "nan" not in html
+        assert value in page, value
+    assert "age <b>" not in page and "a child" not in page.split("Configuration")[0]
+    assert "None" not in page and "nan" not in page
 
 
 def test_page_stands_alone(folder):
-    html = report.build(folder).read_text()
-    assert not re.findall(r"https?:|<link|<script src|@import|url\(", html)
-    assert "default-src 'none'" in html
-    assert html.count("data:image/png;base64,") == len(CONTROLS) * len(TARGETS)
-    assert len(re.findall(r'<img alt="[^"]{20,}"', html)) == html.count("<img")
+    page = report.build(folder).read_text()
+    assert not re.findall(r"https?:|<link|<script src|@import|url\(", page)
+    assert "default-src 'none'" in page
+    assert page.count("data:image/png;base64,") == len(CONTROLS) * len(TARGETS)
+    assert len(re.findall(r'<img alt="[^"]{20,}"', page)) == page.count("<img")
 
 
 def test_no_torch(folder):
@@ -110,12 +109,12 @@ def test_an_old_record_leaves_parts_out(made, folder):
             for key in OLD & reading.keys():
                 del reading[key]
             reading.get("matched_scale", {}).pop("reach", None)
-    html = built(old, folder)
+    page = built(old, folder)
     assert (
-        "smile: kept on dmd" in text_of(html)
-        and "Leakage" not in html
-        and "Drawn again" not in html
-        and "None" not in html
+        "smile: kept on dmd" in text_of(page)
+        and "Leakage" not in page
+        and "Drawn again" not in page
+        and "None" not in page
     )
 
 
@@ -130,8 +129,8 @@ def test_undefined_and_unreached_numbers_are_dashes(made, folder):
         **unread,
     }
     found["leakage"][1]["share"] = None
-    html = built(found, folder)
-    assert "None" not in html and "No pictures were kept" in html and "smile: undefined" in html
+    page = built(found, folder)
+    assert "None" not in page and "No pictures were kept" in page and "smile: undefined" in page
 
 
 def test_a_control_without_effect_is_one_line(made, folder):
@@ -146,8 +145,8 @@ def test_a_control_without_effect_is_one_line(made, folder):
 def test_many_controls_are_one_line_each(made, folder):
     found = copy.deepcopy(made)
     found["cells"] = [{**c, "control": f"{c['control']} {k}"} for k in range(3) for c in made["cells"]]
-    html = built(found, folder)
-    assert html.count('<details class="verdict">') == 9 and html.count('class="chip ') == 27
+    page = built(found, folder)
+    assert page.count('<details class="verdict">') == 9 and page.count('class="chip ') == 27
     assert report.build(write(made, folder)).read_text().count('<details class="verdict" open>') == 3
 
 
@@ -190,17 +189,17 @@ def test_headline_says_what_to_do():
     assert words.dissent(c) == " (by probe weaker)"
 
 
-def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(cells):
+def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(made, cells, folder):
     assert words.members_of(cells) == [
         f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")
     ]
     assert words.tally(cells) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
+    page = transfer.render({**made, "cells": cells}, folder)
+    table = page[page.index('<table class="heat">') :].partition("</table>")[0]
+    apart = re.findall(r'<td class="apart".*?</td>', table, re.S)
+    assert table.count('scope="col" class="apart"') == 1 and len(apart) == len(CONTROLS)
     few = next(c for c in cells if c["reference"])
-    assert few["verdict"] not in tables.heat_cell(few) and page.number(
-        few["retention"]["value"]
-    ) in tables.heat_cell(few)
-    table = tables.heat_map(cells)
-    assert table.count('scope="col" class="apart"') == 1 and table.count('<td class="apart"') == len(CONTROLS)
+    assert words.number(few["retention"]["value"]) in apart[0] and few["verdict"] not in apart[0]
     assert table.count("from dmd") == 1 and "from base" not in table
 
 
@@ -215,26 +214,26 @@ def test_bad_folders_are_one_line(tmp_path):
 def test_wide_sheets_are_embedded_small(tmp_path):
     path = tmp_path / "sheet.png"
     path.write_bytes(png(sheet(size=300, rows=1)))
-    assert page.embedded(path).startswith("data:image/png;base64,") and page.embedded(path, 1800).startswith(
+    assert html.embedded(path).startswith("data:image/png;base64,") and html.embedded(path, 1800).startswith(
         "data:image/png"
     )
-    small = page.embedded(path, 600)
-    assert small.startswith("data:image/webp;base64,") and len(small) < len(page.embedded(path))
-    (tmp_path / "small.webp").write_bytes(page.base64.b64decode(small.split(",")[1]))
+    small = html.embedded(path, 600)
+    assert small.startswith("data:image/webp;base64,") and len(small) < len(html.embedded(path))
+    (tmp_path / "small.webp").write_bytes(html.base64.b64decode(small.split(",")[1]))
     assert Image.open(tmp_path / "small.webp").size == (600, 100)
 
 
 def test_ticks_and_labels():
-    assert page.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert page.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
-    places = page.spread([10, 11, 12, 90], 14, 5, 95)
+    assert charts.ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert charts.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
+    places = charts.spread([10, 11, 12, 90], 14, 5, 95)
     assert np.diff(places).min() > 13.9 and places == sorted(places)
 
 
 def test_the_window_and_the_margin_are_where_their_scales_are(cells):
     own = cells[0]
     assert own["window"] == [False, True, True, True, True, False]
-    svg = page.chart(SCALES, {"base": own["effect"]}, "x", window=own["window"])
+    svg = transfer.dose_response([own], "clip", [own["target"]])
     x, width = (float(re.search(rf'class="window".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
     dots = [float(v) for v in re.findall(r'<circle class="c0" cx="([\d.]+)"', svg)]
     assert (x, x + width) == pytest.approx((dots[1], dots[4]), abs=0.2)
@@ -242,12 +241,12 @@ def test_the_window_and_the_margin_are_where_their_scales_are(cells):
 
 def test_retentions_stand_on_one_axis_with_the_margin(cells):
     group = [c for c in cells if c["control"] == "smile"]
-    svg = figures.forest([c for c in group if not words.is_own(c)], [0.5, 1.5])
+    svg = transfer.retentions(group, [0.5, 1.5])
     x, width = (float(re.search(rf'class="margin".* {key}="([\d.]+)"', svg)[1]) for key in ("x", "width"))
     found = [float(v) for v in re.findall(r'<path class="first" transform="translate\(([\d.]+)', svg)]
     wanted = [x + width * (c["retention"]["value"] - 0.5) for c in group if not words.is_own(c)]
     assert found == pytest.approx(wanted, abs=0.2)
-    assert all(svg.count(f'<path class="{kind}"') == 4 for kind in figures.SHAPES)
+    assert all(svg.count(f'<path class="{kind}"') == 4 for kind in charts.SHAPES)
 
 
 def luminance(colour: str) -> float:
@@ -260,10 +259,10 @@ def luminance(colour: str) -> float:
 
 
 def test_every_colour_can_be_read_as_text():
-    for scheme in re.findall(r":root \{(.*?)\}", page.STYLE.read_text(), re.S):
+    for scheme in re.findall(r":root \{(.*?)\}", html.source("page.css"), re.S):
         colours = dict(re.findall(r"--([\w-]+): (#\w{6})", scheme))
         grounds = [luminance(colours.pop(name)) for name in ("paper", "tint")]
-        assert len(colours) == page.COLOURS + 6
+        assert len(colours) == charts.COLOURS + 6
         for name in colours.keys() - {"line"}:
             for ground in grounds:
                 dark, light = sorted((luminance(colours[name]), ground))
@@ -271,4 +270,4 @@ def test_every_colour_can_be_read_as_text():
 
 
 def test_p_values():
-    assert [tables.small(p) for p in (0.0004, 0.0316, 1.0, None)] == ["< 0.001", "0.032", "1.000", "–"]
+    assert [words.small(p) for p in (0.0004, 0.0316, 1.0, None)] == ["< 0.001", "0.032", "1.000", "–"]
