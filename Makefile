@@ -28,7 +28,7 @@ report: ## draw report.html again from the results on disk
 bench-train: ## the fast slider recipe against the published one: seconds, evaluations, effect
 	python train/bench/recipes.py
 
-bench-transfer: ## what drawing for the transfer validator costs beyond the networks themselves
+bench-transfer: ## which share of a transfer cell is spent outside network, VAE and evaluators
 	python -m analysis.bench
 
 bench-prior: ## how well a student draws with a LoRA on it, with and without the prior term

@@ -1,15 +1,18 @@
-"""What drawing costs beyond the networks themselves: python -m analysis.bench [key=value ...], or make
-bench-transfer
+"""What share of a transfer cell is spent outside network, VAE and evaluators: python -m analysis.bench
+[key=value ...]
 
-Draws one control on every member as the transfer validator does, and asks the bare networks for the same
-number of evaluations in the same batches. The overhead is everything else: putting the control into the
-weights, noise, updates, files.
+Or make bench-transfer. Draws one control on every target as the transfer validator does, and takes the
+seconds inside of each. What is left is everything else: putting the control into the weights, noise, updates,
+files.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -17,91 +20,110 @@ from rich.table import Table
 
 from analysis import transfer
 from analysis.images.cache import Drawings, Job
-from configs import entry, merge
-from models.sampler import draw_noise
+from configs import entry, list_of, merge
+from models.sampler import Plan
+
+PARTS = ("network", "VAE", "evaluators")
 
 
 @dataclass
 class Config:
+    family: str = "tiny"  # a card in configs/families, or the path of one
     control: str = "controls/tiny/smile.safetensors"  # the control
+    targets: list[str] = list_of()  # members, or plans as analysis.transfer takes them; empty = all members
+    prompts: list[str] = list_of()  # as analysis.transfer takes them; empty = the family card's prompts
     seeds: int = 4  # images per prompt
-    rounds: int = 3  # how often each is timed; the fastest counts
+    evaluators: list[str] = list_of()  # of the family's card; empty = all that read words
+    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
+    rounds: int = 3  # how often each is timed; the one with the least outside counts
 
 
 def main(cfg: Config) -> None:
-    """Times both, in turns, and prints seconds, images per second and overhead for every member."""
+    """Prints seconds by part, images per second and the share outside, for every target and over all of them."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    given = {
+        key: getattr(cfg, key)
+        for key in ("family", "targets", "prompts", "seeds", "evaluators", "dtype", "quantize")
+    }
+    table = Table(title="Seconds of a drawing by part")
+    for head in ("target", "images", "drawn in", *PARTS, "images per second", "outside"):
+        table.add_column(head)
+    total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"controls=[{cfg.control}]", f"seeds={cfg.seeds}", f"cache={folder}", "references=false"]
-        drawings, (subject,), targets = transfer.prepare(merge(transfer.Config, words), torch.device("cpu"))
-        table = Table(title="Seconds per drawing; overhead over U-Net, VAE and evaluators")
-        for head in (
-            "member",
-            "images",
-            "drawn in",
-            "networks alone",
-            "of which U-Net",
-            "images per second",
-            "overhead",
-        ):
-            table.add_column(head)
+        words = given | {"controls": [cfg.control], "cache": folder, "references": False}
+        drawings, (subject,), targets = transfer.prepare(merge(transfer.Config, words), device)
+        drawings.family.encode_all(drawings.texts)
         for target in targets:
-            job, plan = Job(target, subject.name, 1.0), drawings.plan(target)
-            drawings.make(job)  # what is prepared once is prepared now
-            whole, parts = [], []
-            for _ in range(cfg.rounds):
-                for path in drawings.files(job):
-                    path.unlink(missing_ok=True)
-                drawings.whole.clear()
-                whole.append(seconds(lambda job=job: drawings.make(job)))
-                parts.append(bare(drawings, plan))
-            total, (unet, rest) = min(whole), (min(part) for part in zip(*parts, strict=True))
-            count = len(drawings.numbers)
+            drawings.family.keep(())
+            spent, count = drawn(drawings, Job(target, subject.name, 1.0), cfg.rounds), len(drawings.numbers)
+            total += spent
             table.add_row(
                 target,
                 str(count),
-                f"{total:.2f}",
-                f"{unet + rest:.2f}",
-                f"{unet:.2f}",
-                f"{count / total:.1f}",
-                f"{100 * (total / (unet + rest) - 1):.1f} %",
+                *(f"{spent[part]:.2f}" for part in ("whole", *PARTS)),
+                f"{count / spent['whole']:.3g}",
+                f"{100 * outside(spent):.1f} %",
             )
     Console(width=110).print(table)
+    print(f"outside network, VAE and evaluators: {100 * outside(total):.1f} % of {total['whole']:.1f} s")
 
 
-@torch.no_grad()
-def bare(drawings: Drawings, plan) -> tuple[float, float]:
-    """Seconds of the U-Net's evaluations of a plan, and of VAE and evaluators, for as many images as a
-    drawing has.
+def drawn(drawings: Drawings, job: Job, rounds: int) -> Counter[str]:
+    """Seconds of a drawing, whole and by part, in the round in which the least of it was outside."""
+    plan, found = drawings.plan(job.target), []
+    drawings.make(job)  # what is prepared once is prepared now
+    for _ in range(rounds):
+        for path in drawings.files(job):
+            path.unlink(missing_ok=True)
+        drawings.whole.clear()
+        with clocked(drawings, plan) as spent:
+            start = now(drawings.family.device)
+            drawings.make(job)
+            spent["whole"] = now(drawings.family.device) - start
+        found.append(spent)
+    return min(found, key=outside)
+
+
+def outside(spent: Counter[str]) -> float:
+    """The share of a drawing that is spent in none of its parts."""
+    return 1 - sum(spent[part] for part in PARTS) / spent["whole"]
+
+
+@contextmanager
+def clocked(drawings: Drawings, plan: Plan) -> Iterator[Counter[str]]:
+    """Inside, the seconds that a plan's networks, the VAE's decoder and the evaluators are at work add up in
+    what is yielded.
     """
-    family, count = drawings.family, len(drawings.numbers)
-    latents = draw_noise(range(count), family.latent_shape, 1, family.device)[:, 0]
-    images = torch.zeros(count, 3, family.card.size_px, family.card.size_px)
-    conditioning = family.encode([drawings.texts[k // drawings.seeds] for k in range(count)])
-
-    def steps(rows: torch.Tensor) -> torch.Tensor:
-        for stage in plan.stages:
-            for level in stage.levels:
-                stage.member.denoiser(latents[rows], level, conditioning[rows], stage.member.guidance)
-        return rows
-
-    def look(rows: torch.Tensor) -> torch.Tensor:
+    spent, device, begun = Counter(), drawings.family.device, []
+    parts = [("network", net) for net in {member.denoiser.net: None for member in plan.members}]
+    with ExitStack() as stack:
+        for part, module in [*parts, ("VAE", drawings.family.pipe.vae.decoder)]:
+            stack.callback(module.register_forward_pre_hook(lambda *_: begun.append(now(device))).remove)
+            hook = partial(_ended, spent, part, begun, device)
+            stack.callback(module.register_forward_hook(lambda *_, hook=hook: hook()).remove)
         for evaluator in drawings.evaluators.values():
-            evaluator.features(images[rows])
-        return rows
-
-    def decode(rows: torch.Tensor) -> torch.Tensor:
-        return family.decode(latents[rows])
-
-    unet, vae, evaluators = (
-        seconds(lambda work=work: family.drawing.of(work, count)) for work in (steps, decode, look)
-    )
-    return unet, vae + evaluators
+            stack.callback(partial(delattr, evaluator, "features"))
+            evaluator.features = partial(_timed, evaluator.features, spent, device)
+        yield spent
 
 
-def seconds(work: Callable) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def _ended(spent: Counter[str], part: str, begun: list[float], device: torch.device) -> None:
+    spent[part] += now(device) - begun.pop()
+
+
+def _timed(features: Callable, spent: Counter[str], device: torch.device, images: torch.Tensor):
+    start = now(device)
+    found = features(images)
+    spent["evaluators"] += now(device) - start
+    return found
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

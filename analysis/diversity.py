@@ -85,6 +85,7 @@ class Config:
     # suffice
     batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(
         default_factory=Memory
     )  # what to do without, at the price of time; a continued run may change it
@@ -118,7 +119,13 @@ def main(cfg: Config) -> Path:
     start, accelerator = time.time(), devices.start(cfg)
     check(cfg)
     family = Family(
-        cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size
+        cfg.family,
+        accelerator.device,
+        DTYPES[cfg.dtype],
+        cfg.memory,
+        cfg.dry_run,
+        cfg.batch_size,
+        cfg.quantize,
     )
     prompts = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, cfg.labels, seeds = (
@@ -135,7 +142,7 @@ def main(cfg: Config) -> Path:
             chosen(family.card, cfg.evaluators),
             in_memory(in_turn([Job(*way, "") for way in plans], family.card), family.card),
         )
-        print(budget.forecast(family.card, calls, family.dtype, family.device, names))
+        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
         most, reading = max(cfg.seeds, cfg.captions), bool(cfg.captions)
         print(forecast.said(lambda: forecast.drawing(family, turns, most, [], names, reading=reading)))
         return Path(cfg.out) / cfg.name

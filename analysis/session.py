@@ -50,7 +50,7 @@ def show(
     if not todo:
         print("nothing to draw")
         return
-    print(budget.forecast(family.card, calls, family.dtype, family.device, evaluators))
+    print(budget.forecast(family.card, calls, family.dtype, family.device, evaluators, family.quantize))
     controls, turns = (
         [control.tensors for control in drawings.controls.values()],
         in_memory(in_turn(todo, family.card), family.card),

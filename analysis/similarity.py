@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from analysis.images.activations import (
     compare,
     shared_blocks,
     spare_noise,
+    sums,
     walk,
 )
 from analysis.images.directions import Start, directions, overlaps
@@ -41,22 +42,36 @@ from analysis.measures.prediction import points, predictors
 from analysis.pages import similarity as similarity_page
 from analysis.pages.words import number, ranged
 from configs import ROOT, UserError, entry, list_of, releases, replacing, tracking
-from controls import formats
-from controls.lora import Control, fused
-from models import budget, devices, promptsets
-from models.evaluators import load_evaluators
+from controls import formats, lora
+from controls.lora import Control
+from models import budget, devices, forecast, promptsets
+from models.evaluators import chosen, load_evaluators
 from models.families import DTYPES, Family, Memory
+from models.forecast import Moment
 from models.sampler import alone
 
 SHIPPED = [
     path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "controls/tiny").glob("*.safetensors"))
 ]
 PROMPT_SEEDS = 1  # images per prompt on which the directions of controls are measured
-Job = tuple[
-    str, Callable[[], list[dict] | dict[str, Tensor]]
-]  # a file of the run folder, and what makes its cells or tensors
-RETENTION = {"control": str, "source": str, "target": str,
-             "readings": results.Each({"retention": {"value": results.NUMBER}})}  # fmt: skip
+RETENTION = {
+    "control": str,
+    "source": str,
+    "target": str,
+    "readings": results.Each({"retention": {"value": results.NUMBER}}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file of the run folder, and what makes its cells or tensors."""
+
+    file: str
+    make: Callable[[], list[dict] | dict[str, Tensor]]
+    members: frozenset[str] = frozenset()  # whose networks it needs
+    controls: tuple[Control, ...] = ()  # that are put into them, one at a time
+    evaluators: tuple[str, ...] | None = None  # that look at its pictures; None = it makes none
+    compared: str = ""  # the member whose blocks it sums up
 
 
 @dataclass
@@ -94,6 +109,7 @@ class Config:
     # suffice
     batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(
         default_factory=Memory
     )  # what to do without, at the price of time; a continued run may change it
@@ -114,7 +130,13 @@ def main(cfg: Config) -> Path:
     )
     transfer = retentions(cfg.transfer) if shown else []
     family = Family(
-        cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size
+        cfg.family,
+        accelerator.device,
+        DTYPES[cfg.dtype],
+        cfg.memory,
+        cfg.dry_run,
+        cfg.batch_size,
+        cfg.quantize,
     )
     prompts = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
@@ -123,27 +145,29 @@ def main(cfg: Config) -> Path:
         measure_of(cfg),
         list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])])),
     )
+    folder, todo, quiet = (
+        Path(cfg.out) / cfg.name,
+        chunks(cfg.prompts, seeds, family.drawing.size),
+        not accelerator.is_main_process,
+    )
+    jobs = [
+        walks(family, firsts, todo),
+        measurements(cfg, family, pairs, shown, todo, measure, folder, quiet),
+    ]
     if cfg.dry_run:
         print(
             f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come "
             f"on top"
         )
-        print(
-            budget.forecast(family.card, nfe(family, pairs, firsts, len(seeds)), family.dtype, family.device)
-        )
-        return Path(cfg.out) / cfg.name
-    fits(family, pairs, shown, cfg.blocks)
-    folder = devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
+        calls, names = nfe(family, pairs, firsts, len(seeds)), chosen(family.card) if cfg.stitch_seeds else ()
+        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
+        print(forecast.said(lambda: moments(cfg, family, measure, in_turn(jobs[0]) + in_turn(jobs[1]))))
+        return folder
+    fits(Family(cfg.family, bare=True), pairs, shown, cfg.blocks)
+    devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
 
-    todo = chunks(cfg.prompts, seeds, family.drawing.size)
-    work(walks(family, firsts, todo), folder, "sampling", accelerator)
-    quiet = not accelerator.is_main_process
-    work(
-        measurements(cfg, family, pairs, shown, todo, measure, folder, quiet),
-        folder,
-        "measuring",
-        accelerator,
-    )
+    for label, part in zip(("sampling", "measuring"), jobs, strict=True):
+        work(part, family, cfg.prompts, folder, label, accelerator)
     if not accelerator.is_main_process:
         return folder / "report.html"
 
@@ -212,8 +236,7 @@ def fits(family: Family, pairs: list[Pair], controls: list[Control], kind: str) 
     if len(set(names)) < len(names):
         raise UserError(f"controls must be files of different names; got {', '.join(names)}")
     for control in [*controls, *(pair.control for pair in pairs if pair.control)]:
-        with fused(family.member(control.card.member).denoiser.net, control, 1.0, family.card.name):
-            pass
+        lora.fits(family.member(control.card.member).denoiser.net, control, family.card.name)
 
 
 def retentions(folder: str) -> list[dict]:
@@ -232,15 +255,46 @@ def retentions(folder: str) -> list[dict]:
     return cells
 
 
-def work(jobs: list[Job], folder: Path, label: str, accelerator: Accelerator) -> None:
-    """Makes the files that are not there yet, this process its share of them, and waits for the others."""
-    lost = store.missing(folder, [file for file, _ in jobs], whole)
+def work(
+    jobs: list[Job], family: Family, prompts: list[str], folder: Path, label: str, accelerator: Accelerator
+) -> None:
+    """Makes the files that are not there yet, this process its share of them, and waits for the others.
+
+    The text encoders go before the first network comes, a network goes when no later job needs it.
+    """
+    lost = store.missing(folder, [job.file for job in jobs], whole)
     accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
-    todo = [(file, make) for file, make in jobs if file in lost]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for file, make in tqdm(mine, label, unit="job", disable=not accelerator.is_main_process):
-        (keep if file.endswith(".json") else store.write)(folder / file, make(), file)
+    todo = [job for job in jobs if job.file in lost]
+    mine = in_turn(todo[accelerator.process_index :: accelerator.num_processes])
+    for text in prompts if mine else ():
+        family.encode([text])  # by itself, as chunks ask for it: a batch of texts rounds in another way
+    if mine:
+        family.encode_all(prompts)
+    for k, job in enumerate(tqdm(mine, label, unit="job", disable=not accelerator.is_main_process)):
+        family.keep(frozenset().union(*(later.members for later in mine[k:])))
+        (keep if job.file.endswith(".json") else store.write)(folder / job.file, job.make(), job.file)
     accelerator.wait_for_everyone()
+
+
+def in_turn(jobs: list[Job]) -> list[Job]:
+    """Jobs by the networks that they need, those with few first."""
+    return sorted(jobs, key=lambda job: (len(job.members), sorted(job.members)))
+
+
+def moments(cfg: Config, family: Family, measure: Measure, jobs: Sequence[Job]) -> Iterator[Moment]:
+    """What is held together in each job; in those that compare, on a CPU, with the sums over activations."""
+    held, images = set(), max(cfg.seeds, len(cfg.prompts) * max(cfg.stitch_seeds, PROMPT_SEEDS))
+    for k, job in enumerate(jobs):
+        held = held & set().union(*(later.members for later in jobs[k:])) | job.members
+        aside = {"sums over activations": sums(family, job.compared, measure)} if job.compared else {}
+        controls = [control.tensors for control in job.controls]
+        for moment in forecast.drawing(
+            family, [(held, {name}) for name in job.members], images, controls, job.evaluators
+        ):
+            summing = (
+                family.device.type == "cpu" and "draw" in moment.when
+            )  # not yet while texts are encoded and networks packed
+            yield Moment(moment.when, moment.held | (aside if summing else {}))
 
 
 def whole(path: Path, file: str) -> list[dict] | dict[str, Tensor] | None:
@@ -250,7 +304,11 @@ def whole(path: Path, file: str) -> list[dict] | dict[str, Tensor] | None:
 
 def walks(family: Family, members: list[str], todo: list[Chunk]) -> list[Job]:
     """The own runs of the members with which others are compared."""
-    return [(walked(name, chunk), partial(walk, family, name, chunk)) for name in members for chunk in todo]
+    return [
+        Job(walked(name, chunk), partial(walk, family, name, chunk), frozenset([name]))
+        for name in members
+        for chunk in todo
+    ]
 
 
 def walked(member: str, chunk: Chunk) -> str:
@@ -306,14 +364,25 @@ def measurements(
             grounds.append(ground(family, todo, folder))
         return directions(family, control, grounds[0])
 
-    files = files_of(pairs, controls)
-    jobs: list[Job] = [(files[f"compare/{pair.file}"], partial(comparison, pair)) for pair in pairs]
-    if cfg.stitch_seeds:
-        jobs += [
-            (files[f"stitch/{pair.file}"], partial(stitches, pair)) for pair in pairs if not pair.control
-        ]
-    jobs += [(files[f"control/{control.card.name}"], partial(direction, control)) for control in controls]
-    return jobs + ([(files["overlap"], partial(overlaps, controls))] if controls else [])
+    files, evaluators = files_of(pairs, controls), tuple(chosen(family.card))
+    jobs = []
+    for pair in pairs:
+        own, used = frozenset([pair.first, pair.second]), (pair.control,) if pair.control else ()
+        jobs.append(
+            Job(files[f"compare/{pair.file}"], partial(comparison, pair), own, used, compared=pair.second)
+        )
+    for pair in pairs if cfg.stitch_seeds else ():
+        if not pair.control:
+            own = frozenset([pair.first, pair.second])
+            jobs.append(
+                Job(files[f"stitch/{pair.file}"], partial(stitches, pair), own, evaluators=evaluators)
+            )
+    every = frozenset(family.card.members)
+    for control in controls:
+        jobs.append(
+            Job(files[f"control/{control.card.name}"], partial(direction, control), every, (control,))
+        )
+    return jobs + ([Job(files["overlap"], partial(overlaps, controls))] if controls else [])
 
 
 def files_of(pairs: list[Pair], controls: list[Control]) -> dict[str, str]:

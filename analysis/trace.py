@@ -80,6 +80,7 @@ class Config:
     # suffice
     batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(
         default_factory=Memory
     )  # what to do without, at the price of time; a continued run may change it
@@ -116,7 +117,13 @@ def main(cfg: Config) -> Path:
     control = formats.load(cfg.control) if cfg.control else None
     pair = words(cfg, control) if control else ("", "")
     family = Family(
-        cfg.family, accelerator.device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size
+        cfg.family,
+        accelerator.device,
+        DTYPES[cfg.dtype],
+        cfg.memory,
+        cfg.dry_run,
+        cfg.batch_size,
+        cfg.quantize,
     )
     prompts = promptsets.read(cfg.prompts or family.card.prompts)
     cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
@@ -131,7 +138,7 @@ def main(cfg: Config) -> Path:
         images, names = len(cfg.prompts) * cfg.seeds, chosen(family.card, cfg.evaluators)
         print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
         calls = budget.nfe_by_member((plan_of(family, job.target), images) for job in todo)
-        print(budget.forecast(family.card, calls, family.dtype, family.device, names))
+        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
         turns, controls = in_memory(todo, family.card), [control.tensors] if control else []
         print(forecast.said(lambda: forecast.drawing(family, turns, images, controls, names)))
         return folder

@@ -89,6 +89,7 @@ class Config:
     # suffice
     batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(
         default_factory=Memory
     )  # what to do without, at the price of time; a continued run may change it
@@ -154,7 +155,9 @@ def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject],
 
     Raises UserError for what cannot be, before anything is drawn.
     """
-    family = Family(cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size)
+    family = Family(
+        cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size, cfg.quantize
+    )
     subjects = [
         Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)
     ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from controls.layers import named_layers
 from controls.lora import Control
+from models.quantized import weights
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def delta(base: nn.Module, student: nn.Module, names: list[str]) -> dict[str, Te
 
 def change(base: nn.Module, student: nn.Module, block: str) -> float:
     """|W_student - W_base| / |W_base| over all weights of a block that both have."""
-    ours, theirs = (dict(net.get_submodule(block).named_parameters()) for net in (base, student))
+    ours, theirs = (dict(weights(net.get_submodule(block))) for net in (base, student))
     pairs = [(ours[name].cpu().float(), theirs[name].cpu().float()) for name in ours.keys() & theirs.keys()]
     apart, size = (
         sum(float((d**2).sum()) for d in values)

@@ -16,6 +16,7 @@ from configs import UserError, cut, entry, list_of, load, plain, replacing
 from controls import formats
 from controls.lora import fused
 from models.families import DTYPES, Family, Memory, split
+from models.quantized import check
 
 LEFT, TOP, FONT = 110, 22, 14  # pixels for the names and for the scales, and of their letters
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,6 +34,7 @@ class Config:
     # suffice
     batch_size: int = 0
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time
     out: str = "controls.png"  # the picture
 
@@ -43,13 +45,23 @@ def main(files: list[str], cfg: Config) -> Path:
         raise UserError(
             f"cannot write out={cut(cfg.out)}: it is a folder, or does not end in {', '.join(PICTURES)}"
         )
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"no dtype {cut(cfg.dtype)!r}; there are {', '.join(DTYPES)}")
+    check(cfg.quantize)
     rows, families, device = [], {}, torch.accelerator.current_accelerator() or torch.device("cpu")
     for control in map(formats.load, files):
         card = control.card
         family_name, member_name = split(cfg.member or f"{card.family}/{card.member}")
-        family = families.setdefault(
-            family_name, Family(family_name, device, DTYPES[cfg.dtype], cfg.memory, batch_size=cfg.batch_size)
-        )
+        if family_name not in families:
+            families[family_name] = Family(
+                family_name,
+                device,
+                DTYPES[cfg.dtype],
+                cfg.memory,
+                batch_size=cfg.batch_size,
+                quantize=cfg.quantize,
+            )
+        family = families[family_name]
         prompt = cfg.prompt or next(iter(family.card.prompts), "")
         family.encode_all([prompt])  # so that the text encoders are gone when the network comes
         member = family.member(member_name)

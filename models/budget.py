@@ -50,8 +50,9 @@ class Need:
     memory: float  # bytes on the device
 
 
-def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> list[Need]:
-    """What the VAE, the text encoders and these members need, in the order in which they are loaded.
+def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype, quantize: str = "") -> list[Need]:
+    """What the VAE, the text encoders and these members, whole or quantised, need, in the order in which they
+    are loaded.
 
     Reads configs, from the cache or some kilobytes from the Hub. Raises UserError for a config that cannot be
     had.
@@ -62,7 +63,7 @@ def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype) -> lis
     deltas = [name for name in members if family.members[name].lora]
     return [
         *shared(family, dtype),
-        *(network_need(family, name, dtype) for name in own),
+        *(network_need(family, name, dtype, quantize) for name in own),
         *(delta_need(family, name, dtype) for name in deltas),
     ]
 
@@ -220,13 +221,17 @@ def forecast(
     dtype: torch.dtype,
     device: torch.device,
     evaluators: Sequence[str] = (),
+    quantize: str = "",
 ) -> str:
     """What a run will load, ask and take, as text: a budget of the members and evaluators, evaluations per
     image summed, time.
     """
     try:
         parts = table(
-            [*needs(family, list(calls), dtype), *(evaluator_need(family, name) for name in evaluators)]
+            [
+                *needs(family, list(calls), dtype, quantize),
+                *(evaluator_need(family, name) for name in evaluators),
+            ]
         )
     except UserError as error:
         parts = f"download and memory: unknown ({error})"

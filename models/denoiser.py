@@ -1,6 +1,6 @@
 """The denoiser: a network wrapped at the border, after which everything speaks x0."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ class Denoiser:
         self.nfe += 1
         negative, positive = both.chunk(2)
         return negative + guidance * (positive - negative)
+
+    def turned(self, share: float) -> "Denoiser":
+        """The same with a share of its delta's strength."""
+        own = self.lora_scale
+        return replace(self, lora_scale=(lambda noise: share * own(noise)) if callable(own) else share * own)
 
     def _x0(self, x: Tensor, noise: Noise, prompts: Prompts) -> Tensor:
         self.nfe += 1

@@ -108,7 +108,7 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
     if steps not in ("1", str(batches)):
         raise UserError(
             f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have "
-            f"accumulate={batches}"
+            f"gradient_accumulation_steps={batches}"
         )
 
 

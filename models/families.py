@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import UserError, note
-from models import budget
+from models import budget, quantized
 from models.architectures import ARCHITECTURES
 from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
@@ -30,7 +30,6 @@ from models.lora_student import read as delta_of
 from models.noise import BETAS, CLEAN, NOISE_SCHEDULES, Noise, ancestral
 from models.offload import Memory, Offloader, compiled, release, trim
 from models.prompts import Prompts, stacked
-from models.quantized import quantize as pack
 from models.sampler import Denoiser, Member, alone, draw_noise, finish, levels_of
 from models.tokens import Reader, cuts, tell_apart
 
@@ -73,12 +72,15 @@ class Family:
         memory: Memory | None = None,
         bare: bool = False,
         batch_size: int = 0,
+        quantize: str = "",
     ):
         """bare: networks have no weights, for a plan of what a run will ask of them. batch: images drawn at
         once; 0 = as many as usual
-        at their size, see models/batches.py. Raises UserError as `card` does.
+        at their size, see models/batches.py. quantize: how networks are held, see models/quantized.py; empty
+        = whole. Raises UserError as `card` does, and for a quantisation that cannot be.
         """
-        self.card, self.memory, self.bare = card(name), memory or Memory(), bare
+        quantized.check(quantize)
+        self.card, self.memory, self.bare, self.quantize = card(name), memory or Memory(), bare, quantize
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
@@ -302,17 +304,19 @@ class Family:
 
         return torch.cat(self.drawing.of(drawn, len(prompts)))
 
-    def member(self, name: str, quantize: str = "") -> Member:
+    def member(self, name: str, quantize: str | None = None) -> Member:
         """A member with its network on the device. Raises UserError with the names there are.
 
-        quantize: how its network is held where it is not loaded yet, see models/quantized.py; empty = whole.
+        quantize: how its network is held where it is not loaded yet; None = as the family's are.
         """
         if name not in self._members:
             if name not in self.card.members:
                 raise UserError(
                     f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}"
                 )
-            self._members[name] = self._load(name, self.card.members[name], quantize)
+            self._members[name] = self._load(
+                name, self.card.members[name], self.quantize if quantize is None else quantize
+            )
         return self._members[name]
 
     @property
@@ -417,7 +421,7 @@ class Family:
             )
             trim()
             if quantize:
-                pack(net, quantize, self.device).to(self.home)
+                quantized.quantize(net, quantize, self.device).to(self.home)
                 release()
             if self.memory.offload:
                 self.turns.comes_when_called(net)

@@ -23,6 +23,7 @@ from configs import UserError
 from models import budget
 from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard
+from models.evaluators import EVALUATORS, PACKAGED, Picture
 from models.loading import available, config, latent_shape, one_line, place
 from models.offload import Memory
 
@@ -67,6 +68,18 @@ def shared(card: FamilyCard, dtype: torch.dtype) -> tuple[dict[str, float], dict
     return {"VAE": parts.pop("vae", 0.0)}, {"text encoders": sum(parts.values())}
 
 
+def held_evaluators(card: FamilyCard, names: Iterable[str], device: torch.device) -> dict[str, float]:
+    """Evaluators; on a CPU without those that transformers maps from their files, as `program` is without
+    what is mapped.
+    """
+    mapped = [
+        name
+        for name in names
+        if device.type == "cpu" and issubclass(EVALUATORS[name], Picture) and name not in PACKAGED
+    ]
+    return {name: budget.evaluator_need(card, name).memory for name in names if name not in mapped}
+
+
 def networks(
     card: FamilyCard, names: Iterable[str], dtype: torch.dtype, quantize: str = ""
 ) -> dict[str, float]:
@@ -81,19 +94,24 @@ def networks(
 
 
 def sums(tensors: dict[str, Tensor], dtype: torch.dtype, count: int = 1) -> dict[str, float]:
-    """What `fusing` holds beside so many networks for a control: its layers' weights, and in fp32 those of
-    the largest, three at once.
+    """What `fusing` holds beside so many networks for a control: its layers' weights.
+
+    count: 0 for quantised networks, beside which the control itself is held.
     """
+    if not count:
+        return {"the control": sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize}
     halves = {
         key.rsplit(".lora_", 1)[0]: tensor.shape for key, tensor in tensors.items() if ".lora_A." in key
     }
     sizes = [
         tensors[f"{layer}.lora_B.weight"].shape[0] * shape[1:].numel() for layer, shape in halves.items()
     ]
-    return {
-        "weights with the control": count * sum(sizes) * dtype.itemsize
-        + 3 * max(sizes, default=0) * torch.float32.itemsize
-    }
+    return {"weights with the control": count * sum(sizes) * dtype.itemsize}
+
+
+def unpacked(card: FamilyCard, names: Iterable[str], dtype: torch.dtype) -> dict[str, float]:
+    """The largest of these members' networks, whole as it is before it is packed."""
+    return dict([max(networks(card, names, dtype).items(), key=lambda item: item[1])])
 
 
 def evaluating(card: FamilyCard, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, float]:
@@ -141,7 +159,7 @@ def drawing(
     turns: Iterable[tuple[Iterable[str], Iterable[str]]],
     images: int,
     controls: Sequence[Mapping[str, Tensor]],
-    evaluators: Sequence[str],
+    evaluators: Sequence[str] | None,
     apart: bool = False,
     reading: bool = False,
 ) -> list[Moment]:
@@ -149,26 +167,33 @@ def drawing(
     look.
 
     turns: the members that are in memory together and those among them that are asked, time by time. images:
-    of one drawing. controls: tensors of those that are put into the weights, one at a time. apart: pictures
-    are decoded when the control is out of them again. reading: text encoders stay, for there are too many
-    texts.
+    of one drawing. controls: tensors of those that are put into the weights, one at a time. evaluators:
+    None where no picture is made. apart: pictures are decoded when the control is out of them again. reading:
+    text encoders stay, for there are too many texts.
     """
     card, dtype, device, each = family.card, family.dtype, family.device, min(images, family.drawing.size)
     vae, encoders = shared(card, dtype)
-    always = program(device) | {name: budget.evaluator_need(card, name).memory for name in evaluators}
-    looks = [decoding(card, min(each, family.decoding.size), family.memory), seeing(card, evaluators, each)]
+    always = program(device) | held_evaluators(card, evaluators or (), device)
+    looks = (
+        []
+        if evaluators is None
+        else [decoding(card, min(each, family.decoding.size), family.memory), seeing(card, evaluators, each)]
+    )
     away = family.memory.offload and device.type != "cpu"  # all but what is at work
     moments = [Moment("when prompts are encoded", always | encoders | ({} if away else vae))]
     always |= encoders if reading and not away else {}
     for held, asked in dict.fromkeys((tuple(sorted(held)), tuple(sorted(asked))) for held, asked in turns):
         nets, own = (
-            networks(card, held, dtype),
+            networks(card, held, dtype, family.quantize),
             {card.base if card.members[name].lora else name for name in asked},
         )
         nets = dict([max(nets.items(), key=lambda item: item[1])]) if away else nets
-        added = max(
-            (sums(control, dtype, 1 if away else len(own)) for control in controls), key=total, default={}
-        )
+        if family.quantize and device.type == "cpu":  # elsewhere the whole network is not on the device
+            moments.append(
+                Moment("when a network is packed", always | vae | nets | unpacked(card, own, dtype))
+            )
+        count = 0 if family.quantize else 1 if away else len(own)
+        added = max((sums(control, dtype, count) for control in controls), key=total, default={})
         when = f"when {', '.join(asked)} {'draw' if len(asked) > 1 else 'draws'} {each} at once"
         moments.append(
             Moment(

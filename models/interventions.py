@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs import UserError
 from models.noise import TRAIN_STEPS, Noise
 from models.prompts import Prompts
+from models.quantized import Quantized, layers
 
 
 def derived(own: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
@@ -92,8 +93,8 @@ class WeightInterpolation:
     """A network with the weights base + share (network - base), as a context: computed once, then a swap of
     pointers.
 
-    Weights that the base lacks (LCM's guidance embedding) stay. Raises UserError for a weight of another
-    shape.
+    Weights that the base lacks (LCM's guidance embedding) stay; packed ones are taken together whenever they
+    are unpacked. Raises UserError for a weight of another shape.
     """
 
     def __init__(self, base: nn.Module, net: nn.Module, share: float):
@@ -110,6 +111,19 @@ class WeightInterpolation:
             )
         return [(weight, _between(origin, weight, self.share)) for weight, origin, _ in found]
 
+    @cached_property
+    def _packed(self) -> list[tuple[Quantized, nn.Linear]]:
+        there = {
+            name.replace(".base_layer", ""): layer
+            for name, layer in self.base.named_modules()
+            if isinstance(layer, nn.Linear)
+        }
+        found = {name: (layer, there[name]) for name, layer in layers(self.net).items() if name in there}
+        for name, (layer, other) in found.items():
+            if (layer.in_features, layer.out_features) != (other.in_features, other.out_features):
+                raise UserError(f"no way between two networks of different shapes: {name}")
+        return list(found.values())
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside, the network is between the two; afterwards its own weights are back, the same memory."""
@@ -117,10 +131,14 @@ class WeightInterpolation:
         try:
             for weight, new in self._weights:
                 weight.data = new
+            for layer, other in self._packed:
+                layer.between = (other, self.share)
             yield
         finally:
             for weight, own in before:
                 weight.data = own
+            for layer, _ in self._packed:
+                layer.between = None
 
 
 def _bare(net: nn.Module) -> dict[str, nn.Parameter]:

@@ -123,9 +123,17 @@ def _branch(delta: Delta, first: str, second: str) -> Callable:
         if delta.strength == 0:
             return None
         a, b = getattr(layer, first), getattr(layer, second)
-        if isinstance(layer, nn.Conv2d):
-            inner = nn.functional.conv2d(inputs[0], a, None, layer.stride, layer.padding, layer.dilation)
-            return out + delta.strength * nn.functional.conv2d(inner, b)
-        return out + delta.strength * nn.functional.linear(nn.functional.linear(inputs[0], a), b)
+        return out + delta.strength * product(layer, inputs[0], a, b)
 
     return hook
+
+
+def product(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """B A x as a layer would have it in its weight: a (r, in, …) with the layer's own kernel, b (out, r, …)
+    with a kernel of 1.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return nn.functional.conv2d(
+            nn.functional.conv2d(x, a, None, layer.stride, layer.padding, layer.dilation), b
+        )
+    return nn.functional.linear(nn.functional.linear(x, a), b)

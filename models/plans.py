@@ -6,6 +6,7 @@ A plan is stages end to end.
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from configs import UserError
@@ -114,11 +115,13 @@ def delta(base: Member, student: Member, s: float, k: int | None = None) -> Plan
             f"delta({s:g}) needs a student that predicts what its base does; {student.name} says "
             f"{student.denoiser.prediction_type}"
         )
-    within = WeightInterpolation(base.denoiser.net, student.denoiser.net, s)
+    within, member = WeightInterpolation(base.denoiser.net, student.denoiser.net, s), student
+    if base.denoiser.net is student.denoiser.net:  # a LoRA over it: what lies between is its dial
+        within, member = nullcontext, replace(student, denoiser=student.denoiser.turned(s))
     if k is None:
-        return Plan(f"delta({s:g})", (Stage(student, student.levels, within),))
+        return Plan(f"delta({s:g})", (Stage(member, student.levels, within),))
     return _changed(
-        f"delta({s:g},{k})", student, Stage(student, student.levels[_which(k, student) :][:1], within), k
+        f"delta({s:g},{k})", student, Stage(member, student.levels[_which(k, student) :][:1], within), k
     )
 
 

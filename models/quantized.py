@@ -1,12 +1,12 @@
-"""Quantised networks: the linear layers of their blocks held in 4 or 8 bits, to train a control on in less
-memory.
+"""Quantised networks: the linear layers of their blocks held in 4 or 8 bits, to train a control on or to draw
+in less memory.
 
 A layer's weight is unpacked whenever it is used, forward and backward, and never kept: a quantised network is
 exactly the network that has the unpacked weights, in any type and on any device, whatever package packs them.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import UserError
+from configs import UserError, cut
 from models.hashing import fingerprint
 from models.offload import trim
 
@@ -92,11 +92,18 @@ class Quantized(nn.Linear):
         codes, scales = self.kind.pack(layer.weight.detach().to(device))
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        self.between: tuple[nn.Linear, float] | None = (
+            None  # another layer, and the share of this one's difference from it that acts
+        )
 
     @property
     def weight(self) -> Tensor:
         """The weight as it acts, (out, in), unpacked anew: to change it changes nothing."""
-        return self.kind.unpack(self.codes, self.scales, (self.out_features, self.in_features), self.dtype)
+        own = self.kind.unpack(self.codes, self.scales, (self.out_features, self.in_features), self.dtype)
+        if self.between is None:
+            return own
+        other, share = self.between
+        return torch.lerp(other.weight.to(own.device, torch.float32), own.float(), share).to(own.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
@@ -122,7 +129,7 @@ def check(kind: str) -> None:
     none.
     """
     if kind and kind not in KINDS:
-        raise UserError(f"no quantize {kind!r}; there are {', '.join(KINDS)}")
+        raise UserError(f"no quantize {cut(kind)!r}; there are {', '.join(KINDS)}")
     if kind and find_spec(KINDS[kind].package) is None:
         raise UserError(
             f"quantize={kind} needs {KINDS[kind].package}: pip install -e '.[{KINDS[kind].extra}]'"
@@ -147,6 +154,21 @@ def quantize(net: nn.Module, kind: str, device: torch.device) -> nn.Module:
 
 def quantized(net: nn.Module) -> bool:
     return any(isinstance(module, Quantized) for module in net.modules())
+
+
+def layers(net: nn.Module) -> dict[str, Quantized]:
+    """The packed layers by the names that they have in the bare network."""
+    return {
+        name.replace(".base_layer", ""): module
+        for name, module in net.named_modules()
+        if isinstance(module, Quantized)
+    }
+
+
+def weights(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All weights of a network by name, the packed ones unpacked, one at a time."""
+    yield from net.named_parameters()
+    yield from ((f"{name}.weight", layer.weight) for name, layer in layers(net).items())
 
 
 def inside(net: nn.Module) -> list[str]:

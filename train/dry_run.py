@@ -103,17 +103,12 @@ def moments(
     (vae, encoders), nets = forecast.shared(card, dtype), forecast.networks(card, [own], dtype, cfg.quantize)
     watched = forecast.networks(card, [name for _, name in map(split, cfg.watch)], dtype)
     others = {name: size for name, size in watched.items() if name not in nets}
-    beside, aside, reading = (
-        vae | others,
-        nets | others,
-        encoders,
-    )  # the network; the VAE; either before the first step
-    if cfg.memory.offload and family.device.type != "cpu":
-        beside, aside, reading = {}, {}, {}  # what is at work is alone
+    beside, aside = vae | others, nets | others  # the network; the VAE
+    away = cfg.memory.offload and family.device.type != "cpu"
+    if away:
+        beside, aside = {}, {}  # what is at work is alone
     evaluators, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
-    always = forecast.program(family.device) | {
-        name: budget.evaluator_need(card, name).memory for name in evaluators
-    }
+    always = forecast.program(family.device) | forecast.held_evaluators(card, evaluators, family.device)
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
 
@@ -125,8 +120,9 @@ def moments(
     def decoded(images: int, learning: bool = False) -> dict[str, float]:
         return vae | forecast.decoding(card, min(images, family.decoding.size), family.memory, learning)
 
-    early = reading | {"what is trained on, in parts": kept}
+    early, bare = {"what is trained on, in parts": kept}, forecast.program(family.device)
     found = [
+        Moment("when prompts are encoded", bare | encoders | ({} if away else vae)),
         Moment(
             "before the first step",
             always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype),
@@ -143,14 +139,10 @@ def moments(
         Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
     ]
     if its.pictures:
-        found.append(Moment("when pictures pass the VAE", always | early | aside | decoded(its.pictures)))
+        there = aside if its.learning else {}  # what a recipe brings passes before the network is there
+        found.append(Moment("when pictures pass the VAE", always | early | there | decoded(its.pictures)))
     if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
-        found.append(
-            Moment(
-                "when the network is packed",
-                forecast.program(family.device) | forecast.networks(card, [own], dtype),
-            )
-        )
+        found.append(Moment("when the network is packed", bare | vae | forecast.networks(card, [own], dtype)))
     images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
     net = {name: card.base if its.lora else name for name, its in card.members.items()}
     for _, name in map(split, cfg.watch):

@@ -68,9 +68,10 @@ def main(cfg: Config) -> Path | None:
     if cfg.positive or cfg.negative:
         family.tell_apart(cfg.positive, cfg.negative)
     pairs = pictures(cfg, family.card.size_px)
-    run = Run(cfg, "slider")
+    captions = [caption or cfg.prompt for caption in pairs.captions]
+    run = Run(cfg, "slider", captions, [cfg.prompt])
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
-    prompts = run.family.encode([caption or cfg.prompt for caption in pairs.captions]).conditional()
+    prompts = run.family.encode(captions).conditional()
     kept = (
         "positive",
         "negative",

@@ -55,11 +55,10 @@ def main(cfg: Config) -> Path | None:
     if cfg.dry_run:
         return dry_run.show(cfg, partial(cost, cfg))
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
-    run = Run(cfg, "lora")
+    captions += [f"{cfg.token} {caption}".strip() for caption in captions]
+    run = Run(cfg, "lora", captions, [cfg.negative] if cfg.prior else [], [cfg.prompt])
     latents = run.family.to_latents(images)
-    prompts = run.family.encode(
-        [*captions, *(f"{cfg.token} {caption}".strip() for caption in captions)]
-    ).conditional()
+    prompts = run.family.encode(captions).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
     kept = (
         "positive",

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import UserError, folders, list_of, plain_name, tracking, versions
 from controls import formats
@@ -18,8 +19,9 @@ from controls.lora import Card, Control, create, detach, extract, parameters
 from models import devices, quantized
 from models.families import DTYPES, Family, Memory, card, split
 from models.hashing import fingerprint
+from models.sampler import Member
 from train.checkpoint import append, resumable, seeded, store
-from train.validation import Watch, overview, strip
+from train.validation import Watch, overview, strip, watched_by
 
 
 @dataclass
@@ -64,8 +66,7 @@ class Training:
     dtype: str = (
         "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
     )
-    # the network trained on: nf4, 4.5 bits a weight, or int8 (extra 8bit), int8-torchao (extra torchao);
-    # empty = whole
+    # the network trained on packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     quantize: str = ""
     memory: Memory = field(
         default_factory=Memory
@@ -84,42 +85,52 @@ class Run:
     gradient_accumulation_steps=2 learns.
     """
 
-    def __init__(self, cfg: Training, kind: str):
-        """Loads the member, and looks at the folder, which `training` claims.
+    def __init__(self, cfg: Training, kind: str, *texts: list[str]):
+        """Looks at the folder, which `training` claims, and encodes what will be told, each list of texts at
+        once.
 
-        Raises UserError for what cannot be.
+        Then the text encoders go; the network comes when it is first asked for. Raises UserError for what
+        cannot be.
         """
         check(cfg)
         self.cfg, self.kind, self.accelerator = cfg, kind, devices.start(cfg, FREE)
         family, self.member_name = split(cfg.member)
         self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype], cfg.memory)
-        self.member = self.family.member(self.member_name, cfg.quantize)
-        self.net, self.folder, self.main = (
-            self.member.denoiser.net,
-            Path(cfg.out) / cfg.name,
-            self.accelerator.is_main_process,
-        )
+        self.folder, self.main, self.losses = Path(cfg.out) / cfg.name, self.accelerator.is_main_process, []
+        outline = Family(family, bare=True).member(self.member_name).denoiser.net
         targets(
-            self.net, cfg.layers, cfg.scope
+            outline, cfg.layers, cfg.scope
         )  # a mistake is said now, not after the runs that are trained on
-        self.losses, delta = [], self.member.denoiser.delta
-        self.fingerprint = fingerprint(self.net) + (
-            f"+{delta.hash[:16]}" if delta else ""
-        )  # a LoRA student is its base's network and more
+        texts += (watched_by(cfg, self.family.card),) if cfg.watch else ()
+        for together in texts:
+            self.family.encode(together)
+        self.family.encode_all([text for together in texts for text in together])
+
+    @cached_property
+    def member(self) -> Member:
+        """The member that is trained on, loaded when it is first asked for."""
+        found = self.family.member(self.member_name, self.cfg.quantize)
+        delta = found.denoiser.delta  # a LoRA student is its base's network and more
+        self.fingerprint = fingerprint(found.denoiser.net) + (f"+{delta.hash[:16]}" if delta else "")
+        return found
+
+    @property
+    def net(self) -> nn.Module:
+        """Its network."""
+        return self.member.denoiser.net
 
     @contextmanager
     def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
         """Attaches the fresh control, claims the folder, and gives both back. prompt: what strips draw;
         recipe: what the card remembers.
 
-        names: of several controls that are trained side by side, instead of the config's one. The text
-        encoders are let go: what a recipe wants encoded, it has encoded before.
+        names: of several controls that are trained side by side, instead of the config's one.
         """
         cfg, self.names = self.cfg, names or [self.cfg.name]
         self.recipe = recipe | ({"quantize": cfg.quantize} if cfg.quantize else {})
         self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
         self.prompt = self.family.encode([prompt])
-        self.family.forget_encoders()
+        self.family.forget_encoders()  # where there were too many texts to keep
         for k, name in enumerate(self.names):
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
         try:

@@ -95,7 +95,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.dry_run:
         return dry_run.show(cfg, lambda member: RECIPES[cfg.recipe].cost(cfg, member))
     differing(cfg, pairs)
-    run = Run(cfg, "slider")
+    run = Run(cfg, "slider", taught(pairs), [pair.target for pair in pairs])
     lesson = RECIPES[cfg.recipe](cfg, run.family, run.member, pairs)
     with run.training(cfg.prompts[0].target, recipe(cfg)):
         for step in run.steps():
@@ -190,6 +190,11 @@ Lesson = tuple[
 ]  # x, its noise level, target prompts, neutral, direction; tensors (B, C, H, W)
 
 
+def taught(pairs: list[Pair]) -> list[str]:
+    """What the teacher is asked, three prompts per pair."""
+    return [text for pair in pairs for text in (pair.neutral, pair.positive, pair.unconditional)]
+
+
 class Teacher:
     """The member without the control, asked for three prompts in one batch."""
 
@@ -198,9 +203,7 @@ class Teacher:
         self.sign = torch.tensor(
             [1.0 if pair.action == "enhance" else -1.0 for pair in pairs], device=family.device
         )[:, None, None, None]
-        self.texts = family.encode(
-            [text for pair in pairs for text in (pair.neutral, pair.positive, pair.unconditional)]
-        ).conditional()
+        self.texts = family.encode(taught(pairs)).conditional()
 
     @torch.no_grad()
     def __call__(self, x: Tensor, noise, which: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def main(cfg: Config) -> Path | None:
         )
     if cfg.dry_run:
         return dry_run.show(cfg, partial(cost, cfg))
-    run = Run(cfg, "sliderspace")
+    run = Run(cfg, "sliderspace", [cfg.prompt])
     clip = Clip(run.family.card.clip, run.family.device)
     prompt = run.family.encode([cfg.prompt])
     space = explore(cfg, run, clip, prompt)

@@ -12,7 +12,7 @@ from controls.effect import change
 from controls.lora import Control, fused, strength
 from controls.show import sheet
 from models.evaluators import chosen, load_evaluators
-from models.families import Family, split
+from models.families import Family, FamilyCard, split
 from models.prompts import Prompts
 from models.sampler import Member
 
@@ -66,6 +66,11 @@ def overview(
     return sheet(rows, path)
 
 
+def watched_by(cfg, card: FamilyCard) -> list[str]:
+    """The prompts of watched members, one per image."""
+    return [prompt for prompt in card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
+
+
 class Watch:
     """Draws a few paired images with and without the control on the member it is trained on and on others,
     and measures its effect.
@@ -88,7 +93,7 @@ class Watch:
             family.member(name) for _, name in others if f"{family.card.name}/{name}" != source.name
         ]
         (self.evaluator,) = load_evaluators(family.card, family.device, chosen(family.card)[:1]).values()
-        texts = [prompt for prompt in family.card.prompts[: cfg.watch_prompts] for _ in range(SEEDS)]
+        texts = watched_by(cfg, family.card)
         if not texts:
             raise UserError(f"the card of family {family.card.name} has no prompts to watch by")
         self.prompts = family.encode(texts)

@@ -23,6 +23,7 @@ from configs import UserError
 from controls import intervals
 from controls.lora import Control, fused
 from controls.overlap import change
+from models.architectures import blank
 from models.blocks import blocks, recording
 from models.families import Family
 from models.noise import Noise
@@ -224,6 +225,26 @@ def compare(
         }
         for s in range(len(levels))
     ]
+
+
+@torch.no_grad()
+def sums(family: Family, name: str, measure: Measure) -> float:
+    """Bytes of the sums that a comparison with a member keeps in system memory, by configs alone; family: a
+    bare one.
+
+    Per block, step and kind of inputs `alignment.Alignment` has three times four matrices of channels x
+    channels.
+    """
+    member, its = family.member(name), family.architecture
+    net = torch.nn.Module.to(member.denoiser.net, "meta", family.dtype)
+    conditioning, x = (
+        blank(its, net).to(family.dtype),
+        torch.zeros(1, *family.latent_shape, device="meta").to(family.dtype),
+    )
+    with recording(net, blocks(net, measure.kind), 1) as seen, torch.device("meta"):
+        its.call(net, x, 500.0, conditioning, None)
+    sizes = [activation.shape[1] * measure.grid**2 for activation in seen.values()]
+    return 3.0 * 4 * 8 * sum(size**2 for size in sizes) * 2 * len(member.levels)
 
 
 def shared_blocks(first: Member, second: Member, kind: str) -> list[str]:

@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from analysis.images import store
 from configs import UserError, note
-from controls.lora import Control, content, fusing
+from controls.lora import Control, beside, content, fusing
 from models.evaluators import Evaluator
 from models.families import Family, FamilyCard
 from models.hashing import identity
+from models.interventions import WeightInterpolation
 from models.noise import Noise
 from models.plans import named
 from models.promptsets import PromptSet
+from models.quantized import weights
 from models.sampler import Member, Plan, alone, draw_noise, during, finish
 
 SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
@@ -94,16 +96,21 @@ class Drawings:
         """What the images of a job depend on."""
         member, _, plan = job.target.partition(":")
         card, acts = self.family.card, bool(job.control is not None and job.scale)
-        return {
-            "version": VERSION,
-            "target": job.target,
-            "again": job.again,
-            "prompts": self.texts,
-            "seeds": self.numbers,
-            "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
-            "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None,
-            "dtype": str(self.family.dtype),
-        }
+        packed = {"quantize": self.family.quantize} if self.family.quantize else {}
+        return (
+            packed
+            | ({"beside": True} if acts and plan.startswith("delta(") else {})
+            | {
+                "version": VERSION,
+                "target": job.target,
+                "again": job.again,
+                "prompts": self.texts,
+                "seeds": self.numbers,
+                "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
+                "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None,
+                "dtype": str(self.family.dtype),
+            }
+        )
 
     def path(self, job: Job, evaluator_name: str = "") -> Path:
         """Where a job's latents are, or its features by one evaluator."""
@@ -332,9 +339,11 @@ def acting(
     if control is None:
         yield plan
         return
-    contexts = [
-        fusing(net, control, scale, family) for net in {member.denoiser.net: None for member in plan.members}
-    ]
+    changed = any(
+        isinstance(stage.within, WeightInterpolation) for stage in plan.stages
+    )  # to weights that the control's sums are not of
+    nets = {member.denoiser.net: None for member in plan.members}
+    contexts = [(beside if changed else fusing)(net, control, scale, family) for net in nets]
 
     def on() -> ExitStack:
         with ExitStack() as stack:
@@ -352,8 +361,7 @@ def acting(
 def broken(member: Member) -> str:
     """Which of a network's own weights is not finite; empty where all are."""
     name = next(
-        (name for name, weight in member.denoiser.net.named_parameters() if not torch.isfinite(weight).all()),
-        "",
+        (name for name, weight in weights(member.denoiser.net) if not torch.isfinite(weight).all()), ""
     )
     return name and f"{name} of {member.name} is not"
 

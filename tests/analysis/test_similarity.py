@@ -10,10 +10,12 @@ import torch
 from synthetic import Keys, undocumented
 
 from analysis import similarity
-from analysis.images.activations import Pair, chunks, forced, nearest
+from analysis.images import activations as representations
+from analysis.images.activations import Measure, Pair, Site, chunks, forced, nearest
 from analysis.measures import prediction
 from analysis.pages import similarity as similarity_page
 from configs import ROOT, entry, load, merge
+from models import families
 from models.families import Family
 from models.sampler import Stage
 
@@ -154,6 +156,77 @@ def test_a_control_at_scale_0_changes_nothing_and_at_1_something(scale, tmp_path
     assert all(same) if scale == 0 else not any(same[len(same) // 2 :])
     assert {c["comparison"] for c in blocks} == {f"dmd with smile@{scale}"}
     assert f"dmd with smile@{scale}" in (tmp_path / "default/report.html").read_text()
+
+
+def test_the_encoders_go_before_the_first_network_comes_and_networks_after_their_last_job(
+    tmp_path, monkeypatch
+):
+    """Each is loaded once; dmd is gone when lcm is compared."""
+    seen, loaded = [], []
+    network, compare = families.network, similarity.compare
+
+    def counted(card, name, *args):
+        loaded.append(name)
+        return network(card, name, *args)
+
+    def compared(family, pair, *args):
+        found = compare(family, pair, *args)
+        seen.append((pair.second, family.members, bool(family.encoders())))
+        return found
+
+    monkeypatch.setattr(families, "network", counted)
+    monkeypatch.setattr(similarity, "compare", compared)
+    words = [*SMALL, "controls=[]", "stitch_seeds=0", "targets=[dmd,lcm]", f"out={tmp_path}"]
+    similarity.main(merge(similarity.Config, words))
+    assert loaded == ["base", "dmd", "lcm"]
+    assert seen == [("dmd", ["base", "dmd"], False), ("lcm", ["base", "lcm"], False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seeds=48", "controls=[]"], "48 at once.*sums over activations.*base.*dmd"),
+        (
+            ["seeds=48", "controls=[]", "blocks=blocks", "stitch_seeds=9", "prompts=[a,b]"],
+            "48 at once.*base.*dmd",
+        ),
+        (
+            [CONTROLS, "stitch_seeds=0", "blocks=blocks", "seeds=6"],
+            "base.*dmd.*lcm.*lightning.*weights with the control",
+        ),
+    ],
+)
+def test_the_plan_says_its_fullest_moment(words, said, tmp_path, capsys, monkeypatch):
+    if CONTROLS in words:  # only what the controls' jobs hold
+        monkeypatch.setattr(similarity, "sums", lambda *_: 0.0)
+    words = ["targets=[dmd]", "dry_run=true", f"out={tmp_path}", f"transfer={tmp_path}", *words]
+    similarity.main(merge(similarity.Config, words))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("memory at the most: ") and re.search(said, line) and not list(tmp_path.iterdir())
+
+
+def test_sums_over_activations_are_those_that_are_kept():
+    family, measure = Family("tiny"), Measure("blocks", 1, 4, 2, 3, 10, 0)
+    pair, todo = Pair("base", "dmd"), chunks(["a face"], [1, 2, 3, 4], 4)
+    sites = []
+    found = {}
+
+    class Counted(Site):
+        def __init__(self, measure):
+            super().__init__(measure)
+            sites.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(representations, "Site", Counted)
+        patch.setattr(representations, "cross", lambda *_: [])
+        patch.setattr(Counted, "numbers", lambda _: {})
+        walk = representations.walk(family, "base", todo[0])
+        representations.compare(family, pair, todo, measure, lambda _: walk, True)
+    for site in sites:
+        for moments in (site.alignment.both, site.alignment.first, site.alignment.second):
+            for sums in (moments.c, moments.u, moments.v, moments.q):
+                found[id(sums)] = sums.nbytes
+    assert representations.sums(Family("tiny", bare=True), "dmd", measure) == sum(found.values())
 
 
 def test_forced_inputs_are_one_picture_under_one_noise_in_every_law():

@@ -5,6 +5,7 @@ import pickle
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from math import prod
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from controls.layers import LAYERS, targets
 from controls.lora import (
     Card,
     Control,
+    _sum,
     attach,
     content,
     create,
@@ -238,6 +240,30 @@ def test_ready_is_entered_as_often_as_one_likes():
         assert torch.equal(output(net), first)
     with pytest.raises(UserError, match="family"):
         fusing(net, smile, 1.0, family="elsewhere")
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 5), (6, 5, 3, 3), (6, 5, 1, 1)])
+def test_a_sum_by_rows_is_the_sum_of_whole_matrices(monkeypatch, shape, dtype, last):
+    rng = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(size, generator=rng) for size in (shape, (4, *shape[1:]), (shape[0], 4)))
+    weight = weight.to(
+        dtype, memory_format=torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+    )
+    found, before = _sum(weight, a, b, 0.3), weight.clone()
+    expected = (weight.float() + 0.3 * (b @ a.flatten(1)).view(shape)).to(dtype)
+    assert (
+        torch.equal(found, expected) and found.stride() == expected.stride() and torch.equal(weight, before)
+    )
+    monkeypatch.setattr(
+        "controls.lora.SPELL", 2 * prod(shape[1:])
+    )  # two rows at a time, which some kernels round otherwise
+    found = _sum(weight, a, b, 0.3)
+    assert (
+        torch.allclose(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+        and found.stride() == expected.stride()
+    )
 
 
 def test_a_random_control_has_the_norms_and_not_the_directions():

@@ -62,10 +62,10 @@ def test_a_controls_sums_are_those_it_holds():
     before = {weight.data_ptr() for weight in net.parameters()}
     with fusing(net, smile, 1.0)():
         sums = [weight for weight in net.parameters() if weight.data_ptr() not in before]
-        held, largest = sum(weight.nbytes for weight in sums), max(weight.nbytes for weight in sums)
-    assert forecast.total(forecast.sums(smile.tensors, torch.float32)) == held + 3 * largest
+        held = sum(weight.nbytes for weight in sums)
+    assert forecast.total(forecast.sums(smile.tensors, torch.float32)) == held
     assert (
-        forecast.total(forecast.sums(smile.tensors, torch.bfloat16, 2)) == held + 3 * largest
+        forecast.total(forecast.sums(smile.tensors, torch.bfloat16, 2)) == held
     )  # of two networks, half as large
 
 
@@ -102,7 +102,10 @@ def test_moments_of_a_transfer_name_what_is_held(tiny):
         family, [({"base", "dmd"}, {"dmd"})], 8, [smile], ["clip", "probe"], apart=True
     )
     encoding, drawing, decoding, looking = moments
-    assert {"text encoders", "VAE", "clip", "probe", "the program"} == set(encoding.held)
+    assert {"text encoders", "VAE", "probe", "the program"} == set(
+        encoding.held
+    )  # a CPU maps clip from its file
+    assert set(forecast.held_evaluators(tiny, ["clip", "probe"], torch.device("cuda"))) == {"clip", "probe"}
     assert {"base", "dmd", "weights with the control", "activations of 8 latents"} <= set(drawing.held)
     assert "text encoders" not in drawing.held
     assert "weights with the control" not in decoding.held and "decoding of 8 at 64 px" in decoding.held
@@ -163,7 +166,11 @@ def test_moments_of_training(words, when):
             (moment for moment in moments if "before" not in moment.when), key=lambda moment: moment.total
         ).when
     )
-    assert all("what is trained on" in moment.held for moment in moments)
+    encoding, *rest = moments
+    assert encoding.when == "when prompts are encoded" and not {"what is trained on", "base", "dmd"} & set(
+        encoding.held
+    )
+    assert all("what is trained on" in moment.held and "text encoders" not in moment.held for moment in rest)
     alike = merge(
         slider.Config, ["watch=[tiny/base]"]
     )  # the network that is trained: the control is at its strength, not in its weights
@@ -178,7 +185,10 @@ def test_a_packed_network_is_whole_once_on_a_cpu():
     cfg, family = merge(slider.Config, ["quantize=nf4"]), Family("tiny", dtype=torch.float32, bare=True)
     moments = dry_run.moments(cfg, family, slider.Fast.cost(cfg, family.member("base")), 0.0, {})
     packing = next(moment for moment in moments if moment.when == "when the network is packed")
-    assert packing.held["base"] > 1.5 * moments[0].held["base"]
+    assert (
+        packing.held["base"]
+        > 1.5 * next(moment for moment in moments if moment.when == "in a step").held["base"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from models import offload as memory
 from models.families import Family, Memory
 from models.offload import Offloader, compiled
 from models.sampler import alone, draw_noise, finish
-from train import slider, sliderspace
+from train import image_slider, lora, slider, sliderspace
 
 TEXTS, SEEDS = ["portrait of a person, hat", "portrait of a person"], [1, 2]
 
@@ -182,6 +182,46 @@ def test_a_control_in_the_weights_travels_with_them():
     assert all(torch.equal(weight, weights[name]) for name, weight in net.named_parameters())
 
 
+TRAINERS = {
+    slider: ["trajectories=2", "watch=[tiny/dmd]", "watch_every=4", "watch_prompts=1"],
+    image_slider: [],
+    lora: ["images=4", "prior=1"],
+    sliderspace: ["directions=2", "trajectories=4"],
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_text_encoders_are_gone_when_a_trainer_s_network_comes(trainer, tmp_path, monkeypatch):
+    """What they were told is known by then, and they do not come back."""
+    when, parts = [], Family._parts
+    load, encode = Family._network, Family._encode
+
+    def loaded(family, name, *args):
+        if not family.bare:
+            when.append(("network", bool(family._pipe and family.encoders())))
+        return load(family, name, *args)
+
+    monkeypatch.setattr(Family, "_network", loaded)
+    monkeypatch.setattr(
+        Family, "_encode", lambda family, *args: when.append(("encoded", True)) or encode(family, *args)
+    )
+    monkeypatch.setattr(
+        Family,
+        "_parts",
+        lambda family, **without: when.append(("parts", bool(without))) or parts(family, **without),
+    )
+    trainer.main(
+        merge(trainer.Config, [*SMALL, "steps=1", "batch_size=1", f"out={tmp_path}", *TRAINERS[trainer]])
+    )
+    first = when.index(("network", False))
+    assert (
+        ("network", True) not in when
+        and ("encoded", True) in when[:first]
+        and ("encoded", True) not in when[first:]
+    )
+    assert when.count(("parts", False)) == 1 and ("parts", True) not in when
+
+
 SMALL = ["steps=4", "sample_seeds=[1]", "sample_scales=[0,1]", "save_every=2", "wandb=disabled"]
 
 
@@ -257,7 +297,6 @@ def test_hooks_that_come_after_compiling_are_seen():
 def test_every_command_takes_memory():
     from analysis import diversity, similarity, trace, transfer
     from controls import show
-    from train import image_slider, lora
 
     for module in (diversity, similarity, trace, transfer, show, slider, sliderspace, image_slider, lora):
         cfg = load(module.Config, ["memory.offload=true", "memory.tiling=true", "memory.compile=inductor"])

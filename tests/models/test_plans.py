@@ -7,9 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from analysis.images.cache import acting
 from configs import UserError
+from controls import formats
+from controls.lora import fused
 from models.families import Family
 from models.interventions import CADS, Pink, WeightInterpolation, derived
+from models.lora_student import Delta
 from models.noise import vp
 from models.plans import PLANS, named
 from models.prompts import Prompts
@@ -297,6 +301,34 @@ def test_no_delta_is_the_base_s_network_and_all_of_it_the_student(tiny, pair):
     assert torch.equal(latents(tiny, named("delta(1)", *pair)), latents(tiny, alone(student)))
     other = replace(student, denoiser=Denoiser(base.denoiser.net))
     assert torch.equal(latents(tiny, named("delta(0)", *pair)), latents(tiny, alone(other)))
+
+
+def test_a_control_on_weights_between_acts_whole_and_leaves_them_between(tiny, pair):
+    """At all levels or at some: neither is the control scaled as the weights are, nor are they the student's
+    meanwhile.
+    """
+    control = formats.load("controls/tiny/smile-dmd.safetensors")
+    plan, before = named("delta(0)", *pair), latents(tiny, alone(pair[1]))
+    other = alone(replace(pair[1], denoiser=Denoiser(pair[0].denoiser.net)))
+    with fused(pair[0].denoiser.net, control, 1.0):
+        expected = latents(tiny, other)
+    assert not torch.allclose(expected, latents(tiny, other), atol=0.1)
+    for holds in (None, lambda level: True):
+        with acting(plan, control, 1.0, "tiny", holds) as controlled:
+            assert torch.allclose(latents(tiny, controlled), expected, atol=1e-3)
+    assert torch.equal(latents(tiny, alone(pair[1])), before)
+
+
+def test_between_a_base_and_its_lora_student_is_the_dial_of_the_student():
+    base, student = toys()
+    net, lora = base.denoiser.net, Delta({})
+    for own, turned in ((1.0, 0.5), (0.8, 0.4), (lambda noise: noise.t / 1000, None)):
+        over = replace(student, denoiser=Denoiser(net, delta=lora, lora_scale=own))
+        stage, *rest = named("delta(.5,1)", base, over).stages
+        strength = stage.member.denoiser.lora_scale
+        assert strength == turned if turned else strength(stage.levels[0]) == own(stage.levels[0]) / 2
+        assert [part.member.denoiser for part in rest] == [over.denoiser]
+        assert named("delta(.5)", base, over).stages[0].levels == over.levels
 
 
 @pytest.mark.parametrize("text", ["other(.5)", "cads(.3)", "pink(.5)"])

@@ -1,20 +1,26 @@
 """Quantised networks: exactly the networks with the unpacked weights, smaller, and good to train on."""
 
+import json
+import re
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_controls import network, output, trained
 from torch import nn
 
+from analysis import diversity, similarity, trace, transfer
 from configs import UserError, entry, load, merge
-from controls import formats
+from controls import formats, show
 from controls.layers import named_layers, targets
-from controls.lora import attach, create, detach, extract, fused, parameters, strength
-from models import budget, quantized
+from controls.lora import attach, create, detach, extract, fused, fusing, parameters, strength
+from models import budget, forecast, quantized
 from models.cards import card
 from models.families import Family
 from models.hashing import fingerprint
+from models.interventions import WeightInterpolation
+from models.lora_student import Delta, dial
 from models.quantized import KINDS, Kind, inside, quantize
 from train import slider
 
@@ -112,11 +118,41 @@ def test_controls_come_and_go_as_on_the_whole_network(kind):
         assert not torch.equal(output(net), bare)
     detach(net)
     assert list(net.named_modules()) == before and torch.equal(output(net), bare)
-    with (
-        pytest.raises(UserError, match="smile cannot be added to the weights of a quantised network"),
-        fused(net, smile, 1.0),
-    ):
-        pass
+
+
+def test_a_control_acts_beside_packed_weights_as_it_does_attached(kind):
+    net, smile = quantize(network(), kind, CPU), trained(network(), "smile", 1, layers="full")
+    on, modules, bare = fusing(net, smile, 0.7, "tiny"), list(net.named_modules()), output(net)
+    with on():
+        first = output(net)
+        with fused(net, smile, 0.3):
+            both = output(net)
+    assert torch.equal(output(net), bare) and list(net.named_modules()) == modules
+    with on():
+        assert torch.equal(output(net), first)
+    with pytest.raises(UserError, match="family"):
+        fusing(net, smile, 1.0, family="elsewhere")
+    attach(net, smile)
+    for scale, seen in ((0.7, first), (1.0, both)):
+        with strength(net, smile=scale):
+            assert torch.allclose(output(net), seen, atol=1e-5) and not torch.allclose(seen, bare, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_between_two_packed_networks_is_between_their_unpacked_weights(kind, share):
+    (base, net), (plain, other) = ([quantize(network(), kind, CPU) for _ in range(2)], [network(), network()])
+    with torch.no_grad():
+        for layer in quantized.layers(net).values():
+            layer.scales *= 1.5
+    for packed, whole in ((base, plain), (net, other)):
+        for name in inside(network()):
+            whole.get_submodule(name).weight.data = packed.get_submodule(name).weight
+    before = output(net)
+    with WeightInterpolation(base, net, share)():
+        between = output(net)
+    with WeightInterpolation(plain, other, share)():
+        assert torch.equal(output(other), between)
+    assert torch.equal(output(net), before) and torch.equal(output(base), output(plain))
 
 
 def test_it_moves_whole_and_stays_known(kind):
@@ -207,6 +243,162 @@ def test_what_is_watched_is_whole(monkeypatch, tmp_path):
     ]
     slider.main(merge(slider.Config, [*SMALL, *words]))  # where dmd was quantised too, `applied` would refuse
     assert "retention/tiny/dmd/value" in (tmp_path / "smile/watch.jsonl").read_text()
+
+
+@torch.no_grad()
+def test_a_lora_student_of_a_packed_base_is_the_packed_base_with_its_delta(pair):
+    net, plain = pair
+    rng, spots, bare = torch.Generator().manual_seed(3), named_layers(network()), output(net)
+    shapes = {name: spots[name].weight.shape for name in targets(network(), "full")}
+    made = {
+        name: (
+            torch.randn(2, *shape[1:], generator=rng) * 0.1,
+            torch.randn(shape[0], 2, *(1 for _ in shape[2:]), generator=rng) * 0.1,
+        )
+        for name, shape in shapes.items()
+    }
+    seen = []
+    for one in (net, plain):
+        student = Delta(dict(made))
+        student.attach(one)
+        dial(one, student)
+        seen.append(output(one))
+    assert torch.equal(*seen) and not torch.allclose(seen[0], bare, atol=1e-3)
+
+
+TRANSFER = [
+    "controls=[controls/tiny/smile-dmd.safetensors]",
+    "targets=[dmd,dmd:hybrid(1)]",
+    "seeds=2",
+    "scales=[-1,0,1]",
+    "references=false",
+    "wandb=disabled",
+    "prompts=[portrait of a person,'portrait of a person, hat']",
+]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A small transfer on whole networks, and its cache."""
+    out = tmp_path_factory.mktemp("transfer")
+    return out, cells(out)
+
+
+def cells(out, *words) -> list[dict]:
+    transfer.main(merge(transfer.Config, [*TRANSFER, f"out={out}", f"cache={out}/cache", *words]))
+    return json.loads((out / "default/results.json").read_text())["cells"]
+
+
+@pytest.mark.parametrize(("kind", "near"), [("int8", 0.02), ("nf4", 0.25)])
+def test_a_control_has_on_packed_networks_about_the_effect_that_it_has_on_whole_ones(
+    drawn, tmp_path, kind, near
+):
+    pytest.importorskip("bitsandbytes")
+    whole, packed = drawn[1], cells(tmp_path, f"quantize={kind}")
+    assert [cell["target"] for cell in packed] == ["tiny/dmd", "tiny/dmd:hybrid(1)"]
+    assert packed[0]["source"] == packed[0]["target"]
+
+    def ends(cell):
+        return (
+            cell["readings"]["probe"]["effect"][2]["value"] - cell["readings"]["probe"]["effect"][0]["value"]
+        )
+
+    ours, theirs = [ends(cell) for cell in packed], [ends(cell) for cell in whole]
+    assert min(theirs) > 0.5 and ours == pytest.approx(theirs, rel=near) and ours != theirs
+
+
+def test_drawings_of_packed_networks_are_never_taken_for_others(drawn, monkeypatch):
+    monkeypatch.setitem(KINDS, "round", ROUND)
+    keys = []
+    for words in ([], ["quantize=round"], ["quantize=nf4"]):
+        cfg = merge(transfer.Config, [*TRANSFER, f"cache={drawn[0]}/cache", *words])
+        monkeypatch.setattr(quantized, "find_spec", lambda name: True)
+        drawings, subjects, targets = transfer.prepare(cfg, CPU)
+        jobs = transfer.jobs_of(cfg, subjects, targets)
+        keys.append({drawings.key(job) for job in jobs})
+        assert bool(drawings.missing(jobs)) == bool(words)
+    assert len(set.union(*keys)) == sum(map(len, keys))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plan_counts_packed_bytes(device, monkeypatch):
+    monkeypatch.setitem(KINDS, "round", ROUND)
+    smile = trained(network(), "smile", 1).tensors
+    moments = {}
+    for kind in ("", "round"):
+        family = SimpleNamespace(**vars(Family("tiny", dtype=torch.float32, bare=True, quantize=kind)))
+        family.device = torch.device(device)
+        turns = [({"base", "dmd"}, {"base", "dmd"})]
+        moments[kind] = {moment.when: moment for moment in forecast.drawing(family, turns, 1, [smile], [])}
+    whole, packed = (moments[kind]["when base, dmd draw 1 at once"] for kind in moments)
+    assert packed.total < whole.total and packed.held["base"] < 0.8 * whole.held["base"]
+    assert packed.held["the control"] < whole.held["weights with the control"]
+    packing = moments["round"].get("when a network is packed")
+    assert (packing is None) == (device == "cuda")
+    one, other = (
+        ("dmd", "base") if packing and packing.held["dmd"] > packing.held["base"] else ("base", "dmd")
+    )
+    assert packing is None or packing.held[one] == whole.held[one] and packing.held[other] < whole.held[other]
+
+
+def test_the_budget_of_a_plan_is_of_packed_networks(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(KINDS, "round", ROUND)
+    said = []
+    for word in ("", "round"):
+        words = ["students=[dmd]", "dry_run=true", f"out={tmp_path}", f"quantize={word}", "control=''"]
+        trace.main(merge(trace.Config, words))
+        said.append(float(re.search(r"^base .*0.0 +([\d.]+) ", capsys.readouterr().out, re.M)[1]))
+    assert said[1] < said[0]
+
+
+COMMANDS = {transfer: [], trace: [], diversity: [], similarity: ["controls=[]"]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_analysis_draws_on_packed_networks(command, monkeypatch, tmp_path):
+    class Stop(Exception):
+        pass
+
+    class Packed(Family):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            assert quantized.quantized(self.member("dmd").denoiser.net)
+            raise Stop
+
+    monkeypatch.setitem(KINDS, "round", ROUND)
+    monkeypatch.setattr(command, "Family", Packed)
+    with pytest.raises(Stop):
+        command.main(
+            merge(command.Config, [*COMMANDS[command], "quantize=round", f"out={tmp_path}", "wandb=disabled"])
+        )
+
+
+def test_show_draws_on_packed_networks(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "round", ROUND)
+    pictures = {}
+    for kind in ("", "round"):
+        words = [f"quantize={kind}", f"out={tmp_path}/show{kind}.png", "scales=[0,1]"]
+        pictures[kind] = show.main(
+            ["controls/tiny/smile-dmd.safetensors"], merge(show.Config, words)
+        ).read_bytes()
+    assert pictures[""] != pictures["round"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, show])
+@pytest.mark.parametrize("word", ["quantize=nf5", "dtype=fp8"])
+def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word, tmp_path, capsys):
+    words = [word] if command is show else [word, f"out={tmp_path}", "wandb=disabled"]
+    run = (lambda cfg: show.main([], cfg)) if command is show else command.main
+    with pytest.raises(SystemExit) as stop:
+        entry(lambda: run(load(command.Config, words)))
+    key, _, value = word.partition("=")
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and said.startswith(f"error: no {key} {value!r}; there are ")
+        and said.count("\n") == 1
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

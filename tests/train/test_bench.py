@@ -7,6 +7,8 @@ import pytest
 from test_controls import network
 from torch.profiler import ProfilerActivity, profile
 
+from analysis import bench as drawing
+from configs import merge
 from models.architectures import ARCHITECTURES
 from train import dry_run
 from train.bench import memory, prior
@@ -49,3 +51,33 @@ def test_kernel_distance_by_its_definition():
     assert prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
     many = rng.normal(size=(800, 3))
     assert abs(prior.distance(many[:400], many[400:])) < 0.1 < prior.distance(many[:400], many[400:] + 0.5)
+
+
+@pytest.mark.parametrize("more", [[], ["targets=['dmd:hybrid(1)']"]])
+def test_the_share_outside_network_vae_and_evaluators_is_small_and_printed(capsys, monkeypatch, more):
+    seen, drawn = [], drawing.drawn
+    monkeypatch.setattr(drawing, "drawn", lambda *args: seen.append(drawn(*args)) or seen[-1])
+    words = ["targets=[dmd]", "seeds=2", "rounds=1", "prompts=[portrait of a person]", *more]
+    drawing.main(merge(drawing.Config, words))
+    (spent,) = seen
+    assert all(spent[part] > 0 for part in drawing.PARTS)
+    assert 0 < drawing.outside(spent) < 0.5 and spent["network"] > spent["whole"] / 3
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"outside network, VAE and evaluators: {100 * drawing.outside(spent):.1f} % of ")
+
+
+def test_the_clock_leaves_nothing_behind(monkeypatch):
+    held = {}
+    clocked = drawing.clocked
+    monkeypatch.setattr(
+        drawing,
+        "clocked",
+        lambda drawings, plan: held.update(drawings=drawings, plan=plan) or clocked(drawings, plan),
+    )
+    drawing.main(
+        merge(drawing.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "prompts=[portrait of a person]"])
+    )
+    nets = [member.denoiser.net for member in held["plan"].members]
+    for module in [*nets, held["drawings"].family.pipe.vae.decoder]:
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert all("features" not in vars(evaluator) for evaluator in held["drawings"].evaluators.values())
