@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from analysis import transfer
 from analysis.images.cache import Drawings, Job
+from analysis.session import Session
 from configs import entry, list_of, merge
+from configs.screen import show_table
 from models.sampler import Plan
 
 PARTS = ("network", "VAE", "evaluators")
@@ -41,31 +41,26 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Prints seconds by part, images per second and the share outside, for every target and over all of them."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     given = {
         key: getattr(cfg, key)
         for key in ("family", "targets", "prompts", "seeds", "evaluators", "dtype", "quantize")
     }
-    table = Table(title="Seconds of a drawing by part")
-    for head in ("target", "images", "drawn in", *PARTS, "images per second", "outside"):
-        table.add_column(head)
+    rows = []
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        words = given | {"controls": [cfg.control], "cache": folder, "references": False}
-        drawings, (subject,), targets = transfer.prepare(merge(transfer.Config, words), device)
+        words = given | {"controls": [cfg.control], "cache": folder, "out": folder, "references": False}
+        session = Session("analysis.transfer", merge(transfer.Config, words), ())
+        drawings, (subject,), targets = transfer.prepare(session)
         drawings.family.encode_all(drawings.texts)
         for target in targets:
             drawings.family.keep(())
             spent, count = drawn(drawings, Job(target, subject.name, 1.0), cfg.rounds), len(drawings.numbers)
             total += spent
-            table.add_row(
-                target,
-                str(count),
-                *(f"{spent[part]:.2f}" for part in ("whole", *PARTS)),
-                f"{count / spent['whole']:.3g}",
-                f"{100 * outside(spent):.1f} %",
-            )
-    Console(width=110).print(table)
+            parts = {part: f"{spent[part]:.2f}" for part in PARTS}
+            speed, rest = f"{count / spent['whole']:.3g}", f"{100 * outside(spent):.1f} %"
+            about = {"target": target, "images": str(count), "drawn in": f"{spent['whole']:.2f}"}
+            rows.append({**about, **parts, "images per second": speed, "outside": rest})
+    show_table("Seconds of a drawing by part", rows)
     print(f"outside network, VAE and evaluators: {100 * outside(total):.1f} % of {total['whole']:.1f} s")
 
 

@@ -5,28 +5,27 @@ configs/diversity/full.yaml is the whole table.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import report, wandb_log
 from analysis.images import sheets, store
-from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of, ways
+from analysis.images.cache import plan_of, ways
 from analysis.images.quality import Judge, against
 from analysis.measures.image_sets import Spread
-from analysis.pages import diversity as diversity_page
+from analysis.pages.diversity import findings, fronts
 from analysis.pages.words import number, shown
+from analysis.session import Session, Way
 from configs import UserError, entry, list_of, releases, tracking
+from configs.screen import show_table
 from controls import intervals
-from models import budget, devices, forecast, promptsets
-from models.evaluators import UNIT, Evaluator, chosen, load_evaluators
-from models.families import DTYPES, Family, Memory
+from models.evaluators import UNIT, Evaluator
+from models.families import Family, Memory
 from models.promptsets import PromptSet
 from models.sampler import Plan, draw_noise, finish, sample
 
@@ -96,17 +95,10 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One prompt's seeds, or one block of the captions, by one plan."""
+class Part(Way):
+    """A part of what one plan draws: prompt-0, prompt-1, … or block-0, block-1, … of the captions."""
 
-    student: str  # the base's own name for plans that no student takes part in
-    plan: str
-    part: str  # prompt-0, prompt-1, … or block-0, block-1, …
-
-    @property
-    def target(self) -> str:
-        """As analysis.images.cache names it."""
-        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
+    part: str
 
     @property
     def file(self) -> str:
@@ -116,86 +108,62 @@ class Job:
 @releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator = time.time(), devices.start(cfg)
+    session = Session("analysis.diversity", cfg, FREE)
     check(cfg)
-    family = Family(
-        cfg.family,
-        accelerator.device,
-        DTYPES[cfg.dtype],
-        cfg.memory,
-        cfg.dry_run,
-        cfg.batch_size,
-        cfg.quantize,
-    )
-    prompts = promptsets.read(cfg.prompts or family.card.prompts)
-    cfg.prompts, cfg.labels, seeds = (
-        prompts.texts,
-        cfg.labels or family.card.prompts,
-        prompts.numbers(cfg.seeds, cfg.seed),
-    )
-    plans = ways(cfg.plans, cfg.students, family if cfg.dry_run else Family(cfg.family, bare=True))
+    seeds = session.prompts().numbers(cfg.seeds, cfg.seed)
+    cfg.labels = cfg.labels or session.family.card.prompts
+    plans = ways(cfg.plans, cfg.students, session.bare)
     if cfg.dry_run:
-        images = len(cfg.prompts) * cfg.seeds + cfg.captions
-        print(f"{len(plans)} ways to draw, {images} images each")
-        calls = budget.nfe_by_member((plan_of(family, Job(*way, "").target), images) for way in plans)
-        names, turns = (
-            chosen(family.card, cfg.evaluators),
-            in_memory(in_turn([Job(*way, "") for way in plans], family.card), family.card),
-        )
-        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
-        most, reading = max(cfg.seeds, cfg.captions), bool(cfg.captions)
-        print(forecast.said(lambda: forecast.drawing(family, turns, most, [], names, reading=reading)))
-        return Path(cfg.out) / cfg.name
+        return plan(session, plans)
     captions, real = against(
-        family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours
+        session.family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours
     )
-    texts = captions.texts
-    evaluators = load_evaluators(family.card, accelerator.device, cfg.evaluators)
-    folder = devices.claim(accelerator, cfg, FREE)
+    judge = Judge(session.evaluators, cfg.labels, real, cfg.neighbours) if captions.texts else None
+    session.claim()
+    names = [f"prompt-{p}" for p in range(len(cfg.prompts))]
+    names += [f"block-{b}" for b in range(blocks_of(captions.texts))]
+    parts = [Part(*way, name) for way in plans for name in names]
+    texts = [] if captions.texts else cfg.prompts  # captions are too many to be kept
+    session.draw(parts, texts, partial(drawn, session, captions, seeds), "diversity")
+    if not session.first:
+        return session.folder / "report.html"
+    cells = cells_of(session, plans, judge, blocks_of(captions.texts))
+    return publish(session, cells, seeds)
 
-    parts = [f"prompt-{p}" for p in range(len(cfg.prompts))] + [f"block-{b}" for b in range(blocks_of(texts))]
-    jobs = [Job(student, plan, part) for student, plan in plans for part in parts]
-    lost = store.missing(folder, [job.file for job in jobs])
-    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
-    todo = in_turn([job for job in jobs if job.file in lost], family.card)
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    if mine and not texts:  # captions are too many to be kept
-        family.encode_all(cfg.prompts)
-    for job in one_by_one(mine, family, "diversity", not accelerator.is_main_process):
-        kind, _, index = job.part.partition("-")
-        plan, k = plan_of(family, job.target), int(index)
-        if kind == "prompt":
-            tensors = variety(cfg, family, plan, evaluators, seeds, k)
-        else:
-            tensors = captioned(cfg, family, plan, evaluators, captions, k)
-        store.write(folder / job.file, tensors, job.file)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return folder / "report.html"
 
-    judge = Judge(evaluators, cfg.labels, real, cfg.neighbours) if texts else None
-    cells = cells_of(cfg, family.card.base, plans, list(evaluators), judge, blocks_of(texts), folder)
-    results = {
-        **wandb_log.header("analysis.diversity", cfg, start),
-        "evaluators": list(evaluators),
-        "base": family.card.base,
-        "fronts": diversity_page.fronts(cells, family.card.base),
-        "cells": cells,
-    }
-    wandb_log.write(results, folder)
-    pictures(seeds[: min(SHOWN, cfg.seeds)], cells, folder)
-    page = report.build(folder)
+def plan(session: Session, plans: list[tuple[str, str]]) -> Path:
+    """Says what will be drawn, and what that takes."""
+    cfg, images = session.cfg, len(session.cfg.prompts) * session.cfg.seeds + session.cfg.captions
+    print(f"{len(plans)} ways to draw, {images} images each")
+    most = max(cfg.seeds, cfg.captions)
+    session.forecast([Way(*way) for way in plans], images, most, [], reading=bool(cfg.captions))
+    return session.folder
+
+
+def publish(session: Session, cells: list[dict], seeds: list[int]) -> Path:
+    """The record, its page, its table."""
+    base, folder = session.family.card.base, session.folder
+    pictures(seeds[: min(SHOWN, session.cfg.seeds)], cells, folder)
+    results = session.record(
+        evaluators=list(session.evaluators), base=base, fronts=fronts(cells, base), cells=cells
+    )
     show(cells)
-    print(f"{time.time() - start:.0f} seconds; report: {page}")
-    with tracking.start(folder, asdict(cfg), "analysis.diversity", family.card.name, cfg.wandb) as tracker:
-        track(results, folder, tracker)
-    return page
+    students = [name for name in dict.fromkeys(cell["student"] for cell in cells) if name != base]
+    says = findings(cells, students[0], base)[0] if students else f"{base} alone"
+    return session.publish(results, says, track, session.family.card.name)
+
+
+def drawn(session: Session, captions: PromptSet, seeds: list[int], part: Part) -> dict[str, Tensor]:
+    """What one part holds."""
+    kind, _, index = part.part.partition("-")
+    make = partial(variety, numbers=seeds) if kind == "prompt" else partial(captioned, captions=captions)
+    return make(
+        session.cfg, session.family, plan_of(session.family, part.target), session.evaluators, int(index)
+    )
 
 
 def check(cfg: Config) -> None:
     """What can be wrong before anything is loaded."""
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 3:
         raise UserError(f"seeds must be at least 3, for a distance and its interval; got {cfg.seeds}")
     if cfg.evaluators and "clip" not in cfg.evaluators:
@@ -211,7 +179,7 @@ def check(cfg: Config) -> None:
 
 @torch.no_grad()
 def variety(
-    cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], numbers: list[int], p: int
+    cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], p: int, numbers: list[int]
 ) -> dict[str, Tensor]:
     """How far apart the seeds of one prompt are at each step: numbers and a few pictures."""
     word, seeds = evaluators["clip"].texts([cfg.prompts[p]])[0], numbers[p * cfg.seeds :][: cfg.seeds]
@@ -251,7 +219,7 @@ def variety(
 
 @torch.no_grad()
 def captioned(
-    cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], captions: PromptSet, b: int
+    cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], b: int, captions: PromptSet
 ) -> dict[str, Tensor]:
     """One block of the captions, an image each: features, and what it cost, from the words to the pixels, the
     base's steps included.
@@ -289,30 +257,26 @@ def blocks_of(texts: list[str]) -> int:
     return max(BLOCKS, -(-len(texts) // BLOCK_SIZE)) if texts else 0
 
 
-def cells_of(
-    cfg: Config, base: str, plans: list, evaluators: list[str], judge: Judge | None, blocks: int, folder: Path
-) -> list[dict]:
+def cells_of(session: Session, plans: list, judge: Judge | None, blocks: int) -> list[dict]:
     """A cell per (student, plan)."""
-    found = {key: gather(cfg, *key, evaluators, folder) for key in plans}
-    cells = []
-    for (student, plan), own in tqdm(found.items(), "numbers", unit="cell"):
-        cell = {
-            "student": student,
-            "plan": plan,
-            **summary(cfg, own, found[base, "base"], found.get((student, "student")), evaluators),
-        }
-        cells.append(cell | (scored(judge, student, plan, blocks, folder) if judge else {}))
+    cfg, folder, names = session.cfg, session.folder, list(session.evaluators)
+    read = {key: gather(cfg, *key, names, folder) for key in plans}
+    cells, base = [], read[session.family.card.base, "base"]
+    for (student, plan), values in tqdm(read.items(), "numbers", unit="cell"):
+        numbers = summary(cfg, values, base, read.get((student, "student")), names)
+        quality = scored(judge, student, plan, blocks, folder) if judge else {}
+        cells.append({"student": student, "plan": plan, **numbers, **quality})
     return cells
 
 
-def kept(folder: Path, job: Job) -> dict[str, Tensor]:
-    """What a job found."""
-    return store.load(folder / job.file, job.file)
+def kept(folder: Path, part: Part) -> dict[str, Tensor]:
+    """What a part holds."""
+    return store.load(folder / part.file, part.file)
 
 
 def gather(cfg: Config, student: str, plan: str, evaluators: list[str], folder: Path) -> dict:
     """All prompts of a plan: per evaluator (P, T, 3), vendi and agreement (P, T), t (T,)."""
-    files = [kept(folder, Job(student, plan, f"prompt-{p}")) for p in range(len(cfg.prompts))]
+    files = [kept(folder, Part(student, plan, f"prompt-{p}")) for p in range(len(cfg.prompts))]
     return {
         **{key: np.stack([f[key].numpy() for f in files]) for key in (*evaluators, "vendi", "agreement")},
         "t": files[0]["t"].numpy(),
@@ -384,7 +348,7 @@ def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> 
     for b in range(blocks):
         block = {
             key: value.double().numpy()
-            for key, value in kept(folder, Job(student, plan, f"block-{b}")).items()
+            for key, value in kept(folder, Part(student, plan, f"block-{b}")).items()
         }
         judge.add(tallies[b % BLOCKS], block)
         costs.append(block["cost"])
@@ -397,40 +361,33 @@ def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
     """One sheet per student: its plans in rows, the seeds of the first prompt in columns."""
     for student in dict.fromkeys(c["student"] for c in cells):
         plans = [c["plan"] for c in cells if c["student"] == student]
-        rows = [(plan, list(kept(folder, Job(student, plan, "prompt-0"))["pictures"])) for plan in plans]
+        rows = [(plan, list(kept(folder, Part(student, plan, "prompt-0"))["pictures"])) for plan in plans]
         sheets.sheet(rows, list(map(str, seeds)), folder / f"images/{student}.png")
 
 
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
-    table = Table(
-        title="Diversity (mean pairwise distance over seeds) [95 %], share of the loss that is recovered, "
-        "cost"
+    rows = []
+    for cell in cells:
+        row, frechet = (
+            {"student": cell["student"], "plan": cell["plan"]},
+            cell.get("quality", {}).get("frechet_clip"),
+        )
+        for name, over_steps in cell["diversity"].items():
+            row |= {
+                f"by {name}": shown(over_steps[-1]),
+                f"recovery, {name}": shown(cell["recovery"][name], 2),
+            }
+        row |= {
+            "agreement": number(cell["agreement"]["value"], 1),
+            "Fréchet": number(frechet and frechet["value"], 3),
+        }
+        row["nfe"] = f"{cell['nfe']:g}" if "nfe" in cell else ""
+        row["ms"] = number(1000 * cell["seconds"], 0) if "seconds" in cell else ""
+        rows.append(row)
+    show_table(
+        "Diversity (mean pairwise distance over seeds) [95 %], share of the loss recovered, cost", rows
     )
-    names = list(cells[0]["diversity"])
-    heads = [head for name in names for head in (f"by {name}", "recovery")]
-    for head in ("student", "plan", *heads, "agreement", "Fréchet", "nfe", "ms"):
-        table.add_column(head)
-    for c in cells:
-        by = [
-            word
-            for name in names
-            for word in (shown(c["diversity"][name][-1]), shown(c["recovery"][name], 2))
-        ]
-        frechet, milliseconds = (
-            c.get("quality", {}).get("frechet_clip"),
-            1000 * c["seconds"] if "seconds" in c else None,
-        )
-        table.add_row(
-            c["student"],
-            c["plan"],
-            *by,
-            number(c["agreement"]["value"], 1),
-            number(frechet and frechet["value"], 3),
-            f"{c['nfe']:g}" if "nfe" in c else "",
-            number(milliseconds, 0),
-        )
-    Console(width=max(140, Console().width)).print(table)
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:

@@ -1,74 +1,130 @@
-"""What a measurement will cost and what it can see, said before it starts."""
+"""What the commands of analysis share: their start, this process's share of the work, their record and its
+page.
+"""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from analysis import results
-from analysis.images.cache import Drawings, Job, in_memory, in_turn
-from analysis.images.readings import Subject
-from analysis.pages.words import led
-from configs import UserError
-from controls import retention as stats
-from models import budget, forecast
+from torch import Tensor
 
-# of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
-# embedded family (LOG.md)
-TYPICAL = {"prompts": 0.07, "seeds": 0.33}
+from analysis import report, wandb_log
+from analysis.images import store
+from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of
+from configs import UserError, tracking
+from models import budget, devices, forecast, promptsets
+from models.evaluators import Evaluator, chosen, load_evaluators
+from models.families import DTYPES, Family
+from models.forecast import Moment
+from models.promptsets import PromptSet
 
 
-def show(
-    drawings: Drawings,
-    subjects: list[Subject],
-    targets: list[str],
-    jobs: list[Job],
-    evaluators: Sequence[str],
-    folder: Path,
-) -> None:
-    """Prints the smallest difference of a retention from 1 that the design tells from none, then images,
-    network evaluations, minutes.
+@dataclass(frozen=True)
+class Way:
+    """A way to draw: a plan by a student, or by the base where no student takes part in it."""
 
-    Then memory at its fullest. The drawings' family is bare: it needs configs and no weights, and UserError
-    says which one cannot be had.
-    """
-    todo, family, each, prompts, seeds = (
-        drawings.missing(jobs),
-        drawings.family,
-        len(drawings.numbers),
-        len(drawings.texts),
-        drawings.seeds,
-    )
-    spread, whence = known(folder)
-    print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
-    for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
-        least = stats.detectable(n, k, spread)
-        print(
-            f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of "
-            f"cases ({whence})"
+    student: str
+    plan: str
+
+    @property
+    def target(self) -> str:
+        """As analysis.images.cache names it."""
+        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
+
+
+class Session:
+    """A command at work: its config, its processes, its family and its folder."""
+
+    def __init__(self, command: str, cfg: Any, free: tuple[str, ...]):
+        """command: analysis.trace and so on. free: keys that a continued run may change. Raises UserError."""
+        self.command, self.cfg, self.free, self.began = command, cfg, free, time.time()
+        self.accelerator, self.folder = devices.start(cfg), Path(cfg.out) / cfg.name
+        if cfg.dtype not in DTYPES:
+            raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes the record."""
+        return self.accelerator.is_main_process
+
+    @cached_property
+    def family(self) -> Family:
+        """The family that draws; in a dry run a bare one."""
+        cfg, device = self.cfg, self.accelerator.device
+        return Family(
+            cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size, cfg.quantize
         )
-    calls = budget.nfe_by_member((drawings.plan(job.target), each) for job in todo)
-    print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
-    if not todo:
-        print("nothing to draw")
-        return
-    print(budget.forecast(family.card, calls, family.dtype, family.device, evaluators, family.quantize))
-    controls, turns = (
-        [control.tensors for control in drawings.controls.values()],
-        in_memory(in_turn(todo, family.card), family.card),
-    )
-    print(forecast.said(lambda: forecast.drawing(family, turns, each, controls, evaluators, apart=True)))
 
+    @cached_property
+    def bare(self) -> Family:
+        """The family without weights, for a look at what would not fit."""
+        return self.family if self.cfg.dry_run else Family(self.cfg.family, bare=True)
 
-def known(folder: Path) -> tuple[dict, str]:
-    """How far retentions vary: as in the run that stands in the folder, else as is typical."""
-    try:
-        cells = map(led, results.read(folder, "analysis.transfer")["cells"])
-        spreads = [cell["spread"] for cell in cells if cell.get("spread") and not cell.get("reference")]
-    except UserError:
-        spreads = []
-    if not spreads:
-        return TYPICAL, "spread as on the embedded family"
+    @cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        return load_evaluators(self.family.card, self.family.device, self.cfg.evaluators)
 
-    def typical(key):
-        return (sum(spread[key] ** 2 for spread in spreads) / len(spreads)) ** 0.5
+    @property
+    def evaluator_names(self) -> Sequence[str]:
+        return chosen(self.family.card, self.cfg.evaluators)
 
-    return {key: typical(key) for key in TYPICAL}, f"spread as in {folder}"
+    def prompts(self) -> PromptSet:
+        """The config's prompts, else the family card's; from now on the config holds their texts."""
+        prompts = promptsets.read(self.cfg.prompts or self.family.card.prompts)
+        self.cfg.prompts = prompts.texts
+        return prompts
+
+    def forecast(self, ways: Iterable[Way], images: int, at_once: int, controls: list, **how: bool) -> None:
+        """Prints what drawing these ways asks of the networks, and memory at its fullest."""
+        ways = list(ways)
+        calls = budget.nfe_by_member((plan_of(self.family, way.target), images) for way in ways)
+        turns = in_memory(in_turn(ways, self.family.card), self.family.card)
+        names = self.evaluator_names
+        self.say(calls, names, lambda: forecast.drawing(self.family, turns, at_once, controls, names, **how))
+
+    def say(self, calls: dict, names: Sequence[str], moments: Callable[[], Iterable[Moment]]) -> None:
+        """Prints what is loaded, evaluated and held at most."""
+        family = self.family
+        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
+        print(forecast.said(moments))
+
+    def claim(self) -> None:
+        """Takes the folder; nothing can refuse the run any more."""
+        devices.claim(self.accelerator, self.cfg, self.free)
+
+    def share(self, jobs: list) -> list:
+        """This process's part of the jobs, once all processes have seen the same."""
+        self.accelerator.wait_for_everyone()
+        return jobs[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def draw(
+        self, jobs: list, texts: list[str], make: Callable[[Any], dict[str, Tensor]], label: str
+    ) -> None:
+        """Makes the files that are not there yet, each process its share, network by network.
+
+        jobs: ways with a file. texts: encoded first, after which the text encoders go; none where there are
+        too many.
+        """
+        lost = store.missing(self.folder, [job.file for job in jobs])
+        mine = self.share(in_turn([job for job in jobs if job.file in lost], self.family.card))
+        if mine and texts:
+            self.family.encode_all(texts)
+        for job in one_by_one(mine, self.family, label, not self.first):
+            store.write(self.folder / job.file, make(job), job.file)
+        self.accelerator.wait_for_everyone()
+
+    def record(self, **parts: Any) -> dict:
+        """What results.json holds."""
+        return {**wandb_log.header(self.command, self.cfg, self.began), **parts}
+
+    def publish(self, results: dict, says: str, track: Callable, group: str) -> Path:
+        """Writes the record and its page, says where that is and what was found, and logs all to W&B."""
+        wandb_log.write(results, self.folder)
+        page = report.build(self.folder)
+        print(f"{says}\n{results['seconds']:.0f} seconds; report: {page}")
+        with tracking.start(self.folder, asdict(self.cfg), self.command, group, self.cfg.wandb) as tracker:
+            track(results, self.folder, tracker)
+        return page

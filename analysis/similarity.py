@@ -8,22 +8,18 @@ With control=FILE: members without against themselves with that control.
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import report, results, wandb_log
+from analysis import results, wandb_log
 from analysis.images import store
 from analysis.images.activations import (
     Chunk,
@@ -39,14 +35,16 @@ from analysis.images.activations import (
 from analysis.images.directions import Start, directions, overlaps
 from analysis.images.stitching import stitch
 from analysis.measures.prediction import points, predictors
-from analysis.pages import similarity as similarity_page
+from analysis.pages.similarity import INPUTS, by_step, findings, of, predictor_sentences, table
 from analysis.pages.words import number, ranged
+from analysis.session import Session
 from configs import ROOT, UserError, entry, list_of, releases, replacing, tracking
+from configs.screen import show_table
 from controls import formats, lora
 from controls.lora import Control
-from models import budget, devices, forecast, promptsets
+from models import budget, forecast
 from models.evaluators import chosen, load_evaluators
-from models.families import DTYPES, Family, Memory
+from models.families import Family, Memory
 from models.forecast import Moment
 from models.sampler import alone
 
@@ -63,7 +61,7 @@ RETENTION = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """A file of the run folder, and what makes its cells or tensors."""
 
     file: str
@@ -122,75 +120,78 @@ class Config:
 @releases
 def main(cfg: Config) -> Path:
     """Compares, prints the tables and returns the path of the page."""
-    start, accelerator = time.time(), devices.start(cfg)
+    session = Session("analysis.similarity", cfg, ("wandb", "out", "memory", "transfer"))
     check(cfg)
-    shown, control = (
-        [formats.load(path) for path in cfg.controls if not cfg.control],
-        formats.load(cfg.control) if cfg.control else None,
-    )
-    transfer = retentions(cfg.transfer) if shown else []
-    family = Family(
-        cfg.family,
-        accelerator.device,
-        DTYPES[cfg.dtype],
-        cfg.memory,
-        cfg.dry_run,
-        cfg.batch_size,
-        cfg.quantize,
-    )
-    prompts = promptsets.read(cfg.prompts or family.card.prompts)
-    cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
-    pairs = pairs_of(cfg, family, control)
-    measure, firsts = (
-        measure_of(cfg),
-        list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if shown else [])])),
-    )
-    folder, todo, quiet = (
-        Path(cfg.out) / cfg.name,
-        chunks(cfg.prompts, seeds, family.drawing.size),
-        not accelerator.is_main_process,
-    )
-    jobs = [
-        walks(family, firsts, todo),
-        measurements(cfg, family, pairs, shown, todo, measure, folder, quiet),
-    ]
+    controls = [formats.load(path) for path in cfg.controls if not cfg.control]
+    control = formats.load(cfg.control) if cfg.control else None
+    transfer = retentions(cfg.transfer) if controls else []
+    seeds = session.prompts().numbers(cfg.seeds, cfg.seed)
+    pairs, measure = pairs_of(cfg, session.family, control), measure_of(cfg)
+    tasks = tasks_of(session, pairs, controls, seeds, measure)
     if cfg.dry_run:
-        print(
-            f"{len(pairs)} pairs, {len(seeds)} images each; the directions of {len(shown)} controls come "
-            f"on top"
-        )
-        calls, names = nfe(family, pairs, firsts, len(seeds)), chosen(family.card) if cfg.stitch_seeds else ()
-        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
-        print(forecast.said(lambda: moments(cfg, family, measure, in_turn(jobs[0]) + in_turn(jobs[1]))))
-        return folder
-    fits(Family(cfg.family, bare=True), pairs, shown, cfg.blocks)
-    devices.claim(accelerator, cfg, ("wandb", "out", "memory", "transfer"))
+        return plan(session, pairs, controls, seeds, measure, tasks)
+    fits(session.bare, pairs, controls, cfg.blocks)
+    session.claim()
+    for label, part in tasks.items():
+        work(session, part, label)
+    if not session.first:
+        return session.folder / "report.html"
+    cells = gather(session.folder, pairs, controls)
+    return publish(session, cells + predicted(cells, transfer, cfg.seed), control)
 
-    for label, part in zip(("sampling", "measuring"), jobs, strict=True):
-        work(part, family, cfg.prompts, folder, label, accelerator)
-    if not accelerator.is_main_process:
-        return folder / "report.html"
 
-    cells = gather(folder, pairs, shown)
-    for evaluator_name, rows in points(cells, transfer).items():
-        cells += [{"what": "point", "evaluator": evaluator_name, **row} for row in rows] + predictors(
-            rows, evaluator_name, seed=cfg.seed
-        )
-    wandb_log.write({**wandb_log.header("analysis.similarity", cfg, start), "cells": cells}, folder)
-    page = report.build(folder)
+def firsts_of(family: Family, pairs: list[Pair], controls: list[Control]) -> list[str]:
+    """The members whose own runs others are compared with."""
+    return list(dict.fromkeys([*(pair.first for pair in pairs), *([family.card.base] if controls else [])]))
+
+
+def tasks_of(
+    session: Session, pairs: list[Pair], controls: list[Control], seeds: list[int], measure: Measure
+) -> dict[str, list[Task]]:
+    """All that is to be made, in two rounds."""
+    cfg, family = session.cfg, session.family
+    todo = chunks(cfg.prompts, seeds, family.drawing.size)
+    measured = measurements(cfg, family, pairs, controls, todo, measure, session.folder, not session.first)
+    return {"sampling": walks(family, firsts_of(family, pairs, controls), todo), "measuring": measured}
+
+
+def plan(
+    session: Session,
+    pairs: list[Pair],
+    controls: list[Control],
+    seeds: list[int],
+    measure: Measure,
+    tasks: dict[str, list[Task]],
+) -> Path:
+    """Says what will be compared, and what that takes."""
+    family, images = session.family, len(seeds)
+    print(f"{len(pairs)} pairs, {images} images each; the directions of {len(controls)} controls come on top")
+    calls = nfe(family, pairs, firsts_of(family, pairs, controls), images)
+    ordered = [task for part in tasks.values() for task in in_turn(part)]
+    names = chosen(family.card) if session.cfg.stitch_seeds else ()
+    session.say(calls, names, lambda: moments(session.cfg, family, measure, ordered))
+    return session.folder
+
+
+def predicted(cells: list[dict], transfer: list[dict], seed: int) -> list[dict]:
+    """Retentions beside what may predict them, and how well that does."""
+    found = []
+    for evaluator, rows in points(cells, transfer).items():
+        found += [{"what": "point", "evaluator": evaluator, **row} for row in rows]
+        found += predictors(rows, evaluator, seed=seed)
+    return found
+
+
+def publish(session: Session, cells: list[dict], control: Control | None) -> Path:
+    """The record, its page, its tables."""
     show(cells)
-    print(f"{time.time() - start:.0f} seconds; report: {page}")
-    with tracking.start(
-        folder, asdict(cfg), "analysis.similarity", control.card.name if control else cfg.family, cfg.wandb
-    ) as tracker:
-        track(cells, folder, tracker)
-    return page
+    says = (predictor_sentences(cells) or findings(cells))[0]
+    group = control.card.name if control else session.cfg.family
+    return session.publish(session.record(cells=cells), says, track, group)
 
 
 def check(cfg: Config) -> None:
     """What can be wrong before anything is loaded."""
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, for the variance over seeds; got {cfg.seeds}")
     if cfg.spread_grid < cfg.grid or cfg.spread_grid % cfg.grid:
@@ -255,41 +256,38 @@ def retentions(folder: str) -> list[dict]:
     return cells
 
 
-def work(
-    jobs: list[Job], family: Family, prompts: list[str], folder: Path, label: str, accelerator: Accelerator
-) -> None:
+def work(session: Session, tasks: list[Task], label: str) -> None:
     """Makes the files that are not there yet, this process its share of them, and waits for the others.
 
-    The text encoders go before the first network comes, a network goes when no later job needs it.
+    The text encoders go before the first network comes, a network goes when no later task needs it.
     """
-    lost = store.missing(folder, [job.file for job in jobs], whole)
-    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
-    todo = [job for job in jobs if job.file in lost]
-    mine = in_turn(todo[accelerator.process_index :: accelerator.num_processes])
+    family, folder, prompts = session.family, session.folder, session.cfg.prompts
+    lost = store.missing(folder, [task.file for task in tasks], whole)
+    mine = in_turn(session.share([task for task in tasks if task.file in lost]))
     for text in prompts if mine else ():
         family.encode([text])  # by itself, as chunks ask for it: a batch of texts rounds in another way
     if mine:
         family.encode_all(prompts)
-    for k, job in enumerate(tqdm(mine, label, unit="job", disable=not accelerator.is_main_process)):
+    for k, task in enumerate(tqdm(mine, label, unit="task", disable=not session.first)):
         family.keep(frozenset().union(*(later.members for later in mine[k:])))
-        (keep if job.file.endswith(".json") else store.write)(folder / job.file, job.make(), job.file)
-    accelerator.wait_for_everyone()
+        (keep if task.file.endswith(".json") else store.write)(folder / task.file, task.make(), task.file)
+    session.accelerator.wait_for_everyone()
 
 
-def in_turn(jobs: list[Job]) -> list[Job]:
+def in_turn(tasks: list[Task]) -> list[Task]:
     """Jobs by the networks that they need, those with few first."""
-    return sorted(jobs, key=lambda job: (len(job.members), sorted(job.members)))
+    return sorted(tasks, key=lambda task: (len(task.members), sorted(task.members)))
 
 
-def moments(cfg: Config, family: Family, measure: Measure, jobs: Sequence[Job]) -> Iterator[Moment]:
-    """What is held together in each job; in those that compare, on a CPU, with the sums over activations."""
+def moments(cfg: Config, family: Family, measure: Measure, tasks: Sequence[Task]) -> Iterator[Moment]:
+    """What is held together in each task; in those that compare, on a CPU, with the sums over activations."""
     held, images = set(), max(cfg.seeds, len(cfg.prompts) * max(cfg.stitch_seeds, PROMPT_SEEDS))
-    for k, job in enumerate(jobs):
-        held = held & set().union(*(later.members for later in jobs[k:])) | job.members
-        aside = {"sums over activations": sums(family, job.compared, measure)} if job.compared else {}
-        controls = [control.tensors for control in job.controls]
+    for k, task in enumerate(tasks):
+        held = held & set().union(*(later.members for later in tasks[k:])) | task.members
+        aside = {"sums over activations": sums(family, task.compared, measure)} if task.compared else {}
+        controls = [control.tensors for control in task.controls]
         for moment in forecast.drawing(
-            family, [(held, {name}) for name in job.members], images, controls, job.evaluators
+            family, [(held, {name}) for name in task.members], images, controls, task.evaluators
         ):
             summing = (
                 family.device.type == "cpu" and "draw" in moment.when
@@ -298,14 +296,14 @@ def moments(cfg: Config, family: Family, measure: Measure, jobs: Sequence[Job]) 
 
 
 def whole(path: Path, file: str) -> list[dict] | dict[str, Tensor] | None:
-    """The cells or tensors that a job left; None where they are not whole."""
+    """The cells or tensors that a task left; None where they are not whole."""
     return (kept if file.endswith(".json") else store.read)(path, file)
 
 
-def walks(family: Family, members: list[str], todo: list[Chunk]) -> list[Job]:
+def walks(family: Family, members: list[str], todo: list[Chunk]) -> list[Task]:
     """The own runs of the members with which others are compared."""
     return [
-        Job(walked(name, chunk), partial(walk, family, name, chunk), frozenset([name]))
+        Task(walked(name, chunk), partial(walk, family, name, chunk), frozenset([name]))
         for name in members
         for chunk in todo
     ]
@@ -339,8 +337,8 @@ def measurements(
     measure: Measure,
     folder: Path,
     quiet: bool,
-) -> list[Job]:
-    """Comparisons, stitched networks and controls: one job and one JSON file of cells each."""
+) -> list[Task]:
+    """Comparisons, stitched networks and controls: one task and one JSON file of cells each."""
 
     def comparison(pair: Pair) -> list[dict]:
         def own(chunk):
@@ -365,29 +363,29 @@ def measurements(
         return directions(family, control, grounds[0])
 
     files, evaluators = files_of(pairs, controls), tuple(chosen(family.card))
-    jobs = []
+    tasks = []
     for pair in pairs:
         own, used = frozenset([pair.first, pair.second]), (pair.control,) if pair.control else ()
-        jobs.append(
-            Job(files[f"compare/{pair.file}"], partial(comparison, pair), own, used, compared=pair.second)
+        tasks.append(
+            Task(files[f"compare/{pair.file}"], partial(comparison, pair), own, used, compared=pair.second)
         )
     for pair in pairs if cfg.stitch_seeds else ():
         if not pair.control:
             own = frozenset([pair.first, pair.second])
-            jobs.append(
-                Job(files[f"stitch/{pair.file}"], partial(stitches, pair), own, evaluators=evaluators)
+            tasks.append(
+                Task(files[f"stitch/{pair.file}"], partial(stitches, pair), own, evaluators=evaluators)
             )
     every = frozenset(family.card.members)
     for control in controls:
-        jobs.append(
-            Job(files[f"control/{control.card.name}"], partial(direction, control), every, (control,))
+        tasks.append(
+            Task(files[f"control/{control.card.name}"], partial(direction, control), every, (control,))
         )
-    return jobs + ([Job(files["overlap"], partial(overlaps, controls))] if controls else [])
+    return tasks + ([Task(files["overlap"], partial(overlaps, controls))] if controls else [])
 
 
 def files_of(pairs: list[Pair], controls: list[Control]) -> dict[str, str]:
-    """Where in the run folder the cells of each job are, in the order of the record."""
-    names = [f"{job}/{pair.file}" for job in ("compare", "stitch") for pair in pairs]
+    """Where in the run folder the cells of each task are, in the order of the record."""
+    names = [f"{task}/{pair.file}" for task in ("compare", "stitch") for pair in pairs]
     return {
         name: f"cells/{name}.json"
         for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]
@@ -429,136 +427,85 @@ def kept(path: Path, what: str) -> list[dict] | None:
 
 
 def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dict]:
-    """The cells of all jobs; those that were not asked for have none."""
+    """The cells of all tasks; those that were not asked for have none."""
     return [cell for file in files_of(pairs, controls).values() for cell in kept(folder / file, file) or ()]
 
 
 def show(cells: list[dict]) -> None:
     """Prints CKA and the variance over seeds per comparison and step, then what predicts retention."""
-    table = Table(
-        title="Debiased CKA with the same inputs; on own trajectories; variance over seeds, second / first "
-        "(means over blocks)"
-    )
-    for head in (
-        "comparison",
-        "step",
-        "t",
-        "CKA, same inputs",
-        "lowest block",
-        "CKA, own",
-        "seed variance, own",
-        "seeds' share",
-    ):
-        table.add_column(head)
-    for row in similarity_page.by_step(cells):
-        table.add_row(
-            row["comparison"],
-            str(row["step"] + 1),
-            f"{row['t']:.0f}",
-            number(row["forced"]),
-            f"{row['lowest']} {number(row['lowest_cka'])}",
-            number(row["own"]),
-            number(row["seed_variance"]),
-            " against ".join(number(row["shares"][side]) for side in (1, 0)),
-        )
-    Console(width=max(120, Console().width)).print(table)
-    found = [c for c in cells if c["what"] == "predictor"]
-    if found:
-        table = Table(
-            title=f"What predicts retention: {found[0]['points']} points of {found[0]['controls']} controls"
-        )
-        for head in (
-            "evaluator",
-            "predictor",
-            "Spearman [95 %]",
-            "one control left out",
-            "cross-validated R²",
-            "lowest without one",
-        ):
-            table.add_column(head)
-        for c in found:
-            left = f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}"
-            table.add_row(
-                c["evaluator"],
-                c["predictor"],
-                ranged(c["spearman"]),
-                left,
-                number(c["r2_cross_validated"]),
-                number(c["r2_without_one"]["value"]),
-            )
-        Console(width=max(120, Console().width)).print(table)
-
-
-def track(cells: list[dict], folder: Path, tracker: tracking.Tracker) -> None:
-    """Logs every kind of cell as a table, the maps of CKA as tables blocks x steps, stitched pictures, the
-    record as an artifact.
-    """
-    blocks = [c for c in cells if c["what"] == "block"]
-    columns = [
-        "comparison",
-        "inputs",
-        "block",
-        "step",
-        "cka",
-        "null high",
-        "standardised",
-        "procrustes",
-        "neighbours",
-        "seed variance",
+    rows = [
+        {
+            "comparison": row["comparison"],
+            "step": str(row["step"] + 1),
+            "t": f"{row['t']:.0f}",
+            "CKA, same inputs": number(row["forced"]),
+            "lowest block": f"{row['lowest']} {number(row['lowest_cka'])}",
+            "CKA, own": number(row["own"]),
+            "seed variance, own": number(row["seed_variance"]),
+            "seeds' share": " against ".join(number(row["shares"][side]) for side in (1, 0)),
+        }
+        for row in by_step(cells)
     ]
+    show_table("Debiased CKA, same inputs and own trajectories; variance over seeds, second / first", rows)
+    predicting = [
+        {
+            "evaluator": c["evaluator"],
+            "predictor": c["predictor"],
+            "Spearman [95 %]": ranged(c["spearman"]),
+            "one control left out": f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}",
+            "cross-validated R²": number(c["r2_cross_validated"]),
+            "lowest without one": number(c["r2_without_one"]["value"]),
+        }
+        for c in of(cells, "predictor")
+    ]
+    if predicting:
+        first = of(cells, "predictor")[0]
+        show_table(
+            f"What predicts retention: {first['points']} points of {first['controls']} controls", predicting
+        )
+
+
+def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
+    """Logs every kind of cell as a table, CKA as tables blocks x steps, stitched pictures, the record."""
+    cells = results["cells"]
+    blocks = of(cells, "block")
     tracker.table(
-        "similarity/blocks",
-        columns,
-        [
-            [
-                c["comparison"],
-                c["inputs"],
-                c["block"],
-                c["step"],
-                c["cka"]["value"],
-                c["null"]["high"],
-                c["standardised"],
-                c["procrustes"],
-                c["neighbours"],
-                c["seed_variance"]["value"],
-            ]
-            for c in blocks
-        ],
+        "similarity/blocks", list(block_row(blocks[0])), [list(block_row(c).values()) for c in blocks]
     )
     for name, inputs in dict.fromkeys((c["comparison"], c["inputs"]) for c in blocks):
-        steps, rows = similarity_page.table(blocks, name, inputs, lambda c: c["cka"]["value"])
+        steps, rows = table(blocks, name, inputs, lambda c: c["cka"]["value"])
         heads = ["block", *(f"step {s + 1}" for s in steps)]
         tracker.table(
             f"similarity/cka/{name}/{inputs}", heads, [[block, *row] for block, row in rows.items()]
         )
-    found = [c for c in cells if c["what"] == "predictor"]
-    if found:
-        tracker.table(
-            "similarity/predictors",
-            ["evaluator", "predictor", "points", "spearman", "low", "high", "r2_cross_validated"],
-            [
-                [
-                    c["evaluator"],
-                    c["predictor"],
-                    c["points"],
-                    *c["spearman"].values(),
-                    c["r2_cross_validated"],
-                ]
-                for c in found
-            ],
-        )
-    for row in similarity_page.by_step(cells):
+    if predicting := of(cells, "predictor"):
+        columns = ["evaluator", "predictor", "points", "spearman", "low", "high", "r2_cross_validated"]
+        rows = [
+            [*(c[key] for key in columns[:3]), *c["spearman"].values(), c[columns[-1]]] for c in predicting
+        ]
+        tracker.table("similarity/predictors", columns, rows)
+    for row in by_step(cells):
         means = {
-            f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key]
-            for key in similarity_page.INPUTS
+            f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in INPUTS
         }
         tracker.log({name: value for name, value in means.items() if value is not None})
     for path in sorted((folder / "images/stitch").glob("*.png")):
         caption = "in columns: first, second, first's down half with second's up half, the reverse"
         tracker.image(f"similarity/stitched/{path.stem}", path, caption)
-    for name in dict.fromkeys(c["control"] for c in cells if c["what"] == "direction"):
+    for name in dict.fromkeys(c["control"] for c in of(cells, "direction")):
         tracker.uses(name)
     tracker.artifact(folder / "results.json", f"similarity-{folder.name}", "results")
+
+
+def block_row(c: dict) -> dict:
+    """A block at a step as W&B's table has it."""
+    return {
+        **{key: c[key] for key in ("comparison", "inputs", "block", "step")},
+        "cka": c["cka"]["value"],
+        "null high": c["null"]["high"],
+        **{key: c[key] for key in ("standardised", "procrustes", "neighbours")},
+        "seed variance": c["seed_variance"]["value"],
+    }
 
 
 if __name__ == "__main__":

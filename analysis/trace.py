@@ -5,31 +5,29 @@ minutes on a CPU. Makes sheets of x_t and x0 over the steps, an animation, and a
 measures when a member commits to its image, what it begins and abandons, and at which steps a control acts.
 """
 
-import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from analysis import report, wandb_log
 from analysis.images import sheets, store
-from analysis.images.cache import acting, in_memory, in_turn, networks, one_by_one, plan_of, ways
+from analysis.images.cache import acting, networks, plan_of, ways
 from analysis.measures.commitment import abandoned, apart, committed, concept, followed
-from analysis.pages import trace as trace_page
+from analysis.pages.trace import findings, label
 from analysis.pages.words import shown
+from analysis.session import Session, Way
 from configs import UserError, entry, list_of, releases, tracking
+from configs.screen import show_table
 from controls import formats
 from controls.lora import Control, fits
-from models import budget, devices, forecast, promptsets
-from models.evaluators import READERS, Evaluator, chosen, load_evaluators
-from models.families import DTYPES, Family, Memory
+from models.evaluators import READERS, Evaluator
+from models.families import Family, Memory
 from models.noise import Noise
-from models.sampler import Plan, draw_noise, sample
+from models.sampler import draw_noise, sample
 
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
 FREE = (
@@ -91,17 +89,10 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Job:
+class Trace(Way):
     """All prompts and seeds by one plan, with the control off, on, or on in some bands of the noise level."""
 
-    student: str  # the base's own name for plans that no student takes part in
-    plan: str
     bands: tuple[int, ...] | None  # where the control is on; () = nowhere, None = everywhere
-
-    @property
-    def target(self) -> str:
-        """As analysis.images.cache names it."""
-        return self.student if self.plan in ("base", "student") else f"{self.student}:{self.plan}"
 
     @property
     def file(self) -> str:
@@ -112,80 +103,55 @@ class Job:
 @releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the page."""
-    start, accelerator = time.time(), devices.start(cfg)
+    session = Session("analysis.trace", cfg, FREE)
     check(cfg)
     control = formats.load(cfg.control) if cfg.control else None
-    pair = words(cfg, control) if control else ("", "")
-    family = Family(
-        cfg.family,
-        accelerator.device,
-        DTYPES[cfg.dtype],
-        cfg.memory,
-        cfg.dry_run,
-        cfg.batch_size,
-        cfg.quantize,
-    )
-    prompts = promptsets.read(cfg.prompts or family.card.prompts)
-    cfg.prompts, seeds = prompts.texts, prompts.numbers(cfg.seeds, cfg.seed)
-    outline = family if cfg.dry_run else Family(cfg.family, bare=True)
-    plans = ways(cfg.plans, cfg.students, outline)
-    jobs = jobs_of(cfg, plans, control is not None)
-    folder = Path(cfg.out) / cfg.name
+    pair = descriptions(cfg, control) if control else ("", "")
+    seeds = session.prompts().numbers(cfg.seeds, cfg.seed)
+    traces = traces_of(cfg, ways(cfg.plans, cfg.students, session.bare), control is not None)
     if cfg.dry_run:
-        todo = in_turn(
-            [job for job in jobs if cfg.overwrite or not (folder / job.file).exists()], family.card
-        )
-        images, names = len(cfg.prompts) * cfg.seeds, chosen(family.card, cfg.evaluators)
-        print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(jobs) - len(todo)}")
-        calls = budget.nfe_by_member((plan_of(family, job.target), images) for job in todo)
-        print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
-        turns, controls = in_memory(todo, family.card), [control.tensors] if control else []
-        print(forecast.said(lambda: forecast.drawing(family, turns, images, controls, names)))
-        return folder
-    evaluators = load_evaluators(family.card, accelerator.device, cfg.evaluators)
-    for name in outline.members if control else ():  # a misfit is said now, not after an hour of drawing
-        fits(outline.member(name).denoiser.net, control, family.card.name)
-    devices.claim(accelerator, cfg, FREE)
+        return plan(session, traces, control)
+    evaluators = session.evaluators
+    for name in session.bare.members if control else ():  # a misfit is said now, not after an hour of drawing
+        fits(session.bare.member(name).denoiser.net, control, cfg.family)
+    session.claim()
+    session.draw(traces, cfg.prompts, partial(drawn, session, control, seeds), "trace")
+    if not session.first:
+        return session.folder / "report.html"
+    cells = cells_of(cfg, session.family.card.base, traces, evaluators, pair, session.folder)
+    pictures(cfg, cells, session.folder)
+    strips(session.family, seeds, cells, session.folder)
+    return publish(session, cells, control)
 
-    lost = store.missing(folder, [job.file for job in jobs])
-    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
-    todo = in_turn([job for job in jobs if job.file in lost], family.card)
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    if mine:
-        family.encode_all(cfg.prompts)
-    for job in one_by_one(mine, family, "trace", not accelerator.is_main_process):
-        draw(cfg, family, plan_of(family, job.target), control, evaluators, seeds, job, folder)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return folder / "report.html"
 
-    cells = cells_of(cfg, family.card.base, jobs, evaluators, pair, folder)
-    pictures(cfg, cells, folder)
-    strips(family, seeds, cells, folder)
-    results = {
-        **wandb_log.header("analysis.trace", cfg, start),
-        "evaluators": list(evaluators),
-        "base": family.card.base,
-        "prompts": cfg.prompts,
-        "shown": min(cfg.shown, len(cfg.prompts)),
-        "control": control.card.name if control else "",
-        "cells": cells,
-    }
-    wandb_log.write(results, folder)
-    page = report.build(folder)
+def plan(session: Session, traces: list[Trace], control: Control | None) -> Path:
+    """Says what is left to draw, and what that takes."""
+    cfg, folder = session.cfg, session.folder
+    todo = [trace for trace in traces if cfg.overwrite or not (folder / trace.file).exists()]
+    images, controls = len(cfg.prompts) * cfg.seeds, [control.tensors] if control else []
+    print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(traces) - len(todo)}")
+    session.forecast(todo, images, images, controls)
+    return folder
+
+
+def publish(session: Session, cells: list[dict], control: Control | None) -> Path:
+    """The record, its page, its table."""
+    cfg, base, name = session.cfg, session.family.card.base, control.card.name if control else ""
+    results = session.record(
+        evaluators=list(session.evaluators),
+        base=base,
+        prompts=cfg.prompts,
+        shown=min(cfg.shown, len(cfg.prompts)),
+        control=name,
+        cells=cells,
+    )
     show(cells)
-    print(f"{time.time() - start:.0f} seconds; page: {page}")
-    with tracking.start(
-        folder, asdict(cfg), "analysis.trace", results["control"] or family.card.name, cfg.wandb
-    ) as tracker:
-        track(results, folder, tracker)
-    return page
+    says = findings(cells, base, cfg.tolerance, "")[0]
+    return session.publish(results, says, track, name or cfg.family)
 
 
 def check(cfg: Config) -> None:
     """What can be wrong before anything is loaded."""
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     if cfg.seeds < 2:
         raise UserError(f"seeds must be at least 2, to tell how far two images are apart; got {cfg.seeds}")
     if cfg.shown < 1:
@@ -197,7 +163,7 @@ def check(cfg: Config) -> None:
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
 
 
-def words(cfg: Config, control: Control) -> tuple[str, str]:
+def descriptions(cfg: Config, control: Control) -> tuple[str, str]:
     """The positive and negative descriptions by which a control is measured.
 
     Raises UserError for a control without them.
@@ -211,7 +177,7 @@ def words(cfg: Config, control: Control) -> tuple[str, str]:
     return pair
 
 
-def jobs_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list[Job]:
+def traces_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list[Trace]:
     """Every plan without and with the control; on the members alone also with the control in one band, the
     first ones, the last ones.
     """
@@ -225,9 +191,9 @@ def jobs_of(cfg: Config, plans: list[tuple[str, str]], controlled: bool) -> list
         )
     )
     parts = dict.fromkeys([*one, *first, *rest])
-    jobs = [Job(*key, bands) for key in plans for bands in ((), None)[: 1 + controlled]]
-    return jobs + [
-        Job(*key, bands) for key in plans if controlled and key[1] in ("base", "student") for bands in parts
+    traces = [Trace(*key, bands) for key in plans for bands in ((), None)[: 1 + controlled]]
+    return traces + [
+        Trace(*key, bands) for key in plans if controlled and key[1] in ("base", "student") for bands in parts
     ]
 
 
@@ -237,25 +203,15 @@ def band(cfg: Config, level: Noise) -> int:
 
 
 @torch.no_grad()
-def draw(
-    cfg: Config,
-    family: Family,
-    plan: Plan,
-    control: Control | None,
-    evaluators: dict[str, Evaluator],
-    seeds: list[int],
-    job: Job,
-    folder: Path,
-) -> None:
-    """One job's features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end
-    alone), and the shown pictures.
+def drawn(session: Session, control: Control | None, seeds: list[int], trace: Trace) -> dict[str, Tensor]:
+    """Features at each step, (P·S, T, d) per evaluator (of a control on some bands at the end alone).
+
+    And the shown pictures.
     """
+    cfg, family, plan = session.cfg, session.family, plan_of(session.family, trace.target)
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
-    whole, levels = (
-        job.bands is None or not job.bands,
-        [level for stage in plan.stages for level in stage.levels],
-    )
-    holds = None if job.bands is None else lambda level: band(cfg, level) in job.bands
+    whole, levels = not trace.bands, [level for stage in plan.stages for level in stage.levels]
+    holds = None if trace.bands is None else lambda level: band(cfg, level) in trace.bands
 
     def seen(rows: Tensor) -> dict[str, Tensor]:
         kept = [r for r, row in enumerate(rows) if row % cfg.seeds == 0 and row // cfg.seeds < cfg.shown]
@@ -266,40 +222,40 @@ def draw(
             if not (whole or last):
                 continue
             images = family.decode(step.after if last else step.x0)
-            for name, evaluator in evaluators.items():
+            for name, evaluator in session.evaluators.items():
                 steps[name].append(torch.from_numpy(evaluator.features(images)).float())
             if whole and kept:
                 steps["x0"].append(sheets.thumbs(images[kept]))
                 steps["x"].append(sheets.thumbs(family.decode(step.x[kept])))
         return {name: torch.stack(parts, 1) for name, parts in steps.items()}
 
-    with acting(plan, control if job.bands != () else None, cfg.scale, family.card.name, holds) as plan:
+    with acting(plan, control if trace.bands != () else None, cfg.scale, family.card.name, holds) as plan:
         batches = family.drawing.of(seen, len(texts))
     names = dict.fromkeys(name for batch in batches for name in batch)
     tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]) for name in names}
     tensors["t"] = torch.tensor([level.t for level in levels], dtype=torch.float64)
-    store.write(folder / job.file, tensors, job.file)
+    return tensors
 
 
 def cells_of(
     cfg: Config,
     base: str,
-    jobs: list[Job],
+    traces: list[Trace],
     evaluators: dict[str, Evaluator],
     pair: tuple[str, str],
     folder: Path,
 ) -> list[dict]:
     """A cell per student and plan."""
-    features = {job: gather(cfg, job, evaluators, folder) for job in jobs}
-    unit = {name: apart(name, features[Job(base, "base", ())][name]) for name in evaluators}
-    plain = [f for job, f in features.items() if job.bands == ()]
+    features = {trace: gather(cfg, trace, evaluators, folder) for trace in traces}
+    unit = {name: apart(name, features[Trace(base, "base", ())][name]) for name in evaluators}
+    plain = [f for trace, f in features.items() if trace.bands == ()]
     ends = {
         name: np.concatenate([f[name][:, :, -1].reshape(-1, f[name].shape[-1]) for f in plain])
         for name in evaluators
     }
     cells = []
-    for student, plan in dict.fromkeys((job.student, job.plan) for job in jobs):
-        own = features[Job(student, plan, ())]
+    for student, plan in dict.fromkeys((trace.student, trace.plan) for trace in traces):
+        own = features[Trace(student, plan, ())]
         steps = [{"t": t, "share": (i + 1) / len(own["t"])} for i, t in enumerate(own["t"].tolist())]
         cell = {
             "student": student,
@@ -312,7 +268,7 @@ def cells_of(
             "seeds": cfg.seeds,
         }
         with_control = {
-            job.bands: f for job, f in features.items() if (job.student, job.plan) == (student, plan)
+            trace.bands: f for trace, f in features.items() if (trace.student, trace.plan) == (student, plan)
         }
         if None in with_control:
             cell["control"] = {
@@ -324,9 +280,9 @@ def cells_of(
     return cells
 
 
-def gather(cfg: Config, job: Job, evaluators: dict, folder: Path) -> dict[str, np.ndarray]:
-    """A job's features, (P, S, T, d) per evaluator, and its noise levels t (T,)."""
-    file = store.load(folder / job.file, job.file)
+def gather(cfg: Config, trace: Trace, evaluators: dict, folder: Path) -> dict[str, np.ndarray]:
+    """A trace's features, (P, S, T, d) per evaluator, and its noise levels t (T,)."""
+    file = store.load(folder / trace.file, trace.file)
     shape = (len(cfg.prompts), cfg.seeds)
     return {
         **{name: file[name].double().numpy().reshape(*shape, *file[name].shape[1:]) for name in evaluators},
@@ -336,7 +292,7 @@ def gather(cfg: Config, job: Job, evaluators: dict, folder: Path) -> dict[str, n
 
 def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
     """Sheets as the paper's Fig 4, sprites for the scrubber, an animation, strips of what was abandoned."""
-    files = {trace_page.label(c): Job(c["student"], c["plan"], ()).file for c in cells}
+    files = {label(c): Trace(c["student"], c["plan"], ()).file for c in cells}
     rows = {name: store.load(folder / file, file) for name, file in files.items()}
     most = max(row["x0"].shape[1] for row in rows.values())
     heads = [f"{100 * (c + 1) / most:.0f} %" for c in range(most)]
@@ -366,7 +322,7 @@ def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) ->
         examples = c["abandoned"]["examples"]
         if not examples:
             continue
-        target = Job(c["student"], c["plan"], ()).target
+        target = Trace(c["student"], c["plan"], ()).target
         family.keep(networks(target, family.card))
         plan = plan_of(family, target)
         noise = draw_noise(
@@ -393,29 +349,18 @@ def placed(pictures: Tensor, columns: int) -> list[Tensor | None]:
 
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
-    table = Table(
-        title="When x0 is the final image (share of steps, t); what is abandoned; where half of the "
-        "control's effect is there"
+    rows = []
+    for cell in cells:
+        row = {"student": cell["student"], "plan": cell["plan"]}
+        for name, when in cell["commitment"].items():
+            row |= {f"commits, {name}": shown(when["share"], 2), f"t, {name}": shown(when["t"], 0)}
+        row["abandons"] = shown(cell["abandoned"]["falls"], 2)
+        for name, effect in cell.get("control", {}).items():
+            row[f"half effect t, {name}"] = shown(effect["half"]["t"], 0)
+        rows.append(row)
+    show_table(
+        "When x0 is the final image (share of steps, t); what is abandoned; half of a control's effect", rows
     )
-    names = list(cells[0]["commitment"])
-    heads = [head for name in names for head in (f"commits, {name}", "t")]
-    for head in (
-        "student",
-        "plan",
-        *heads,
-        "abandons",
-        *(f"half effect t, {name}" for name in cells[0].get("control", ())),
-    ):
-        table.add_column(head)
-    for c in cells:
-        when = [
-            shown(c["commitment"][name][key], digits)
-            for name in names
-            for key, digits in (("share", 2), ("t", 0))
-        ]
-        half = [shown(c["control"][name]["half"]["t"], 0) for name in c.get("control", ())]
-        table.add_row(c["student"], c["plan"], *when, shown(c["abandoned"]["falls"], 2), *half)
-    Console(width=max(140, Console().width)).print(table)
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:

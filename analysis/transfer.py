@@ -8,27 +8,30 @@ controls=[my.safetensors] family=sdxl positive="…" negative="…".
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from rich.console import Console
-from rich.table import Table
 
-from analysis import model_cards, report, session, wandb_log
+from analysis import model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
 from analysis.pages import words
-from configs import UserError, entry, list_of, releases, tracking
-from controls import formats, intervals
+from analysis.session import Session
+from configs import UserError, entry, list_of, releases
+from configs.screen import show_table
+from controls import formats, intervals, retention
 from controls.lora import Card, Control, fits, random_like
-from models import devices, promptsets
-from models.evaluators import chosen, load_evaluators
-from models.families import DTYPES, Family, FamilyCard, Memory
+from models import budget
+from models.evaluators import load_evaluators
+from models.families import Family, FamilyCard, Memory
 from models.loading import skeleton
 from models.plans import PLANS
 
+# of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
+# embedded family (LOG.md)
+TYPICAL = {"prompts": 0.07, "seeds": 0.33}
 NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {
@@ -106,102 +109,124 @@ class Config:
 @releases
 def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
-    start, accelerator, folder = time.time(), devices.start(cfg), Path(cfg.out) / cfg.name
+    session = Session("analysis.transfer", cfg, FREE)
     check(cfg)
-    drawings, subjects, targets = prepare(cfg, accelerator.device)
+    drawings, subjects, targets = prepare(session)
     jobs = jobs_of(cfg, subjects, targets)
     if cfg.dry_run:
-        session.show(drawings, subjects, targets, jobs, chosen(drawings.family.card, cfg.evaluators), folder)
-        return folder
+        return plan(session, drawings, subjects, targets, jobs)
     fit(cfg, drawings, subjects, jobs)
-    devices.claim(accelerator, cfg, FREE)
-    cost = draw(drawings, jobs, accelerator)
-    if accelerator.is_main_process:
-        measurement = Measurement(drawings, subjects, cfg.references)
-        cells, leakage = measurement.cells(targets), measurement.leakage(targets)
-        drawings.remember_words()
-        pictures(drawings, subjects, targets, cells, folder)
-        about = {
-            **wandb_log.header("analysis.transfer", cfg, start),
-            "evaluators": list(drawings.evaluators),
-            "margin": list(intervals.MARGIN),
-        }
-        publish(cfg, {**about, "cost": cost, "cells": cells, "leakage": leakage}, folder)
-    return folder / "report.html"
+    session.claim()
+    cost = draw(session, drawings, jobs)
+    if not session.first:
+        return session.folder / "report.html"
+    measurement = Measurement(drawings, subjects, cfg.references)
+    cells, leakage = measurement.cells(targets), measurement.leakage(targets)
+    drawings.remember_words()
+    pictures(drawings, subjects, targets, cells, session.folder)
+    margin = list(intervals.MARGIN)
+    names = list(drawings.evaluators)
+    return publish(
+        session, session.record(evaluators=names, margin=margin, cost=cost, cells=cells, leakage=leakage)
+    )
 
 
-def publish(cfg: Config, results: dict, folder: Path) -> None:
-    """The record to its files, the screen and W&B."""
-    wandb_log.write(results, folder)
-    page, files = (
-        report.build(folder),
-        dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True)),
-    )
-    model_cards.write(results, folder)
-    show(results["cells"])
-    cost = results["cost"]
-    print(
-        f"{results['seconds']:.0f} seconds, {cost['drawn']} images drawn, {cost['cached']} known; report: "
-        f"{page}"
-    )
-    with tracking.start(folder, asdict(cfg), "analysis.transfer", "+".join(files), cfg.wandb) as tracker:
-        wandb_log.track(results, folder, tracker, files)
+def publish(session: Session, results: dict) -> Path:
+    """The record, its page, its table, its model cards."""
+    cfg, cells, cost = session.cfg, results["cells"], results["cost"]
+    files = dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
+    model_cards.write(results, session.folder)
+    show(cells)
+    print(f"{cost['drawn']} images drawn, {cost['cached']} known")
+    says = words.tally(list(map(words.led, cells)))
+    page = session.publish(results, says, partial(wandb_log.track, controls=files), "+".join(files))
     for path in files.values() if cfg.write_card else ():
         model_cards.into_header(results, path)  # last, so that W&B's input is the file that training logged
+    return page
 
 
-def prepare(cfg: Config, device: torch.device) -> tuple[Drawings, list[Subject], list[str]]:
+def plan(
+    session: Session, drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job]
+) -> Path:
+    """Says the smallest difference of a retention from 1 that the design tells from none, and what it takes.
+
+    The family is bare: it needs configs and no weights, and UserError says which one cannot be had.
+    """
+    todo, each, prompts, seeds = (
+        drawings.missing(jobs),
+        len(drawings.numbers),
+        len(drawings.texts),
+        drawings.seeds,
+    )
+    spread, whence = known_spread(session.folder)
+    print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
+    for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
+        least = retention.detectable(n, k, spread)
+        print(
+            f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of "
+            f"cases ({whence})"
+        )
+    calls = budget.nfe_by_member((drawings.plan(job.target), each) for job in todo)
+    print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
+    if todo:
+        controls = [control.tensors for control in drawings.controls.values()]
+        session.forecast(todo, each, each, controls, apart=True)
+    else:
+        print("nothing to draw")
+    return session.folder
+
+
+def known_spread(folder: Path) -> tuple[dict, str]:
+    """How far retentions vary: as in the run that stands in the folder, else as is typical."""
+    try:
+        cells = map(words.led, results.read(folder, "analysis.transfer")["cells"])
+        spreads = [cell["spread"] for cell in cells if cell.get("spread") and not cell.get("reference")]
+    except UserError:
+        spreads = []
+    if not spreads:
+        return TYPICAL, "spread as on the embedded family"
+    squares = {key: sum(spread[key] ** 2 for spread in spreads) / len(spreads) for key in TYPICAL}
+    return {key: square**0.5 for key, square in squares.items()}, f"spread as in {folder}"
+
+
+def prepare(session: Session) -> tuple[Drawings, list[Subject], list[str]]:
     """What is measured by what, and on which targets.
 
     Raises UserError for what cannot be, before anything is drawn.
     """
-    family = Family(
-        cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size, cfg.quantize
-    )
-    subjects = [
-        Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in read(cfg, family)
-    ]
-    prompts, targets = promptsets.read(cfg.prompts or family.card.prompts), resolve(cfg, family.card)
-    cfg.prompts = prompts.texts
-    evaluators = (
-        load_evaluators(family.card, device, cfg.evaluators, load_now=False) if not cfg.dry_run else {}
-    )
-    controls = {(subject.name, False): subject.control for subject in subjects}
+    cfg, family = session.cfg, session.family
+    controls = read(cfg, family)
+    subjects = [Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in controls]
+    prompts, targets = session.prompts(), resolve(cfg, family.card)
+    evaluators = {}
+    if not cfg.dry_run:
+        evaluators = load_evaluators(family.card, family.device, cfg.evaluators, load_now=False)
+    drawn = {(subject.name, False): subject.control for subject in subjects}
     if cfg.references:
-        controls |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
-    drawings = Drawings(
-        family, controls, evaluators, prompts, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache)
-    )
+        drawn |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
+    drawings = Drawings(family, drawn, evaluators, prompts, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
     for subject in subjects:
         for evaluator in evaluators.values() if subject.words else ():
             evaluator.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
     return drawings, subjects, targets
 
 
-def draw(drawings: Drawings, jobs: list[Job], accelerator: Accelerator) -> dict:
-    """Makes what is missing, this process its share; returns images drawn by all, images known before, and
-    the seconds it took.
-    """
+def draw(session: Session, drawings: Drawings, jobs: list[Job]) -> dict:
+    """Makes what is missing, this process its share; returns images drawn by all, known before, and seconds."""
     start, todo, family = time.time(), drawings.missing(jobs), drawings.family
-    accelerator.wait_for_everyone()  # all have seen the same before anyone adds to it
-    mine = in_turn(todo, family.card)[accelerator.process_index :: accelerator.num_processes]
+    mine = session.share(in_turn(todo, family.card))
     if mine:
         family.encode_all(drawings.texts)
-    for job in one_by_one(mine, family, "transfer", not accelerator.is_main_process):
+    for job in one_by_one(mine, family, "transfer", not session.first):
         drawings.make(job)
-    accelerator.wait_for_everyone()
+    session.accelerator.wait_for_everyone()
     each, different = len(drawings.numbers), len({drawings.key(job) for job in jobs})
-    return {
-        "drawn": len(todo) * each,
-        "cached": (different - len(todo)) * each,
-        "seconds": round(time.time() - start, 1),
-    }
+    cost = {"drawn": len(todo) * each, "cached": (different - len(todo)) * each}
+    return {**cost, "seconds": round(time.time() - start, 1)}
 
 
 def check(cfg: Config) -> None:
     """What can be wrong before anything is loaded."""
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"no dtype {cfg.dtype!r}; there are {', '.join(DTYPES)}")
     for key in ("scales", *SCALES.values()):
         values = sorted(set(getattr(cfg, key)))
         if 0 not in values or max(values) < 1:
@@ -338,15 +363,13 @@ def show(cells: list[dict]) -> None:
         f"Retention [95 %] by {first}, verdict; then by {' and '.join(others)}; then matched scale, % "
         f"change of the CLIP score"
     )
-    table = Table(title=title, show_lines=True)
-    for head in ("control", *(f"-> {target.partition('/')[2]}" for target in targets)):
-        table.add_column(head)
+    rows = []
     for name in dict.fromkeys(cell["control"] for cell in cells):
-        mine = [cell for cell in cells if cell["control"] == name]
-        table.add_row(
-            f"{name}\nfrom {mine[0]['source'].partition('/')[2]}", *("\n".join(lines(cell)) for cell in mine)
-        )
-    Console(width=max(100, Console().width)).print(table)
+        mine = {cell["target"]: cell for cell in cells if cell["control"] == name}
+        source = next(iter(mine.values()))["source"].partition("/")[2]
+        columns = {f"-> {target.partition('/')[2]}": "\n".join(lines(mine[target])) for target in targets}
+        rows.append({"control": f"{name}\nfrom {source}", **columns})
+    show_table(title, rows, lines=True)
 
 
 def lines(cell: dict) -> Iterator[str]:

@@ -102,8 +102,9 @@ def curves(
 ) -> Markup | str:
     """Lines with interval bands, each named at its end; nothing where no value is known.
 
-    include: values that the y axis shows in any case. columns: words along the x axis, at its values. paint: a
-    class for each line. window: the part of the x axis that is shaded. dashed: one more line beside them. frame: size, left and right margin.
+    include: values that the y axis shows in any case. columns: words along the x axis, at its values. paint:
+    a class for each line. window: the part of the x axis that is shaded. dashed: one more line beside them.
+    frame: size, left and right margin.
     """
     known = {name: [(x, p) for x, p in line if p["value"] is not None] for name, line in lines.items()}
     points = [point for line in known.values() for point in line]
@@ -161,8 +162,8 @@ def forest(
 ) -> Markup | str:
     """Intervals beneath each other, with vertical lines at `marks` and a shaded margin.
 
-    rows: name, lines of intervals by class or shape, and what is written behind them. reach: values beyond are
-    drawn at its ends. frame: width and left margin.
+    rows: name, lines of intervals by class or shape, and what is written behind them. reach: values beyond
+    are drawn at its ends. frame: width and left margin.
     """
     values = [
         v
@@ -247,7 +248,9 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 7) -> list[float]:
-    """At most about `count` round numbers in [low, high], low < high; steps are 1, 2 or 5 times a power of ten."""
+    """At most about `count` round numbers in [low, high], low < high; steps are 1, 2 or 5 times a power of
+    ten.
+    """
     raw = (high - low) / count
     if raw < 1e-200:  # too near to each other for numbers between them
         return []

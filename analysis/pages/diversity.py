@@ -9,7 +9,8 @@ from analysis.pages import charts, html, words
 from analysis.pages.words import number, shown, side
 from analysis.results import is_file
 
-# plan: what its argument is, and the argument at which the plan is the student; Fig 7 of the paper is the first three
+# plan: what its argument is, and the argument at which the plan is the student; Fig 7 of the paper is the
+# first three
 SWEEPS = {
     "guided": ("guidance of the base in step 1", None),
     "hybrid": ("steps given to the base, from the first on", 0),
@@ -93,7 +94,8 @@ def findings(cells: list[dict], student: str, base: str) -> list[str]:
     for name, share in alone["of_base"].items():
         word, first = LESS_OR_MORE[side(share, 1.0)], shown(alone["of_base_first"][name], 2)
         lines.append(
-            f"{student}, by {name}: {word} diversity than {base}, {shown(share, 2)} of it; after the first step {first}."
+            f"{student}, by {name}: {word} diversity than {base}, {shown(share, 2)} of it; after the first "
+            f"step {first}."
         )
     if hybrid:
         gains = "; ".join(

@@ -1,4 +1,5 @@
-"""Pages: one template each, filled by jinja2 with everything escaped; pictures are embedded, nothing is fetched.
+"""Pages: one template each, filled by jinja2 with everything escaped; pictures are embedded, nothing is
+fetched.
 
 Imports no torch. The frame is page.html, its style page.css, its script page.js, its parts parts.html.
 """
@@ -68,7 +69,10 @@ def png_size(data: bytes) -> tuple[int, int]:
 
 
 def embedded(path: Path, width_px: int | None = None) -> str:
-    """A picture file as an image's src; one wider than width_px is embedded smaller, as WebP. Raises UserError."""
+    """A picture file as an image's src; one wider than width_px is embedded smaller, as WebP.
+
+    Raises UserError.
+    """
     if path.suffix not in KINDS:
         raise UserError(f"{path} is no picture of a page; those are {', '.join(KINDS)}")
     data, kind = path.read_bytes(), KINDS[path.suffix]

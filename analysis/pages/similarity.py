@@ -106,7 +106,10 @@ def lead(cells: Cells) -> str:
     )
     controls = len({c["control"] for c in of(cells, "direction")})
     also = f" {controls} controls by their weights and by what they do." if controls else ""
-    return f"Inside {ones}: {len({c['block'] for c in blocks})} blocks at every step, {blocks[0]['samples']} images.{also}"
+    return (
+        f"Inside {ones}: {len({c['block'] for c in blocks})} blocks at every step, "
+        f"{blocks[0]['samples']} images.{also}"
+    )
 
 
 def findings(cells: Cells) -> list[str]:
@@ -129,20 +132,26 @@ def agreement_sentence(steps: list[dict]) -> str:
     return (
         f"{worst['comparison']}: at the same inputs the blocks' mean CKA with {worst['first']} goes "
         f"{' → '.join(number(row['forced']) for row in steps)} over the steps, on own trajectories "
-        f"{' → '.join(number(row['own']) for row in steps)}; at the same inputs it is lowest at {worst['lowest']}, step "
-        f"{worst['step'] + 1}: {number(worst['lowest_cka'])} (permuted prompts reach {number(worst['lowest_null'])})."
+        f"{' → '.join(number(row['own']) for row in steps)}; at the same inputs it is lowest at "
+        f"{worst['lowest']}, step "
+        f"{worst['step'] + 1}: {number(worst['lowest_cka'])} (permuted prompts reach "
+        f"{number(worst['lowest_null'])})."
     )
 
 
 def variance_sentence(cells: Cells) -> str:
     """Where on own trajectories the variance over seeds is clearly below the first one's."""
     low, high = ([c for c in cells if side(c["seed_variance"], 1.0) == where] for where in (-1, 1))
-    counts = f"of {len(cells)} blocks and steps {len(low)} have clearly less variance over seeds, {len(high)} clearly more"
+    counts = (
+        f"of {len(cells)} blocks and steps {len(low)} have clearly less variance over seeds, "
+        f"{len(high)} clearly more"
+    )
     if not low:
         return f"on own trajectories, {counts}."
     least = min(low, key=lambda c: c["seed_variance"]["value"])
     return (
-        f"on own trajectories, {counts}; less first at step {1 + min(c['step'] for c in low)}, least at {least['block']}, "
+        f"on own trajectories, {counts}; less first at step {1 + min(c['step'] for c in low)}, least at "
+        f"{least['block']}, "
         f"step {least['step'] + 1}: {ranged(least['seed_variance'])} of the first one's."
     )
 
@@ -150,7 +159,10 @@ def variance_sentence(cells: Cells) -> str:
 def share_sentence(steps: list[dict]) -> str:
     """Seeds' share in the variance of both members over the steps; steps: rows of `by_step`."""
     first, second = (" → ".join(number(row["shares"][side]) for row in steps) for side in (0, 1))
-    return f"Of all variance, seeds and prompts, seeds make {second} over the steps, in the first one {first} (means over blocks)."
+    return (
+        f"Of all variance, seeds and prompts, seeds make {second} over the steps, in the first one "
+        f"{first} (means over blocks)."
+    )
 
 
 def stitch_sentence(c: dict) -> str:
@@ -162,8 +174,10 @@ def stitch_sentence(c: dict) -> str:
     ]
     than = "as" if apart.endswith("near to") else "than"
     return (
-        f"Stitched, {c['down']} below and {c['up']} above: by {evaluator_name} {apart} what {c['up']} draws alone ({ranged(up)}) {than} to what "
-        f"{c['down']} draws in the same plan ({ranged(down)}); the two lie {number(c['between'][evaluator_name]['value'])} apart. Agreement with "
+        f"Stitched, {c['down']} below and {c['up']} above: by {evaluator_name} {apart} what {c['up']} "
+        f"draws alone ({ranged(up)}) {than} to what "
+        f"{c['down']} draws in the same plan ({ranged(down)}); the two lie "
+        f"{number(c['between'][evaluator_name]['value'])} apart. Agreement with "
         f"the prompt {ranged(c['agreement'])}."
     )
 
@@ -188,9 +202,12 @@ def predictor_sentences(cells: Cells) -> list[str]:
         robust = best["r2_without_one"]["value"]
         use = "" if robust > 0 else ", so none foretells a control that it has not seen"
         sentences.append(
-            f"What predicts retention by {evaluator_name} ({best['points']} points of only {best['controls']} controls): {len(sure)} of "
-            f"{len(ours)} numbers have a rank correlation whose interval leaves out 0; the best for an unseen control is "
-            f"“{best['predictor']}”, Spearman {ranged(best['spearman'])}, R² {number(best['r2_cross_validated'])}, "
+            f"What predicts retention by {evaluator_name} ({best['points']} points of only "
+            f"{best['controls']} controls): {len(sure)} of "
+            f"{len(ours)} numbers have a rank correlation whose interval leaves out 0; the best for an "
+            f"unseen control is "
+            f"“{best['predictor']}”, Spearman {ranged(best['spearman'])}, R² "
+            f"{number(best['r2_cross_validated'])}, "
             f"and {number(robust)} when {best['r2_without_one']['without']} is not there{use}."
         )
     return sentences
@@ -230,7 +247,9 @@ def squares(cross: dict, name: str) -> Markup:
 
 
 def along_network(cells: Cells, name: str) -> list[tuple[str, Markup | str]]:
-    """CKA and variance over seeds over the blocks, with the same inputs and on own trajectories, a line per step."""
+    """CKA and variance over seeds over the blocks, with the same inputs and on own trajectories, a line per
+    step.
+    """
     drawn = []
     for inputs, says in INPUTS.items():
         nulls = [row[0] for row in table(cells, name, inputs, lambda c: c["null"]["high"])[1].values()]
@@ -276,7 +295,9 @@ def block_numbers(c: dict) -> dict[str, str]:
 
 
 def overlaps(pairs: Cells) -> dict | None:
-    """Cosine of ΔW of every two controls, and rows of pairs of one concept, then of means; None without pairs."""
+    """Cosine of ΔW of every two controls, and rows of pairs of one concept, then of means; None without
+    pairs.
+    """
     if not pairs:
         return None
     cosines = {frozenset((c["one"], c["two"])): c["cosine"] for c in pairs}
@@ -310,7 +331,8 @@ def predictors(cells: Cells) -> list[list[str]]:
             f"{c['points']} / {c['controls']}",
             ranged(c["spearman"]),
             ranged(c["pearson"]),
-            f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} ({c['without_one']['most'] or DASH})",
+            f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} "
+            f"({c['without_one']['most'] or DASH})",
             number(c["r2_cross_validated"]),
             f"{number(c['r2_without_one']['value'])} ({c['r2_without_one']['without'] or DASH})",
         ]

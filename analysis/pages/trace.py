@@ -109,7 +109,9 @@ def effect(cells: list[dict], name: str) -> Markup | str:
 
 
 def bands(cells: list[dict], name: str, cuts: list[float]) -> tuple[list[str], list[list[str]]] | None:
-    """Heads and rows of what a control does on a part of the noise levels alone; None where that was not asked."""
+    """Heads and rows of what a control does on a part of the noise levels alone; None where that was not
+    asked.
+    """
     rows = [(label(cell), parts) for cell in cells if (parts := cell["control"][name]["parts"])]
     if not rows:
         return None

@@ -186,4 +186,7 @@ def reading_numbers(cell: dict, reading: dict) -> dict[str, str]:
 
 
 def at_equal_effect(equal: dict) -> str:
-    return f"{number(equal['target'])}, source {number(equal['source'])}, difference {ranged(equal['difference'])}"
+    return (
+        f"{number(equal['target'])}, source {number(equal['source'])}, difference "
+        f"{ranged(equal['difference'])}"
+    )

@@ -211,7 +211,10 @@ def nearest(cell: dict) -> str:
         )
     if matched["reach"]["share"] <= 0:
         return "no positive scale has any of the source's effect"
-    return f"at most {reached(matched['reach'])} of the source's effect, at scale {number(matched['reach']['scale'], 1)}"
+    return (
+        f"at most {reached(matched['reach'])} of the source's effect, at scale "
+        f"{number(matched['reach']['scale'], 1)}"
+    )
 
 
 def reached(reach: dict) -> str:

@@ -98,7 +98,7 @@ def test_the_record(run):
 
 def test_every_logged_key_is_documented(run):
     keys = Keys()
-    similarity.track(cells(run), run, keys)
+    similarity.track({"cells": cells(run)}, run, keys)
     assert not undocumented(keys.logged, "similarity")
 
 

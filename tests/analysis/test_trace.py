@@ -15,7 +15,7 @@ from analysis import report, trace
 from analysis.images import sheets
 from analysis.images.cache import acting
 from analysis.measures.commitment import abandoned, committed
-from analysis.trace import Config, band, jobs_of
+from analysis.trace import Config, band, traces_of
 from configs import entry, load, merge
 from controls import formats
 from models.families import Family
@@ -135,9 +135,9 @@ def test_bands_cut_every_member_s_run_alike():
         == [band(cfg, vp(t)) for t in (999, 759, 499, 259)]
         == [0, 1, 2, 3]
     )
-    parts = [job.bands for job in jobs_of(cfg, [("dmd", "student")], True)]
+    parts = [trace.bands for trace in traces_of(cfg, [("dmd", "student")], True)]
     assert parts == [(), None, (0,), (1,), (2,), (3,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3)]
-    assert [job.bands for job in jobs_of(cfg, [("dmd", "student")], False)] == [()]
+    assert [trace.bands for trace in traces_of(cfg, [("dmd", "student")], False)] == [()]
 
 
 def test_commitment_is_the_first_step_within_the_tolerance():

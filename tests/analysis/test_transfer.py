@@ -17,6 +17,7 @@ from analysis import transfer
 from analysis.images import cache as draw
 from analysis.images.readings import floor_of, judge
 from analysis.pages.words import led
+from analysis.session import Session
 from configs import ROOT, UserError, entry, load, merge
 from controls import formats
 from controls.lora import content
@@ -187,7 +188,7 @@ def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
     """A flipped bit, an emptied file and two files in each other's place change no number."""
     shutil.copytree(run[0] / "cache", tmp_path / "cache")
     cfg = merge(transfer.Config, [*SMALL, f"cache={tmp_path}/cache"])
-    drawings, subjects, targets = transfer.prepare(cfg, torch.device("cpu"))
+    drawings, subjects, targets = transfer.prepare(Session("analysis.transfer", cfg, ()))
     jobs = transfer.jobs_of(cfg, subjects, targets)
     flipped, emptied, *rest = sorted({path for job in jobs for path in drawings.files(job)})
     content = bytearray(flipped.read_bytes())
@@ -222,7 +223,9 @@ def test_a_control_called_as_the_floor_of_another_is_not_it(tmp_path):
         "targets=[dmd]",
         f"cache={tmp_path}/cache",
     ]
-    drawings, (smile, named), targets = transfer.prepare(merge(transfer.Config, words), torch.device("cpu"))
+    drawings, (smile, named), targets = transfer.prepare(
+        Session("analysis.transfer", merge(transfer.Config, words), ())
+    )
     assert content(drawings.controls["random-smile", False]) == content(other)
     assert (
         drawings.key(floor_of("dmd", smile))

@@ -11,6 +11,7 @@ from test_controls import network, output, trained
 from torch import nn
 
 from analysis import diversity, similarity, trace, transfer
+from analysis.session import Session
 from configs import UserError, entry, load, merge
 from controls import formats, show
 from controls.layers import named_layers, targets
@@ -313,7 +314,7 @@ def test_drawings_of_packed_networks_are_never_taken_for_others(drawn, monkeypat
     for words in ([], ["quantize=round"], ["quantize=nf4"]):
         cfg = merge(transfer.Config, [*TRANSFER, f"cache={drawn[0]}/cache", *words])
         monkeypatch.setattr(quantized, "find_spec", lambda name: True)
-        drawings, subjects, targets = transfer.prepare(cfg, CPU)
+        drawings, subjects, targets = transfer.prepare(Session("analysis.transfer", cfg, ()))
         jobs = transfer.jobs_of(cfg, subjects, targets)
         keys.append({drawings.key(job) for job in jobs})
         assert bool(drawings.missing(jobs)) == bool(words)

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from configs import ROOT, UserError, entry, list_of, replacing, versions
+from configs.screen import show_table
 from models.architectures import ARCHITECTURES
 from models.families import Family
 from models.quantized import KINDS, check, inside, quantize, quantized
@@ -167,24 +166,16 @@ def size_gb(net: nn.Module) -> float:
 
 def show(rows: list[dict]) -> None:
     """Prints the estimate of every case."""
-    table = Table(title="Memory of one training step of a slider on SDXL's U-Net, GiB")
-    for head in (
-        "pixels",
-        "gradient_checkpointing",
-        "network",
-        "control, optimizer, activations",
-        "peak",
-        "peak with nf4",
-    ):
-        table.add_column(head, justify="right")
+    printed = []
     for row in rows:
-        sizes = [row["network"], row["peak"] - row["network"], row["peak"], row["nf4"]]
-        table.add_row(
-            str(row["size_px"]),
-            "yes" if row["gradient_checkpointing"] else "no",
-            *(f"{size / 2**30:.2f}" for size in sizes),
-        )
-    Console(width=140).print(table)
+        sizes = {"network": row["network"], "control, optimizer, activations": row["peak"] - row["network"]}
+        sizes |= {"peak": row["peak"], "peak with nf4": row["nf4"]}
+        about = {
+            "pixels": str(row["size_px"]),
+            "checkpointing": "yes" if row["gradient_checkpointing"] else "no",
+        }
+        printed.append({**about, **{name: f"{size / 2**30:.2f}" for name, size in sizes.items()}})
+    show_table("Memory of one training step of a slider on SDXL's U-Net, GiB", printed)
 
 
 if __name__ == "__main__":

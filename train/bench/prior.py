@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from configs import entry, list_of, merge, replacing, versions
+from configs.screen import show_table
 from controls import formats
 from controls.lora import Control, fused
 from models.evaluators import Attributes, Clip
@@ -128,24 +127,17 @@ def with_error(values: list[float]) -> list[float]:
 
 def show(rows: dict) -> None:
     """Prints both measures of every student."""
-    table = Table(
-        title="Obeys: share of a caption's claims that the probe sees; distance: of CLIP features to true "
-        "pictures, × 1000"
-    )
-    kinds = list(next(iter(rows.values())))
-    for head in ("student", *(f"{what} {kind}" for kind in kinds for what in ("obeys", "distance"))):
-        table.add_column(head)
+    printed = []
     for name, row in rows.items():
-        cells = [
-            f"{factor * value:.{digits}f} ± {factor * error:.{digits}f}"
-            for kind in kinds
-            for (value, error), factor, digits in (
-                (row[kind]["obeys"], 1, 3),
-                (row[kind]["distance"], 1000, 2),
-            )
-        ]
-        table.add_row(name, *cells)
-    Console(width=140).print(table)
+        cells = {"student": name}
+        for kind, numbers in row.items():
+            (obeys, error), (distance, spread) = numbers["obeys"], numbers["distance"]
+            cells[f"obeys {kind}"] = f"{obeys:.3f} ± {error:.3f}"
+            cells[f"distance {kind}"] = f"{1000 * distance:.2f} ± {1000 * spread:.2f}"
+        printed.append(cells)
+    show_table(
+        "Share of a caption's claims that the probe sees; CLIP's distance to true pictures, × 1000", printed
+    )
 
 
 if __name__ == "__main__":

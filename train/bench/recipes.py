@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from configs import entry, merge, replacing, versions
+from configs.screen import show_table
 from controls import formats, retention
 from controls.effect import change
 from controls.lora import fused
@@ -105,30 +104,23 @@ def effects(cfg: Config, path: str) -> dict:
 
 def show(rows: dict[str, dict]) -> None:
     """Prints seconds, evaluations and effect of each training."""
-    names = list(next(iter(rows.values()))["effect"])
-    table = Table(
-        title="Evaluations: U-Net forwards per sample and step; effect: slope per unit of scale [95 %]"
+    show_table(
+        "U-Net forwards per sample and step (nfe); effect: slope per unit of scale [95 %]",
+        [
+            {
+                "recipe": name,
+                "steps": str(row["steps"]),
+                "seconds": f"{row['seconds']:.0f}",
+                "ms per step": f"{1000 * row['seconds'] / row['steps']:.0f}",
+                "nfe": f"{row['nfe']:.1f}",
+                **{
+                    f"effect by {evaluator}": f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"
+                    for evaluator, e in row["effect"].items()
+                },
+            }
+            for name, row in rows.items()
+        ],
     )
-    for head in (
-        "recipe",
-        "steps",
-        "seconds",
-        "ms per step",
-        "nfe",
-        *(f"effect by {name}" for name in names),
-    ):
-        table.add_column(head)
-    for name, row in rows.items():
-        effect = [f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in row["effect"].values()]
-        table.add_row(
-            name,
-            str(row["steps"]),
-            f"{row['seconds']:.0f}",
-            f"{1000 * row['seconds'] / row['steps']:.0f}",
-            f"{row['nfe']:.1f}",
-            *effect,
-        )
-    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from configs import ROOT, entry, replacing, versions
+from configs.screen import show_table
 from models.families import Family
 from models.offload import compiled
 from models.plans import hybrid
@@ -235,13 +234,17 @@ def peak_gb() -> float | None:
 
 def show(results: dict) -> None:
     """Prints the table."""
-    table = Table(title=f"{results['hardware']}, {results['size_px']} pixels, one image at a time")
-    for head in ("what", "nfe", "seconds", "inside the network", "peak GB"):
-        table.add_column(head)
-    for name, row in results["rows"].items():
-        memory = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}"
-        table.add_row(name, str(row["nfe"]), f"{row['seconds']:.3f}", f"{row['in_network']:.1%}", memory)
-    Console(width=max(100, Console().width)).print(table)
+    rows = [
+        {
+            "what": name,
+            "nfe": str(row["nfe"]),
+            "seconds": f"{row['seconds']:.3f}",
+            "inside the network": f"{row['in_network']:.1%}",
+            "peak GB": "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f}",
+        }
+        for name, row in results["rows"].items()
+    ]
+    show_table(f"{results['hardware']}, {results['size_px']} pixels, one image at a time", rows)
 
 
 if __name__ == "__main__":
