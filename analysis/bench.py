@@ -40,7 +40,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    """Prints seconds by part, images per second and the share outside, for every target and over all of them."""
+    """Prints seconds by part, images per second and the share outside, per target and over all."""
     given = {
         key: getattr(cfg, key)
         for key in ("family", "targets", "prompts", "seeds", "evaluators", "dtype", "quantize")

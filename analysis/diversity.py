@@ -5,7 +5,7 @@ configs/diversity/full.yaml is the whole table.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from analysis.images.quality import Judge, against
 from analysis.measures.image_sets import Spread
 from analysis.pages.diversity import findings, fronts
 from analysis.pages.words import number, shown
-from analysis.session import Session, Way
+from analysis.session import Drawing, Session, Way
 from configs import UserError, entry, list_of, releases, tracking
 from configs.screen import show_table
 from controls import intervals
+from controls.picture_grid import picture_grid
 from models.evaluators import UNIT, Evaluator
-from models.families import Family, Memory
+from models.families import Family
 from models.promptsets import PromptSet
 from models.sampler import Plan, draw_noise, finish, sample
 
@@ -59,39 +60,23 @@ FREE = (
 
 
 @dataclass
-class Config:
+class Config(Drawing):
     name: str = "default"  # of the run folder
-    family: str = "tiny"  # a card in configs/families, or the path of one
     students: list[str] = list_of()  # members to compare with the base; empty = all of the family
     plans: list[str] = list_of(*FEW)  # as models/sampler.py writes them; base and student are always there
-    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 5  # images per prompt, at least 3
     seed: int = 2000  # the first image seed
-    captions: int = (
-        48  # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
-    )
+    # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
+    captions: int = 48
     evaluators: list[str] = list_of()  # of the family's card, clip among them; empty = all that read words
-    captions_from: list[str] = (
-        list_of()
-    )  # what those are told, as prompts; empty = the reference's own, else prompts
+    # what those are told, as prompts; empty = the reference's own, else prompts
+    captions_from: list[str] = list_of()
     # folder of pictures, captions in .txt files beside them; empty = the world's own where the family has one
     reference: str = ""
-    labels: list[str] = (
-        list_of()
-    )  # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
+    # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
+    labels: list[str] = list_of()
     neighbours: int = 5  # k of precision, recall, density and coverage
-    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
-    # suffice
-    batch_size: int = 0
-    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
-    memory: Memory = field(
-        default_factory=Memory
-    )  # what to do without, at the price of time; a continued run may change it
-    dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/diversity"  # the run is written to out/name
-    overwrite: bool = False  # start afresh instead of continuing
-    wandb: str = "auto"  # auto, online, offline, disabled
 
 
 @dataclass(frozen=True)
@@ -361,8 +346,9 @@ def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
     """One sheet per student: its plans in rows, the seeds of the first prompt in columns."""
     for student in dict.fromkeys(c["student"] for c in cells):
         plans = [c["plan"] for c in cells if c["student"] == student]
-        rows = [(plan, list(kept(folder, Part(student, plan, "prompt-0"))["pictures"])) for plan in plans]
-        sheets.sheet(rows, list(map(str, seeds)), folder / f"images/{student}.png")
+        drawn = {plan: list(kept(folder, Part(student, plan, "prompt-0"))["pictures"]) for plan in plans}
+        rows = [(plan, list(map(str, seeds)), row) for plan, row in drawn.items()]
+        picture_grid(rows, folder / f"images/{student}.png", rows[0][2][0].shape[-1])
 
 
 def show(cells: list[dict]) -> None:

@@ -19,9 +19,9 @@ from models import families
 
 KINDS = {"slider": "A Concept Slider", "lora": "A LoRA", "sliderspace": "A SliderSpace direction"}
 HOPELESS = ("dead", "reversed", "undefined")  # verdicts with which no scale is recommended
-NOTE = """Use scale: where the effect is the one that the control has at scale 1 on the model it was trained on. Kept: slope of the effect
-over the scale, as a share of the slope there, and a verdict on it; *kept* is shown to lie within {low:g} and {high:g}. In brackets 95 %
-intervals."""
+NOTE = """Use scale: where the effect is the one that the control has at scale 1 on the model it was trained
+on. Kept: slope of the effect over the scale, as a share of the slope there, and a verdict on it; *kept* is
+shown to lie within {low:g} and {high:g}. In brackets 95 % intervals."""
 
 
 def write(results: dict, folder: Path) -> list[Path]:
@@ -60,11 +60,7 @@ def carded(path: Path) -> Card:
 
 
 def numbers(results: dict, control: str) -> dict:
-    """What to know before using a control: per target and evaluator the scale, the retention and the verdict;
-    and how it was measured.
-
-    Targets that are there for comparison only are left out.
-    """
+    """What to know before using a control: scale, retention, verdict per target and evaluator."""
     cells = [cell for cell in results["cells"] if cell["control"] == control and not cell.get("reference")]
     targets = {
         cell["target"]: {

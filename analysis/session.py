@@ -4,7 +4,7 @@ page.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,29 @@ from torch import Tensor
 from analysis import report, wandb_log
 from analysis.images import store
 from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of
-from configs import UserError, tracking
+from configs import UserError, list_of, tracking
 from models import budget, devices, forecast, promptsets
 from models.evaluators import Evaluator, chosen, load_evaluators
-from models.families import DTYPES, Family
+from models.families import DTYPES, Family, Memory
 from models.forecast import Moment
 from models.promptsets import PromptSet
+
+
+@dataclass
+class Drawing:
+    """What every command that draws takes."""
+
+    family: str = "tiny"  # a card in configs/families, or the path of one
+    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
+    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
+    # suffice
+    batch_size: int = 0
+    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
+    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
+    memory: Memory = field(default_factory=Memory)  # what to do without, at the price of time; free to change
+    dry_run: bool = False  # --dry-run: say what will be loaded and evaluated, and stop; needs no weights
+    overwrite: bool = False  # start afresh instead of continuing
+    wandb: str = "auto"  # auto, online, offline, disabled
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Way:
 class Session:
     """A command at work: its config, its processes, its family and its folder."""
 
-    def __init__(self, command: str, cfg: Any, free: tuple[str, ...]):
+    def __init__(self, command: str, cfg: Drawing, free: tuple[str, ...]):
         """command: analysis.trace and so on. free: keys that a continued run may change. Raises UserError."""
         self.command, self.cfg, self.free, self.began = command, cfg, free, time.time()
         self.accelerator, self.folder = devices.start(cfg), Path(cfg.out) / cfg.name

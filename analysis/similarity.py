@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,14 +37,14 @@ from analysis.images.stitching import stitch
 from analysis.measures.prediction import points, predictors
 from analysis.pages.similarity import INPUTS, by_step, findings, of, predictor_sentences, table
 from analysis.pages.words import number, ranged
-from analysis.session import Session
+from analysis.session import Drawing, Session
 from configs import ROOT, UserError, entry, list_of, releases, replacing, tracking
 from configs.screen import show_table
 from controls import formats, lora
 from controls.lora import Control
 from models import budget, forecast
 from models.evaluators import chosen, load_evaluators
-from models.families import Family, Memory
+from models.families import Family
 from models.forecast import Moment
 from models.sampler import alone
 
@@ -73,27 +73,22 @@ class Task:
 
 
 @dataclass
-class Config:
+class Config(Drawing):
     name: str = "default"  # of the run folder
-    family: str = "tiny"  # a card in configs/families, or the path of one
     source: str = ""  # the member the others are compared with; empty = the family's base
-    targets: list[str] = (
-        list_of()
-    )  # members compared with it; empty = all others; with control: these with it
-    control: str = (
-        ""  # a control file: members without it against themselves with it, instead of member against member
-    )
+    # members compared with it; empty = all others; with control: these with it
+    targets: list[str] = list_of()
+    # a control file: members without it against themselves with it, instead of member against member
+    control: str = ""
     scale: float = 1.0  # of that control
     controls: list[str] = list_of(
         *SHIPPED
     )  # control files whose weights and directions are compared; [] = none
     transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
-    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 16  # images per prompt
     seed: int = 1000  # the first image seed, and that of permutations
-    blocks: str = (
-        "parts"  # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
-    )
+    # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
+    blocks: str = "parts"
     # CKA: an activation is averaged to grid x grid positions; 1 = over all positions; memory grows as its 4th
     # power
     grid: int = 1
@@ -103,18 +98,7 @@ class Config:
     kept: int = 512
     draws: int = 100  # permutations of the prompts for the null
     stitch_seeds: int = 2  # images per prompt of stitched networks; 0 = no stitching
-    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
-    # suffice
-    batch_size: int = 0
-    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
-    memory: Memory = field(
-        default_factory=Memory
-    )  # what to do without, at the price of time; a continued run may change it
-    dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/similarity"  # the run is written to out/name
-    overwrite: bool = False  # start afresh instead of continuing
-    wandb: str = "auto"  # auto, online, offline, disabled
 
 
 @releases
@@ -289,9 +273,8 @@ def moments(cfg: Config, family: Family, measure: Measure, tasks: Sequence[Task]
         for moment in forecast.drawing(
             family, [(held, {name}) for name in task.members], images, controls, task.evaluators
         ):
-            summing = (
-                family.device.type == "cpu" and "draw" in moment.when
-            )  # not yet while texts are encoded and networks packed
+            # not yet while texts are encoded and networks packed
+            summing = family.device.type == "cpu" and "draw" in moment.when
             yield Moment(moment.when, moment.held | (aside if summing else {}))
 
 

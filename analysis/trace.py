@@ -6,7 +6,7 @@ measures when a member commits to its image, what it begins and abandons, and at
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from analysis.images.cache import acting, networks, plan_of, ways
 from analysis.measures.commitment import abandoned, apart, committed, concept, followed
 from analysis.pages.trace import findings, label
 from analysis.pages.words import shown
-from analysis.session import Session, Way
+from analysis.session import Drawing, Session, Way
 from configs import UserError, entry, list_of, releases, tracking
 from configs.screen import show_table
 from controls import formats
 from controls.lora import Control, fits
+from controls.picture_grid import picture_grid
 from models.evaluators import READERS, Evaluator
-from models.families import Family, Memory
+from models.families import Family
 from models.noise import Noise
 from models.sampler import draw_noise, sample
 
@@ -47,45 +48,30 @@ CONCEPTS = [
 
 
 @dataclass
-class Config:
+class Config(Drawing):
     name: str = "default"  # of the run folder
-    family: str = "tiny"  # a card in configs/families, or the path of one
     students: list[str] = list_of()  # members to trace beside the base; empty = all of the family
     plans: list[str] = list_of(
         "base(4)", "hybrid(1)"
     )  # besides base and student, as models/sampler.py writes them
-    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
     seeds: int = 4  # images per prompt, at least 2
     seed: int = 3000  # the first image seed
     # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
     tolerance: float = 0.25
     concepts: list[str] = list_of(*CONCEPTS)  # what may be abandoned, name: positive | negative
-    threshold: float = (
-        0.5  # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
-    )
+    # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
+    threshold: float = 0.5
     control: str = "controls/tiny/smile.safetensors"  # a control file whose effect is followed; empty = none
     scale: float = 1.0  # of the control
-    evaluators: list[str] = (
-        list_of()
-    )  # of the family's card: clip, siglip, probe, …; empty = all that read words
+    # of the family's card: clip, siglip, probe, …; empty = all that read words
+    evaluators: list[str] = list_of()
     positive: str = ""  # what the control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
     bands: list[float] = list_of(
         875.0, 625.0, 375.0
     )  # t at which runs are cut to put a control on a part of them
     shown: int = 4  # prompts whose first image is in the sheets
-    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
-    # suffice
-    batch_size: int = 0
-    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
-    memory: Memory = field(
-        default_factory=Memory
-    )  # what to do without, at the price of time; a continued run may change it
-    dry_run: bool = False  # --dry-run: say what will be loaded and asked, and stop; needs no weights
     out: str = "runs/trace"  # the run is written to out/name
-    overwrite: bool = False  # start afresh instead of continuing
-    wandb: str = "auto"  # auto, online, offline, disabled
 
 
 @dataclass(frozen=True)
@@ -297,12 +283,14 @@ def pictures(cfg: Config, cells: list[dict], folder: Path) -> None:
     most = max(row["x0"].shape[1] for row in rows.values())
     heads = [f"{100 * (c + 1) / most:.0f} %" for c in range(most)]
     count = next(iter(rows.values()))["x0"].shape[0]
-    zoom = max(1, 64 // next(iter(rows.values()))["x0"].shape[-1])
+    size_px = max(64, next(iter(rows.values()))["x0"].shape[-1])
     for k in range(count):
         lines = [
-            (f"{name} {NAMES[key]}", placed(row[key][k], most)) for name, row in rows.items() for key in NAMES
+            (f"{name} {NAMES[key]}", heads, placed(row[key][k], most))
+            for name, row in rows.items()
+            for key in NAMES
         ]
-        sheets.sheet(lines, heads, folder / f"images/sheet-{k}.png", zoom)
+        picture_grid(lines, folder / f"images/sheet-{k}.png", size_px)
         for i, row in enumerate(rows.values()):
             sheets.sprite(row["x"][k], row["x0"][k], folder / f"images/sprite-{i}-{k}.webp")
     frames = [
@@ -325,18 +313,16 @@ def strips(family: Family, seeds: list[int], cells: list[dict], folder: Path) ->
         target = Trace(c["student"], c["plan"], ()).target
         family.keep(networks(target, family.card))
         plan = plan_of(family, target)
-        noise = draw_noise(
-            [seeds[e["image"]] for e in examples], family.latent_shape, plan.steps, family.device
+        numbers, prompts = (
+            [seeds[e["image"]] for e in examples],
+            family.encode([e["prompt"] for e in examples]),
         )
-        steps = [
-            family.decode(step.x0)
-            for step in sample(plan, noise, family.encode([e["prompt"] for e in examples]))
-        ]
-        rows = [
-            (e["concept"], [sheets.thumbs(images)[k] for images in steps]) for k, e in enumerate(examples)
-        ]
+        noise = draw_noise(numbers, family.latent_shape, plan.steps, family.device)
+        steps = [sheets.thumbs(family.decode(step.x0)) for step in sample(plan, noise, prompts)]
+        heads = [f"t {step['t']:.0f}" for step in c["steps"]]
+        rows = [(e["concept"], heads, [images[k] for images in steps]) for k, e in enumerate(examples)]
         c["abandoned"]["picture"] = f"images/abandoned-{i}.png"
-        sheets.sheet(rows, [f"t {step['t']:.0f}" for step in c["steps"]], folder / c["abandoned"]["picture"])
+        picture_grid(rows, folder / c["abandoned"]["picture"], steps[0].shape[-1])
 
 
 def placed(pictures: Tensor, columns: int) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ controls=[my.safetensors] family=sdxl positive="…" negative="…".
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +18,15 @@ from analysis import model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
 from analysis.pages import words
-from analysis.session import Session
+from analysis.session import Drawing, Session
 from configs import UserError, entry, list_of, releases
 from configs.screen import show_table
 from controls import formats, intervals, retention
 from controls.lora import Card, Control, fits, random_like
+from controls.picture_grid import picture_grid, scale_heads
 from models import budget
 from models.evaluators import load_evaluators
-from models.families import Family, FamilyCard, Memory
+from models.families import Family, FamilyCard
 from models.loading import skeleton
 from models.plans import PLANS
 
@@ -57,53 +58,32 @@ FREE = (
 
 
 @dataclass
-class Config:
+class Config(Drawing):
     name: str = "default"  # of the run folder
-    family: str = "tiny"  # a card in configs/families, or the path of one
     controls: list[str] = list_of(*SHIPPED)  # control files of any layout, or hub:owner/name/file
     # what becomes of text encoders' layers in a file: refuse it, or ignore them and say how many
     encoders: str = "refuse"
-    source: str = (
-        ""  # the member that controls without a card of ours were trained on; empty = the family's base
-    )
-    targets: list[str] = (
-        list_of()
-    )  # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
-    references: bool = (
-        True  # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
-    )
-    prompts: list[str] = list_of()  # texts, or files and datasets of them; empty = the family card's prompts
+    # the member that controls without a card of ours were trained on; empty = the family's base
+    source: str = ""
+    # members, or plans: dmd:hybrid(1), hybrid(1) for every student; empty = all members
+    targets: list[str] = list_of()
+    # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
+    references: bool = True
     seeds: int = 4  # images per prompt
     seed: int = 1000  # of the first image
     scales: list[float] = list_of(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0)  # of sliders; must hold 0 and reach 1
     lora_scales: list[float] = list_of(0.0, 0.5, 1.0, 1.5)  # of LoRAs; likewise
     direction_scales: list[float] = list_of(-1.0, 0.0, 1.0)  # of SliderSpace's directions; likewise
-    below: float | None = (
-        # controls act only at noise levels with sigma / alpha below this, which preserves structure; null =
-        # at all
-        None
-    )
-    evaluators: list[str] = (
-        list_of()
-    )  # of the family's card: clip, siglip, probe, …; empty = all that read words
+    # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at
+    # all
+    below: float | None = None
+    # of the family's card: clip, siglip, probe, …; empty = all that read words
+    evaluators: list[str] = list_of()
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
-    # images at once; 0 = as many as usual at their size (48; 4 at 1024 px); halved where memory does not
-    # suffice
-    batch_size: int = 0
-    dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
-    quantize: str = ""  # networks packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
-    memory: Memory = field(
-        default_factory=Memory
-    )  # what to do without, at the price of time; a continued run may change it
-    dry_run: bool = (
-        False  # --dry-run: say images, minutes and the smallest difference that can be seen, and stop
-    )
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name
-    overwrite: bool = False  # start afresh instead of continuing
-    wandb: str = "auto"  # auto, online, offline, disabled
 
 
 @releases
@@ -212,7 +192,7 @@ def prepare(session: Session) -> tuple[Drawings, list[Subject], list[str]]:
 
 
 def draw(session: Session, drawings: Drawings, jobs: list[Job]) -> dict:
-    """Makes what is missing, this process its share; returns images drawn by all, known before, and seconds."""
+    """Makes what is missing, this process its share; returns images drawn by all, known, and seconds."""
     start, todo, family = time.time(), drawings.missing(jobs), drawings.family
     mine = session.share(in_turn(todo, family.card))
     if mine:
@@ -288,10 +268,7 @@ def scales_of(cfg: Config, control: Control) -> list[float]:
 
 
 def resolve(cfg: Config, family: FamilyCard) -> list[str]:
-    """The targets, members and member:plan, each source's own among them where all are meant.
-
-    Raises UserError for what does not exist.
-    """
+    """The targets, members and member:plan; sources are among them where all are meant. Raises UserError."""
     students = [name for name in family.members if name != family.base]
     found = []
     for target in cfg.targets or family.members:
@@ -351,8 +328,9 @@ def pictures(
         }
         for sheet in sheets.values():
             wandb_log.picture(sheet, folder / next(cells)["picture"])
-        rows = {target: sheet[:, 0] for target, sheet in sheets.items()}
-        wandb_log.overview(rows, subject.scales, folder / f"images/{subject.name}/members.png")
+        heads = scale_heads(subject.scales)
+        rows = [(target, heads, list(sheet[:, 0])) for target, sheet in sheets.items()]
+        picture_grid(rows, folder / f"images/{subject.name}/members.png", 2 * sheet.shape[-1])
 
 
 def show(cells: list[dict]) -> None:

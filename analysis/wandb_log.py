@@ -81,30 +81,6 @@ def picture(columns: Tensor, path: Path) -> Path:
     return path
 
 
-def overview(rows: dict[str, Tensor], scales: list[float], path: Path, zoom: int = 2) -> Path:
-    """One face on every member: uint8 pictures (K, 3, H, W) per name in rows, scales in columns, both written
-    beside them.
-    """
-    size = zoom * next(iter(rows.values())).shape[-1]
-    left, top, font = 90, 22, ImageFont.load_default(14)
-    page = Image.new("RGB", (left + size * len(scales), top + size * len(rows)), "white")
-    pen = ImageDraw.Draw(page)
-    for c, scale in enumerate(scales):
-        pen.text(
-            (left + (c + 0.5) * size, top / 2), f"{scale:+g}" if scale else "0", "black", font, anchor="mm"
-        )
-    for r, (name, pictures) in enumerate(rows.items()):
-        pen.text((left - 8, top + (r + 0.5) * size), name, "black", font, anchor="rm")
-        for c, one in enumerate(pictures):
-            tile = Image.fromarray(one.permute(1, 2, 0).numpy()).resize(
-                (size, size), Image.Resampling.NEAREST
-            )
-            page.paste(tile, (left + c * size, top + r * size))
-    with replacing(path) as new:
-        page.save(new, compress_level=1)
-    return path
-
-
 def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Path] | None = None) -> None:
     """Logs the record: a table of cells, of leakage, heat maps, curves, images with a step per scale,
     summary, artifacts and their lineage.
@@ -195,9 +171,7 @@ def column(path: Path, index: int, count: int) -> Image.Image:
 
 
 def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 62) -> Image.Image:
-    """The table of the paper's T1 as a picture: controls in rows, members in columns, retention with its
-    interval as number and colour.
-    """
+    """The paper's Table 1 as a picture: controls in rows, members in columns, retention as colour."""
     groups, members = of.groups(cells), of.members_of(cells)
     several = len({source for _, source in groups}) > 1
     names = {key: " on ".join((key[0], short(key[1]))) if several else key[0] for key in groups}

@@ -130,9 +130,7 @@ def _is_file(word: str) -> bool:
 
 
 def usage(schema: type) -> str:
-    """Every key with its default and the comment that stands beside it in the source; what the dataclass
-    inherits comes last.
-    """
+    """Every key with its default and its comment in the source; what the dataclass inherits comes last."""
     own = inspect.get_annotations(schema)
     rows = sorted(
         _rows(schema, OmegaConf.structured(schema)), key=lambda row: row[0].partition(".")[0] not in own

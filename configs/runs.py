@@ -99,10 +99,7 @@ def _writing(path: Path):
 
 
 def plain_name(text: str, what: str = "name") -> str:
-    """The text, where it can name a control, a folder or a file anywhere.
-
-    Raises UserError where it cannot, or would lead elsewhere.
-    """
+    """The text, where it can name a control, a folder or a file anywhere. Raises UserError otherwise."""
     wrong = next(
         (
             why

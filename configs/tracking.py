@@ -241,9 +241,7 @@ class Tracker:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Keeps W&B's files inside the folder, and its exceptions inside the block; the tracker's first one
-        is printed.
-        """
+        """Keeps W&B's files in the folder and its exceptions inside; the tracker's first one is printed."""
         try:
             with _defaults(
                 WANDB_DATA_DIR=f"{self.folder}/wandb/data", WANDB_CACHE_DIR=f"{self.folder}/wandb/cache"

@@ -92,9 +92,7 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def algorithm(parts: dict[str, Tensor]) -> str:
-    """What the tensors of a layer are called: LoRA, LoHa, LoKr, DoRA, …; empty where all that they change is
-    nothing.
-    """
+    """What a layer's tensors are called: LoRA, LoHa, LoKr, DoRA, …; empty where they change nothing."""
     if parts.keys() <= {"A", "B", "alpha"}:
         return "LoRA"
     if refused := next((REFUSED[part] for part in REFUSED if part in parts), ""):

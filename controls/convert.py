@@ -21,12 +21,10 @@ from models.loading import skeleton
 
 @dataclass
 class Config:
-    format: str = (
-        "diffusers"  # of OUT: diffusers (native, for this toolkit and diffusers), kohya (ComfyUI, A1111)
-    )
-    member: str = (
-        ""  # family/member that a file of other tools was trained on; its config says where the layers are
-    )
+    # of OUT: diffusers (native, for this toolkit and diffusers), kohya (ComfyUI, A1111)
+    format: str = "diffusers"
+    # family/member that a file of other tools was trained on; its config says where the layers are
+    member: str = ""
     # what becomes of text encoders' layers: refuse the file, or ignore them and say how many are left out
     encoders: str = "refuse"
     kind: str = ""  # slider or lora; empty = as the card says, lora where the file has none
@@ -59,10 +57,7 @@ def main(source: str | Path, target: str | Path, cfg: Config) -> None:
 
 
 def opened(source: str | Path, cfg: Config) -> Control:
-    """A control of any layout.
-
-    Raises UserError when it takes a network to read it and none is named, or another than its card's.
-    """
+    """A control of any layout. Raises UserError where the network to read it by is not named."""
     card = formats.card_of(source, header(source)[1])
     if cfg.member and card and cards.card(split(cfg.member)[0]).name != card.family:
         raise UserError(

@@ -283,10 +283,7 @@ def _fitted(
 
 
 def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, float]:
-    """Alpha by the file's own spelling of a layer, where PEFT's settings beside its tensors say it.
-
-    Raises UserError.
-    """
+    """Alpha by the file's own name of a layer, where PEFT's settings beside its tensors say it."""
     said = headers.settings(metadata)
     if (
         not said

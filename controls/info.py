@@ -114,9 +114,7 @@ def way(kinds: dict[str, str], theirs: int, strange: list[str]) -> str:
 
 
 def measured(transfer: dict) -> dict[str, str]:
-    """What analysis.transfer wrote into a card, a row per target: by each evaluator the scale, the retention
-    and the verdict.
-    """
+    """What analysis.transfer wrote into a card: scale, retention, verdict per target and evaluator."""
     if not transfer:
         return {}
     try:

@@ -92,7 +92,7 @@ def difference(target: np.ndarray, source: np.ndarray) -> float:
 
 
 def holm(p: list[float]) -> list[float]:
-    """p values adjusted for their number (Holm 1979): those at most at a level hold together at that level."""
+    """p values adjusted for their number (Holm 1979): those at most at a level hold together."""
     order, adjusted, worst = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))

@@ -42,9 +42,8 @@ class Card:
     layers: str  # layer set, see controls.layers
     scope: str
     recipe: dict = field(default_factory=dict)  # prompts, steps, seed: what it takes to train it again
-    base_hash: str = (
-        ""  # fingerprint of the network it was trained on, and of the delta that makes it a LoRA student
-    )
+    # fingerprint of the network it was trained on, and of the delta that makes it a LoRA student
+    base_hash: str = ""
     versions: dict = field(default_factory=dict)
     transfer: dict = field(
         default_factory=dict
@@ -378,21 +377,16 @@ def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ..
 
 def _check(net: nn.Module, control: Control) -> None:
     """Raises UserError unless every layer of the control has its place, and its shape, in the network."""
-    name, spots = control.card.name, named_layers(net)
-    layers = _names(control)
+    name, modules, layers = control.card.name, named_layers(net), _names(control)
     count, question = f"of {len(layers)} layers of {name}", "Was it trained on another family?"
-    lost = [layer for layer in layers if layer not in spots]
+    lost = [layer for layer in layers if layer not in modules]
     if lost:
         raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}. {question}")
-    expected = {layer: _shapes(spots[layer], control.card.rank) for layer in layers}
-    halves = {
-        layer: [control.tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"] for layer in layers
-    }
-    misfits = [
-        n
-        for n in layers
-        if tuple(None if half is None else tuple(half.shape) for half in halves[n]) != expected[n]
-    ]
+    misfits = []
+    for layer in layers:
+        halves = [control.tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"]
+        shapes = tuple(None if half is None else tuple(half.shape) for half in halves)
+        misfits += [layer] if shapes != _shapes(modules[layer], control.card.rank) else []
     if misfits:
         raise UserError(
             f"{len(misfits)} {count} have another shape in this network: {_few(misfits)}. {question}"

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from configs import UserError, cut, entry, list_of, load, plain, replacing
+from configs import UserError, cut, entry, list_of, load, plain
 from controls import formats
 from controls.lora import fused
+from controls.picture_grid import picture_grid, scale_heads, to_uint8
 from models.families import DTYPES, Family, Memory, split
 from models.quantized import check
 
-LEFT, TOP, FONT = 110, 22, 14  # pixels for the names and for the scales, and of their letters
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LARGEST = 512  # side of a tile; small pictures are doubled
 
@@ -75,45 +74,12 @@ def main(files: list[str], cfg: Config) -> Path:
 
 
 def sheet(rows: list[tuple[str, list[float], Tensor]], path: Path) -> Path:
-    """Writes a labelled picture: in each row a name and pictures (K, 3, H, W) in [-1, 1], above them their K
-    scales where those change.
-    """
-    size = min(LARGEST, 2 * rows[0][2].shape[-1])
-    heads = [k == 0 or scales != rows[k - 1][1] for k, (_, scales, _) in enumerate(rows)]
-    page = Image.new(
-        "RGB",
-        (LEFT + size * max(len(scales) for _, scales, _ in rows), TOP * sum(heads) + size * len(rows)),
-        "white",
-    )
-    pen, font, y = ImageDraw.Draw(page), ImageFont.load_default(FONT), 0
-    for head, (name, scales, pictures) in zip(heads, rows, strict=True):
-        y += TOP * head
-        pen.text((LEFT - 8, y + size / 2), name, "black", font, anchor="rm")
-        for k, (scale, one) in enumerate(zip(scales, pictures, strict=True)):
-            page.paste(tile(one, size), (LEFT + k * size, y))
-            if head:
-                pen.text(
-                    (LEFT + (k + 0.5) * size, y - TOP / 2),
-                    f"{scale:+g}" if scale else "0",
-                    "black",
-                    font,
-                    anchor="mm",
-                )
-        y += size
+    """Writes a grid: in each row a name, scales and pictures (K, 3, H, W) in [-1, 1]. Raises UserError."""
+    labelled = [(name, scale_heads(scales), list(to_uint8(pictures))) for name, scales, pictures in rows]
     try:
-        with replacing(path) as new:
-            page.save(new)
+        return picture_grid(labelled, path, min(LARGEST, 2 * rows[0][2].shape[-1]))
     except OSError as error:
         raise UserError(f"cannot write out={cut(path)}: {error.strerror or error}") from None
-    return path
-
-
-def tile(picture: Tensor, size: int) -> Image.Image:
-    """A picture (3, H, W) in [-1, 1] at another size, its pixels seen where it is enlarged."""
-    image = Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-    return image.resize(
-        (size, size), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS
-    )
 
 
 def run() -> None:

@@ -97,9 +97,7 @@ def call_sd3(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: fl
 
 
 def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
-    """Flux: latents packed 2x2 into a sequence with positions, a clock from 1 to 0, guidance told where it
-    was distilled.
-    """
+    """Flux: latents packed 2x2 into a sequence with positions, a clock from 1 to 0, guidance embedded."""
     height, width = x.shape[2] // 2, x.shape[3] // 2
     places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
     places[..., 1] += torch.arange(height, device=x.device)[:, None]

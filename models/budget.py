@@ -223,9 +223,7 @@ def forecast(
     evaluators: Sequence[str] = (),
     quantize: str = "",
 ) -> str:
-    """What a run will load, ask and take, as text: a budget of the members and evaluators, evaluations per
-    image summed, time.
-    """
+    """What a run will load and evaluate, and how long that takes, as text; calls: evaluations by member."""
     try:
         parts = table(
             [
@@ -336,9 +334,7 @@ def _download(
     file: str = "",
     size: int = HALF,
 ) -> float:
-    """Bytes of the weights that diffusers would fetch for a part; `size` bytes a number are assumed where the
-    Hub cannot be asked.
-    """
+    """Bytes of the files that diffusers fetches for a part; without the Hub, `size` bytes a number."""
     folder = f"{subfolder}/" if subfolder else ""
     home = _home(repo, revision)
     if file:

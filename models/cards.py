@@ -35,9 +35,8 @@ class MemberCard:
     repo: str = ""  # Hub id, or folder relative to the project; empty = the family's
     revision: str | None = None  # commit or branch on the Hub; null = of the family's repo, the family's
     variant: str | None = None  # of the weight files, e.g. fp16; null = of the family's repo, the family's
-    subfolder: str | None = (
-        ""  # folder of the network inside the repo; empty = unet or transformer, null = the repo itself
-    )
+    # folder of the network inside the repo; empty = unet or transformer, null = the repo itself
+    subfolder: str | None = ""
     # a single weights file in the repo or on disk, for the base's architecture; empty = a diffusers folder
     file: str = ""
     lora: str = ""  # a LoRA file in the repo or on disk: this member is the base with it
@@ -48,19 +47,16 @@ class MemberCard:
     prediction_type: Literal["eps", "v", "flow", "sample"] = "eps"  # what the network predicts
     noise_schedule: Literal["vp", "vp-linear", "flow"] = "vp"  # how alpha and sigma follow t
     steps: int = 50  # evaluations of a sampling run
-    spacing: Literal["leading", "trailing", "linspace"] = (
-        "leading"  # timestep spacing; flows take their scheduler's instead
-    )
+    # timestep spacing; flows take their scheduler's instead
+    spacing: Literal["leading", "trailing", "linspace"] = "leading"
     timesteps: list[float] = list_of()  # explicit timesteps, which win over the spacing
     eta: float = 0.0  # share of fresh noise per update: 0 DDIM and Euler, 1 LCM and DMD2
     ancestral: bool = False  # Euler-ancestral's eta instead
     guidance: float | None = None  # classifier-free guidance; null = conditional only
-    guidance_embedding: float | None = (
-        None  # what the network itself is told: LCM the guidance scale minus one, Flux the scale
-    )
-    final: Literal["clean", "first"] = (
-        "clean"  # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
-    )
+    # what the network itself is told: LCM the guidance scale minus one, Flux the scale
+    guidance_embedding: float | None = None
+    # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
+    final: Literal["clean", "first"] = "clean"
     start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)
 
 
@@ -71,24 +67,21 @@ class FamilyCard:
     name: str = ""
     extends: str = ""  # another card, by name or path, of which this one says only what differs
     architecture: str = "sdxl"  # kind of network and pipeline, see models/architectures.py
-    repo: str = (
-        ""  # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
-    )
+    # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
+    repo: str = ""
     revision: str | None = None  # commit or branch on the Hub
     variant: str | None = None  # of the weight files, e.g. fp16; null = the plain ones
     licence: str = ""
     size_px: int = 1024  # images are square
     text_length: int | None = None  # tokens of a T5 or Qwen prompt; null = the pipeline's default
-    encoders: Literal["fp32", "network"] = (
-        "fp32"  # precision of the text encoders; network = as the networks, for those of many GB
-    )
+    # precision of the text encoders; network = as the networks, for those of many GB
+    encoders: Literal["fp32", "network"] = "fp32"
     # latents at once in training, where the run does not say; a slider's step then takes less than 24 GB if
     # any does
     batch_size: int = 8
     base: str = "base"  # the member the others were distilled from
-    clip: str = (
-        ""  # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
-    )
+    # evaluator: a transformers CLIPModel, a folder or a Hub id, with @revision where it is pinned
+    clip: str = ""
     siglip: str = ""  # evaluator: a SiglipModel, likewise
     dino: str = ""  # evaluator without words: a Dinov2Model, likewise
     dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble

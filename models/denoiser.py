@@ -18,14 +18,12 @@ class Denoiser:
 
     net: nn.Module
     prediction_type: str = "eps"  # what the network predicts: eps, v, flow, sample
-    guidance_embedding: float | None = (
-        None  # guidance that the network itself is told: LCM the scale minus one, Flux the scale
-    )
+    # guidance that the network itself is told: LCM the scale minus one, Flux the scale
+    guidance_embedding: float | None = None
     call: Call = call_sdxl  # how this kind of network is called, see models/architectures.py
     delta: Delta | None = None  # of a student that is a LoRA over the network
-    lora_scale: Scale = (
-        1.0  # of the delta; a function of the noise level for one that changes from step to step
-    )
+    # of the delta; a function of the noise level for one that changes from step to step
+    lora_scale: Scale = 1.0
     nfe: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
 
     def __call__(self, x: Tensor, noise: Noise, prompts: Prompts, guidance: float | None = None) -> Tensor:

@@ -119,22 +119,11 @@ class Family:
         """The pipeline from its repository, on the CPU: without its network and what is given as None."""
         its, fixed = self.architecture, self.card.encoders == "fp32"
         text = torch.float32 if fixed else self.dtype
-        budget.check(
-            f"{self.card.name} (VAE, text encoders)",
-            budget.shared(self.card, self.dtype),
-            self.home,
-            text,
-            fixed,
-        )
+        name, needs = f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype)
+        budget.check(name, needs, self.home, text, fixed)
+        how = {"variant": self.card.variant, "dtype": {"vae": torch.float32, "default": text}}
         absent = dict.fromkeys((its.part, *its.absent)) | without
-        pipe = fetch(
-            its.pipeline,
-            self.card.repo,
-            self.card.revision,
-            variant=self.card.variant,
-            **absent,
-            dtype={"vae": torch.float32, "default": text},
-        )
+        pipe = fetch(its.pipeline, self.card.repo, self.card.revision, **how, **absent)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.to(self.home).eval().requires_grad_(False)
@@ -446,16 +435,13 @@ class Family:
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        repo, revision = (
-            (self.card.repo, self.card.revision)
-            if member.file or member.lora
-            else source(self.card, member)[:2]
-        )
+        repo, revision = self.card.repo, self.card.revision
+        if not (member.file or member.lora):
+            repo, revision = source(self.card, member)[:2]
         scheduler = fetch(FlowMatchEulerDiscreteScheduler, repo, revision, subfolder="scheduler")
         its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2
-        mu = calculate_shift(
-            patches, its.base_image_seq_len, its.max_image_seq_len, its.base_shift, its.max_shift
-        )
+        lengths = its.base_image_seq_len, its.max_image_seq_len
+        mu = calculate_shift(patches, *lengths, its.base_shift, its.max_shift)
         evenly = {"sigmas": [1 - k / steps for k in range(steps)]}
         scheduler.set_timesteps(
             mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": steps})

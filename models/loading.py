@@ -224,6 +224,15 @@ def one_line(what: str) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {_reason(error)}") from None
 
 
+GATED = (
+    "its repository is gated: accept the licence on its page at huggingface.co, then `hf auth login` or set "
+    "HF_TOKEN"
+)
+UNKNOWN = (
+    "the Hub knows no such repository, or it is private: check the name; for a private one `hf auth login`"
+)
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong, in words that help; the library that failed may have wrapped the Hub's own error."""
     chain = [error]
@@ -231,20 +240,11 @@ def _reason(error: BaseException) -> str:
         chain.append(above)
     kinds = tuple(type(link) for link in chain)
     if GatedRepoError in kinds or "gated repo" in str(error):
-        return (
-            "its repository is gated: accept the licence on its page at huggingface.co, then `hf auth "
-            "login` or set HF_TOKEN"
-        )
+        return GATED
     if RepositoryNotFoundError in kinds:
-        return (
-            "the Hub knows no such repository, or it is private: check the name; for a private one `hf "
-            "auth login`"
-        )
+        return UNKNOWN
     if LocalEntryNotFoundError in kinds:
-        why = (
-            "HF_HUB_OFFLINE keeps it from being downloaded"
-            if constants.HF_HUB_OFFLINE
-            else "the Hub cannot be reached"
-        )
+        offline = constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE keeps it from being downloaded" if offline else "the Hub cannot be reached"
         return f"it is not in the cache, and {why}"
     return " ".join(str(error).split())[:200]

@@ -16,9 +16,8 @@ class Prompts:
 
     tokens: Tensor  # (B, L, D) text encoder states
     pooled: Tensor | None = None  # (B, P) one vector for the whole text: SDXL, SD3, Flux
-    size: Tensor | None = (
-        None  # pixels. SDXL (B, 6): original size, crop, target size. PixArt (B, 2): height, width
-    )
+    # pixels. SDXL (B, 6): original size, crop, target size. PixArt (B, 2): height, width
+    size: Tensor | None = None
     negative: "Prompts | None" = None
     mask: Tensor | None = None  # (B, L) 1 where a token counts: PixArt, Z-Image
 

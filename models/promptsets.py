@@ -137,12 +137,11 @@ def _dataset(source: str) -> list[str]:
         raise UserError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
     column = column or next((known for known in COLUMNS if known in table.column_names), "")
     if column not in table.column_names:
-        raise UserError(
-            f"{name} has no column {column or ', '.join(COLUMNS)}; it has {', '.join(table.column_names)}"
-        )
-    found = [words(text, f"{name}, row {row}") for row, text in enumerate(table[column])]
-    if not all(found):
-        raise UserError(
-            f"{name}, row {found.index('')}: no {column}" if found else f"{name} holds no prompts"
-        )
-    return found
+        wanted, there = column or ", ".join(COLUMNS), ", ".join(table.column_names)
+        raise UserError(f"{name} has no column {wanted}; it has {there}")
+    prompts = [words(text, f"{name}, row {row}") for row, text in enumerate(table[column])]
+    if not prompts:
+        raise UserError(f"{name} holds no prompts")
+    if "" in prompts:
+        raise UserError(f"{name}, row {prompts.index('')}: no {column}")
+    return prompts

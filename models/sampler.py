@@ -81,12 +81,10 @@ class Stage:
 
     member: Member
     levels: tuple[Noise, ...]
-    within: Callable[[], AbstractContextManager] = (
-        nullcontext  # held while the network is asked, e.g. a control at a strength
-    )
-    conditioning: Callable[[Prompts, Noise, Tensor], Prompts] | None = (
-        None  # (prompts, level, own noise) -> what the network is told instead
-    )
+    # held while the network is asked, e.g. a control at a strength
+    within: Callable[[], AbstractContextManager] = nullcontext
+    # (prompts, level, own noise) -> what the network is told instead
+    conditioning: Callable[[Prompts, Noise, Tensor], Prompts] | None = None
     mix: Mix | None = None  # what is made of x0
 
     @classmethod

@@ -289,9 +289,8 @@ class Measured:
     peak: float
     seconds: float
     moment: str  # the forecast in words
-    outside: float | None = (
-        None  # % of a transfer cell that is spent outside network, VAE and evaluators, where it was taken
-    )
+    # % of a transfer cell that is spent outside network, VAE and evaluators, where it was taken
+    outside: float | None = None
 
     @property
     def off(self) -> float | None:

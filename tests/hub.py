@@ -1,4 +1,4 @@
-"""A Hub cache with small random weights under the real names: real classes and layouts, written in seconds."""
+"""A Hub cache with small random weights under the real names: real classes and layouts."""
 
 import hashlib
 import json

@@ -31,20 +31,17 @@ class Config(Training):
     # a folder of pictures, a dataset of the Hub, or tiny:STYLE, a held-out style of the embedded world
     data: str = "tiny:watercolour"
     images: int = 200  # pictures of the embedded world to train on
-    token: str = (
-        "watercolour"  # rare word put before half of the captions, so that the LoRA works with and without it
-    )
+    # rare word put before half of the captions, so that the LoRA works with and without it
+    token: str = "watercolour"
     prompt: str = "portrait of a person"  # caption of pictures that have none; also what the strips draw
-    positive: str = (
-        "watercolour portrait of a person"  # what the LoRA makes: the card's words for measuring it
-    )
+    # what the LoRA makes: the card's words for measuring it
+    positive: str = "watercolour portrait of a person"
     negative: str = "portrait of a person"  # what it departs from
     prior: float = 0.0  # weight of the prior term: the member goes on drawing `negative` as before; 0 = off
     prior_images: int = 32  # pictures of the member itself that say how
     alpha: float = 4.0  # effective strength is scale * alpha / rank
-    layers: str = (
-        "full"  # layer set, see controls/layers.py; xattn-strict with scope=lierla is Custom Diffusion's
-    )
+    # layer set, see controls/layers.py; xattn-strict with scope=lierla is Custom Diffusion's
+    layers: str = "full"
     steps: int = 500  # optimizer steps
     sample_scales: list[float] = list_of(0.0, 0.5, 1.0)  # columns of a strip
     out: str = "runs/lora"  # the run is written to out/name

@@ -32,40 +32,33 @@ class Training:
     member: str = "tiny/base"  # family/member to train on
     rank: int = 4  # of the low-rank pairs
     alpha: float = 1.0  # effective strength is scale * alpha / rank
-    layers: str = (
-        "noxattn"  # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/layers.py
-    )
+    # full, noxattn, innoxattn, selfattn, xattn, xattn-strict, …: see controls/layers.py
+    layers: str = "noxattn"
     scope: str = "c3lier"  # lierla: linear layers in attention blocks; c3lier: these plus convolutions
     steps: int = 400  # optimizer steps
-    batch_size: int = (
-        0  # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
-    )
+    # latents at once per process, all at one noise level; 0 = as the family's card says: 8, of sdxl 2
+    batch_size: int = 0
     gradient_accumulation_steps: int = 1  # such batches per process and optimizer step
-    optimizer: str = (
-        "adamw"  # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it learning_rate=1)
-    )
+    # adamw, adamw8bit (extra 8bit), prodigy (extra prodigy; give it learning_rate=1)
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3  # learning rate
-    lr_scheduler: str = (
-        "cosine"  # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
-    )
+    # of the rate: constant, linear, cosine, constant_with_warmup, … as diffusers names them
+    lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 0  # steps in which the rate rises from 0
     ema: float = 0.0  # decay of the weights' moving average, which is then what is saved; 0 = off
-    gradient_checkpointing: bool = (
-        False  # recompute activations in the backward pass: less memory, a third more time
-    )
+    # recompute activations in the backward pass: less memory, a third more time
+    gradient_checkpointing: bool = False
     seed: int = 0  # of the control, the data and the noise
     sample_every: int = 200  # steps between strips; 0 = only at the end
     sample_scales: list[float] = list_of(-2.0, -1.0, 0.0, 1.0, 2.0)  # columns of a strip
     sample_seeds: list[int] = list_of(11, 12, 13)  # rows of a strip
     save_every: int = 100  # steps between checkpoints
-    watch: list[str] = (
-        list_of()
-    )  # other members, e.g. [tiny/dmd], on which the effect is measured during training
+    # other members, e.g. [tiny/dmd], on which the effect is measured during training
+    watch: list[str] = list_of()
     watch_every: int = 200  # steps between such measurements
     watch_prompts: int = 4  # of the family card's prompts, two images each
-    dtype: str = (
-        "auto"  # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
-    )
+    # of the network: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32; the control is always fp32
+    dtype: str = "auto"
     # the network trained on packed: nf4, int8 (extra 8bit), int8-torchao (extra torchao); empty = whole
     quantize: str = ""
     memory: Memory = field(

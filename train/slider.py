@@ -73,16 +73,14 @@ class Config(Training):
     prompts: list[Pair] = field(default_factory=smile)  # target, positive, unconditional, neutral, action
     attributes: list[str] = list_of()  # put before all four prompts, one after the other, to disentangle
     anchors: list[str] = list_of()  # prompts whose pictures must not change
-    guidance_scale: float = (
-        0.75  # g of the objective: how far one unit of scale goes; the published trainer says 4
-    )
+    # g of the objective: how far one unit of scale goes; the published trainer says 4
+    guidance_scale: float = 0.75
     steps: int = 500  # optimizer steps
     # fast: points of control-free runs, both sides in turn; published: a fresh run every step, + side only
     recipe: str = "fast"
     trajectories: int = 32  # fast: control-free sampling runs whose x_t are trained on
-    denoise_steps: int = (
-        50  # published: length of the sampling run whose x_t is trained on; students keep their own
-    )
+    # published: length of the sampling run whose x_t is trained on; students keep their own
+    denoise_steps: int = 50
     denoise_guidance: float = 3.0  # published: its guidance; students have none
     out: str = "runs/slider"  # the run is written to out/name
 

@@ -125,9 +125,7 @@ def refine(cfg: Config) -> None:
 
 
 def read_claims(cfg: Config, text: Text, words, steps: int = 800, size: int = 64) -> None:
-    """Trains the text encoders alone: from the pooled text, and from the mean token, which attributes are
-    claimed and at what value.
-    """
+    """Trains the text encoders alone: what is claimed, by the pooled text and by the mean token."""
     captions = world.captions(world.faces(cfg.faces, cfg.seed), 3, keep=0.6)
     ids, told = tokens(words, captions), [claims(caption) for caption in captions]
     said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
@@ -192,10 +190,8 @@ def save_pipeline(cfg: Config, model, words) -> None:
         add_watermarker=False,
     )
     pipe.to(torch.float16).save_pretrained(Path(cfg.weights) / "base")
-    for part in (
-        "text_encoder",
-        "text_encoder_2",
-    ):  # transformers loads what the config says, diffusers fp32: say the same
+    # transformers loads what the config says, diffusers fp32: say the same
+    for part in ("text_encoder", "text_encoder_2"):
         path = Path(cfg.weights) / "base" / part / "config.json"
         config = json.loads(path.read_text()) | {"dtype": "float32"}
         with replacing(path) as new:

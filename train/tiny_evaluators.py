@@ -85,9 +85,7 @@ def look(
 
 
 def probe(cfg: Config) -> None:
-    """The attribute probe: mean squared error on the truth, on portraits of all styles, with small noise and
-    shifts of colour.
-    """
+    """The attribute probe: squared error on portraits of all styles, with small noise and colour shifts."""
     torch.manual_seed(cfg.seed + 2)
     steps, size = cfg.steps or 1500, cfg.batch_size or 64
     net = Probe()

@@ -99,9 +99,7 @@ def lightning(cfg: Config) -> None:
 
 @torch.no_grad()
 def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple[Tensor, Tensor]:
-    """Teacher trajectories at the student's levels and at the end, (count, 5, 4, 16, 16), with their
-    captions' ids (count, TOKENS).
-    """
+    """Teacher trajectories at the student's levels and the end, (count, 5, 4, 16, 16), and captions' ids."""
     path = Path(cfg.work) / f"trajectories-{count}-{cfg.seed}.safetensors"
     size, grid = 80, torch.tensor([*range(999, 0, -50), -1], device=cfg.device)
     if not path.exists():
@@ -143,9 +141,8 @@ def lcm(cfg: Config) -> None:
         generator = seeded(cfg.seed, step, 3)
         x0, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
-        t = (
-            torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1
-        )  # 19, 39, … 999
+        # 19, 39, … 999
+        t = torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1
         t = t.to(cfg.device)
         alpha, sigma = levels(t)
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(cfg.device)

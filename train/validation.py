@@ -77,10 +77,7 @@ class Watch:
     """
 
     def __init__(self, cfg, family: Family, source: Member, recipe: dict):
-        """Loads the watched members, encodes what they draw.
-
-        Raises UserError for one of another family and a recipe without words.
-        """
+        """Loads the watched members, encodes their prompts. Raises UserError for what cannot be watched."""
         self.family, self.source = family, source
         self.words = recipe.get("positive", ""), recipe.get("negative", "")
         if not all(self.words):
@@ -100,9 +97,7 @@ class Watch:
         self.plain = {member.name: self.score(member) for member in self.others}
 
     def __call__(self, control: Control) -> dict[str, float | None]:
-        """The effect at scale 1 on every member, and the retention on the others with its interval, by names
-        like retention/tiny/dmd.
-        """
+        """The effect at scale 1 on every member, the retention on the others: retention/tiny/dmd/value."""
         net = self.source.denoiser.net
         with strength(net):
             plain = self.score(self.source)

@@ -368,4 +368,5 @@ def broken(member: Member) -> str:
 
 def sign(name: str, evaluator: Evaluator) -> str:
     """A short hash of an evaluator: its name and what its features depend on."""
-    return f"{name}-{hashlib.sha256(json.dumps([type(evaluator).__name__, evaluator.identity]).encode()).hexdigest()[:12]}"
+    about = json.dumps([type(evaluator).__name__, evaluator.identity])
+    return f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"

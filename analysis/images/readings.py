@@ -159,9 +159,7 @@ class Measurement:
         return found
 
     def leakage(self, targets: list[str]) -> list[dict]:
-        """How much every control moves what every other is for, per target and evaluator; 1 = as much as the
-        attribute's own control.
-        """
+        """How much each control moves what each other is for, per target and evaluator; 1 = as much."""
         different: dict[Words, Subject] = {}
         for subject in self.subjects:
             different.setdefault(subject.words, subject)
@@ -240,9 +238,7 @@ class Measurement:
 
 
 def judge(cells: list[dict]) -> None:
-    """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask whether a control
-    survives elsewhere.
-    """
+    """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask about transfer."""
     for evaluator_name in cells[0]["readings"] if cells else ():
         readings = [(cell, cell["readings"][evaluator_name]) for cell in cells]
         elsewhere = [

@@ -42,7 +42,7 @@ class Axes:
     """A frame that places values: `x(value)`, `y(value)` in the pixels of an SVG."""
 
     def __init__(self, xs: tuple, ys: tuple, size: Point, left: int, right: int, falling: bool = False):
-        """xs, ys: the least and the largest value. left, right: margins. falling: x goes from large to small."""
+        """xs, ys: least and largest values. left, right: margins. falling: x goes from large to small."""
         (self.x0, self.x1), (self.y0, self.y1), self.falling = xs, ys, falling
         (self.width, self.height), self.left, self.right = size, left, size[0] - right
         self.top, self.foot = 22, self.height - 38

@@ -163,7 +163,7 @@ def recovered(cells: list[dict], student: str, name: str) -> tuple[str, Markup |
 
 
 def front(results: dict, student: str) -> tuple[Markup, list[list[str]]]:
-    """All plans of a student and of the base by diversity and agreement, and the rows of those on the front."""
+    """All plans of a student and the base by diversity and agreement, and the rows of the front."""
     group = [c for c in results["cells"] if c["student"] in (results["base"], student)]
     group.sort(key=lambda c: -last(c, "clip")["value"])
     best = [c for c in group if c["plan"] in results["fronts"][student]]

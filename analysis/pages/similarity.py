@@ -64,9 +64,7 @@ def table(
 
 
 def by_step(cells: Cells) -> list[dict]:
-    """Per comparison and step: mean CKA over blocks with the same inputs and on own trajectories, the lowest
-    block, mean variance ratio.
-    """
+    """Per comparison and step: mean CKA over blocks, the lowest block, mean variance ratio."""
     rows = []
     for name in comparisons(cells):
         for step in sorted({c["step"] for c in of(cells, "block", comparison=name)}):
@@ -222,7 +220,7 @@ def best_of(predictors: Cells) -> dict:
 
 
 def comparison(cells: Cells, name: str) -> dict:
-    """What is shown of one comparison: its blocks, their map, charts along the network, maps of all with all."""
+    """What is shown of one comparison: its blocks' map, charts along the network, all with all."""
     blocks = of(cells, "block", comparison=name)
     return {
         "first": blocks[0]["first"],
@@ -295,9 +293,7 @@ def block_numbers(c: dict) -> dict[str, str]:
 
 
 def overlaps(pairs: Cells) -> dict | None:
-    """Cosine of ΔW of every two controls, and rows of pairs of one concept, then of means; None without
-    pairs.
-    """
+    """Cosine of ΔW of every two controls, rows of pairs of one concept, then of means; None without pairs."""
     if not pairs:
         return None
     cosines = {frozenset((c["one"], c["two"])): c["cosine"] for c in pairs}

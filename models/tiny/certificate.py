@@ -188,9 +188,7 @@ def clip_scores() -> dict[str, float]:
 
 
 def training(work: Path) -> dict:
-    """Steps, minutes and last losses of each part, from its log; of a part without a log, those of the last
-    certificate.
-    """
+    """Steps, minutes and last losses of each part, from its log, or as the last certificate has them."""
     before = HERE / "certificate.json"
     found = json.loads(before.read_text())["training"] if before.exists() else {}
     for path in sorted(work.glob("*.jsonl")):
@@ -254,23 +252,25 @@ def page(found: dict) -> str:
     total = sum(part["minutes"] or 0 for part in found["training"].values())
     return f"""# Birth certificate of the embedded family
 
-Written by `python -m models.tiny.certificate`; every number below is measured by that command. The weights come from
-`python train/tiny.py all`, seed 0: {total:.0f} minutes on 2 CPU cores ({found["machine"]}, fp32,
+Written by `python -m models.tiny.certificate`; every number below is measured by that command. The weights
+come from `python train/tiny.py all`, seed 0: {total:.0f} minutes on 2 CPU cores ({found["machine"]}, fp32,
 torch {found["versions"]["torch"]}, diffusers {found["versions"]["diffusers"]}), other work beside them.
-They were made in pieces on two machines, and the schedules of base and lightning were shortened midway (LOG.md): a fresh run follows
-the same recipe and does not give the same bits.
+They were made in pieces on two machines, and the schedules of base and lightning were shortened midway
+(LOG.md): a fresh run follows the same recipe and does not give the same bits.
 
 ![8 prompts in columns, members in rows, one seed](sheet.png)
 
 Columns: {"; ".join(SHOWN)}.
 
 ## Does it obey?
-Share of images in which the probe sees what the prompt claims; prompts are captions of held-out faces, one image each.
+Share of images in which the probe sees what the prompt claims; prompts are captions of held-out faces, one
+image each.
 
 {table(["attribute", *members], [[a, *(m["agreement"].get(a) for m in members.values())] for a in names])}
 
 ## Does a student lose diversity?
-Mean pairwise distance of the probed attributes between images of one prompt, averaged over prompts (standard error over prompts).
+Mean pairwise distance of the probed attributes between images of one prompt, averaged over prompts (standard
+error over prompts).
 
 {
         table(

@@ -92,9 +92,7 @@ def random_face(rng: np.random.Generator, style: str = "") -> Face:
 
 
 def attributes(face: Face) -> np.ndarray:
-    """The truth as numbers, (len(ATTRIBUTES),) float32: scalars as they are, names as one-hot; a bald head
-    has no hair colour.
-    """
+    """The truth, (len(ATTRIBUTES),) float32: scalars, names as one-hot; a bald head has no hair colour."""
 
     def one_hot(name, names):
         return [float(name == n) for n in names]

@@ -154,48 +154,7 @@ def test_the_page_itself_never_scrolls_sideways(opened, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-ORDER = """() => {
-  const all = (what) => [...document.querySelectorAll(what)], wrong = [], ids = all('[id]').map((e) => e.id);
-  const check = (holds, what, e) => holds || wrong.push(what + ': ' + (e ? e.outerHTML.slice(0, 90) : ''));
-  check(document.documentElement.lang, 'no language');
-  ['h1', 'main', 'header', 'nav[aria-label]'].forEach((what) => check(all(what).length === 1, 'landmarks', all(what)[1]));
-  check(new Set(ids).size === ids.length, 'an id twice');
-  all('img').forEach((e) => check(e.alt, 'no alt', e));
-  all('svg').forEach((e) => check(e.getAttribute('aria-hidden') || e.getAttribute('aria-label'), 'a chart without words', e));
-  all('svg text').filter((e) => e.checkVisibility()).forEach((e) => {
-    const box = e.getBBox(), frame = e.ownerSVGElement.viewBox.baseVal;
-    const [right, foot] = [box.x + box.width, box.y + box.height];
-    check(box.x >= 0 && box.y >= 0 && right <= frame.width && foot <= frame.height, 'text outside of its chart', e);
-  });
-  all('input, select').forEach((e) => check([...e.labels].some((l) => l.innerText.trim()), 'no label', e));
-  all('input[type=range]').forEach((e) => check(e.getAttribute('aria-valuetext'), 'no value in words', e));
-  all('th').forEach((e) => check(e.scope && e.textContent.trim(), 'no scope', e));
-  all('a[href]').forEach((e) => check(ids.includes(e.getAttribute('href').slice(1)), 'a link to nowhere', e));
-  all('[aria-labelledby]').forEach((e) => check(ids.includes(e.getAttribute('aria-labelledby')), 'no name', e));
-  all('.wide, pre').forEach((e) => check(e.tabIndex === 0, 'scrolls by mouse only', e));
-  all('h1, h2, h3, h4').reduce((last, e) => (check(+e.tagName[1] <= last + 1, 'a level left out', e), +e.tagName[1]), 0);
-  return wrong;
-}"""
-
-CONTRAST = """() => {
-  const parse = (c) => { const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
-  const over = ([r, g, b, a], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
-  const under = (e) => {
-    const layer = parse(getComputedStyle(e).backgroundColor);
-    return layer[3] === 1 ? layer.slice(0, 3) : over(layer, e.parentElement ? under(e.parentElement) : [255, 255, 255]);
-  };
-  const light = (c) => c.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const found = [];
-  for (const e of document.querySelectorAll('body *')) {
-    const style = getComputedStyle(e), text = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    if (!text || !e.checkVisibility({ visibilityProperty: true }) || e.matches('script')) continue;
-    const back = under(e), front = over(parse(e instanceof SVGElement ? style.fill : style.color), back);
-    const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
-    found.push([(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 90)]);
-  }
-  return found;
-}"""
+ORDER, CONTRAST = (Path(__file__).with_name(name).read_text() for name in ("order.js", "contrast.js"))
 
 
 def test_everything_has_its_name_and_place(opened):

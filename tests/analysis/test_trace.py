@@ -17,7 +17,7 @@ from analysis.images.cache import acting
 from analysis.measures.commitment import abandoned, committed
 from analysis.trace import Config, band, traces_of
 from configs import entry, load, merge
-from controls import formats
+from controls import formats, picture_grid
 from models.families import Family
 from models.hashing import fingerprint
 from models.noise import vp
@@ -73,7 +73,7 @@ def test_a_hybrid_begins_as_the_base(results):
 
 def test_pictures(run, results):
     sheet = Image.open(run / "images/sheet-0.png")
-    assert sheet.size == (sheets.LEFT_PX + 10 * 64, sheets.TOP_PX + 6 * 64)
+    assert sheet.size == (picture_grid.LEFT_PX + 10 * 64, picture_grid.TOP_PX + 6 * 64)
     film = Image.open(run / "images/sprite-1-0.webp")
     assert film.size == (4 * 64, 2 * 64)
     moving = Image.open(run / "images/trace.gif")

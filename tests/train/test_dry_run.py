@@ -78,9 +78,8 @@ def test_a_sliders_evaluations_are_those_it_makes(kind, tmp_path, capsys, monkey
     ]
     slider.main(merge(slider.Config, [*words, "dry_run=true"]))
     said = asked(capsys.readouterr().out)["dmd"]
-    made = (
-        4 * (4 + 3 * 4) + 12 * 2 * 3 if kind == "fast" else 12 * 2 * (2 + 3 + 3)
-    )  # a pass back is counted as two
+    # a pass back is counted as two
+    made = 4 * (4 + 3 * 4) + 12 * 2 * 3 if kind == "fast" else 12 * 2 * (2 + 3 + 3)
     assert said == made
 
 

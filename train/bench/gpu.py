@@ -224,13 +224,9 @@ def tested(files: list[str]) -> Row:
     failed, skipped = count["failures"] + count["errors"], count["skipped"]
     cases = [(case.get("name"), {part.tag for part in case}) for case in suite.iter("testcase")]
     wrong = [name for name, tags in cases if tags & {"failure", "error"}]
-    return {
-        "passed": count["tests"] - failed - skipped,
-        "failed": failed,
-        "skipped": skipped,
-        "seconds": float(suite.get("time")),
-        "failing": ", ".join(wrong),
-    }
+    passed, seconds = count["tests"] - failed - skipped, float(suite.get("time"))
+    ended = {"passed": passed, "failed": failed, "skipped": skipped}
+    return {**ended, "seconds": seconds, "failing": ", ".join(wrong)}
 
 
 if __name__ == "__main__":

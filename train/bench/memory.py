@@ -128,14 +128,9 @@ def measured(
         raise UserError("the network is not packed")
     shape = (4, size_px // factor, size_px // factor)
     with training(net, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing) as step:
-        seconds, _ = clocked(step, [], repeats)
-        return {
-            "size_px": size_px,
-            "batch_size": batch_size,
-            "gradient_checkpointing": gradient_checkpointing,
-            "seconds": seconds,
-            "peak_gb": peak_gb(),
-        }
+        (seconds, _), peak = clocked(step, [], repeats), peak_gb()
+    case = {"size_px": size_px, "batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
+    return {**case, "seconds": seconds, "peak_gb": peak}
 
 
 def forecast(net: nn.Module, factor: int, size_px: int, batch_size: int, gradient_checkpointing: bool) -> Row:

@@ -42,24 +42,19 @@ def main(cfg: Config) -> None:
     """Trains once per weight, measures the student before and after, prints the table."""
     rows = {"before": judge(cfg, None)}
     for prior in cfg.priors:
-        words = [
-            f"name=prior-{prior:g}".replace(".", "_"),
-            f"prior={prior}",
-            f"member={cfg.member}",
-            f"steps={cfg.steps}",
-            f"out={cfg.out}",
-            "sample_every=0",
-            "overwrite=true",
-            "wandb=disabled",
-        ]
-        rows[f"after, prior {prior:g}"] = judge(
-            cfg, formats.load(lora.main(merge(lora.Config, cfg.config, words)))
-        )
+        words = {"name": f"prior-{prior:g}".replace(".", "_"), "prior": prior, "member": cfg.member}
+        words |= {
+            "steps": cfg.steps,
+            "out": cfg.out,
+            "sample_every": 0,
+            "overwrite": True,
+            "wandb": "disabled",
+        }
+        path = lora.main(merge(lora.Config, cfg.config, words))
+        rows[f"after, prior {prior:g}"] = judge(cfg, formats.load(path))
+    record = {"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}
     with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(
-            json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1)
-            + "\n"
-        )
+        new.write_text(json.dumps(record, indent=1) + "\n")
     show(rows)
 
 
