@@ -70,7 +70,7 @@ def test_a_file_of_the_paper_runs_on_the_embedded_family(name, data, tmp_path):
     assert page.is_file() and cells
     if command is transfer:
         assert [cell["target"] for cell in cells[:2]] == ["tiny/base", "tiny/dmd"] and any(
-            e["value"] for e in cells[1]["effect"]
+            e["value"] for e in next(iter(cells[1]["readings"].values()))["effect"]
         )
         assert (cells[1]["clip_change_percent"] is None) == (
             name == "t1-car"

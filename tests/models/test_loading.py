@@ -184,7 +184,7 @@ def test_a_member_on_disk_is_a_card_of_a_few_lines(cache, tmp_path):
         list(found.card.members) == ["base", "v", "turbo", "mine", "mine-lora"] and found.card.name == "sd21"
     )
     assert torch.equal(found.member("mine").denoiser.net.conv_in.weight, net.conv_in.weight.half().float())
-    assert found.member("mine-lora").denoiser.strength == 0.5
+    assert found.member("mine-lora").denoiser.lora_scale == 0.5
     assert not torch.equal(drawn(found, "mine"), drawn(found, "mine-lora"))
 
 

@@ -238,7 +238,7 @@ def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkey
         "watch_prompts=1",
     ]
     stays = formats.load(slider.main(merge(slider.Config, [*words, f"out={tmp_path}/stays"])))
-    monkeypatch.setattr(families, "Turns", Types)
+    monkeypatch.setattr(families, "Offloader", Types)
     words += [f"out={tmp_path}/waits", "memory.offload=true"]
     with monkeypatch.context() as patch:
         patch.setattr(slider.Run, "backward", killing(slider.Run.backward, 4))
@@ -266,7 +266,7 @@ def killing(call, after: int):
 
 
 def test_network_and_vae_are_together_where_gradients_pass_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(families, "Turns", Types)
+    monkeypatch.setattr(families, "Offloader", Types)
     words = ["directions=2", "trajectories=4", "batch_size=1", "memory.offload=true", f"out={tmp_path}"]
     folder = sliderspace.main(merge(sliderspace.Config, [*SMALL, *words]))
     assert formats.load(folder / "space-2.safetensors").tensors

@@ -55,7 +55,7 @@ def test_transfer_measures_it_without_words(folder, tmp_path):
     page = transfer.main(merge(transfer.Config, words))
     cells = json.loads((page.parent / "results.json").read_text())["cells"]
     assert [cell["clip_change_percent"] for cell in cells] == [None, None] and cells[0]["positive"] == ""
-    assert cells[0]["slope"]["value"] > 0 and page.is_file()
+    assert cells[0]["readings"]["clip"]["slope"]["value"] > 0 and page.is_file()
 
 
 def test_bad_input(tmp_path):
