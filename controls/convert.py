@@ -11,8 +11,8 @@ from pathlib import Path
 
 from configs import UserError, entry, load, plain, plain_name
 from controls import formats
-from controls.files import header
-from controls.layouts import ENCODER_POLICIES
+from controls.formats.files import header
+from controls.formats.layouts import ENCODER_POLICIES
 from controls.lora import Card, Control
 from models import cards
 from models.cards import split

@@ -7,9 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from configs import UserError, cut, entry
-from controls import formats, headers, layouts
-from controls.algorithms import READABLE, algorithm
-from controls.files import located
+from controls import formats
+from controls.formats import headers, layouts
+from controls.formats.algorithms import READABLE, algorithm
+from controls.formats.files import located
 
 LONGEST = 400  # letters of a card's value that are shown
 

@@ -13,7 +13,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from configs import ROOT, UserError
-from controls import formats, layouts
+from controls import formats
+from controls.formats import layouts
 from controls.layers import targets
 from controls.lora import Card
 from models import budget, lora_student

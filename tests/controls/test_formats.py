@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from test_controls import network, trained
 
 from configs import ROOT, UserError, entry
-from controls import convert, formats, info, layouts, merge, show
+from controls import convert, formats, info, merge, picture_grid, show
+from controls.formats import layouts
 from controls.lora import Card, Control, attach, detach, strength
 from models.families import Family
 from models.sampler import alone, draw_noise, finish
@@ -488,7 +489,8 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         == 0
     )
     page = np.asarray(Image.open(tmp_path / "two.png").convert("RGB")).astype(int)
-    first, second = page[show.TOP : show.TOP + 128, show.LEFT :], page[show.TOP + 128 :, show.LEFT :]
+    top, left = picture_grid.TOP_PX, picture_grid.LEFT_PX
+    first, second = page[top : top + 128, left:], page[top + 128 :, left:]
     assert (
         first.shape == second.shape == (128, 256, 3)
         and (first == second).all()

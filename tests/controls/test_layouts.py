@@ -16,8 +16,9 @@ from test_controls import network, trained
 from test_formats import FOREIGN, change, same
 
 from configs import UserError
-from controls import convert, formats, headers, info, layouts, merge
-from controls.algorithms import MOST_RANK
+from controls import convert, formats, info, merge
+from controls.formats import headers, layouts
+from controls.formats.algorithms import MOST_RANK
 from controls.layers import layer_set, targets
 from controls.lora import Card
 

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from configs import UserError
-from controls import layouts
+from controls.formats import layouts
 from models import loading, lora_student
 from models.architectures import ARCHITECTURES
 from models.cards import card

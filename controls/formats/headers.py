@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from configs import UserError, cut
-from controls.files import BESIDE
+from controls.formats.files import BESIDE
 
 # where diffusers keeps PEFT's settings in a header, its LORA_ADAPTER_METADATA_KEY
 DIFFUSERS = "lora_adapter_metadata"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError, cut, note
-from controls.algorithms import READABLE, algorithm, pair, split
+from controls.formats.algorithms import READABLE, algorithm, pair, split
 from controls.layers import named_layers
 
 # what stands before a layer's name, with dots in it and with underscores

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from configs import UserError, cut, note, plain_name, replacing
 from configs.ranges import check
-from controls import headers, layouts
-from controls.files import finite, header, located, read, real
-from controls.headers import DIFFUSERS
+from controls.formats import headers, layouts
+from controls.formats.files import finite, header, located, read, real
+from controls.formats.headers import DIFFUSERS
 from controls.layers import layer_set
 from controls.lora import Card, Control
 from models.promptsets import HUB

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError, cut
-from controls.files import real
+from controls.formats.files import real
 
 MOST_RANK = 256  # of a pair that a product is turned into
 
