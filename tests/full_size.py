@@ -10,6 +10,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -301,6 +302,7 @@ class Measured:
 def run(part: str, cache: Path = CACHE) -> Measured:
     """What a part takes and what its plan says."""
     family, out = cache / "mine.yaml", cache / "runs"
+    shutil.rmtree(out / "cache", ignore_errors=True)  # what is drawn already takes no memory
     family.write_text(
         CARD.format(size_px=1024 if torch.cuda.is_available() else 128, file=cache / "mine.safetensors")
     )
