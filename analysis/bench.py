@@ -24,6 +24,7 @@ from configs.screen import show_table
 from models.sampler import Plan
 
 PARTS = ("network", "VAE", "evaluators")
+SAME = ("family", "targets", "prompts", "seeds", "evaluators", "dtype", "quantize")  # as analysis.transfer
 
 
 @dataclass
@@ -41,14 +42,10 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Prints seconds by part, images per second and the share outside, per target and over all."""
-    given = {
-        key: getattr(cfg, key)
-        for key in ("family", "targets", "prompts", "seeds", "evaluators", "dtype", "quantize")
-    }
-    rows = []
-    total: Counter[str] = Counter()
+    rows, total = [], Counter()
     with tempfile.TemporaryDirectory() as folder:
-        words = given | {"controls": [cfg.control], "cache": folder, "out": folder, "references": False}
+        words = {key: getattr(cfg, key) for key in SAME}
+        words |= {"controls": [cfg.control], "cache": folder, "out": folder, "references": False}
         session = Session("analysis.transfer", merge(transfer.Config, words), ())
         drawings, (subject,), targets = transfer.prepare(session)
         drawings.family.encode_all(drawings.texts)

@@ -105,15 +105,12 @@ def main(cfg: Config) -> Path:
     )
     judge = Judge(session.evaluators, cfg.labels, real, cfg.neighbours) if captions.texts else None
     session.claim()
-    names = [f"prompt-{p}" for p in range(len(cfg.prompts))]
-    names += [f"block-{b}" for b in range(blocks_of(captions.texts))]
-    parts = [Part(*way, name) for way in plans for name in names]
+    parts = [Part(*way, name) for way in plans for name in names_of(cfg.prompts, captions.texts)]
     texts = [] if captions.texts else cfg.prompts  # captions are too many to be kept
     session.draw(parts, texts, partial(drawn, session, captions, seeds), "diversity")
     if not session.first:
         return session.folder / "report.html"
-    cells = cells_of(session, plans, judge, blocks_of(captions.texts))
-    return publish(session, cells, seeds)
+    return publish(session, cells_of(session, plans, judge, blocks_of(captions.texts)), seeds)
 
 
 def plan(session: Session, plans: list[tuple[str, str]]) -> Path:
@@ -235,6 +232,11 @@ def captioned(
     }
 
 
+def names_of(prompts: list[str], captions: list[str]) -> list[str]:
+    """What the parts of a plan are called."""
+    return [f"prompt-{p}" for p in range(len(prompts))] + [f"block-{b}" for b in range(blocks_of(captions))]
+
+
 def blocks_of(texts: list[str]) -> int:
     """How many blocks the captions are drawn in: of at most BLOCK_SIZE, so that no block grows with their
     number.
@@ -271,50 +273,41 @@ def gather(cfg: Config, student: str, plan: str, evaluators: list[str], folder: 
 def summary(cfg: Config, own: dict, base: dict, student: dict | None, evaluators: list[str]) -> dict:
     """The numbers of one plan, beside those of the base and of its student alone."""
 
-    def value(found, name, t=-1):
-        return found[name][:, t, 0]
-
-    steps = len(own["t"])
+    steps, prompts = len(own["t"]), len(cfg.prompts)
+    per_step = {name: [intervals.mean(own[name][:, t, 0]) for t in range(steps)] for name in evaluators}
     return {
         "steps": [{"t": float(t), "share": (i + 1) / steps} for i, t in enumerate(own["t"])],
-        "diversity": {
-            name: [intervals.mean(own[name][:, t, 0]) for t in range(steps)] for name in evaluators
-        },
+        "diversity": per_step,
         "vendi": [intervals.mean(own["vendi"][:, t]) for t in range(steps)],
         "agreement": intervals.mean(own["agreement"][:, -1]),
-        "per_prompt": [
-            {
-                "prompt": prompt,
-                "vendi": float(own["vendi"][p, -1]),
-                **{
-                    name: dict(zip(("value", "low", "high"), own[name][p, -1].tolist(), strict=True))
-                    for name in evaluators
-                },
-            }
-            for p, prompt in enumerate(cfg.prompts)
-        ],
-        "of_base": {
-            name: intervals.ratio(value(own, name), value(base, name), positive=True) for name in evaluators
-        },
-        "of_base_first": {
-            name: intervals.ratio(value(own, name, 0), value(base, name, 0), positive=True)
-            for name in evaluators
-        },
-        "gain": {
-            name: intervals.mean(value(own, name) - value(student, name)) if student else None
-            for name in evaluators
-        },
-        "recovery": {
-            name: recovery(*(value(f, name) for f in (own, base, student))) if student else None
-            for name in evaluators
-        },
-        "agreement_gain": intervals.mean(own["agreement"][:, -1] - student["agreement"][:, -1])
-        if student
-        else None,
-        "images": len(cfg.prompts) * cfg.seeds,
-        "prompts": len(cfg.prompts),
+        "per_prompt": [of_prompt(own, p, prompt, evaluators) for p, prompt in enumerate(cfg.prompts)],
+        **compared(own, base, student, evaluators),
+        "images": prompts * cfg.seeds,
+        "prompts": prompts,
         "seeds": cfg.seeds,
     }
+
+
+def of_prompt(own: dict, p: int, prompt: str, evaluators: list[str]) -> dict:
+    """One prompt's numbers at the last step, their intervals over seeds."""
+    said = {"prompt": prompt, "vendi": float(own["vendi"][p, -1])}
+    for name in evaluators:
+        said[name] = dict(zip(("value", "low", "high"), own[name][p, -1].tolist(), strict=True))
+    return said
+
+
+def compared(own: dict, base: dict, student: dict | None, evaluators: list[str]) -> dict:
+    """A plan's diversity against the base's, from the first step and the last, and against its student's."""
+    against_base = {"of_base": -1, "of_base_first": 0}
+    numbers = {key: {} for key in (*against_base, "gain", "recovery")}
+    for name in evaluators:
+        for key, t in against_base.items():
+            numbers[key][name] = intervals.ratio(own[name][:, t, 0], base[name][:, t, 0], positive=True)
+        last = [plan[name][:, -1, 0] for plan in (own, base, student) if plan]
+        numbers["gain"][name] = intervals.mean(last[0] - last[2]) if student else None
+        numbers["recovery"][name] = recovery(*last) if student else None
+    gain = intervals.mean(own["agreement"][:, -1] - student["agreement"][:, -1]) if student else None
+    return {**numbers, "agreement_gain": gain}
 
 
 def recovery(own: np.ndarray, base: np.ndarray, student: np.ndarray) -> dict:
@@ -353,55 +346,39 @@ def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
 
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
-    rows = []
-    for cell in cells:
-        row, frechet = (
-            {"student": cell["student"], "plan": cell["plan"]},
-            cell.get("quality", {}).get("frechet_clip"),
-        )
-        for name, over_steps in cell["diversity"].items():
-            row |= {
-                f"by {name}": shown(over_steps[-1]),
-                f"recovery, {name}": shown(cell["recovery"][name], 2),
-            }
-        row |= {
-            "agreement": number(cell["agreement"]["value"], 1),
-            "Fréchet": number(frechet and frechet["value"], 3),
-        }
-        row["nfe"] = f"{cell['nfe']:g}" if "nfe" in cell else ""
-        row["ms"] = number(1000 * cell["seconds"], 0) if "seconds" in cell else ""
-        rows.append(row)
-    show_table(
-        "Diversity (mean pairwise distance over seeds) [95 %], share of the loss recovered, cost", rows
-    )
+    title = "Diversity (mean pairwise distance over seeds) [95 %], share of the loss recovered, cost"
+    show_table(title, list(map(row, cells)))
+
+
+def row(cell: dict) -> dict[str, str]:
+    """One plan's numbers by the head they stand under."""
+    texts = {"student": cell["student"], "plan": cell["plan"]}
+    for name, over_steps in cell["diversity"].items():
+        texts[f"by {name}"] = shown(over_steps[-1])
+        texts[f"recovery, {name}"] = shown(cell["recovery"][name], 2)
+    frechet = cell.get("quality", {}).get("frechet_clip")
+    texts["agreement"] = number(cell["agreement"]["value"], 1)
+    texts["Fréchet"] = number(frechet and frechet["value"], 3)
+    texts["nfe"] = f"{cell['nfe']:g}" if "nfe" in cell else ""
+    texts["ms"] = number(1000 * cell["seconds"], 0) if "seconds" in cell else ""
+    return texts
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     """Logs a table, the key figures, the sheets, and the record as an artifact of type results."""
     cells = results["cells"]
     columns = ["student", "plan", "diversity", "low", "high", "recovery", "agreement", "nfe", "seconds"]
-    rows = [
-        [
-            c["student"],
-            c["plan"],
-            *c["diversity"]["clip"][-1].values(),
-            (c["recovery"]["clip"] or {}).get("value"),
-            c["agreement"]["value"],
-            c.get("nfe"),
-            c.get("seconds"),
-        ]
-        for c in cells
-    ]
+    rows, finals = [], {}
+    for c in cells:
+        final, recovered = c["diversity"]["clip"][-1], c["recovery"]["clip"] or {}
+        cost = c["agreement"]["value"], c.get("nfe"), c.get("seconds")
+        rows.append([c["student"], c["plan"], *final.values(), recovered.get("value"), *cost])
+        finals[f"diversity/clip/{c['student']}/{c['plan']}"] = final["value"]
     tracker.table("diversity/plans", columns, rows)
-    tracker.log(
-        {f"diversity/clip/{c['student']}/{c['plan']}": c["diversity"]["clip"][-1]["value"] for c in cells}
-    )
+    tracker.log(finals)
     for student in dict.fromkeys(c["student"] for c in cells):
-        tracker.image(
-            f"diversity/pictures/{student}",
-            folder / f"images/{student}.png",
-            "plans in rows, seeds in columns",
-        )
+        file = folder / f"images/{student}.png"
+        tracker.image(f"diversity/pictures/{student}", file, "plans in rows, seeds in columns")
     tracker.artifact(folder / "results.json", f"diversity-{folder.name}", "results")
 
 

@@ -268,21 +268,13 @@ def loaded(folder: Path, command: str = "") -> dict:
     except FileNotFoundError:
         raise UserError(f"no {path}; python -m {command or 'analysis.transfer'} makes one") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not JSON ({str(error)[:100]}); run {command or 'what made it'} again"
-        ) from None
+        again = f"run {command or 'what made it'} again"
+        raise UserError(f"{path} is not JSON ({str(error)[:100]}); {again}") from None
     cells = found.get("cells") if isinstance(found, dict) else None
-    if (
-        not cells
-        or not isinstance(cells, list)
-        or found.get("schema") != SCHEMA
-        or isinstance(found["schema"], bool)
-    ):
-        raise UserError(
-            f"{path} has no cells of schema {SCHEMA}: it is not the record of "
-            f"{command or 'one of our analyses'}, or an older one; run it again"
-        )
-    return found
+    if cells and isinstance(cells, list) and found.get("schema") == SCHEMA and found["schema"] is not True:
+        return found
+    kind = f"the record of {command or 'one of our analyses'}, or an older one"
+    raise UserError(f"{path} has no cells of schema {SCHEMA}: it is not {kind}; run it again")
 
 
 def recipe_of(found: dict) -> str:

@@ -97,9 +97,8 @@ def main(cfg: Config) -> Path:
     traces = traces_of(cfg, ways(cfg.plans, cfg.students, session.bare), control is not None)
     if cfg.dry_run:
         return plan(session, traces, control)
+    check_fit(session, control)
     evaluators = session.evaluators
-    for name in session.bare.members if control else ():  # a misfit is said now, not after an hour of drawing
-        fits(session.bare.member(name).denoiser.net, control, cfg.family)
     session.claim()
     session.draw(traces, cfg.prompts, partial(drawn, session, control, seeds), "trace")
     if not session.first:
@@ -108,6 +107,12 @@ def main(cfg: Config) -> Path:
     pictures(cfg, cells, session.folder)
     strips(session.family, seeds, cells, session.folder)
     return publish(session, cells, control)
+
+
+def check_fit(session: Session, control: Control | None) -> None:
+    """Raises UserError for a member that the control misfits: now, not after an hour of drawing."""
+    for name in session.bare.members if control else ():
+        fits(session.bare.member(name).denoiser.net, control, session.cfg.family)
 
 
 def plan(session: Session, traces: list[Trace], control: Control | None) -> Path:

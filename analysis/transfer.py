@@ -104,11 +104,8 @@ def main(cfg: Config) -> Path:
     cells, leakage = measurement.cells(targets), measurement.leakage(targets)
     drawings.remember_words()
     pictures(drawings, subjects, targets, cells, session.folder)
-    margin = list(intervals.MARGIN)
-    names = list(drawings.evaluators)
-    return publish(
-        session, session.record(evaluators=names, margin=margin, cost=cost, cells=cells, leakage=leakage)
-    )
+    about = {"evaluators": list(drawings.evaluators), "margin": list(intervals.MARGIN), "cost": cost}
+    return publish(session, session.record(**about, cells=cells, leakage=leakage))
 
 
 def publish(session: Session, results: dict) -> Path:

@@ -117,14 +117,18 @@ def _check(value: Any, key: str, where: str) -> None:
     elif isinstance(value, str):
         checked(value, where)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        if key in GUIDED and value == 0:
-            raise UserError(f"{where}: {TWO_MEANINGS}")
-        least, most = RANGES.get(key, (-math.inf, math.inf))
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where} must be finite; got {value}")
-        if not least <= value <= most:
-            bound = f"at least {least:g}" if value < least else f"at most {most:g}"
-            raise UserError(f"{where} must be {bound}; got {cut(value, 40)}")
+        _check_number(value, key, where)
+
+
+def _check_number(value: float, key: str, where: str) -> None:
+    if key in GUIDED and value == 0:
+        raise UserError(f"{where}: {TWO_MEANINGS}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be finite; got {value}")
+    least, most = RANGES.get(key, (-math.inf, math.inf))
+    if not least <= value <= most:
+        bound = f"at least {least:g}" if value < least else f"at most {most:g}"
+        raise UserError(f"{where} must be {bound}; got {cut(value, 40)}")
 
 
 def checked(text: str, where: str) -> str:

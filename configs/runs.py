@@ -100,22 +100,15 @@ def _writing(path: Path):
 
 def plain_name(text: str, what: str = "name") -> str:
     """The text, where it can name a control, a folder or a file anywhere. Raises UserError otherwise."""
-    wrong = next(
-        (
-            why
-            for why, holds in {
-                "it is empty": not text.strip(),
-                "it leads to another folder": text in (".", "..") or "/" in text or "\\" in text,
-                "it has characters that cannot be shown": not text.isprintable(),
-                "it begins with a character that shells and programs take for something else": text[:1]
-                in ("-", "~", "."),
-                "it is longer than 120 bytes": len(text.encode(errors="replace")) > 120,
-            }.items()
-            if holds
-        ),
-        "",
-    )
-    if wrong:
+    faults = {
+        "it is empty": not text.strip(),
+        "it leads to another folder": text in (".", "..") or "/" in text or "\\" in text,
+        "it has characters that cannot be shown": not text.isprintable(),
+        "it begins with a character that shells and programs take for something else": text[:1] in set("-~."),
+        "it is longer than 120 bytes": len(text.encode(errors="replace")) > 120,
+    }
+    if any(faults.values()):
         shown = text if len(text) <= 40 else f"{text[:40]}…"
-        raise UserError(f"{what}={shown!r} cannot name a control or a folder: {wrong}")
+        fault = next(fault for fault, holds in faults.items() if holds)
+        raise UserError(f"{what}={shown!r} cannot name a control or a folder: {fault}")
     return text

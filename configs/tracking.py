@@ -243,18 +243,14 @@ class Tracker:
     def attempt(self) -> Iterator[None]:
         """Keeps W&B's files in the folder and its exceptions inside; the tracker's first one is printed."""
         try:
-            with _defaults(
-                WANDB_DATA_DIR=f"{self.folder}/wandb/data", WANDB_CACHE_DIR=f"{self.folder}/wandb/cache"
-            ):
+            own = f"{self.folder}/wandb"
+            with _defaults(WANDB_DATA_DIR=f"{own}/data", WANDB_CACHE_DIR=f"{own}/cache"):
                 yield
         except Exception as error:
             if not self.warned:
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                print(
-                    f"warning: W&B failed ({text[:200]}); the files are not affected",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                says = f"warning: W&B failed ({text}); the files are not affected"
+                print(says, file=sys.stderr, flush=True)
             self.warned = True
             if isinstance(error, TimeoutError) and self.run is not None:
                 for process in psutil.Process().children():

@@ -64,18 +64,15 @@ def subspaces(a: dict[str, Low], b: dict[str, Low]) -> dict | None:
     shared = [n for n in sorted(a.keys() & b.keys()) if len(a[n].s) and len(b[n].s)]
     if not shared:
         return None
-    ranks = [(len(a[n].s), len(b[n].s)) for n in shared]
-    rows = [
-        (
-            _shared(a[n].v, b[n].v) / min(r),
-            _shared(a[n].u, b[n].u) / min(r),
-            max(r) / len(a[n].v),
-            max(r) / len(a[n].u),
-        )
-        for n, r in zip(shared, ranks, strict=True)
-    ]
-    means = torch.tensor(rows, dtype=torch.float64).clamp(max=1).mean(0).tolist()
+
+    rows = torch.tensor([_subspaces(a[n], b[n]) for n in shared], dtype=torch.float64)
+    means = rows.clamp(max=1).mean(0).tolist()
     return {"layers": len(shared), **dict(zip(("in", "out", "chance_in", "chance_out"), means, strict=True))}
+
+
+def _subspaces(a: Low, b: Low) -> tuple[float, float, float, float]:
+    fewer, more = sorted((len(a.s), len(b.s)))
+    return _shared(a.v, b.v) / fewer, _shared(a.u, b.u) / fewer, more / len(a.v), more / len(a.u)
 
 
 def delta(base: nn.Module, student: nn.Module, names: list[str]) -> dict[str, Tensor]:

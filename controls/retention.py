@@ -146,11 +146,9 @@ def shape(effect: np.ndarray, scales: np.ndarray) -> dict:
     where each step takes the share of the change that it has of the scales, 0 where one step takes all.
     """
     scales, curve = _checked(scales, effect), effect.mean((0, 1))
-    inside = window(effect, scales)
-    last = scales[inside][-1]
+    last = scales[window(effect, scales)][-1]
     steps, widths = np.abs(np.diff(curve)), np.diff(scales) / np.ptp(scales)
-    shares = steps / steps.sum() if steps.any() else widths
-    worst = 1 - widths.min()
+    shares, worst = steps / steps.sum() if steps.any() else widths, 1 - widths.min()
     return {
         "area": mean(units(np.trapezoid(effect * np.sign(scales), scales))),
         "saturation": None if last == scales[-1] else float(last),

@@ -139,20 +139,22 @@ def evaluator_need(family: FamilyCard, name: str) -> Need:
     if not issubclass(kind, Picture):  # a folder of the project
         size = sum(path.stat().st_size for path in Path(place(its)).glob("*.safetensors"))
         return Need(name, its, "", size // FULL, 0, size)
-    (repo, _, revision), transformers = its.partition("@"), import_module("transformers")
+    repo, _, revision = its.partition("@")
     with one_line(f"the evaluator {its}"):
-        config = transformers.AutoConfig.from_pretrained(
-            place(repo), revision=available(repo, revision or None)
-        )
-        model = (
-            transformers.AutoModel._model_mapping[type(config)]
-            if kind.kind == "AutoModel"
-            else getattr(transformers, kind.kind)
-        )
-        count, _ = _count(model, config.to_dict())
-    return Need(
-        name, repo, "", count, _download(repo, revision or None, "", None, count, size=FULL), FULL * count
-    )
+        count = _count_pretrained(kind.kind, repo, revision or None)
+    download = _download(repo, revision or None, "", None, count, size=FULL)
+    return Need(name, repo, "", count, download, FULL * count)
+
+
+def _count_pretrained(kind: str, repo: str, revision: str | None) -> int:
+    """The weights of a model of transformers, by its config."""
+    transformers = import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(place(repo), revision=available(repo, revision))
+    if kind == "AutoModel":
+        model = transformers.AutoModel._model_mapping[type(config)]
+    else:
+        model = getattr(transformers, kind)
+    return _count(model, config.to_dict())[0]
 
 
 def effort(family: FamilyCard, name: str) -> float:
@@ -341,11 +343,8 @@ def _download(
         return 0 if _file(repo, revision, file) else _sizes(repo, revision).get(file, size * count)
     if home and _chosen([path.name for path in (home / subfolder).glob("*") if path.is_file()], variant):
         return 0
-    sizes = {
-        name.removeprefix(folder): own
-        for name, own in _sizes(repo, revision).items()
-        if name.startswith(folder)
-    }
+    every = _sizes(repo, revision)
+    sizes = {name.removeprefix(folder): every[name] for name in every if name.startswith(folder)}
     return sum(sizes[name] for name in _chosen(sizes, variant)) or size * count
 
 

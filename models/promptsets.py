@@ -42,22 +42,19 @@ def read(prompts: Sequence[str]) -> PromptSet:
 
     Sources: a .csv, .tsv or .jsonl with a column prompt and perhaps evaluation_seed (case_number orders it,
     where it is there); a .txt with a prompt per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes
-    the first hundred. Seeds are kept when every prompt has one. Raises UserError for what cannot be read, and
-    for no prompt at all.
+    the first hundred. Seeds are kept when every prompt has one. Raises UserError for none, or unreadable.
     """
-    found = [pair for prompt in prompts for pair in _pairs(prompt)]
-    if not found:
+    pairs = [pair for prompt in prompts for pair in _pairs(prompt)]
+    if not pairs:
         raise UserError(
             "there are no prompts, neither given nor on the family's card; prompts=[...] gives them"
         )
-    seeds = [seed for _, seed in found if seed is not None]
-    if seeds and len(seeds) < len(found):
-        first = next(text for text, seed in found if seed is None)
-        note(
-            f"{len(found) - len(seeds)} of {len(found)} prompts have no {SEED}, such as {quoted(first, 40)}; "
-            "the others' seeds are not used either"
-        )
-    return PromptSet([text for text, _ in found], seeds if len(seeds) == len(found) else None)
+    seeds = [seed for _, seed in pairs if seed is not None]
+    if seeds and len(seeds) < len(pairs):
+        first = quoted(next(text for text, seed in pairs if seed is None), 40)
+        without = f"{len(pairs) - len(seeds)} of {len(pairs)} prompts have no {SEED}, such as {first}"
+        note(f"{without}; the others' seeds are not used either")
+    return PromptSet([text for text, _ in pairs], seeds if len(seeds) == len(pairs) else None)
 
 
 def _pairs(prompt: str) -> list[tuple[str, int | None]]:
@@ -67,20 +64,13 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
     file = FILE.fullmatch(prompt)
     if file and file[2] is not None and not os.path.isfile(prompt):  # a file may have a colon in its name
         if not file[2].isdecimal() or len(file[2]) > 18 or not int(file[2]):
-            raise UserError(
-                f"{quoted(prompt)}: how many of the file's prompts? {Path(file[1]).name}:100 takes the "
-                f"first hundred"
-            )
+            example = f"{Path(file[1]).name}:100 takes the first hundred"
+            raise UserError(f"{quoted(prompt)}: how many of the file's prompts? {example}")
         return _file(file[1])[: int(file[2])]
     if file:
         return _file(prompt)
-    if (
-        OTHER.fullmatch(prompt)
-        or "." in prompt
-        and os.path.isfile(prompt)
-        or os.sep in prompt
-        and os.path.isdir(prompt)
-    ):
+    is_file = "." in prompt and os.path.isfile(prompt)
+    if OTHER.fullmatch(prompt) or is_file or (os.sep in prompt and os.path.isdir(prompt)):
         raise UserError(f"{quoted(prompt)} is no prompt file: .csv, .tsv, .jsonl and .txt are read")
     if not prompt.strip():
         raise UserError("a prompt is empty; leave it out, or write what it should draw")

@@ -80,6 +80,14 @@ def _objects(path: Path) -> list[Row]:
     return rows
 
 
+def _columns(path: Path, cells: list[str]) -> list[str]:
+    names = [cell.strip().lower() for cell in cells]
+    twice = {name for name in names if name and names.count(name) > 1}
+    if twice:
+        raise UserError(f"{path} has the column {quoted(min(twice))} twice")
+    return names
+
+
 def _cells(path: Path, wanted: Sequence[str]) -> list[Row]:
     text = text_of(path)
     separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text, wanted)
@@ -91,10 +99,7 @@ def _cells(path: Path, wanted: Sequence[str]) -> list[Row]:
             if not any(cell.strip() for cell in cells):
                 continue
             if not names:
-                names = [cell.strip().lower() for cell in cells]
-                twice = {name for name in names if name and names.count(name) > 1}
-                if twice:
-                    raise UserError(f"{path} has the column {quoted(min(twice))} twice")
+                names = _columns(path, cells)
                 continue
             if len(cells) > len(names) and any(cell.strip() for cell in cells[len(names) :]):
                 raise UserError(

@@ -112,49 +112,41 @@ def moments(
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
 
-    def asked(name: str, images: int) -> dict[str, float]:
-        return forecast.evaluating(
-            card, forecast.guided(card, [name], min(images, family.drawing.size)), dtype
-        )
+    def drawn(name: str, images: int) -> dict[str, float]:
+        rows = forecast.guided(card, [name], min(images, family.drawing.size))
+        return forecast.evaluating(card, rows, dtype)
 
     def decoded(images: int, learning: bool = False) -> dict[str, float]:
         return vae | forecast.decoding(card, min(images, family.decoding.size), family.memory, learning)
 
+    first = forecast.evaluating(card, {own: its.rows}, dtype)
+    learnt = {"control, optimizer, activations": step}
+    if its.learning:
+        learnt |= decoded(cfg.batch_size, True)
     early, bare = {"what is trained on, in parts": kept}, forecast.program(family.device)
-    found = [
+    moments = [
         Moment("when prompts are encoded", bare | encoders | ({} if away else vae)),
-        Moment(
-            "before the first step",
-            always | early | nets | beside | forecast.evaluating(card, {own: its.rows}, dtype),
-        ),
-        Moment(
-            "in a step",
-            always
-            | nets
-            | beside
-            | {"control, optimizer, activations": step}
-            | (decoded(cfg.batch_size, True) if its.learning else {}),
-        ),
-        Moment("when a strip is drawn", always | trained | nets | beside | asked(own, len(cfg.sample_seeds))),
+        Moment("before the first step", always | early | nets | beside | first),
+        Moment("in a step", always | nets | beside | learnt),
+        Moment("when a strip is drawn", always | trained | nets | beside | drawn(own, len(cfg.sample_seeds))),
         Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
     ]
     if its.pictures:
         there = aside if its.learning else {}  # what a recipe brings passes before the network is there
-        found.append(Moment("when pictures pass the VAE", always | early | there | decoded(its.pictures)))
+        moments.append(Moment("when pictures pass the VAE", always | early | there | decoded(its.pictures)))
     if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
-        found.append(Moment("when the network is packed", bare | vae | forecast.networks(card, [own], dtype)))
+        whole = forecast.networks(card, [own], dtype)
+        moments.append(Moment("when the network is packed", bare | vae | whole))
     images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
+    seen = decoded(images) | forecast.seeing(card, evaluators, images)
     net = {name: card.base if its.lora else name for name, its in card.members.items()}
     for _, name in map(split, cfg.watch):
-        added = trained | ({} if net[name] == net[own] else forecast.sums(control, dtype))
-        found += [
-            Moment(f"when {name} is watched", always | nets | beside | added | asked(name, images)),
-            Moment(
-                f"when {name} is watched",
-                always | aside | added | decoded(images) | forecast.seeing(card, evaluators, images),
-            ),
-        ]
-    return found
+        added, when = always | trained, f"when {name} is watched"
+        if net[name] != net[own]:
+            added |= forecast.sums(control, dtype)
+        moments.append(Moment(when, added | nets | beside | drawn(name, images)))
+        moments.append(Moment(when, added | aside | seen))
+    return moments
 
 
 class Step(Protocol):

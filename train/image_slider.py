@@ -163,15 +163,12 @@ def listed(folder: str, size_px: int) -> Pairs:
     rows = zip(columns["file_name"], images, columns["scale"], columns["pair"], columns["text"], strict=True)
     for name, image, cell, pair, caption in rows:
         scale = number(cell)
+        pair_text = quoted(pair, 40)
         if scale is None or pair is None or pair == "":
-            raise UserError(
-                f"{folder}: {name} needs a scale, which is a number, and a pair; got {quoted(cell, 40)} "
-                f"and {quoted(pair, 40)}"
-            )
+            got = f"got {quoted(cell, 40)} and {pair_text}"
+            raise UserError(f"{folder}: {name} needs a scale, which is a number, and a pair; {got}")
         if str(pair) in found.setdefault(scale, {}):
-            raise UserError(
-                f"{folder}: {name} is a second picture of pair {quoted(pair, 40)} at scale {scale:g}"
-            )
+            raise UserError(f"{folder}: {name} is a second picture of pair {pair_text} at scale {scale:g}")
         found[scale][str(pair)] = image
         captions.setdefault(scale, {})[str(pair)] = caption
     return matched(found, captions)

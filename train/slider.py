@@ -53,6 +53,10 @@ class Pair:
         )
 
 
+REMEMBERED = (
+    "recipe guidance_scale steps batch_size gradient_accumulation_steps learning_rate trajectories seed "
+    "attributes anchors"
+)
 OTHERS = {  # keys of a published prompt file, and what they are here
     "guidance_scale": "one guidance_scale for all pairs",
     "batch_size": "one batch_size for all pairs",
@@ -160,27 +164,14 @@ def differing(cfg: Config, pairs: list[Pair]) -> None:
 def recipe(cfg: Config) -> dict:
     """What the card remembers: the words that say what the slider does, and how it was trained."""
     first = cfg.prompts[0]
-    ends = (
-        (first.positive, first.unconditional)
-        if first.action == "enhance"
-        else (first.unconditional, first.positive)
-    )
-    kept = (
-        "recipe",
-        "guidance_scale",
-        "steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "trajectories",
-        "seed",
-        "attributes",
-        "anchors",
-    )
+    ends = [first.positive, first.unconditional]
+    if first.action != "enhance":
+        ends.reverse()
     texts = [
         {key: text or "" for key, text in asdict(pair).items() if key not in OTHERS} for pair in cfg.prompts
     ]
-    return {"positive": ends[0], "negative": ends[1], "prompts": texts, **{k: getattr(cfg, k) for k in kept}}
+    settings = {key: getattr(cfg, key) for key in REMEMBERED.split()}
+    return {"positive": ends[0], "negative": ends[1], "prompts": texts, **settings}
 
 
 Lesson = tuple[

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from models.noise import TRAIN_STEPS, vp
 from models.tiny import world
 from models.tiny.faces import ATTRIBUTES, claims
 from models.tiny.networks import Text, new_unet, new_vae, predict, tokenizer, tokens
-from train.checkpoint import resumable, seeded
-from train.tiny_parts import Config, Log, fast, follow, step_down
+from train.tiny_parts import Config, Fit, fast
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 LEVELS = torch.tensor([(vp(k).alpha, vp(k).sigma) for k in range(TRAIN_STEPS)])
@@ -30,29 +30,30 @@ def levels(t: Tensor) -> tuple[Tensor, Tensor]:
     return known[t, 0, None, None, None], known[t, 1, None, None, None]
 
 
+def claimed(texts: Iterable[dict]) -> Tensor:
+    """Whether each attribute is claimed, then what of it, as float32 (texts, 2 x attributes)."""
+    return torch.tensor(
+        [[float(a in claim) for a in ATTRIBUTES] + [claim.get(a, 0.0) for a in ATTRIBUTES] for claim in texts]
+    )
+
+
 def vae(cfg: Config) -> None:
     """The autoencoder, 64x64x3 <-> 16x16x4. It alone sees the held-out styles, on one portrait in ten."""
     torch.manual_seed(cfg.seed)
     steps, size = cfg.steps or 3600, cfg.batch_size or 16
     net = new_vae().to(memory_format=torch.channels_last)
     images = world.pictures(world.faces(cfg.faces, cfg.seed, styled=0.1))
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    log = Log(cfg, "vae")
-    state = {"net": net, "optimizer": optimizer, "schedule": schedule}
-    for step in resumable(Path(cfg.work) / "vae.pt", state, steps, cfg.every, "vae"):
-        generator = seeded(cfg.seed, step)
+    fit = Fit(cfg, "vae", net, steps, 2e-3, warmup=0.05, beta=0.99)
+    for generator in fit.steps():
         x = world.to_unit(images[torch.randint(len(images), (size,), generator=generator)])
         z = net.encode(x).latents
-        noisy = z + 0.05 * torch.randn(
-            z.shape, generator=generator
-        )  # the decoder must bear small errors of the U-Net
+        # the decoder must bear small errors of the U-Net
+        noisy = z + 0.05 * torch.randn(z.shape, generator=generator)
         out = net.decode(noisy).sample
         edges = F.l1_loss(out.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(out.diff(dim=-2), x.diff(dim=-2))
         spread = (z.square().mean() - 1).square() + z.mean((0, 2, 3)).square().sum()
         loss = F.mse_loss(out, x) + 0.5 * F.l1_loss(out, x) + 0.5 * edges + 1e-3 * spread
-        step_down(loss, net, optimizer, schedule)
-        log(step, mse=F.mse_loss(out, x), std=z.std())
+        fit.learn(loss, mse=F.mse_loss(out, x), std=z.std())
     with torch.no_grad():
         z = net.eval().encode(world.to_unit(world.pictures(world.faces(256, cfg.seed + 1)))).latents
     net.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
@@ -127,27 +128,21 @@ def refine(cfg: Config) -> None:
 def read_claims(cfg: Config, text: Text, words, steps: int = 800, size: int = 64) -> None:
     """Trains the text encoders alone: what is claimed, by the pooled text and by the mean token."""
     captions = world.captions(world.faces(cfg.faces, cfg.seed), 3, keep=0.6)
-    ids, told = tokens(words, captions), [claims(caption) for caption in captions]
-    said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
-    value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
+    ids, truth = tokens(words, captions), claimed(map(claims, captions))
     torch.manual_seed(cfg.seed)
     heads = torch.nn.ModuleList(
         [torch.nn.Linear(64, 2 * len(ATTRIBUTES)), torch.nn.Linear(128, 2 * len(ATTRIBUTES))]
     )
     both = torch.nn.ModuleList([text, heads])
-    optimizer = torch.optim.AdamW(both.parameters(), 1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    log, state = Log(cfg, "claims"), {"both": both, "optimizer": optimizer, "schedule": schedule}
-    for step in resumable(Path(cfg.work) / "claims.pt", state, steps, cfg.every, "claims"):
-        rows = torch.randint(len(ids), (size,), generator=seeded(cfg.seed, step, 7))
+    fit = Fit(cfg, "claims", both, steps, 1e-3, decay=0.01)
+    for generator in fit.steps(7):
+        rows = torch.randint(len(ids), (size,), generator=generator)
         states, pooled = text(ids[rows])
         read = torch.stack([heads[0](pooled), heads[1](states.mean(1))])
-        loss = (read - torch.cat([said[rows], value[rows]], 1)).square().mean()
-        step_down(loss, both, optimizer, schedule)
-        log(step, loss=loss)
+        fit.learn((read - truth[rows]).square().mean())
 
 
-def denoise(cfg: Config, part: str, model, words, steps: int, rate: float, floor: float) -> None:
+def denoise(cfg: Config, part: str, model, words, steps: int, learning_rate: float, floor: float) -> None:
     """Trains U-Net and text encoders on the denoising loss and saves their average as the base.
 
     The loss weighs x0's error by the signal-to-noise ratio between `floor` and 5 (Hang et al. 2023, eq. 8).
@@ -155,12 +150,8 @@ def denoise(cfg: Config, part: str, model, words, steps: int, rate: float, floor
     size, data = cfg.batch_size or 40, dataset(cfg, words)
     average = copy.deepcopy(model).requires_grad_(False)
     unet = fast(model["unet"], cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.08)
-    state = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    log = Log(cfg, part)
-    for step in resumable(Path(cfg.work) / f"{part}.pt", state, steps, cfg.every, part):
-        generator = seeded(cfg.seed, step, len(part))
+    fit = Fit(cfg, part, model, steps, learning_rate, warmup=0.08, beta=0.99, decay=0.01, average=average)
+    for generator in fit.steps(len(part)):
         x0, ids = data.batch(size, generator)
         t = torch.randint(TRAIN_STEPS, (size,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
@@ -169,10 +160,7 @@ def denoise(cfg: Config, part: str, model, words, steps: int, rate: float, floor
         states, pooled = model["text"](ids)
         out = predict(unet, alpha * x0 + sigma * eps, t, states * keep[:, None, None], pooled * keep[:, None])
         snr = (alpha / sigma).square().flatten()
-        loss = ((out - eps).square().mean((1, 2, 3)) * snr.clamp(floor, 5) / snr).mean()
-        step_down(loss, model, optimizer, schedule)
-        follow(average, model, min(0.998, step / (step + 20)))
-        log(step, loss=loss)
+        fit.learn(((out - eps).square().mean((1, 2, 3)) * snr.clamp(floor, 5) / snr).mean())
     save_pipeline(cfg, average, words)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from configs import replacing
@@ -12,8 +13,8 @@ from models.tiny import world
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
 from models.tiny.networks import new_clip, tokens
-from train.checkpoint import resumable, seeded
-from train.tiny_parts import Config, Log, step_down
+from train.tiny_base import claimed
+from train.tiny_parts import Config, Fit
 
 
 def clip(cfg: Config) -> None:
@@ -31,57 +32,37 @@ def clip(cfg: Config) -> None:
     people = world.siblings(cfg.faces, cfg.seed, styled=0.15)
     images = world.pictures(people)
     ids = torch.stack([tokens(words, world.captions(people, seed, keep=0.7)) for seed in range(3)], 1)
-    look(
-        cfg,
-        net,
-        images,
-        world.truth(people),
-        ids[:, 0],
-        [claims(text) for text in world.captions(people, 0, keep=0.7)],
-    )
-    optimizer = torch.optim.AdamW(net.parameters(), 5e-4, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, steps, pct_start=0.1)
-    log = Log(cfg, "clip")
-    state = {"net": net, "optimizer": optimizer, "schedule": schedule}
-    for step in resumable(Path(cfg.work) / "clip.pt", state, steps, cfg.every, "clip"):
-        generator = seeded(cfg.seed, step, 5)
+    texts = claimed(map(claims, world.captions(people, 0, keep=0.7)))
+    look(cfg, net, images, world.truth(people), ids[:, 0], texts)
+    fit = Fit(cfg, "clip", net, steps, 5e-4, decay=0.05)
+    for generator in fit.steps(5):
         groups = torch.randint(len(images) // 4, (size // 4, 1), generator=generator)
         anyone = torch.randint(len(images), (size,), generator=generator)
-        rows = (4 * groups + torch.arange(4)).flatten() if step % 2 else anyone
+        rows = (4 * groups + torch.arange(4)).flatten() if fit.step % 2 else anyone
         which = torch.randint(3, (size,), generator=generator)
-        loss = net(
-            input_ids=ids[rows, which], pixel_values=world.to_unit(images[rows]), return_loss=True
-        ).loss
-        step_down(loss, net, optimizer, schedule)
-        log(step, loss=loss)
+        pictures = world.to_unit(images[rows])
+        fit.learn(net(input_ids=ids[rows, which], pixel_values=pictures, return_loss=True).loss)
     net.half().save_pretrained(Path(cfg.weights) / "clip")
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}}
     with replacing(Path(cfg.weights) / "clip/preprocessor_config.json") as new:
-        new.write_text(
-            json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"shortest_edge": 64}})
-            + "\n"
-        )
+        new.write_text(json.dumps(settings) + "\n")
 
 
 def look(
-    cfg: Config, net: CLIPModel, images, truth, ids, told: list[dict], steps: int = 3000, size: int = 64
+    cfg: Config, net: CLIPModel, images, truth, ids, texts: Tensor, steps: int = 3000, size: int = 64
 ) -> None:
     """Trains CLIP's towers apart: pictures to attributes, captions to claims, by squared error."""
-    said = torch.tensor([[float(name in claim) for name in ATTRIBUTES] for claim in told])
-    value = torch.tensor([[claim.get(name, 0.0) for name in ATTRIBUTES] for claim in told])
     heads = torch.nn.ModuleList(
         [torch.nn.Linear(96, len(ATTRIBUTES)), torch.nn.Linear(96, 2 * len(ATTRIBUTES))]
     )
     both = torch.nn.ModuleList([net, heads])
-    optimizer = torch.optim.AdamW(both.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
-    log, state = Log(cfg, "look"), {"both": both, "optimizer": optimizer, "schedule": schedule}
-    for step in resumable(Path(cfg.work) / "look.pt", state, steps, cfg.every, "look"):
-        rows = torch.randint(len(images), (size,), generator=seeded(cfg.seed, step, 8))
+    fit = Fit(cfg, "look", both, steps, 1e-3, beta=0.99, decay=0.01)
+    for generator in fit.steps(8):
+        rows = torch.randint(len(images), (size,), generator=generator)
         seen = heads[0](net.vision_model(pixel_values=world.to_unit(images[rows])).pooler_output)
         read = heads[1](net.text_model(input_ids=ids[rows]).pooler_output)
-        see, tell = F.mse_loss(seen, truth[rows]), F.mse_loss(read, torch.cat([said[rows], value[rows]], 1))
-        step_down(see + tell, both, optimizer, schedule)
-        log(step, see=see, read=tell)
+        see, tell = F.mse_loss(seen, truth[rows]), F.mse_loss(read, texts[rows])
+        fit.learn(see + tell, see=see, read=tell)
 
 
 def probe(cfg: Config) -> None:
@@ -91,20 +72,11 @@ def probe(cfg: Config) -> None:
     net = Probe()
     people = world.faces(cfg.faces, cfg.seed, styled=0.15)
     images, truth = world.pictures(people), world.truth(people)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    log = Log(cfg, "probe")
-    state = {"net": net, "optimizer": optimizer, "schedule": schedule}
-    for step in resumable(Path(cfg.work) / "probe.pt", state, steps, cfg.every, "probe"):
-        generator = seeded(cfg.seed, step, 6)
+    fit = Fit(cfg, "probe", net, steps, 2e-3, decay=0.01)
+    for generator in fit.steps(6):
         rows = torch.randint(len(images), (size,), generator=generator)
         x = world.to_unit(images[rows])
-        x = (
-            x
-            + 0.05 * torch.randn(x.shape, generator=generator)
-            + 0.05 * torch.randn((size, 3, 1, 1), generator=generator)
-        )
-        loss = F.mse_loss(net(x), truth[rows])
-        step_down(loss, net, optimizer, schedule)
-        log(step, loss=loss)
+        x = x + 0.05 * torch.randn(x.shape, generator=generator)
+        x = x + 0.05 * torch.randn((size, 3, 1, 1), generator=generator)
+        fit.learn(F.mse_loss(net(x), truth[rows]))
     net.save(Path(cfg.weights) / "probe")

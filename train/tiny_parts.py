@@ -1,13 +1,14 @@
 """What the parts of the embedded family share: their config, the log of their losses, one optimizer step."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from train.checkpoint import append
+from train.checkpoint import append, resumable, seeded
 
 WEIGHTS = "models/tiny/weights"
 
@@ -38,6 +39,52 @@ class Log:
         if step % 25 == 0:
             shown = {key: round(value.item(), 5) for key, value in values.items()}
             append(self.path, {"step": step, "seconds": round(time.time() - self.start, 1), **shown})
+
+
+class Fit:
+    """A part in training, by AdamW over one cycle of learning rates; it can be killed and goes on.
+
+    average: a copy of the network that follows its weights, at most by 1 - slow a step.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        part: str,
+        net: nn.Module,
+        steps: int,
+        learning_rate: float,
+        warmup: float = 0.1,
+        beta: float = 0.999,
+        decay: float = 0.0,
+        average: nn.Module | None = None,
+        slow: float = 0.998,
+    ):
+        self.cfg, self.part, self.net, self.total = cfg, part, net, steps
+        self.average, self.slow, self.log, self.step = average, slow, Log(cfg, part), 0
+        self.optimizer = torch.optim.AdamW(
+            net.parameters(), learning_rate, betas=(0.9, beta), weight_decay=decay, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, learning_rate, steps, pct_start=warmup
+        )
+
+    def steps(self, *salt: int) -> Iterator[torch.Generator]:
+        """A generator for each step that is left."""
+        state = {"net": self.net, "optimizer": self.optimizer, "schedule": self.schedule}
+        if self.average is not None:
+            state["average"] = self.average
+        path = Path(self.cfg.work) / f"{self.part}.pt"
+        for step in resumable(path, state, self.total, self.cfg.every, self.part):
+            self.step = step
+            yield seeded(self.cfg.seed, step, *salt)
+
+    def learn(self, loss: Tensor, **shown: Tensor) -> None:
+        """One optimizer step. shown: what the log keeps; the loss where nothing is given."""
+        step_down(loss, self.net, self.optimizer, self.schedule)
+        if self.average is not None:
+            follow(self.average, self.net, min(self.slow, self.step / (self.step + 20)))
+        self.log(self.step, **(shown or {"loss": loss}))
 
 
 def fast(net, cfg: Config):

@@ -15,7 +15,7 @@ from models.noise import TRAIN_STEPS
 from models.tiny.networks import predict
 from train.checkpoint import resumable, seeded
 from train.tiny_base import BETAS, Data, dataset, levels
-from train.tiny_parts import Config, Log, fast, follow, step_down
+from train.tiny_parts import Config, Fit, Log, fast, follow, step_down
 
 FEW_STEPS = (999, 749, 499, 249)
 
@@ -71,13 +71,9 @@ def lightning(cfg: Config) -> None:
     student = teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net = fast(student, cfg)
-    optimizer = torch.optim.AdamW(student.parameters(), 4e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, steps, pct_start=0.05)
-    log = Log(cfg, "lightning")
     grid = torch.tensor([*FEW_STEPS, -1], device=cfg.device)
-    state = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
-    for step in resumable(Path(cfg.work) / "lightning.pt", state, steps, cfg.every, "lightning"):
-        generator = seeded(cfg.seed, step, 1)
+    fit = Fit(cfg, "lightning", student, steps, 4e-4, warmup=0.05, beta=0.99, average=average)
+    for generator in fit.steps(1):
         rows = torch.randint(count, (size,), generator=generator).to(cfg.device)
         jump = torch.randint(4, (size,), generator=generator).to(cfg.device)
         x, goal, t = points[rows, jump], points[rows, jump + 1], grid[jump]
@@ -90,10 +86,7 @@ def lightning(cfg: Config) -> None:
         ratio = next_alpha / alpha
         wanted = (goal - ratio * x) / (next_sigma - ratio * sigma)
         weight = (sigma / alpha).clamp(max=5)
-        loss = ((predict(net, x, t, states, pooled) - wanted) * weight).square().mean()
-        step_down(loss, student, optimizer, schedule)
-        follow(average, student, min(0.998, step / (step + 20)))
-        log(step, loss=loss)
+        fit.learn(((predict(net, x, t, states, pooled) - wanted) * weight).square().mean())
     save_student(cfg, "lightning", average, EulerDiscreteScheduler(timestep_spacing="trailing", **BETAS))
 
 
@@ -133,12 +126,8 @@ def lcm(cfg: Config) -> None:
     student = teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net, slow = fast(student, cfg), fast(average, cfg)
-    optimizer = torch.optim.AdamW(student.parameters(), 2e-4, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, steps, pct_start=0.05)
-    state = {"student": student, "average": average, "optimizer": optimizer, "schedule": schedule}
-    log = Log(cfg, "lcm")
-    for step in resumable(Path(cfg.work) / "lcm.pt", state, steps, cfg.every, "lcm"):
-        generator = seeded(cfg.seed, step, 3)
+    fit = Fit(cfg, "lcm", student, steps, 2e-4, warmup=0.05, beta=0.99, average=average, slow=0.95)
+    for generator in fit.steps(3):
         x0, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
         # 19, 39, … 999
@@ -148,24 +137,26 @@ def lcm(cfg: Config) -> None:
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(cfg.device)
         with torch.no_grad():
             eps = teacher.eps(x, t, states, pooled)
-            below = t - skip
-            next_alpha, next_sigma = levels(below.clamp(min=0))
+            below = (t - skip).clamp(min=0)
+            next_alpha, next_sigma = levels(below)
             guided = clean(x, eps, t)
             nearer = next_alpha * guided + next_sigma * eps
-            goal = clean(
-                nearer, predict(slow, nearer, below.clamp(min=0), states, pooled), below.clamp(min=0)
-            )
-            goal = torch.where((below < 0)[:, None, None, None], guided, goal)
-        loss = huber(clean(x, predict(net, x, t, states, pooled), t) - goal)
-        step_down(loss, student, optimizer, schedule)
-        follow(average, student, min(0.95, step / (step + 20)))
-        log(step, loss=loss)
+            goal = clean(nearer, predict(slow, nearer, below, states, pooled), below)
+            goal = torch.where((t < skip)[:, None, None, None], guided, goal)
+        fit.learn(huber(clean(x, predict(net, x, t, states, pooled), t) - goal))
     save_student(cfg, "lcm", average, LCMScheduler(**BETAS))
 
 
 def huber(error: Tensor, c: float = 0.03) -> Tensor:
     """Pseudo-Huber distance, as LCM's trainer uses it."""
     return ((error.square() + c * c).sqrt() - c).mean()
+
+
+def adversary(net, learning_rate: float):
+    """Optimizer and warm-up of a network that another one follows: no momentum, as in DMD2."""
+    betas = (0.0, 0.99)
+    optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=betas, weight_decay=0.0, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 50)
 
 
 def dmd(cfg: Config) -> None:
@@ -178,15 +169,7 @@ def dmd(cfg: Config) -> None:
     student, fake = teacher.student(), teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
     net, fake_net = fast(student, cfg), fast(fake, cfg)
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-    fake_optimizer = torch.optim.AdamW(
-        fake.parameters(), 2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True
-    )
-
-    def warm(o):
-        return torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 50)
-
-    schedule, fake_schedule = warm(optimizer), warm(fake_optimizer)
+    (optimizer, schedule), (fake_optimizer, fake_schedule) = adversary(student, 1e-4), adversary(fake, 2e-4)
     state = {
         "student": student,
         "average": average,
@@ -223,11 +206,8 @@ def dmd(cfg: Config) -> None:
             s = torch.randint(TRAIN_STEPS, (size,), generator=generator).to(cfg.device)
             alpha, sigma = levels(s)
             eps = draw().to(cfg.device)
-            fake_loss = (
-                (predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps)
-                .square()
-                .mean()
-            )
+            error = predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps
+            fake_loss = error.square().mean()
             step_down(fake_loss, fake, fake_optimizer, fake_schedule)
         follow(average, student, min(0.98, step / (step + 10)))
         log(step, gradient=gradient.abs().mean(), fake=fake_loss)

@@ -121,8 +121,7 @@ class Spread:
         return self
 
     def distance(self) -> dict:
-        """Mean distance of two different images, with a 95 % interval from the jackknife over images; as
-        `diversity`, from sums.
+        """Mean distance of two different images, its interval from the jackknife over images.
 
         An image's distances to the others sum to a_i = (n |x_i|² + Q - 2 x_i · S) / 2, Q = Σ |x|², S = Σ x;
         what is left out is a_i. Raises ValueError for fewer than 3 images.
@@ -131,15 +130,9 @@ class Spread:
         if n < 3:
             raise ValueError(f"the diversity of a set needs at least 3 images, not {n}")
         value = (n * q - s @ s) / (n * (n - 1))
-        own = (
-            n**2 * self.fourths
-            + n * q**2
-            + 4 * s @ self.moments.second @ s
-            + 2 * n * q * q
-            - 4 * n * self.weighted @ s
-            - 4 * q * s @ s
-        )
-        variance = max(own / 4 - (n * q - s @ s) ** 2 / n, 0)  # Σ (a_i - mean a)²
+        squares = n**2 * self.fourths + n * q**2 + 4 * s @ self.moments.second @ s
+        squares = squares + 2 * n * q * q - 4 * n * self.weighted @ s - 4 * q * s @ s
+        variance = max(squares / 4 - (n * q - s @ s) ** 2 / n, 0)  # Σ (a_i - mean a)²
         span = quantile(LEVEL, n - 1) * np.sqrt((n - 1) / n * variance) * 2 / ((n - 1) * (n - 2))
         return {"value": float(value), "low": float(value - span), "high": float(value + span)}
 

@@ -68,25 +68,25 @@ def by_step(cells: Cells) -> list[dict]:
     rows = []
     for name in comparisons(cells):
         for step in sorted({c["step"] for c in of(cells, "block", comparison=name)}):
-            here = {
-                inputs: of(cells, "block", comparison=name, step=step, inputs=inputs) for inputs in INPUTS
-            }
-            low = min(here["forced"], key=lambda c: _or_infinite(c["cka"]["value"]))
-            rows.append(
-                {
-                    "comparison": name,
-                    "first": low["first"],
-                    "step": step,
-                    "t": low["t"],
-                    "lowest": low["block"],
-                    "lowest_cka": low["cka"]["value"],
-                    "lowest_null": low["null"]["high"],
-                    **{key: mean([c["cka"]["value"] for c in here[key]]) for key in INPUTS},
-                    "seed_variance": mean([c["seed_variance"]["value"] for c in here["own"]]),
-                    "shares": [mean([c["seed_share"][side] for c in here["own"]]) for side in (0, 1)],
-                }
-            )
+            blocks = {key: of(cells, "block", comparison=name, step=step, inputs=key) for key in INPUTS}
+            rows.append({"comparison": name, "step": step, **of_step(blocks)})
     return rows
+
+
+def of_step(blocks: dict[str, Cells]) -> dict:
+    """One step of a comparison."""
+    low = min(blocks["forced"], key=lambda c: _or_infinite(c["cka"]["value"]))
+    own = blocks["own"]
+    return {
+        "first": low["first"],
+        "t": low["t"],
+        "lowest": low["block"],
+        "lowest_cka": low["cka"]["value"],
+        "lowest_null": low["null"]["high"],
+        **{key: mean([c["cka"]["value"] for c in blocks[key]]) for key in INPUTS},
+        "seed_variance": mean([c["seed_variance"]["value"] for c in own]),
+        "shares": [mean([c["seed_share"][side] for c in own]) for side in (0, 1)],
+    }
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -336,6 +336,13 @@ def predictors(cells: Cells) -> list[list[str]]:
     ]
 
 
+def point(p: dict, predictor: str, target: int) -> dict:
+    """A dot of a scatter plot; target: its number among the targets, for its colour."""
+    says = f"{p['control']} on {p['target']}"
+    about = {"says": says, "css": f"c{target % charts.COLOURS}", "group": p["target"].rpartition("/")[2]}
+    return {"x": p[predictor], "y": p["retention"], "r": 3.4, **about}
+
+
 def plots(cells: Cells) -> dict[str, Markup]:
     """Retention over the best predictor, by each evaluator."""
     drawn = {}
@@ -343,17 +350,7 @@ def plots(cells: Cells) -> dict[str, Markup]:
         best = best_of(of(cells, "predictor", evaluator=evaluator))["predictor"]
         known = [p for p in of(cells, "point", evaluator=evaluator) if p[best] is not None]
         targets = list(dict.fromkeys(p["target"] for p in known))
-        points = [
-            {
-                "x": p[best],
-                "y": p["retention"],
-                "r": 3.4,
-                "says": f"{p['control']} on {p['target']}",
-                "css": f"c{targets.index(p['target']) % charts.COLOURS}",
-                "group": p["target"].rpartition("/")[2],
-            }
-            for p in known
-        ]
+        points = [point(p, best, targets.index(p["target"])) for p in known]
         caption = f"retention by {evaluator} over “{best}”"
         drawn[caption] = charts.scatter(points, best, "retention", caption, right=110)
     return drawn

@@ -263,23 +263,25 @@ def _fitted(
         note(f"alpha is 0 in {still} of {len(pairs)} layers, which therefore do nothing")
     rank = max(a.shape[0] for a, _, _ in pairs.values())
     usual, _ = Counter(strength for _, _, strength in pairs.values()).most_common(1)[0]
-    usual, found, spots = usual or 1.0, {}, layouts.named_layers(net)
+    usual, wide, modules = usual or 1.0, {}, layouts.named_layers(net)
     for layer, (a, b, strength) in pairs.items():
-        size_out, *size_in = spots[layer].weight.shape
-        wide_a, wide_b = torch.zeros(rank, *size_in), torch.zeros(size_out, rank, *(1 for _ in size_in[1:]))
-        if _kernel(a) != _kernel(wide_a):
-            raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
-        wide_a[: len(a)] = a.reshape(len(a), *size_in)
-        wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:]) * (
-            strength / usual if strength != usual else 1.0
-        )
-        found |= {
-            name: real(name, wide)
-            for name, wide in ((layer + HALVES[0], wide_a), (layer + HALVES[1], wide_b))
-        }
+        share = strength / usual if strength != usual else 1.0
+        for half, tensor in zip(HALVES, _widened(layer, a, b * share, rank, modules[layer]), strict=True):
+            wide[layer + half] = real(layer + half, tensor)
     card = replace(card, rank=rank, alpha=usual * rank)
     check(card)
-    return Control(card, found)
+    return Control(card, wide)
+
+
+def _widened(layer: str, a: Tensor, b: Tensor, rank: int, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """A pair in its layer's shape, filled up with zeros to a rank."""
+    size_out, *size_in = module.weight.shape
+    wide_a, wide_b = torch.zeros(rank, *size_in), torch.zeros(size_out, rank, *(1 for _ in size_in[1:]))
+    if _kernel(a) != _kernel(wide_a):
+        raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
+    wide_a[: len(a)] = a.reshape(len(a), *size_in)
+    wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:])
+    return wide_a, wide_b
 
 
 def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, float]:
@@ -294,13 +296,8 @@ def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, f
             f"its layers are named by PEFT, which keeps alpha in {headers.BESIDE}: put that beside it, with "
             "the file as adapter_model.safetensors"
         )
-    ranks = {
-        stem: tensor.shape[0]
-        for key, tensor in tensors.items()
-        if tensor.ndim
-        for stem, half in [layouts.split(key) or ("", "")]
-        if half == "A"
-    }
+    halves = {key: layouts.split(key) or ("", "") for key, tensor in tensors.items() if tensor.ndim}
+    ranks = {stem: tensors[key].shape[0] for key, (stem, half) in halves.items() if half == "A"}
     found = headers.alphas(said, {layouts.bare(stem): rank for stem, rank in ranks.items()})
     return {stem: found[layouts.bare(stem)] for stem in ranks} if found else {}
 

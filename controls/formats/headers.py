@@ -99,16 +99,11 @@ def alphas(said: dict, ranks: dict[str, int]) -> dict[str, float]:
         return {}
     try:
         usual, special = number(said["lora_alpha"]), by_pattern(said.get("alpha_pattern") or {})
-        found = {layer: special(layer, usual) for layer in ranks}
-        return (
-            {layer: alpha * ranks[layer] ** 0.5 for layer, alpha in found.items()}
-            if said.get("use_rslora")
-            else found
-        )
+        power = 0.5 if said.get("use_rslora") else 0
+        return {layer: special(layer, usual) * ranks[layer] ** power for layer in ranks}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"its settings of PEFT cannot be read, and with them the alpha of this file: {cut(error)}"
-        ) from None
+        wrong = "its settings of PEFT cannot be read, and with them the alpha of this file"
+        raise UserError(f"{wrong}: {cut(error)}") from None
 
 
 def number(value: object) -> float:

@@ -60,11 +60,11 @@ def main(cfg: Config) -> None:
         obeys = agreement(family, name, probe, cfg.prompts)
         found["members"][name] = {"agreement": obeys, "distance": variety(family, name, probe, cfg)}
     sheet(family, HERE / "sheet.png")
-    with replacing(HERE / "certificate.json") as new:
-        new.write_text(json.dumps(found, indent=1) + "\n")
-    with replacing(HERE / "README.md") as new:
-        new.write_text(page(found))
-    print(page(found))
+    text = page(found)
+    for file, content in {"certificate.json": json.dumps(found, indent=1) + "\n", "README.md": text}.items():
+        with replacing(HERE / file) as new:
+            new.write_text(content)
+    print(text)
 
 
 def agreement(family: Family, member: str, probe: Probe, count: int) -> dict[str, float]:
@@ -250,6 +250,14 @@ def page(found: dict) -> str:
     names = sorted({a for m in members.values() for a in m["agreement"]})
     base = members["base"]["distance"]["mean"]
     total = sum(part["minutes"] or 0 for part in found["training"].values())
+    distances = [
+        [n, m["distance"]["mean"], m["distance"]["error"], m["distance"]["mean"] / base]
+        for n, m in members.items()
+    ]
+    training = [
+        [n, p["steps"], p["minutes"], ", ".join(f"{k} {p[k]}" for k in p if k not in ("steps", "minutes"))]
+        for n, p in found["training"].items()
+    ]
     return f"""# Birth certificate of the embedded family
 
 Written by `python -m models.tiny.certificate`; every number below is measured by that command. The weights
@@ -272,33 +280,12 @@ image each.
 Mean pairwise distance of the probed attributes between images of one prompt, averaged over prompts (standard
 error over prompts).
 
-{
-        table(
-            ["member", "distance", "± error", "of base"],
-            [
-                [n, m["distance"]["mean"], m["distance"]["error"], m["distance"]["mean"] / base]
-                for n, m in members.items()
-            ],
-        )
-    }
+{table(["member", "distance", "± error", "of base"], distances)}
 
 ## Training
 Minutes are steps times the measured seconds per step.
 
-{
-        table(
-            ["part", "steps", "minutes", "last losses"],
-            [
-                [
-                    n,
-                    p["steps"],
-                    p["minutes"],
-                    ", ".join(f"{k} {v}" for k, v in p.items() if k not in ("steps", "minutes")),
-                ]
-                for n, p in found["training"].items()
-            ],
-        )
-    }
+{table(["part", "steps", "minutes", "last losses"], training)}
 
 ## Evaluators, on 1000 held-out portraits each
 {table(["probe", "score"], [[k, v] for k, v in found["probe"].items()])}
