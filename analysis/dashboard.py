@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import results
-from analysis.pages import words as of
+from analysis.pages import words
 from configs import UserError, entry, tracking
 
 # title: rows of (kind of panel, its title, its keys); one panel per <control>, with every <member>, <target>,
@@ -117,13 +117,13 @@ def filled(pattern: str, cells: list[dict], control: str = "") -> list[str]:
     names = {
         "<target>": targets,
         "<member>": [t for t in targets if ":" not in t],
-        "<evaluator>": of.evaluators_of(cells),
+        "<evaluator>": words.evaluators_of(cells),
         "<control>": [control],
     }
     here = {mark: values for mark, values in names.items() if mark in pattern}
     fillings = [dict(zip(here, values, strict=True)) for values in product(*here.values())]
     # all in one pass, for a name may look like a mark
-    return [re.sub(r"<\w+>", lambda mark, words=words: words[mark[0]], pattern) for words in fillings]
+    return [re.sub(r"<\w+>", lambda mark, filling=filling: filling[mark[0]], pattern) for filling in fillings]
 
 
 def kinds(panels: Any) -> dict[str, Callable[[str, list[str]], Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from analysis.pages import words as of
+from analysis.pages import words
 from analysis.pages.words import ranged
 from configs import ROOT, UserError, plain_name, replacing
 from controls import formats
@@ -69,7 +69,7 @@ def numbers(results: dict, control: str) -> dict:
                 "retention": reading["retention"],
                 "verdict": reading["verdict"],
             }
-            for evaluator_name, reading in of.readings(cell).items()
+            for evaluator_name, reading in words.readings(cell).items()
         }
         for cell in cells
     }
@@ -83,8 +83,8 @@ def text(results: dict, control: str) -> str:
     """A model card in Markdown, with the front matter that Hugging Face reads."""
     cell, found = next(c for c in results["cells"] if c["control"] == control), numbers(results, control)
     both = cell.get("negative") and cell.get("positive")
-    words = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if both else ""
-    evaluators = of.evaluators_of([cell])
+    ends = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if both else ""
+    evaluators = words.evaluators_of([cell])
     heads = ["on", "use scale", *(f"kept, by {plain(evaluator_name)}" for evaluator_name in evaluators)]
     rows = [
         [
@@ -105,7 +105,7 @@ def text(results: dict, control: str) -> str:
 ---
 # {plain(control)}
 
-{KINDS.get(cell.get("kind"), "A control")}{words}, trained on {code(found["source"])}.
+{KINDS.get(cell.get("kind"), "A control")}{ends}, trained on {code(found["source"])}.
 
 {table}
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from analysis.pages import words as of
+from analysis.pages import words
 from analysis.pages.words import short
 from analysis.results import SCHEMA
 from configs import command, replacing, versions
@@ -90,7 +90,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     """
     if tracker.run is None:
         return
-    cells, folder = list(map(of.led, results["cells"])), Path(folder)
+    cells, folder = list(map(words.led, results["cells"])), Path(folder)
     for step, cell in product(
         range(max(len(c["scales"]) for c in cells)), cells
     ):  # before all else, for W&B's steps only go up
@@ -103,13 +103,13 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     tracker.table("transfer/cells", *cell_table(cells))
     if results.get("leakage"):
         tracker.table("transfer/leakage", *leakage_table(results["leakage"]))
-    for evaluator in of.evaluators_of(cells):
+    for evaluator in words.evaluators_of(cells):
         tracker.images(
             {f"transfer/heat/{evaluator}": (heat_map(cells, evaluator), f"retention by {evaluator}")}
         )
-    for (control, source), group in of.groups(cells).items():
+    for (control, source), group in words.groups(cells).items():
         curves = {cell["target"]: [point["value"] for point in cell["effect"]] for cell in group}
-        title = f"effect of {control}, trained on {source}, by {of.evaluators_of(group)[0]}"
+        title = f"effect of {control}, trained on {source}, by {words.evaluators_of(group)[0]}"
         tracker.curves(f"curves/{control}", group[0]["scales"], curves, title, "scale")
     found = {
         f"{name}/{c['control']}/{c['target']}": look_up(c, path)
@@ -149,7 +149,7 @@ def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
             *(cell.get(key) for key in COUNTS.values()),
         ]
         for cell in cells
-        for evaluator_name, reading in of.readings(cell).items()
+        for evaluator_name, reading in words.readings(cell).items()
     ]
     return columns, rows
 
@@ -172,7 +172,7 @@ def column(path: Path, index: int, count: int) -> Image.Image:
 
 def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 62) -> Image.Image:
     """The paper's Table 1 as a picture: controls in rows, members in columns, retention as colour."""
-    groups, members = of.groups(cells), of.members_of(cells)
+    groups, members = words.groups(cells), words.members_of(cells)
     several = len({source for _, source in groups}) > 1
     names = {key: " on ".join((key[0], short(key[1]))) if several else key[0] for key in groups}
     big, small = ImageFont.load_default(19), ImageFont.load_default(12)
@@ -184,7 +184,7 @@ def heat_map(cells: list[dict], evaluator: str, width: int = 120, height: int = 
     for r, (key, group) in enumerate(groups.items()):
         pen.text((left - 12, top + (r + 0.5) * height), names[key], "black", small, anchor="rm")
         for cell in group:
-            reading = of.readings(cell).get(evaluator, {})
+            reading = words.readings(cell).get(evaluator, {})
             x, y = left + members.index(cell["target"]) * width, top + r * height
             pen.rectangle(
                 (x + 1, y + 1, x + width - 2, y + height - 2),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import UserError, note
-from models import budget, quantized
+from models import budget, lora_student, quantized
 from models.architectures import ARCHITECTURES
 from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
@@ -26,7 +26,6 @@ from models.loading import (
     source,
 )
 from models.lora_student import Delta
-from models.lora_student import read as delta_of
 from models.noise import BETAS, CLEAN, NOISE_SCHEDULES, Noise, ancestral
 from models.offload import Memory, Offloader, compiled, release, trim
 from models.prompts import Prompts, stacked
@@ -420,7 +419,9 @@ class Family:
         net = self.member(self.card.base, quantize).denoiser.net
         repo, revision, _ = source(self.card, member)
         with one_line(f"{member.lora} of {repo}"):
-            delta = delta_of(file_of(repo, revision, member.lora, member.sha256), self.architecture, net)
+            delta = lora_student.read(
+                file_of(repo, revision, member.lora, member.sha256), self.architecture, net
+            )
         delta.attach(net)
         return net, delta
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import ROOT
-from controls import effect, intervals
-from controls import retention as stats
+from controls import effect, intervals, retention
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
 ZERO = 2
@@ -63,8 +62,8 @@ def simulated(strength: float, seed: int) -> np.ndarray:
 
 
 def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
-    inside = stats.window(source, SCALES)
-    below, above = stats.slopes(source, target, SCALES)
+    inside = retention.window(source, SCALES)
+    below, above = retention.slopes(source, target, SCALES)
     kept, same, other = (
         intervals.ratio(above, below),
         intervals.equivalence(above, below),
@@ -79,13 +78,13 @@ def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
 
     return {
         "window": inside.tolist(),
-        **stats.estimate(target, SCALES, inside),
+        **retention.estimate(target, SCALES, inside),
         "retention": kept,
         "equivalence": {"p": same, "p_holm": min(1.0, 3 * same)},
         "difference": {"p": other, "p_holm": min(1.0, 3 * other)},
-        "matched_scale": stats.matched_scale(source, target, SCALES),
-        "shape": stats.shape(target, SCALES),
-        "monotonicity": stats.monotonicity(target, SCALES),
+        "matched_scale": retention.matched_scale(source, target, SCALES),
+        "shape": retention.shape(target, SCALES),
+        "monotonicity": retention.monotonicity(target, SCALES),
         "preservation": 0.97,
         "preservation_curve": [0.9, 0.95, 1.0, 0.98, 0.95, 0.9],
         "preservation_matched": {
@@ -100,8 +99,8 @@ def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
             "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
             "normalised": None if own else share(0.91),
         },
-        "spread": stats.spread(source, target, SCALES),
-        "verdict": stats.verdict(kept, same, other),
+        "spread": retention.spread(source, target, SCALES),
+        "verdict": retention.verdict(kept, same, other),
     }
 
 

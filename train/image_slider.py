@@ -155,10 +155,8 @@ def listed(folder: str, size_px: int) -> Pairs:
     """Pairs of a folder whose metadata has the columns scale and pair, and perhaps text."""
     images, columns = read(folder, size_px)
     if not {"scale", "pair"} <= columns.keys():
-        raise UserError(
-            f"{folder} has neither one folder per scale nor a metadata.jsonl with the columns file_name, "
-            f"scale and pair"
-        )
+        wanted = "one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair"
+        raise UserError(f"{folder} has neither {wanted}")
     found, captions = {}, {}
     rows = zip(columns["file_name"], images, columns["scale"], columns["pair"], columns["text"], strict=True)
     for name, image, cell, pair, caption in rows:

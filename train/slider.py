@@ -105,9 +105,8 @@ def main(cfg: Config) -> Path | None:
             for generator in run.parts(step):
                 x, noise, conditioning, neutral, direction = lesson(generator)
                 with strength(run.net, {cfg.name: float(side)}):
-                    seen = loss_target(
-                        x, run.member.denoiser(x, noise, conditioning), noise, run.member.noise_schedule
-                    )
+                    x0 = run.member.denoiser(x, noise, conditioning)
+                    seen = loss_target(x, x0, noise, run.member.noise_schedule)
                     # Concept Sliders, Gandikota et al. 2023, eq. 8, on both sides of zero
                     run.backward((seen - neutral - side * cfg.guidance_scale * direction).square().mean())
             run.descend(step)

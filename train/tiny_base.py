@@ -40,12 +40,11 @@ def claimed(texts: Iterable[dict]) -> Tensor:
 def vae(cfg: Config) -> None:
     """The autoencoder, 64x64x3 <-> 16x16x4. It alone sees the held-out styles, on one portrait in ten."""
     torch.manual_seed(cfg.seed)
-    steps, size = cfg.steps or 3600, cfg.batch_size or 16
     net = new_vae().to(memory_format=torch.channels_last)
     images = world.pictures(world.faces(cfg.faces, cfg.seed, styled=0.1))
-    fit = Fit(cfg, "vae", net, steps, 2e-3, warmup=0.05, beta=0.99)
+    fit = Fit(cfg, "vae", net, cfg.steps or 3600, 2e-3, warmup=0.05, beta=0.99)
     for generator in fit.steps():
-        x = world.to_unit(images[torch.randint(len(images), (size,), generator=generator)])
+        x = world.to_unit(images[torch.randint(len(images), (cfg.batch_size or 16,), generator=generator)])
         z = net.encode(x).latents
         # the decoder must bear small errors of the U-Net
         noisy = z + 0.05 * torch.randn(z.shape, generator=generator)

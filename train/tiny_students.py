@@ -94,26 +94,31 @@ def lightning(cfg: Config) -> None:
 def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple[Tensor, Tensor]:
     """Teacher trajectories at the student's levels and the end, (count, 5, 4, 16, 16), and captions' ids."""
     path = Path(cfg.work) / f"trajectories-{count}-{cfg.seed}.safetensors"
-    size, grid = 80, torch.tensor([*range(999, 0, -50), -1], device=cfg.device)
+    size = 80
     if not path.exists():
-        found, texts = [], []
+        points, texts = [], []
         for part in tqdm(range(count // size), "trajectories", mininterval=2):
             generator = seeded(cfg.seed, part, 2)
             _, ids = data.batch(size, generator)
-            states, pooled = teacher.text(ids)
-            x, kept = torch.randn(size, 4, 16, 16, generator=generator).to(cfg.device), []
-            for t, after in zip(grid[:-1], grid[1:], strict=True):
-                if t in FEW_STEPS:
-                    kept.append(x)
-                eps = teacher.eps(x, t.expand(size), states, pooled)
-                alpha, sigma = levels(after.clamp(min=0).expand(size)) if after >= 0 else (1.0, 0.0)
-                x = alpha * clean(x, eps, t.expand(size)) + sigma * eps
-            found.append(torch.stack([*kept, x], 1))
+            x = torch.randn(size, 4, 16, 16, generator=generator).to(cfg.device)
+            points.append(trajectory(teacher, x, *teacher.text(ids)))
             texts.append(ids)
         with replacing(path) as new:
-            save_file({"points": torch.cat(found), "ids": torch.cat(texts)}, new)
+            save_file({"points": torch.cat(points), "ids": torch.cat(texts)}, new)
     saved = load_file(path)
     return saved["points"], saved["ids"]
+
+
+def trajectory(teacher: Teacher, x: Tensor, states: Tensor, pooled: Tensor) -> Tensor:
+    """x at the student's levels and at the end of 20 DDIM steps, (B, 5, C, H, W)."""
+    grid, kept = torch.tensor([*range(999, 0, -50), -1], device=x.device), []
+    for t, after in zip(grid[:-1], grid[1:], strict=True):
+        if t in FEW_STEPS:
+            kept.append(x)
+        eps = teacher.eps(x, t.expand(len(x)), states, pooled)
+        alpha, sigma = levels(after.clamp(min=0).expand(len(x))) if after >= 0 else (1.0, 0.0)
+        x = alpha * clean(x, eps, t.expand(len(x))) + sigma * eps
+    return torch.stack([*kept, x], 1)
 
 
 def lcm(cfg: Config) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from controls import retention as stats
+from controls import retention
 from controls.effect import change
 from controls.lora import Control, fused, strength
 from controls.show import sheet
@@ -112,7 +112,7 @@ class Watch:
                 else fused(member.denoiser.net, control, 1.0, self.family.card.name)
             ):
                 there = self.effect(self.plain[member.name], self.score(member))
-            kept = stats.retention(here, there, SCALES)
+            kept = retention.retention(here, there, SCALES)
             found[f"effect/{member.name}"] = float(there[..., -1].mean())
             found |= {f"retention/{member.name}/{end}": value for end, value in kept.items()}
         return found

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.measures import cka as alignment
+from analysis.measures import cka
 from configs import UserError
 from controls import intervals
 from controls.lora import Control, fused
@@ -123,7 +123,7 @@ class Site:
 
     def __init__(self, measure: Measure) -> None:
         self.measure, self.n = measure, 0
-        self.alignment, self.spreads = alignment.Alignment(), (alignment.Spread(), alignment.Spread())
+        self.alignment, self.spreads = cka.Alignment(), (cka.Spread(), cka.Spread())
         self.kept: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
 
     def add(self, maps: tuple[Tensor, Tensor], chunk: Chunk) -> None:
@@ -146,22 +146,19 @@ class Site:
         """
         measure, (x, y) = self.measure, (np.concatenate(side) for side in self.kept)
         prompts = np.repeat(np.arange(len(x) // measure.kept), measure.kept)
-        k, m = alignment.gram(x), alignment.gram(y)
-        around = alignment.jackknife(
-            lambda rows: alignment.cka(k[np.ix_(rows, rows)], m[np.ix_(rows, rows)]), prompts
-        )
+        k, m = cka.gram(x), cka.gram(y)
+        around = cka.jackknife(lambda rows: cka.cka(k[np.ix_(rows, rows)], m[np.ix_(rows, rows)]), prompts)
         first, second = (spread.finish() for spread in self.spreads)
         chance = [
-            alignment.procrustes(x, y[rows])
-            for rows in alignment.permutations(prompts, PROCRUSTES_DRAWS, measure.seed)
+            cka.procrustes(x, y[rows]) for rows in cka.permutations(prompts, PROCRUSTES_DRAWS, measure.seed)
         ]
         return {
             "cka": {**around, "value": self.alignment.cka()},
-            "null": alignment.null(k, m, prompts, measure.draws, measure.seed),
+            "null": cka.null(k, m, prompts, measure.draws, measure.seed),
             "standardised": self.alignment.standardised(),
             "procrustes": self.alignment.procrustes(),
             "procrustes_permuted": None if None in chance else float(np.mean(chance)),
-            "neighbours": alignment.neighbours(x, y, measure.neighbours),
+            "neighbours": cka.neighbours(x, y, measure.neighbours),
             "neighbours_chance": measure.neighbours / (len(x) - 1),
             "seed_variance": intervals.ratio(second[0], first[0], positive=True),
             "seed_share": [_share(first), _share(second)],
@@ -232,7 +229,7 @@ def sums(family: Family, name: str, measure: Measure) -> float:
     """Bytes of the sums that a comparison with a member keeps in system memory, by configs alone; family: a
     bare one.
 
-    Per block, step and kind of inputs `alignment.Alignment` has three times four matrices of channels x
+    Per block, step and kind of inputs `cka.Alignment` has three times four matrices of channels x
     channels.
     """
     member, its = family.member(name), family.architecture
@@ -334,7 +331,7 @@ def cross(sites: dict, step: int, names: list[str]) -> list[list[float | None]]:
     inputs, kept samples.
     """
     grams = [
-        [alignment.gram(np.concatenate(sites["forced", step, name].kept[side])) for name in names]
+        [cka.gram(np.concatenate(sites["forced", step, name].kept[side])) for name in names]
         for side in (0, 1)
     ]
-    return [[None if value is None else round(value, 4) for value in row] for row in alignment.cross(*grams)]
+    return [[None if value is None else round(value, 4) for value in row] for row in cka.cross(*grams)]

@@ -11,8 +11,7 @@ import numpy as np
 
 from analysis.images.cache import Drawings, Job
 from configs import plain_name
-from controls import intervals
-from controls import retention as stats
+from controls import intervals, retention
 from controls.effect import change, own_directions, percent_change, preservation
 from controls.lora import Control
 
@@ -100,17 +99,17 @@ class Measurement:
         """What one evaluator says of a cell, its verdict left open."""
         scales, zero = np.array(subject.scales), subject.scales.index(0)
         source, there = (self.effect(evaluator_name, subject, place) for place in (subject.source, target))
-        inside = stats.window(source, scales)
-        below, above = stats.slopes(source, there, scales, inside)
-        matched = stats.matched_scale(source, there, scales)
+        inside = retention.window(source, scales)
+        below, above = retention.slopes(source, there, scales, inside)
+        matched = retention.matched_scale(source, there, scales)
         kept = {
             place: preservation(self.rest(evaluator_name, subject, place), zero)
             for place in {subject.source, target}
         }
-        shape = stats.shape(there, scales)
+        shape = retention.shape(there, scales)
         return {
             "window": inside.tolist(),
-            **stats.estimate(there, scales, inside),
+            **retention.estimate(there, scales, inside),
             "retention": intervals.ratio(above, below),
             "equivalence": {"p": intervals.equivalence(above, below)},
             "difference": {"p": intervals.difference(above, below)},
@@ -120,7 +119,7 @@ class Measurement:
             "preservation": float(np.delete(kept[target], zero, -1).mean()),
             "preservation_curve": kept[target].mean((0, 1)).tolist(),
             "preservation_matched": at_match(kept[subject.source], kept[target], scales, matched["value"]),
-            "spread": stats.spread(source, there, scales) if target != subject.source else None,
+            "spread": retention.spread(source, there, scales) if target != subject.source else None,
             "references": self.compared(evaluator_name, subject, target, below, above),
         }
 
@@ -144,7 +143,7 @@ class Measurement:
         ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
         if ceiling and target != subject.source:
             there, scales = self.effect(evaluator_name, ceiling, target), np.array(ceiling.scales)
-            slopes = stats.slopes(there, there, scales)[0]
+            slopes = retention.slopes(there, there, scales)[0]
             found["ceiling"] = {"control": ceiling.name, **at(slopes)}
             found["normalised"] = intervals.ratio(above - floor, slopes - floor)
         wrong = next((s for s in after(self.subjects, subject) if s.words and not twins(s, subject)), None)
@@ -195,7 +194,7 @@ class Measurement:
     ) -> np.ndarray:
         """Slopes of the effect of jobs at scales, (n,), one per independent unit."""
         effect = change(self.score(evaluator_name, subject, target, jobs), scales.index(0))
-        return intervals.units(stats.slope(np.array(scales), effect))
+        return intervals.units(retention.slope(np.array(scales), effect))
 
     def effect(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The effect of a subject on a target, (P, S, K)."""
@@ -255,7 +254,7 @@ def judge(cells: list[dict]) -> None:
                 reading[test].setdefault("p_holm", reading[test]["p"])
                 for test in ("equivalence", "difference")
             ]
-            reading["verdict"] = stats.verdict(reading["retention"], *p)
+            reading["verdict"] = retention.verdict(reading["retention"], *p)
 
 
 def at_match(
@@ -267,8 +266,8 @@ def at_match(
     if matched is None:
         return None
     here, there = (
-        intervals.units(stats.at(source, scales, 1.0)),
-        intervals.units(stats.at(target, scales, matched)),
+        intervals.units(retention.at(source, scales, 1.0)),
+        intervals.units(retention.at(target, scales, matched)),
     )
     return {
         "source": float(here.mean()),

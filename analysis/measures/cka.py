@@ -205,11 +205,8 @@ def null(k: np.ndarray, m: np.ndarray, prompts: np.ndarray, draws: int = 200, se
         for rows in permutations(prompts, draws, seed)
     ]
     values, true = np.array(values) / norm**0.5, hsic(k, m) / norm**0.5
-    return {
-        "mean": float(values.mean()),
-        "high": float(np.quantile(values, 0.95)),
-        "p": float(1 + (values >= true).sum()) / (1 + draws),
-    }
+    p = float(1 + (values >= true).sum()) / (1 + draws)
+    return {"mean": float(values.mean()), "high": float(np.quantile(values, 0.95)), "p": p}
 
 
 def permutations(prompts: np.ndarray, draws: int, seed: int = 0) -> list[np.ndarray]:

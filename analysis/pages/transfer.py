@@ -88,12 +88,15 @@ def facts(results: dict) -> dict[str, str]:
 def dose_response(group: list[dict], evaluator: str, members: list[str]) -> Markup | str:
     """The effect of one control over its scales, a curve per target; shaded where its slopes are taken."""
     cells = [c for c in group if evaluator in c["readings"]]
-    scales, readings = group[0]["scales"], [c["readings"][evaluator] for c in cells]
+    scales = group[0]["scales"]
     lines = {
-        words.where(cell): list(zip(scales, reading["effect"], strict=True))
-        for cell, reading in zip(cells, readings, strict=True)
+        words.where(c): list(zip(scales, c["readings"][evaluator]["effect"], strict=True)) for c in cells
     }
-    inside = [scale for scale, used in zip(scales, readings[0].get("window") or (), strict=False) if used]
+    inside = [
+        scale
+        for scale, used in zip(scales, cells[0]["readings"][evaluator].get("window") or (), strict=False)
+        if used
+    ]
     ends = "; ".join(f"{name} {ranged(line[-1][1], 3)}" for name, line in lines.items())
     colours = [members.index(cell["target"]) % charts.COLOURS for cell in cells]
     dashed = [" dashed" if cell.get("reference") else "" for cell in cells]

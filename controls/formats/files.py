@@ -22,6 +22,7 @@ IN_A_FOLDER = (
 BESIDE = "adapter_config.json"  # where PEFT says what adapter_model.safetensors is
 PICKLED = (".pt", ".pth", ".bin")
 POINTER = b"version https://git-lfs"
+PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -134,14 +135,11 @@ def _kind(path: Path) -> str:
     text = head.lstrip().lower()
     kinds = {
         "is empty": not head,
-        "is a pickle, which could run code when read; controls are .safetensors files": head.startswith(
-            (b"PK", b"\x80")
-        ),
+        "is a pickle, which could run code when read; controls are .safetensors files": head[:1] == b"\x80"
+        or head[:2] == b"PK",
         "is a Git LFS pointer, not the file itself: fetch that with git lfs pull": head.startswith(POINTER),
-        "is a web page, perhaps a login page: download the file itself": text.startswith(
-            (b"<!doctype", b"<html", b"<?xml")
-        ),
-        "is JSON, perhaps a server's answer: download the file itself": text.startswith((b"{", b"["))
+        "is a web page, perhaps a login page: download the file itself": text.startswith(PAGES),
+        "is JSON, perhaps a server's answer: download the file itself": text[:1] in (b"{", b"[")
         and text.isascii()
         and 0 not in text,
     }

@@ -45,8 +45,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Measures everything, writes certificate.json, the sheet and README.md."""
-    family = Family("tiny", dtype=torch.float32)
-    probe = Probe.load(HERE / "weights/probe")
+    family, probe = Family("tiny", dtype=torch.float32), Probe.load(HERE / "weights/probe")
     found = {
         "versions": versions(),
         "machine": platform.machine(),

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from ignite.metrics import HSIC
-from scipy import stats as reference
+from scipy import stats
 
 from analysis.images.activations import Chunk, Measure, Site
-from analysis.measures import cka as alignment
-from analysis.measures import prediction
+from analysis.measures import cka, prediction
 from analysis.measures.cka import Alignment, Spread
 
 
@@ -52,7 +51,7 @@ def streamed(x: np.ndarray, y: np.ndarray, batch: int = 13) -> Alignment:
 def test_streaming_cka_is_the_brute_force_one(n, p, q):
     x, y = data(n, p, q)
     assert streamed(x, y).cka() == pytest.approx(brute(x, y), abs=1e-8)
-    assert alignment.cka(alignment.gram(x), alignment.gram(y)) == pytest.approx(brute(x, y), abs=1e-8)
+    assert cka.cka(cka.gram(x), cka.gram(y)) == pytest.approx(brute(x, y), abs=1e-8)
 
 
 def test_a_far_origin_costs_no_digits():
@@ -65,7 +64,7 @@ def test_hsic_is_that_of_a_published_package():
     metric = HSIC(sigma_x=1.0, sigma_y=2.0)
     metric.update((x, y))
     k, m = (torch.exp(-(torch.cdist(s, s) ** 2) / (2 * w**2)).numpy() for s, w in ((x, 1.0), (y, 2.0)))
-    assert alignment.hsic(k, m) == pytest.approx(metric.compute(), abs=1e-8)
+    assert cka.hsic(k, m) == pytest.approx(metric.compute(), abs=1e-8)
 
 
 def test_standardised_is_cka_of_channels_at_unit_variance():
@@ -81,15 +80,13 @@ def test_standardised_is_cka_of_channels_at_unit_variance():
 def test_independent_data_have_none_and_a_rotated_copy_has_all():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(64, 1280))
-    values = [
-        alignment.cka(alignment.gram(x), alignment.gram(rng.normal(size=(64, 1280)))) for _ in range(20)
-    ]
+    values = [cka.cka(cka.gram(x), cka.gram(rng.normal(size=(64, 1280)))) for _ in range(20)]
     assert abs(np.mean(values)) < 0.02 and max(map(abs, values)) < 0.1
     small = x[:, :80]
     turned = 3.7 * small @ np.linalg.qr(rng.normal(size=(80, 80)))[0] + 5
     found = streamed(small, turned)
     assert found.cka() == pytest.approx(1, abs=1e-10) and found.procrustes() == pytest.approx(1, abs=1e-10)
-    assert alignment.neighbours(small, turned, 5) == 1
+    assert cka.neighbours(small, turned, 5) == 1
 
 
 def test_what_never_moves_is_none():
@@ -137,25 +134,23 @@ def test_procrustes_is_the_best_rotation_of_normalised_data():
     units = [(s - s.mean(0)) / np.linalg.norm(s - s.mean(0)) for s in (x, y)]
     u, _, vt = np.linalg.svd(units[1].T @ units[0])
     apart = np.linalg.norm(units[0] - units[1] @ (u @ vt)) ** 2
-    for found in (streamed(x, y).procrustes(), alignment.procrustes(x, y)):
+    for found in (streamed(x, y).procrustes(), cka.procrustes(x, y)):
         assert 2 - 2 * found == pytest.approx(apart, abs=1e-10)
     wide_x, wide_y = data(12, 40, 50)
-    assert alignment.procrustes(wide_x, wide_y) == pytest.approx(
-        streamed(wide_x, wide_y).procrustes(), abs=1e-10
-    )
+    assert cka.procrustes(wide_x, wide_y) == pytest.approx(streamed(wide_x, wide_y).procrustes(), abs=1e-10)
 
 
 def test_mutual_neighbours_by_hand_and_by_chance():
     line = np.arange(5.0)[:, None]
     swapped = np.array([0.0, 1, 2, 30, 31])[:, None]
-    assert alignment.neighbours(line, swapped, 1) == pytest.approx(4 / 5)  # row 2: argmin 1 or 3 against 1
+    assert cka.neighbours(line, swapped, 1) == pytest.approx(4 / 5)  # row 2: argmin 1 or 3 against 1
     rng = np.random.default_rng(2)
     found = np.mean(
-        [alignment.neighbours(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), 10) for _ in range(20)]
+        [cka.neighbours(rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), 10) for _ in range(20)]
     )
     assert found == pytest.approx(10 / 59, abs=0.02)
     with pytest.raises(ValueError, match="k must be"):
-        alignment.neighbours(line, line, 5)
+        cka.neighbours(line, line, 5)
 
 
 def test_spread_is_the_variance_over_each_prompts_seeds():
@@ -173,7 +168,7 @@ def test_spread_is_the_variance_over_each_prompts_seeds():
 
 def test_permutations_move_prompts_whole():
     prompts = np.repeat(np.arange(4), 3)
-    for rows in alignment.permutations(prompts, 10):
+    for rows in cka.permutations(prompts, 10):
         assert sorted(rows) == list(range(12))
         assert (
             all(len(set(prompts[rows[prompts == p]])) == 1 for p in range(4))
@@ -186,17 +181,17 @@ def test_the_null_tells_a_shared_prompt_from_chance():
     x = rng.normal(size=(8, 10))[prompts] + 0.3 * rng.normal(size=(48, 10))
     turned = x @ np.linalg.qr(rng.normal(size=(10, 10)))[0] + 0.3 * rng.normal(size=(48, 10))
     other = rng.normal(size=(8, 10))[prompts] + 0.3 * rng.normal(size=(48, 10))
-    real = alignment.null(alignment.gram(x), alignment.gram(turned), prompts)
-    none = alignment.null(alignment.gram(x), alignment.gram(other), prompts)
-    assert real["p"] < 0.02 and real["high"] < alignment.cka(alignment.gram(x), alignment.gram(turned))
+    real = cka.null(cka.gram(x), cka.gram(turned), prompts)
+    none = cka.null(cka.gram(x), cka.gram(other), prompts)
+    assert real["p"] < 0.02 and real["high"] < cka.cka(cka.gram(x), cka.gram(turned))
     assert none["p"] > 0.05
 
 
 def test_correlations_are_those_of_scipy():
     rng = np.random.default_rng(6)
     x, y = rng.integers(0, 6, 40).astype(float), rng.normal(size=40)
-    assert prediction.spearman(x, y) == pytest.approx(reference.spearmanr(x, y)[0], abs=1e-12)
-    assert prediction.pearson(x, y) == pytest.approx(reference.pearsonr(x, y)[0], abs=1e-12)
+    assert prediction.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-12)
+    assert prediction.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-12)
 
 
 def test_a_line_foretells_what_is_linear_and_nothing_else():

@@ -15,7 +15,6 @@ from test_wandb_log import CONTROLS, TARGETS, transfer_record
 
 from analysis import model_cards
 from analysis.pages import words
-from analysis.pages import words as of
 from configs import ROOT, UserError
 from controls import formats, info, merge
 
@@ -25,7 +24,7 @@ SMILE = ROOT / "controls/tiny/smile.safetensors"
 @pytest.fixture(scope="module")
 def results() -> dict:
     record = transfer_record()
-    return {**record, "cells": list(map(of.led, record["cells"]))}
+    return {**record, "cells": list(map(words.led, record["cells"]))}
 
 
 def header(path: Path) -> dict[str, str]:
@@ -53,7 +52,7 @@ def test_a_model_card_per_control(tmp_path, results):
         )
         for cell in (c for c in results["cells"] if c["control"] == name and not c["reference"]):
             (row,) = [line for line in card.text.splitlines() if line.startswith(f"| `{cell['target']}`")]
-            for reading in of.readings(cell).values():
+            for reading in words.readings(cell).values():
                 assert f"{words.ranged(reading['retention'])} {reading['verdict']}" in row
             if cell["verdict"] == "undefined":
                 assert "| none |" in row

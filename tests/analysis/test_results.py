@@ -14,8 +14,7 @@ import pytest
 import synthetic
 from markdown_it import MarkdownIt
 
-from analysis import dashboard, model_cards, report, results
-from analysis import wandb_log as tables
+from analysis import dashboard, model_cards, report, results, wandb_log
 from analysis.images import readings
 from configs import UserError
 from configs.options import merge
@@ -345,9 +344,10 @@ def test_model_cards_hold_names_as_text(tmp_path, evil):
 
 
 def test_names_of_any_kind_get_tables_heat_maps_and_panels(evil):
-    columns, rows = tables.cell_table(evil["cells"])
+    columns, rows = wandb_log.cell_table(evil["cells"])
     assert (
-        all(len(row) == len(columns) for row in rows) and tables.heat_map(evil["cells"], "clip").width > 100
+        all(len(row) == len(columns) for row in rows)
+        and wandb_log.heat_map(evil["cells"], "clip").width > 100
     )
     keys = dashboard.filled("retention/<control>/<target>", evil["cells"], "<member> <target>")
     assert len(keys) == len(set(keys)) and all(key.startswith("retention/<member> <target>/") for key in keys)

@@ -10,7 +10,7 @@ import torch
 from synthetic import Keys, undocumented
 
 from analysis import similarity
-from analysis.images import activations as representations
+from analysis.images import activations
 from analysis.images.activations import Measure, Pair, Site, chunks, forced, nearest
 from analysis.measures import prediction
 from analysis.pages import similarity as similarity_page
@@ -217,16 +217,16 @@ def test_sums_over_activations_are_those_that_are_kept():
             sites.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(representations, "Site", Counted)
-        patch.setattr(representations, "cross", lambda *_: [])
+        patch.setattr(activations, "Site", Counted)
+        patch.setattr(activations, "cross", lambda *_: [])
         patch.setattr(Counted, "numbers", lambda _: {})
-        walk = representations.walk(family, "base", todo[0])
-        representations.compare(family, pair, todo, measure, lambda _: walk, True)
+        walk = activations.walk(family, "base", todo[0])
+        activations.compare(family, pair, todo, measure, lambda _: walk, True)
     for site in sites:
         for moments in (site.alignment.both, site.alignment.first, site.alignment.second):
             for sums in (moments.c, moments.u, moments.v, moments.q):
                 found[id(sums)] = sums.nbytes
-    assert representations.sums(Family("tiny", bare=True), "dmd", measure) == sum(found.values())
+    assert activations.sums(Family("tiny", bare=True), "dmd", measure) == sum(found.values())
 
 
 def test_forced_inputs_are_one_picture_under_one_noise_in_every_law():

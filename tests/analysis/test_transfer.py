@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from analysis import transfer
-from analysis.images import cache as draw
+from analysis.images import cache
 from analysis.images.readings import floor_of, judge
 from analysis.pages.words import led
 from analysis.session import Session
@@ -121,7 +121,7 @@ def test_a_ceiling_a_wrong_control_and_leakage(tmp_path, run):
 
 
 def test_a_killed_run_continues_to_the_same_numbers(tmp_path, run, monkeypatch):
-    original, made = draw.Drawings.make, []
+    original, made = cache.Drawings.make, []
 
     def dies(self, job):
         if len(made) == 5:
@@ -129,10 +129,10 @@ def test_a_killed_run_continues_to_the_same_numbers(tmp_path, run, monkeypatch):
         made.append(job)
         original(self, job)
 
-    monkeypatch.setattr(draw.Drawings, "make", dies)
+    monkeypatch.setattr(cache.Drawings, "make", dies)
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path)
-    monkeypatch.setattr(draw.Drawings, "make", original)
+    monkeypatch.setattr(cache.Drawings, "make", original)
     results = measure(tmp_path)
     assert (
         results["cost"]["cached"] == 4 * 5
@@ -145,14 +145,14 @@ def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, mo
     out, first = run
     for path in (out / "cache").rglob("*-probe-*"):
         path.unlink()
-    monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(cache.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
     assert measure(out)["cells"] == first["cells"]
 
 
 def test_starting_afresh_leaves_the_drawings_that_runs_share(run, monkeypatch):
     out, first = run
     (out / "default/mine.txt").write_text("of the run before")
-    monkeypatch.setattr(draw.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(cache.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
     assert measure(out, "overwrite=true")["cost"]["drawn"] == 0
     assert not (out / "default/mine.txt").exists()
 
@@ -169,14 +169,14 @@ def test_the_batch_does_not_matter(run, tmp_path):
 
 
 def test_a_batch_too_large_is_halved_and_said(run, tmp_path, monkeypatch, capsys):
-    original = draw.finish
+    original = cache.finish
 
     def greedy(plan, noise, prompts):
         if len(noise) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return original(plan, noise, prompts)
 
-    monkeypatch.setattr(draw, "finish", greedy)
+    monkeypatch.setattr(cache, "finish", greedy)
     assert alike(
         measure(tmp_path, "references=false", "targets=[dmd]")["cells"][0]["effect"],
         run[1]["cells"][0]["effect"],
@@ -205,9 +205,9 @@ def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
 
 
 def test_what_is_not_finite_is_named_and_not_kept(tmp_path, monkeypatch):
-    original = draw.finish
+    original = cache.finish
     monkeypatch.setattr(
-        draw, "finish", lambda plan, noise, prompts: original(plan, noise, prompts) * float("nan")
+        cache, "finish", lambda plan, noise, prompts: original(plan, noise, prompts) * float("nan")
     )
     with pytest.raises(UserError, match="images of tiny/dmd with smile-dmd at scale -1 are not finite"):
         measure(tmp_path, "targets=[dmd]", "references=false", "scales=[-1,0,1]")
@@ -229,7 +229,7 @@ def test_a_control_called_as_the_floor_of_another_is_not_it(tmp_path):
     assert content(drawings.controls["random-smile", False]) == content(other)
     assert (
         drawings.key(floor_of("dmd", smile))
-        != drawings.key(draw.Job("dmd", named.name, 1.0))
+        != drawings.key(cache.Job("dmd", named.name, 1.0))
         != drawings.key(floor_of("dmd", named))
     )
 
@@ -239,7 +239,7 @@ def test_one_network_at_a_time(tmp_path, monkeypatch):
     nothing stays.
     """
     alive, most, loaded = weakref.WeakSet(), [], []
-    network, make = families.network, draw.Drawings.make
+    network, make = families.network, cache.Drawings.make
 
     def counted(card, name, *args):
         found = network(card, name, *args)
@@ -253,7 +253,7 @@ def test_one_network_at_a_time(tmp_path, monkeypatch):
         assert not drawings.family.encoders()
 
     monkeypatch.setattr(families, "network", counted)
-    monkeypatch.setattr(draw.Drawings, "make", made)
+    monkeypatch.setattr(cache.Drawings, "make", made)
     words = ["targets=[dmd,dmd:hybrid(1),lcm,lightning]", "seeds=1", "scales=[0,1]", "references=false"]
     measure(tmp_path, *words)
     assert (
@@ -265,7 +265,7 @@ def test_one_network_at_a_time(tmp_path, monkeypatch):
 
 def test_jobs_come_network_by_network():
     targets = ["turbo", "dmd2:hybrid(1)", "base", "dmd2", "lightning-lora"]
-    jobs = draw.in_turn([draw.Job(target) for target in targets], families.card("sdxl"))
+    jobs = cache.in_turn([cache.Job(target) for target in targets], families.card("sdxl"))
     assert [job.target for job in jobs] == ["base", "lightning-lora", "dmd2:hybrid(1)", "dmd2", "turbo"]
 
 

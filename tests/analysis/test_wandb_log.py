@@ -12,10 +12,9 @@ from synthetic import documented
 from wandb.proto import wandb_internal_pb2
 
 from analysis import dashboard, wandb_log
-from analysis.pages import words as of
+from analysis.pages import words
 from configs import ROOT, merge, tracking
-from controls import effect, intervals
-from controls import retention as stats
+from controls import effect, intervals, retention
 from train import slider
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
@@ -39,19 +38,22 @@ def simulated(strength: float, seed: int) -> np.ndarray:
 
 def reading(source: np.ndarray, target: np.ndarray) -> dict:
     """What one evaluator says of a cell, with the keys that analysis.transfer writes."""
-    inside = stats.window(source, SCALES)
-    kept, (below, above) = stats.retention(source, target, SCALES), stats.slopes(source, target, SCALES)
+    inside = retention.window(source, SCALES)
+    kept, (below, above) = (
+        retention.retention(source, target, SCALES),
+        retention.slopes(source, target, SCALES),
+    )
     same, other = intervals.equivalence(above, below), intervals.difference(above, below)
     share = {"value": 0.01, "low": -0.02, "high": 0.04}
     return {
         "window": inside.tolist(),
-        **stats.estimate(target, SCALES, inside),
+        **retention.estimate(target, SCALES, inside),
         "retention": kept,
         "equivalence": {"p": same, "p_holm": same},
         "difference": {"p": other, "p_holm": other},
-        "matched_scale": stats.matched_scale(source, target, SCALES),
-        "shape": stats.shape(target, SCALES),
-        "monotonicity": stats.monotonicity(target, SCALES),
+        "matched_scale": retention.matched_scale(source, target, SCALES),
+        "shape": retention.shape(target, SCALES),
+        "monotonicity": retention.monotonicity(target, SCALES),
         "preservation": 0.97,
         "references": {
             "floor": {"slope": share, "share": share},
@@ -60,7 +62,7 @@ def reading(source: np.ndarray, target: np.ndarray) -> dict:
             "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
             "normalised": kept,
         },
-        "verdict": stats.verdict(kept, same, other),
+        "verdict": retention.verdict(kept, same, other),
     }
 
 
@@ -221,7 +223,7 @@ def merged(into: dict, items) -> dict:
 @pytest.fixture(scope="module")
 def results() -> dict:
     record = transfer_record()
-    return {**record, "cells": list(map(of.led, record["cells"]))}
+    return {**record, "cells": list(map(words.led, record["cells"]))}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +253,7 @@ def test_every_cell_is_in_the_table_by_both_evaluators(found, results):
     rows = {(row["control"], row["target"], row["evaluator"]): row for row in found.table("transfer/cells")}
     assert len(rows) == len(CONTROLS) * len(TARGETS) * len(UNIT)
     for cell in results["cells"]:
-        for evaluator_name, reading in of.readings(cell).items():
+        for evaluator_name, reading in words.readings(cell).items():
             row = rows[cell["control"], cell["target"], evaluator_name]
             assert row["verdict"] == reading["verdict"] and row["reference"] is cell["reference"]
             for name, interval in {

@@ -5,8 +5,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from analysis.measures import image_sets
-from controls import effect, intervals
-from controls import retention as stats
+from controls import effect, intervals, retention
 
 SCALES = np.array([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])  # the validator's
 ZERO = 2
@@ -63,7 +62,7 @@ def test_a_retention_interval_covers_the_truth(design, noise, differ):
     """In 93 to 97 of 100 cases, whether seeds or prompts make most of the noise."""
     random, tries = np.random.default_rng(5), 1500
     found = [
-        stats.retention(*simulated(random, *design, 0.8, noise=noise, differ=differ), SCALES)
+        retention.retention(*simulated(random, *design, 0.8, noise=noise, differ=differ), SCALES)
         for _ in range(tries)
     ]
     defined = [f for f in found if f["value"] is not None]
@@ -76,7 +75,7 @@ def test_a_retention_interval_covers_the_truth(design, noise, differ):
 def test_equivalence_is_claimed_in_at_most_5_percent_of_cases_at_the_margin(design, kept):
     random, tries = np.random.default_rng(7), 2000
     p = [
-        intervals.equivalence(*reversed(stats.slopes(*simulated(random, *design, kept), SCALES)))
+        intervals.equivalence(*reversed(retention.slopes(*simulated(random, *design, kept), SCALES)))
         for _ in range(tries)
     ]
     assert np.mean(np.array(p) <= 0.05) <= 0.05
@@ -88,7 +87,7 @@ def test_a_matched_scale_is_unbiased_and_covered(design, kept, bend):
     truth = 1 / kept if np.isinf(bend) else bend * np.arctanh(np.tanh(1 / bend) / kept)
     random, tries = np.random.default_rng(9), 400
     found = [
-        stats.matched_scale(*simulated(random, *design, kept, bend, noise=0.3, differ=0.1), SCALES)
+        retention.matched_scale(*simulated(random, *design, kept, bend, noise=0.3, differ=0.1), SCALES)
         for _ in range(tries)
     ]
     values = np.array([f["value"] for f in found], dtype=float)
@@ -99,41 +98,54 @@ def test_a_matched_scale_is_unbiased_and_covered(design, kept, bend):
 
 def test_a_window_ends_where_a_curve_saturates():
     curve = np.array([-1.1, -1.0, 0.0, 0.5, 1.0, 1.05])
-    assert stats.window(np.tile(curve, (3, 2, 1)), SCALES).tolist() == [False, True, True, True, True, False]
-    assert stats.window(line(1), SCALES).all() and stats.window(-line(1), SCALES).all()
-    assert stats.shape(np.tile(curve, (3, 2, 1)), SCALES)["saturation"] == 1
+    assert retention.window(np.tile(curve, (3, 2, 1)), SCALES).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert retention.window(line(1), SCALES).all() and retention.window(-line(1), SCALES).all()
+    assert retention.shape(np.tile(curve, (3, 2, 1)), SCALES)["saturation"] == 1
 
 
 def test_a_slope_is_taken_before_saturation():
     bent = np.tile(np.clip(SCALES, -1, 1), (4, 3, 1))
-    assert stats.retention(bent, 0.5 * bent, SCALES)["value"] == pytest.approx(0.5)
-    assert stats.estimate(bent, SCALES, stats.window(bent, SCALES))["slope"]["value"] == pytest.approx(1)
+    assert retention.retention(bent, 0.5 * bent, SCALES)["value"] == pytest.approx(0.5)
+    assert retention.estimate(bent, SCALES, retention.window(bent, SCALES))["slope"][
+        "value"
+    ] == pytest.approx(1)
 
 
 def test_shape_of_a_line_and_of_a_jump():
-    found = stats.shape(line(0.5), SCALES)
+    found = retention.shape(line(0.5), SCALES)
     assert found["area"]["value"] == pytest.approx(0.5 * (2 + 2)) and found["saturation"] is None
     assert found["smoothness"] == pytest.approx(1) and found["signs"] == 1 and found["monotonicity"] == 1
     jump = np.tile(np.where(SCALES >= 0.5, 1.0, 0.0), (2, 2, 1))
-    assert stats.shape(jump, SCALES)["smoothness"] == pytest.approx(0, abs=1e-9)
+    assert retention.shape(jump, SCALES)["smoothness"] == pytest.approx(0, abs=1e-9)
 
 
 def test_planning_recovers_the_spread_and_inverts_it():
     random = np.random.default_rng(3)
-    found = stats.spread(*simulated(random, 400, 50, 0.8, noise=0.6, differ=0.2), SCALES)
+    found = retention.spread(*simulated(random, 400, 50, 0.8, noise=0.6, differ=0.2), SCALES)
     assert found["prompts"] == pytest.approx(0.8 * 0.2, rel=0.15)
-    assert stats.detectable(12, 4, found) > stats.detectable(24, 4, found) > stats.detectable(24, 16, found)
-    assert stats.detectable(1, 1, found) == np.inf
+    assert (
+        retention.detectable(12, 4, found)
+        > retention.detectable(24, 4, found)
+        > retention.detectable(24, 16, found)
+    )
+    assert retention.detectable(1, 1, found) == np.inf
 
 
 def test_slope_of_a_line_and_of_an_even_curve():
-    assert stats.slope(SCALES, 0.3 * SCALES) == pytest.approx(0.3)
-    assert stats.slope(np.array([-1.0, 0, 1]), np.array([1.0, 0, 1])) == pytest.approx(0)
-    assert stats.slope(SCALES, np.ones((4, 7, 6))).shape == (4, 7)
+    assert retention.slope(SCALES, 0.3 * SCALES) == pytest.approx(0.3)
+    assert retention.slope(np.array([-1.0, 0, 1]), np.array([1.0, 0, 1])) == pytest.approx(0)
+    assert retention.slope(SCALES, np.ones((4, 7, 6))).shape == (4, 7)
 
 
 def test_estimate():
-    found = stats.estimate(line(0.5, spread=0.2), SCALES)
+    found = retention.estimate(line(0.5, spread=0.2), SCALES)
     assert found["slope"]["low"] < found["slope"]["value"] < found["slope"]["high"]
     assert found["effect"][2] == {"value": 0, "low": 0, "high": 0}
     assert len(found["effect"]) == 6
@@ -141,26 +153,28 @@ def test_estimate():
 
 def test_retention_of_itself_is_one():
     values = line(0.5, spread=0.2, noise=0.1)
-    assert stats.retention(values, values, SCALES) == {"value": 1, "low": 1, "high": 1}
+    assert retention.retention(values, values, SCALES) == {"value": 1, "low": 1, "high": 1}
 
 
 def test_retention_is_a_ratio():
     values = line(0.5, spread=0.2, noise=0.02)
-    assert stats.retention(values, -0.4 * values, SCALES)["high"] == pytest.approx(-0.4)
-    assert stats.retention(values, 3 * values, SCALES) == pytest.approx(
-        stats.retention(7 * values, 21 * values, SCALES)
+    assert retention.retention(values, -0.4 * values, SCALES)["high"] == pytest.approx(-0.4)
+    assert retention.retention(values, 3 * values, SCALES) == pytest.approx(
+        retention.retention(7 * values, 21 * values, SCALES)
     )
 
 
 def test_retention_needs_an_effect_on_the_source():
-    assert stats.retention(line(0.01, noise=1), line(1), SCALES) == intervals.UNDEFINED
-    assert stats.retention(0 * line(1), line(1), SCALES) == intervals.UNDEFINED
-    assert stats.matched_scale(0 * line(1), line(1), SCALES)["value"] is None
+    assert retention.retention(line(0.01, noise=1), line(1), SCALES) == intervals.UNDEFINED
+    assert retention.retention(0 * line(1), line(1), SCALES) == intervals.UNDEFINED
+    assert retention.matched_scale(0 * line(1), line(1), SCALES)["value"] is None
 
 
 def test_matched_scale_inverts_the_strength():
     def matched(a, b):
-        return {end: stats.matched_scale(line(a), line(b), SCALES)[end] for end in ("value", "low", "high")}
+        return {
+            end: retention.matched_scale(line(a), line(b), SCALES)[end] for end in ("value", "low", "high")
+        }
 
     assert matched(1, 1) == pytest.approx({"value": 1, "low": 1, "high": 1})
     assert matched(1, 0.8)["value"] == pytest.approx(1.25)
@@ -171,34 +185,34 @@ def test_the_matched_scale_of_a_source_is_1_also_where_its_curve_comes_back():
     hump = np.tile(np.interp(SCALES, [-2, 0, 0.5, 1, 2], [-1, 0, 1, 0.9, 0.2]), (4, 2, 1)) * (
         1 + 0.1 * np.arange(4)[:, None, None]
     )
-    assert stats.matched_scale(hump, hump, SCALES)["value"] == pytest.approx(1)
+    assert retention.matched_scale(hump, hump, SCALES)["value"] == pytest.approx(1)
 
 
 def test_matched_scale_out_of_reach_is_none():
-    weak = stats.matched_scale(line(1), line(0.3), SCALES)
+    weak = retention.matched_scale(line(1), line(0.3), SCALES)
     assert weak == {**intervals.UNDEFINED, "reach": {"share": pytest.approx(0.6), "scale": 2.0}}
-    assert stats.matched_scale(line(1), line(-1), SCALES)["value"] is None
-    edge = stats.matched_scale(line(1), line(0.55, spread=0.6, seed=3), SCALES)
+    assert retention.matched_scale(line(1), line(-1), SCALES)["value"] is None
+    edge = retention.matched_scale(line(1), line(0.55, spread=0.6, seed=3), SCALES)
     assert edge["low"] is not None and edge["high"] is None
 
 
 def test_crossing_takes_the_place_nearest_to_1():
     grid = np.array([0.0, 1, 2])
-    assert stats.crossing(grid, np.array([-1.0, 1, -3])) == pytest.approx(1.25)
-    assert stats.crossing(grid, np.array([-1.0, -1, -0.5])) is None
-    assert stats.crossing(grid, np.array([-1.0, 0, 0])) == pytest.approx(1)
+    assert retention.crossing(grid, np.array([-1.0, 1, -3])) == pytest.approx(1.25)
+    assert retention.crossing(grid, np.array([-1.0, -1, -0.5])) is None
+    assert retention.crossing(grid, np.array([-1.0, 0, 0])) == pytest.approx(1)
 
 
 def test_monotonicity_is_kendalls_tau():
     values = effect.change(np.random.default_rng(0).integers(0, 4, size=(6, 3, 6)), ZERO)
     expected = [np.nan_to_num(kendalltau(SCALES, v).statistic) for v in values.reshape(-1, 6)]
-    assert stats.monotonicity(values, SCALES) == pytest.approx(np.mean(expected))
+    assert retention.monotonicity(values, SCALES) == pytest.approx(np.mean(expected))
 
 
 def test_monotonicity_at_the_ends():
-    assert stats.monotonicity(line(1), SCALES) == 1
-    assert stats.monotonicity(line(-1), SCALES) == -1
-    assert stats.monotonicity(0 * line(1), SCALES) == 0
+    assert retention.monotonicity(line(1), SCALES) == 1
+    assert retention.monotonicity(line(-1), SCALES) == -1
+    assert retention.monotonicity(0 * line(1), SCALES) == 0
 
 
 @pytest.mark.parametrize(
@@ -219,18 +233,18 @@ def test_monotonicity_at_the_ends():
 )
 def test_verdict(low, high, equivalent, different, word):
     value = None if low is None else (low + high) / 2
-    assert stats.verdict({"value": value, "low": low, "high": high}, equivalent, different) == word
+    assert retention.verdict({"value": value, "low": low, "high": high}, equivalent, different) == word
 
 
 def test_arrays_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="paired"):
-        stats.retention(line(1), line(1, seeds=2), SCALES)
+        retention.retention(line(1), line(1, seeds=2), SCALES)
     with pytest.raises(ValueError, match="contain 0"):
-        stats.estimate(line(1), SCALES + 0.5)
+        retention.estimate(line(1), SCALES + 0.5)
     with pytest.raises(ValueError, match="exactly 0"):
-        stats.estimate(line(1) + 1, SCALES)
+        retention.estimate(line(1) + 1, SCALES)
     with pytest.raises(ValueError, match="end at"):
-        stats.matched_scale(line(1), line(1), SCALES / 4)
+        retention.matched_scale(line(1), line(1), SCALES / 4)
 
 
 def test_change_is_zero_at_scale_zero():

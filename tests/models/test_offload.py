@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_map
 from configs import UserError, load, merge
 from controls import formats
 from controls.lora import fused
-from models import budget, families, quantized
-from models import offload as memory
+from models import budget, families, offload, quantized
 from models.families import Family, Memory
 from models.offload import Offloader, compiled
 from models.sampler import alone, draw_noise, finish
@@ -126,8 +125,8 @@ def test_what_was_freed_goes_back_where_glibc_keeps_it(monkeypatch, library):
             raise OSError(name)
         return SimpleNamespace(malloc_trim=trimmed.append) if library == "glibc" else SimpleNamespace()
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", opened)
-    memory.release()
+    monkeypatch.setattr(offload.ctypes, "CDLL", opened)
+    offload.release()
     assert trimmed == ([0] if library == "glibc" else [])
 
 

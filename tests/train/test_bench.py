@@ -7,7 +7,7 @@ import pytest
 from test_controls import network
 from torch.profiler import ProfilerActivity, profile
 
-from analysis import bench as drawing
+from analysis import bench
 from configs import merge
 from models.architectures import ARCHITECTURES
 from train import dry_run
@@ -55,27 +55,27 @@ def test_kernel_distance_by_its_definition():
 
 @pytest.mark.parametrize("more", [[], ["targets=['dmd:hybrid(1)']"]])
 def test_the_share_outside_network_vae_and_evaluators_is_small_and_printed(capsys, monkeypatch, more):
-    seen, drawn = [], drawing.drawn
-    monkeypatch.setattr(drawing, "drawn", lambda *args: seen.append(drawn(*args)) or seen[-1])
+    seen, drawn = [], bench.drawn
+    monkeypatch.setattr(bench, "drawn", lambda *args: seen.append(drawn(*args)) or seen[-1])
     words = ["targets=[dmd]", "seeds=2", "rounds=1", "prompts=[portrait of a person]", *more]
-    drawing.main(merge(drawing.Config, words))
+    bench.main(merge(bench.Config, words))
     (spent,) = seen
-    assert all(spent[part] > 0 for part in drawing.PARTS)
-    assert 0 < drawing.outside(spent) < 0.5 and spent["network"] > spent["whole"] / 3
+    assert all(spent[part] > 0 for part in bench.PARTS)
+    assert 0 < bench.outside(spent) < 0.5 and spent["network"] > spent["whole"] / 3
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith(f"outside network, VAE and evaluators: {100 * drawing.outside(spent):.1f} % of ")
+    assert said.startswith(f"outside network, VAE and evaluators: {100 * bench.outside(spent):.1f} % of ")
 
 
 def test_the_clock_leaves_nothing_behind(monkeypatch):
     held = {}
-    clocked = drawing.clocked
+    clocked = bench.clocked
     monkeypatch.setattr(
-        drawing,
+        bench,
         "clocked",
         lambda drawings, plan: held.update(drawings=drawings, plan=plan) or clocked(drawings, plan),
     )
-    drawing.main(
-        merge(drawing.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "prompts=[portrait of a person]"])
+    bench.main(
+        merge(bench.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "prompts=[portrait of a person]"])
     )
     nets = [member.denoiser.net for member in held["plan"].members]
     for module in [*nets, held["drawings"].family.pipe.vae.decoder]:

@@ -159,9 +159,8 @@ def theirs(family: Family, member: Member, repeats: int) -> Row:
     pipe, guided, side = family.pipe, member.guidance is not None, family.card.size_px
     pipe.register_modules(unet=member.denoiser.net)
     pipe.scheduler = (DDIMScheduler if guided else LCMScheduler)(**BETAS, clip_sample=False)
-    options = {"timesteps": [int(level.t) for level in member.levels]}
-    if guided:
-        options = {"num_inference_steps": len(member.levels)}
+    timesteps = {"timesteps": [int(level.t) for level in member.levels]}
+    options = {"num_inference_steps": len(member.levels)} if guided else timesteps
     # latents, decoded as ours are: the pipeline itself would hand those of a bf16 network to a VAE in fp32
     options |= {"height": side, "width": side, "output_type": "latent"}
     options["guidance_scale"] = member.guidance or 0
