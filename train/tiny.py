@@ -1,7 +1,7 @@
 """Trains the embedded family, one part after the other: python train/tiny.py PART [key=value ...]
 
-PART is vae, base, refine, dmd, lcm, lightning, clip, probe, or all. Each part can be killed and continues
-where it was.
+PART is vae, base, refine, dmd, dmd8, lcm, lightning, turbo, clip, probe, or all. Each part can be killed and
+continues where it was.
 """
 
 import sys
@@ -12,15 +12,18 @@ from configs import UserError, entry, load, plain
 from train.tiny_base import base, refine, vae
 from train.tiny_evaluators import clip, probe
 from train.tiny_parts import Config
-from train.tiny_students import dmd, lcm, lightning
+from train.tiny_students import dmd, dmd8, lcm, lightning
+from train.tiny_turbo import turbo
 
 PARTS = {
     "vae": vae,
     "base": base,
     "refine": refine,
     "dmd": dmd,
+    "dmd8": dmd8,
     "lcm": lcm,
     "lightning": lightning,
+    "turbo": turbo,
     "clip": clip,
     "probe": probe,
 }

@@ -157,19 +157,26 @@ def huber(error: Tensor, c: float = 0.03) -> Tensor:
     return ((error.square() + c * c).sqrt() - c).mean()
 
 
-def adversary(net, learning_rate: float):
+def adversary(net, learning_rate: float, warmup: int = 50):
     """Optimizer and warm-up of a network that another one follows: no momentum, as in DMD2."""
     betas = (0.0, 0.99)
     optimizer = torch.optim.AdamW(net.parameters(), learning_rate, betas=betas, weight_decay=0.0, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 50)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, warmup)
 
 
-def dmd(cfg: Config) -> None:
+def dmd8(cfg: Config) -> None:
+    """As dmd, with the guidance that DMD2's authors give the teacher on SDXL."""
+    dmd(cfg, "dmd8", guidance=8.0)
+
+
+def dmd(cfg: Config, name: str = "dmd", guidance: float = 3.0) -> None:
     """Distribution matching (Yin et al. 2024, DMD2 without real data): 4 re-noised steps, guided teacher
     against a fake-score network.
+
+    guidance: of the teacher, which the student has distilled in.
     """
     steps, size, updates = cfg.steps or 800, cfg.batch_size or 24, 2
-    teacher = Teacher(cfg)
+    teacher = Teacher(cfg, guidance)
     data = dataset(cfg, teacher.words).to(cfg.device)
     student, fake = teacher.student(), teacher.student()
     average = copy.deepcopy(student).requires_grad_(False)
@@ -184,8 +191,8 @@ def dmd(cfg: Config) -> None:
         "schedule": schedule,
         "fake_schedule": fake_schedule,
     }
-    log = Log(cfg, "dmd")
-    for step in resumable(Path(cfg.work) / "dmd.pt", state, steps, cfg.every, "dmd"):
+    log = Log(cfg, name)
+    for step in resumable(Path(cfg.work) / f"{name}.pt", state, steps, cfg.every, name):
         generator = seeded(cfg.seed, step, 4)
         _, ids = data.batch(size, generator)
         states, pooled = teacher.text(ids)
@@ -216,7 +223,7 @@ def dmd(cfg: Config) -> None:
             step_down(fake_loss, fake, fake_optimizer, fake_schedule)
         follow(average, student, min(0.98, step / (step + 10)))
         log(step, gradient=gradient.abs().mean(), fake=fake_loss)
-    save_student(cfg, "dmd", average, LCMScheduler(**BETAS))
+    save_student(cfg, name, average, LCMScheduler(**BETAS))
 
 
 def save_student(cfg: Config, name: str, unet, scheduler) -> None:
