@@ -2,6 +2,7 @@
 torch's `meta` device.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from models.evaluators import chosen
 from models.families import DTYPES, Family, FamilyCard, split
 from models.forecast import Moment, Peak, flash
 from models.noise import NOISE_SCHEDULES, loss_target
-from models.sampler import Denoiser, Member
+from models.sampler import Denoiser, Member, alone
 from train.checkpoint import progress
 from train.run import Training, check
 from train.validation import SEEDS
@@ -36,6 +37,7 @@ class Cost:
     kept: int = 0  # latents that are trained on, with what was seen of them
     pictures: int = 0  # that pass the VAE before the first step
     learning: bool = False  # whether gradients pass the VAE
+    controls: int = 1  # that a strip shows
     evaluators: tuple[str, ...] = ()  # that look at pictures
 
 
@@ -62,7 +64,7 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     )
     print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
     asked = its.before + its.each * left * latents * (4 / 3 if cfg.gradient_checkpointing else 1)
-    calls = {member: asked} | {other: 0.0 for _, other in map(split, cfg.watch)}
+    calls = Counter({member: asked}) + pictured(cfg, family, member, cfg.steps - left, its.controls)
     print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, its)))
     net = torch.nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
     create(net, "control", cfg.layers, cfg.scope, cfg.rank)
@@ -77,6 +79,20 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
         net, family.architecture, cfg, family.latent_shape, bare.noise_schedule, cfg.gradient_checkpointing
     )
     print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
+
+
+def pictured(cfg: Training, family: Family, member: str, done: int, controls: int) -> Counter[str]:
+    """Evaluations of the strips, and of the members that are watched, by member."""
+    nfe = alone(family.member(member)).nfe
+    strips = 1 + sum(cfg.sample_every and step % cfg.sample_every == 0 for step in range(done + 1, cfg.steps))
+    calls = Counter({member: strips * controls * len(cfg.sample_seeds) * len(cfg.sample_scales) * nfe})
+    if cfg.watch:
+        looks = sum(step % cfg.watch_every == 0 for step in range(done + 1, cfg.steps + 1))
+        images = len(family.card.prompts[: cfg.watch_prompts]) * SEEDS
+        calls[member] += 2 * looks * images * nfe
+        for other in {name for _, name in map(split, cfg.watch)} - {member}:
+            calls[other] += (looks + 1) * images * alone(family.member(other)).nfe
+    return calls
 
 
 def gone(cfg: Training) -> int:

@@ -206,8 +206,8 @@ class Run:
             if self.main:
                 store(self.folder / "state.pt", self.state, step, folders.digest(self.cfg, FREE))
             raise UserError(
-                f"the gradient is not finite at step {step}; the state before it is saved; try a rate "
-                f"below {self.cfg.learning_rate}"
+                f"the gradient is not finite at step {step}; the state before it is saved; "
+                f"try a learning_rate below {self.cfg.learning_rate}"
             )
         self.optimizer.step()
         self.lr_scheduler.step()

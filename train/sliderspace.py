@@ -104,10 +104,10 @@ def main(cfg: Config) -> Path | None:
 def cost(cfg: Config, member: Member) -> dry_run.Cost:
     """Runs of which every point is seen once more, by CLIP, through the VAE, as each step is."""
     rollouts, rows = cfg.trajectories * len(member.levels), min(2 * cfg.batch_size, cfg.trajectories)
-    asked = cfg.trajectories * alone(member).nfe + rollouts
-    return dry_run.Cost(
-        asked, 3, rows * (1 if member.guidance is None else 2), rollouts, rows, True, ("clip",)
-    )
+    before = cfg.trajectories * alone(member).nfe + rollouts
+    together = rows * (1 if member.guidance is None else 2)
+    shown = {"evaluators": ("clip",), "controls": cfg.directions}
+    return dry_run.Cost(before, 3, together, rollouts, pictures=rows, learning=True, **shown)
 
 
 def astray(moved: Tensor, direction: Tensor, spread: float) -> Tensor:

@@ -3,7 +3,6 @@ symmetries.
 """
 
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -96,19 +95,16 @@ def test_what_never_moves_is_none():
         streamed(*data(3, 2, 2)).cka()
 
 
-def test_memory_does_not_grow_with_the_samples_and_time_does_linearly():
-    def state(n: int) -> tuple[int, float]:
+def test_memory_does_not_grow_with_the_samples():
+    def state(n: int) -> int:
         x, y = data(n, 48, 48)
-        start, spread = time.perf_counter(), Spread()
+        spread = Spread()
         found = streamed(x, y, 50)
         for i in range(0, n, 50):
             spread.add(x[i : i + 50], 0)
-        return len(pickle.dumps((found, spread))), time.perf_counter() - start
+        return len(pickle.dumps((found, spread)))
 
-    state(200)
-    (small, brief), (large, longer) = state(500), state(10000)
-    assert large <= small + 64  # the counts themselves
-    assert longer < 20 * brief * 4  # 20 times the samples; 4 for a busy machine: quadratic would be 400
+    assert state(10000) <= state(500) + 64  # the counts themselves
 
 
 def test_a_site_keeps_no_more_than_it_was_told_to():

@@ -17,7 +17,7 @@ from analysis.diversity import Config, recovery
 from analysis.images import quality
 from analysis.measures.image_sets import diversity as whole
 from analysis.pages import diversity as diversity_page
-from configs import ROOT, UserError, entry, load, merge
+from configs import ROOT, UserError, merge
 from models.evaluators import load_evaluators
 from models.families import Family, card
 from models.plans import named
@@ -210,13 +210,10 @@ def test_pictures_of_a_folder(tmp_path):
         (["dtype=fp8"], "bf16"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     words = [*(word.format(tmp_path / "empty") for word in words), f"out={tmp_path}", "wandb=disabled"]
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: diversity.main(load(Config, words)))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    assert says in refused(diversity.main, Config, words)
     assert not (tmp_path / "default").exists()
 
 

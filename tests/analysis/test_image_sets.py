@@ -1,6 +1,5 @@
 """Streaming metrics against closed forms, brute force and simulation; their memory and time."""
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -148,12 +147,10 @@ def test_neighbours_at_the_ends():
 
 @pytest.mark.parametrize("make", [Spread, Moments, InceptionScore, lambda: PRDC(some(50, 32), 3)])
 def test_memory_does_not_grow_with_the_number_of_images(make):
-    """What is held after 20 and after 200 batches is the same, and ten times as many take no more than some
-    thirty times as long.
-    """
+    """What is held after 20 and after 200 batches is the same."""
 
-    def run(batches: int) -> tuple[int, float]:
-        random, start = np.random.default_rng(0), time.perf_counter()
+    def run(batches: int) -> int:
+        random = np.random.default_rng(0)
         tracemalloc.start()
         kept = make()
         for _ in range(batches):
@@ -162,12 +159,10 @@ def test_memory_does_not_grow_with_the_number_of_images(make):
         del batch
         size = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        return size, time.perf_counter() - start
+        return size
 
     run(20)  # what numpy keeps for itself
-    (few, short), (many, long) = run(20), run(200)
-    assert many <= few + 4096
-    assert long < 30 * short + 0.5
+    assert run(200) <= run(20) + 4096
 
 
 def test_what_cannot_be_measured_is_said():

@@ -18,7 +18,7 @@ from analysis.images import cache
 from analysis.images.readings import floor_of, judge
 from analysis.pages.words import led
 from analysis.session import Session
-from configs import ROOT, UserError, entry, load, merge
+from configs import ROOT, UserError, merge
 from controls import formats
 from controls.lora import content
 from models import families
@@ -405,7 +405,7 @@ def bad_controls(folder):
         (["controls=[{}/elsewhere.safetensors]", "prompts=[a]", "seeds=1", "targets=[dmd]"], "have no place"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
     bad_controls(tmp_path)
     words = [
         *(word.format(tmp_path) for word in words),
@@ -413,10 +413,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
         f"cache={tmp_path}/cache",
         "wandb=disabled",
     ]
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: transfer.main(load(transfer.Config, words)))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    assert says in refused(transfer.main, transfer.Config, words)
     assert not (ROOT / "runs/trap-was-sprung").exists() and not (tmp_path / "default").exists()
 
 
