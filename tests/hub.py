@@ -381,6 +381,9 @@ def write_configs(cache: Path, name: str) -> FamilyCard:
                 f"{part}/config.json": config for part, config in parts.items() if part != "model_index"
             }
             files["model_index.json"] = parts["model_index"]
+        if repo in FLOWS:
+            scheduler = FlowMatchEulerDiscreteScheduler(**FLOWS[repo])
+            files["scheduler/scheduler_config.json"] = dict(scheduler.config)
         for file, config in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(json.dumps(config))

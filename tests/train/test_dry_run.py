@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis import diversity, similarity, trace
-from configs import ROOT, UserError, merge
+from configs import ROOT, merge
 from models import budget
 from models.architectures import blank
 from models.cards import card
@@ -118,14 +118,9 @@ def test_trainers_plan_on_sdxl_without_weights(recipe, configs_only, capsys, tmp
         (diversity, ["config=configs/paper/fig7.yaml"]),
         (trace, ["config=configs/trace/sdxl.yaml"]),
         (similarity, ["config=configs/similarity/sdxl.yaml"]),
-        (diversity, ["family=flux", "seeds=3", "plans=[base(8),hybrid(1)]"]),
     ],
 )
 def test_analyses_plan_on_real_families_without_weights(command, words, configs_only, capsys, tmp_path):
-    if command is diversity and words[0] == "family=flux":  # a flow's schedule is in its scheduler's config
-        with pytest.raises(UserError, match="cannot load"):
-            command.main(merge(command.Config, [*words, "dry_run=true"]))
-        return
     path, *rest = words
     command.main(
         merge(
@@ -138,6 +133,25 @@ def test_analyses_plan_on_real_families_without_weights(command, words, configs_
     assert (
         "TFLOP in the networks" in said and asked(said)["base"] > 100 and not Path(tmp_path / "runs").exists()
     )
+
+
+def test_a_flows_plan_counts_without_weights(configs_only, capsys, tmp_path):
+    """Its noise levels are in its scheduler's config."""
+    words = [
+        "family=flux",
+        "seeds=3",
+        "plans=[base(8),hybrid(1)]",
+        "prompts=[a,b]",
+        "captions=0",
+        f"out={tmp_path}/runs",
+    ]
+    diversity.main(merge(diversity.Config, [*words, "dry_run=true"]))
+    schnell = len(Family("flux", bare=True).member("schnell").levels)
+    images = 2 * 3
+    assert asked(capsys.readouterr().out) == {
+        "dev": images * (50 + 8 + 1),  # alone, in 8 steps, the first of the hybrid
+        "schnell": images * (schnell + schnell - 1),
+    }
 
 
 def test_counts_of_a_trace_are_those_it_makes(tmp_path, capsys):
