@@ -27,7 +27,6 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
-from test_loading import original
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from configs import ROOT, replacing
@@ -138,7 +137,7 @@ def build(cache: Path = CACHE) -> None:
         module, _, last = key.rpartition(".")
         setattr(net.get_submodule(module), last, torch.nn.Parameter(value, requires_grad=False))
     unet, prefixes = (
-        original(net),
+        hub.original(net),
         dict(
             zip(
                 list(nets)[1:],

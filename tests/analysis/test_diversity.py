@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import configured, launched, refused
 from PIL import Image
 from synthetic import Keys, undocumented
 
@@ -17,7 +18,7 @@ from analysis.diversity import Config, recovery
 from analysis.images import quality
 from analysis.measures.image_sets import diversity as whole
 from analysis.pages import diversity as diversity_page
-from configs import ROOT, UserError, entry, load, merge
+from configs import ROOT, UserError, merge
 from models.evaluators import load_evaluators
 from models.families import Family, card
 from models.plans import named
@@ -210,23 +211,15 @@ def test_pictures_of_a_folder(tmp_path):
         (["dtype=fp8"], "bf16"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
     (tmp_path / "empty").mkdir()
     words = [*(word.format(tmp_path / "empty") for word in words), f"out={tmp_path}", "wandb=disabled"]
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: diversity.main(load(Config, words)))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    refused(configured(diversity, words), says)
     assert not (tmp_path / "default").exists()
 
 
 def test_a_page_of_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "analysis.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
-    )
+    refused(launched("analysis.report", tmp_path), "results.json")
 
 
 @pytest.mark.parametrize("module", ["diversity", "trace", "similarity", "transfer"])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from commands import configured, refused
 from synthetic import Keys, undocumented
 
 from analysis import similarity
@@ -14,7 +15,7 @@ from analysis.images import activations
 from analysis.images.activations import Measure, Pair, Site, chunks, forced, nearest
 from analysis.measures import prediction
 from analysis.pages import similarity as similarity_page
-from configs import ROOT, entry, load, merge
+from configs import ROOT, merge
 from models import families
 from models.families import Family
 from models.sampler import Stage
@@ -280,12 +281,9 @@ def test_points_join_two_records_and_leave_out_what_is_undefined(run):
         (["transfer={}/broken"], "not the record"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("[]")
     words = [*(word.format(tmp_path) for word in words), f"out={tmp_path}/runs", "wandb=disabled"]
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: similarity.main(load(similarity.Config, words)))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    refused(configured(similarity, words), says)
     assert not (tmp_path / "runs").exists()

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import configured, refused
 from PIL import Image
 from synthetic import Keys, undocumented
 
@@ -16,7 +17,7 @@ from analysis.images import sheets
 from analysis.images.cache import acting
 from analysis.measures.commitment import abandoned, committed
 from analysis.trace import Config, band, traces_of
-from configs import entry, load, merge
+from configs import merge
 from controls import formats, picture_grid
 from models.families import Family
 from models.hashing import fingerprint
@@ -192,9 +193,6 @@ def test_a_member_shows_what_it_has_reached():
         (["control=controls/tiny/smile.safetensors", "family=sdxl-of-nobody"], "tiny"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: trace.main(load(Config, [*words, f"out={tmp_path}", "wandb=disabled"])))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
+    refused(configured(trace, [*words, f"out={tmp_path}", "wandb=disabled"]), says)
     assert not (tmp_path / "default").exists()

@@ -15,7 +15,6 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from configs import UserError
-from controls.formats import layouts
 from models import loading, lora_student
 from models.architectures import ARCHITECTURES
 from models.cards import card
@@ -219,34 +218,11 @@ def test_pixart_takes_no_lora(tmp_path):
         lora_student.read(tmp_path / "any.safetensors", ARCHITECTURES["pixart"], hub.transformer("pixart", 0))
 
 
-NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
-
-
-def original(net: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """A U-Net's weights by the names of Stability's own code, as trainers and civitai's checkpoints have
-    them.
-    """
-    theirs = {layer: name for name, (layer,) in layouts._sgm(net).items()} | {"conv_norm_out": "out.0"}
-    found = {}
-    for key, weight in net.state_dict().items():
-        layer, _, end = key.rpartition(".")
-        near, _, last = layer.rpartition(".")
-        if layer not in theirs and last in NORMS and f"{near}.conv1" in theirs:
-            theirs[layer] = theirs[f"{near}.conv1"].removesuffix("in_layers.2") + NORMS[last]
-        elif layer not in theirs:  # inside an attention block both say the same after its prefix
-            block = layer.split(".transformer_blocks.")[0].removesuffix(".norm")
-            theirs[layer] = theirs[f"{block}.proj_in"].removesuffix("proj_in") + layer.removeprefix(
-                f"{block}."
-            )
-        found[f"model.diffusion_model.{theirs[layer]}.{end}"] = weight.half().contiguous()
-    return found
-
-
 def test_a_checkpoint_in_the_original_layout_is_a_member(cache, tmp_path):
     """Through diffusers' from_single_file, with the base's config from the cache."""
     net = hub.unet(9, sdxl=False)
     save_file(
-        {**original(net), "first_stage_model.decoder.conv_in.bias": torch.zeros(4)},
+        {**hub.original(net), "first_stage_model.decoder.conv_in.bias": torch.zeros(4)},
         tmp_path / "civitai.safetensors",
     )
     mine = family(
@@ -287,7 +263,7 @@ def test_of_a_checkpoint_its_network_alone_is_read_and_in_the_type_that_is_asked
         "first_stage_model.decoder.conv_in.bias": torch.zeros(4),
         "conditioner.embedders.0.a": torch.zeros(9),
     }
-    save_file({**original(hub.unet(9, sdxl=False)), **others}, tmp_path / "all.safetensors")
+    save_file({**hub.original(hub.unet(9, sdxl=False)), **others}, tmp_path / "all.safetensors")
     net = network(
         family(
             tmp_path, {"extends": "sd21", "members": {"mine": {"file": str(tmp_path / "all.safetensors")}}}

@@ -9,10 +9,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import configured, refused
 from PIL import Image
 
 from analysis.images.quality import against, opened
-from configs import UserError, entry, merge
+from configs import UserError, merge
 from models.cards import card
 from models.families import Family
 from models.pictures import load
@@ -376,11 +377,8 @@ def test_an_image_slider_trains_on_a_folder(tmp_path):
     ("word", "says"),
     [("data=nowhere", "tiny:ATTRIBUTE"), ("data=tiny:nose", "smile"), ("member=tiny/turbo", "dmd")],
 )
-def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: image_slider.main(merge(Config, [*SHORT, word, f"out={tmp_path}"])))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path):
+    refused(configured(image_slider, [*SHORT, word, f"out={tmp_path}"]), says)
 
 
 def test_a_lora_trains_on_a_folder_and_with_its_prior(tmp_path):

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_controls import network, output, trained
+from commands import called, configured, refused
+from network import network, output, trained
 from torch import nn
 
 from analysis import diversity, similarity, trace, transfer
 from analysis.session import Session
-from configs import UserError, entry, load, merge
+from configs import UserError, merge
 from controls import formats, show
 from controls.layers import named_layers, targets
 from controls.lora import attach, create, detach, extract, fused, fusing, parameters, strength
@@ -387,18 +388,15 @@ def test_show_draws_on_packed_networks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [*COMMANDS, show])
 @pytest.mark.parametrize("word", ["quantize=nf5", "dtype=fp8"])
-def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word, tmp_path, capsys):
-    words = [word] if command is show else [word, f"out={tmp_path}", "wandb=disabled"]
-    run = (lambda cfg: show.main([], cfg)) if command is show else command.main
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: run(load(command.Config, words)))
+def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word, tmp_path):
+    words = [word, f"out={tmp_path}", "wandb=disabled"]
     key, _, value = word.partition("=")
-    said = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and said.startswith(f"error: no {key} {value!r}; there are ")
-        and said.count("\n") == 1
+    message = refused(
+        called(show, "controls/tiny/smile-dmd.safetensors", word)
+        if command is show
+        else configured(command, words)
     )
+    assert message.startswith(f"no {key} {value!r}; there are ")
     assert not list(tmp_path.iterdir())
 
 
@@ -410,12 +408,7 @@ def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word
         ("int8-torchao", "quantize=int8-torchao needs torchao: pip install -e '.[torchao]'"),
     ],
 )
-def test_a_missing_package_is_one_line_and_exit_code_2(word, says, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_one_line_and_exit_code_2(word, says, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        entry(
-            lambda: slider.main(
-                load(slider.Config, [f"quantize={word}", f"out={tmp_path}", "wandb=disabled"])
-            )
-        )
-    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {says}\n"
+    words = [f"quantize={word}", f"out={tmp_path}", "wandb=disabled"]
+    assert refused(configured(slider, words)) == says

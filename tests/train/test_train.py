@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import configured, refused
 from safetensors.torch import load_file
 
-from configs import ROOT, UserError, entry, load, merge
+from configs import ROOT, UserError, merge
 from models.families import Family
 from models.sampler import Denoiser, draw_noise
 from train import lora, slider
@@ -320,12 +321,9 @@ def test_the_average_lags_behind(tmp_path, whole):
         (lora, "data=tiny:oil", "watercolour"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(module, word, says, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(module, word, says, tmp_path):
     words = ["trajectories=1" if module is slider else "images=2", word, f"out={tmp_path}", "wandb=disabled"]
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: module.main(load(module.Config, words)))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and says in said[0]
+    refused(configured(module, words), says)
 
 
 def test_the_command_itself_exits_with_2():
