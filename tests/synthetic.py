@@ -1,11 +1,12 @@
-"""A made-up run folder of the transfer validator: known retentions, every part of the record, a grey per
-column of its sheets.
+"""The one made-up run folder of the transfer validator: known retentions, every part of the record, a grey
+per column of its sheets; and a tracker that remembers its keys.
 """
 
 import json
 import re
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ CONTROLS = {
     "age <b>": ("base", 0.02),
     "eyes-dmd": ("dmd", 0.025),
 }  # source and slope
+TRACKED = {"smile": ("base", 0.03), "age": ("base", 0.02), "nothing": ("base", 0.0)}  # one without effect
+UNIT = {"clip": 1, "probe": 12}  # of the effects that evaluators read
 GREYS = [20, 60, 100, 140, 180, 220]  # of the columns of a sheet
 
 
@@ -61,14 +64,12 @@ def simulated(strength: float, seed: int) -> np.ndarray:
     return effect.change(strength * prompts * np.tanh(np.array(SCALES) / 1.5) * 1.5 + noise, ZERO)
 
 
-def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
+def reading(source: np.ndarray, target: np.ndarray, on_source: bool) -> dict:
+    """What one evaluator reads of a cell, with the keys that analysis.transfer writes."""
     inside = retention.window(source, SCALES)
     below, above = retention.slopes(source, target, SCALES)
-    kept, same, other = (
-        intervals.ratio(above, below),
-        intervals.equivalence(above, below),
-        intervals.difference(above, below),
-    )
+    kept = intervals.ratio(above, below)
+    p_equal, p_differs = intervals.equivalence(above, below), intervals.difference(above, below)
 
     def share(factor):
         return intervals.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)
@@ -80,8 +81,8 @@ def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
         "window": inside.tolist(),
         **retention.estimate(target, SCALES, inside),
         "retention": kept,
-        "equivalence": {"p": same, "p_holm": min(1.0, 3 * same)},
-        "difference": {"p": other, "p_holm": min(1.0, 3 * other)},
+        "equivalence": {"p": p_equal, "p_holm": min(1.0, 3 * p_equal)},
+        "difference": {"p": p_differs, "p_holm": min(1.0, 3 * p_differs)},
         "matched_scale": retention.matched_scale(source, target, SCALES),
         "shape": retention.shape(target, SCALES),
         "monotonicity": retention.monotonicity(target, SCALES),
@@ -93,27 +94,26 @@ def reading(source: np.ndarray, target: np.ndarray, own: bool) -> dict:
             "difference": {"value": -0.01, "low": -0.02, "high": 0.0},
         },
         "references": {
-            "floor": None if own else part(0.04),
-            "ceiling": None if own else {"control": "its twin", **part(1.02)},
-            "wrong": None if own else {"control": "another", **part(-0.1)},
+            "floor": None if on_source else part(0.04),
+            "ceiling": None if on_source else {"control": "its twin", **part(1.02)},
+            "wrong": None if on_source else {"control": "another", **part(-0.1)},
             "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
-            "normalised": None if own else share(0.91),
+            "normalised": None if on_source else share(0.91),
         },
         "spread": retention.spread(source, target, SCALES),
-        "verdict": retention.verdict(kept, same, other),
+        "verdict": retention.verdict(kept, p_equal, p_differs),
     }
 
 
 def cell(control: str, target: str) -> dict:
-    source, strength = CONTROLS.get(control, ("base", 0.02))
-    number = sum(map(ord, control))
-    factor = TARGETS[target] / TARGETS[source]
-    pairs = {
-        evaluator_name: [
-            simulated(factor * strength * unit, number + seed)
-            for factor, seed in ((1, 0), (factor, 10 * (target != source)))
-        ]
-        for evaluator_name, unit in (("clip", 1), ("probe", 12))
+    source, strength = (CONTROLS | TRACKED)[control]
+    number, on_source = sum(map(ord, control)), target == source
+    share, seed = TARGETS[target] / TARGETS[source], number if on_source else number + 10
+    readings = {
+        evaluator_name: reading(
+            simulated(strength * unit, number), simulated(share * strength * unit, seed), on_source
+        )
+        for evaluator_name, unit in UNIT.items()
     }
     return {
         "control": control,
@@ -122,7 +122,7 @@ def cell(control: str, target: str) -> dict:
         "target": f"tiny/{target}",
         "reference": target == "base:few(4)",
         "scales": SCALES,
-        "readings": {name: reading(*pair, target == source) for name, pair in pairs.items()},
+        "readings": readings,
         "clip_change_percent": 17.8,
         "images": 288,
         "prompts": 12,
@@ -149,15 +149,16 @@ def leakage(names: list[str]) -> list[dict]:
             "slope": {"value": 0.02, "low": 0.01, "high": 0.03},
             "share": {"value": share(a, b), "low": share(a, b) - 0.1, "high": share(a, b) + 0.1},
         }
-        for evaluator_name in ("clip", "probe")
+        for evaluator_name in UNIT
         for target in ("base", "dmd", "lcm", "lightning")
         for a in names
         for b in names
     ]
 
 
-def results(controls: tuple[str, ...] = tuple(CONTROLS)) -> dict:
-    """The record, as analysis.transfer writes it."""
+def results(controls: Iterable[str] = CONTROLS) -> dict:
+    """The record of these controls, as analysis.transfer writes it."""
+    controls = list(controls)
     return {
         "schema": 2,
         "command": "python -m analysis.transfer",
@@ -165,24 +166,26 @@ def results(controls: tuple[str, ...] = tuple(CONTROLS)) -> dict:
         "created": "2026-01-01T00:00:00",
         "seconds": 61.5,
         "config": {
+            "family": "tiny",
             "prompts": ["portrait of a person", "a man", "a woman", "an old man", "a child"],
             "seeds": 4,
         },
-        "evaluators": ["clip", "probe"],
+        "evaluators": list(UNIT),
         "margin": [0.8, 1.25],
         "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
         "cells": [cell(control, target) for control in controls for target in TARGETS],
-        "leakage": leakage(list(controls)),
+        "leakage": leakage(controls),
     }
 
 
-def write(found: dict, folder: Path) -> Path:
-    """results.json and its sheets."""
-    for c in found["cells"]:
+def write(record: dict, folder: Path) -> Path:
+    """results.json and its sheets, in a folder that need not exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for c in record["cells"]:
         if c["picture"]:
             (folder / c["picture"]).parent.mkdir(parents=True, exist_ok=True)
             (folder / c["picture"]).write_bytes(png(sheet()))
-    (folder / "results.json").write_text(json.dumps(found))
+    (folder / "results.json").write_text(json.dumps(record))
     return folder
 
 

@@ -4,7 +4,7 @@ holds two latents.
 
 import pytest
 import torch
-from test_device import ANALYSES, PROMPTS, TRAINERS
+from short_runs import ANALYSES, PROMPTS, TRAINERS
 
 from analysis import diversity, transfer
 from configs import UserError, merge

@@ -7,8 +7,9 @@ every part is where it has to be.
 
 import pytest
 import torch
+from short_runs import ANALYSES, PROMPTS, TRAINERS
 
-from analysis import diversity, similarity, trace, transfer
+from analysis import transfer
 from configs import merge
 from controls import formats
 from controls.lora import fused
@@ -17,7 +18,7 @@ from models.evaluators import load_evaluators
 from models.families import Family
 from models.plans import PLANS, named
 from models.sampler import alone, draw_noise, finish
-from train import image_slider, lora, slider, sliderspace, tiny_students
+from train import tiny_students
 from train.tiny_parts import WEIGHTS, Config
 
 DEVICE = torch.device("meta")
@@ -29,45 +30,6 @@ ARGUMENTS = {
     "low,high": "0,800",
     "s,[k]": "0.6,1",
 }  # of plans; of others one half
-PROMPTS = "prompts=[portrait of a person,'portrait of a person, hat']"
-TRAINERS = [
-    (
-        slider,
-        ["trajectories=2", "watch=[tiny/dmd]", "watch_every=1", "ema=0.9", "gradient_checkpointing=true"],
-    ),
-    (slider, ["recipe=published", "denoise_steps=3"]),
-    (slider, ["member=tiny/dmd", "trajectories=2"]),
-    (lora, ["images=4", "prior=1", "prior_images=2"]),
-    (image_slider, ["pairs=2"]),
-    (sliderspace, ["directions=2", "trajectories=3"]),
-]
-ANALYSES = [
-    (
-        transfer,
-        [
-            "controls=[controls/tiny/smile.safetensors,controls/tiny/space-1.safetensors]",
-            "targets=[dmd]",
-            "seeds=2",
-        ],
-    ),
-    (
-        transfer,
-        [
-            "controls=[controls/tiny/smile.safetensors]",
-            "targets=[dmd]",
-            "seeds=2",
-            "scales=[0,1]",
-            "below=2.0",
-            "references=false",
-        ],
-    ),
-    (trace, ["students=[dmd]", "plans=[hybrid(1)]", "seeds=2", "bands=[500]"]),
-    (diversity, ["students=[dmd]", "plans=[hybrid(1),delta(0.8)]", "seeds=3", "captions=0"]),
-    (
-        similarity,
-        ["targets=[dmd]", "seeds=2", "controls=[controls/tiny/smile.safetensors]", "neighbours=2", "draws=5"],
-    ),
-]
 
 
 class Elsewhere(devices.Processes):

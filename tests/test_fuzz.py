@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from synthetic import results as fake_record
-from test_plans import toys
+from toys import toys
 
 from analysis import diversity, report, similarity, trace, transfer
 from configs import ROOT, claim, entry, load, plain_name, save
@@ -129,7 +129,7 @@ def at_most(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def refused(call, *args) -> bool:
+def refuses(call, *args) -> bool:
     """Whether a reader refuses, in one short line and with exit code 2, as a command does; raises what else
     it raises.
     """
@@ -327,13 +327,13 @@ def control_tensors(rng: random.Random, folder: Path) -> None:
 
 
 def read_control(path: Path) -> None:
-    refused(info.describe, path)
+    refuses(info.describe, path)
     found = convert.opened(path, convert.Config(member="tiny/base"))
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values()) and np.isfinite(
         found.card.alpha
     )
     assert found.card.rank >= 1 and plain_name(found.card.name)
-    refused(formats.load, path)
+    refuses(formats.load, path)
 
 
 def prompt_tables(rng: random.Random, folder: Path) -> None:
@@ -455,7 +455,7 @@ def test_nothing_ends_in_a_traceback(reader, tmp_path, monkeypatch, capsys):
         folder = tmp_path / f"{k}"
         folder.mkdir()
         try:
-            refused(reader, random.Random(f"{reader.__name__} {k}"), folder)
+            refuses(reader, random.Random(f"{reader.__name__} {k}"), folder)
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, KeyboardInterrupt):
                 raise

@@ -1,14 +1,13 @@
 """The saved W&B layout: built without network, of keys that are really logged."""
 
-import subprocess
 import sys
 
 import pytest
-from synthetic import documented
-from test_wandb_log import run_folder, transfer_record
+from commands import configured, launched, ran, refused
+from synthetic import TRACKED, documented, results, write
 
 from analysis import dashboard
-from configs import ROOT, UserError, entry, load
+from configs import UserError
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def nobody(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.chdir(tmp_path)
-    run_folder(tmp_path / "runs/transfer/default", transfer_record())
+    write(results(TRACKED), tmp_path / "runs/transfer/default")
 
 
 def keys_of(panel: dict) -> list[str]:
@@ -34,7 +33,7 @@ def keys_of(panel: dict) -> list[str]:
 
 def sections() -> dict[str, list[list[str]]]:
     """Title to the keys of each panel, as they would be sent."""
-    board = dashboard.layout(transfer_record()["cells"], "someone", "distilled-control", "view")
+    board = dashboard.layout(results(TRACKED)["cells"], "someone", "distilled-control", "view")
     spec = board._to_model().spec.model_dump(by_alias=True, exclude_none=True)  # what its save() sends
     return {
         section["name"]: [keys_of(panel) for panel in section["panels"]]
@@ -69,27 +68,18 @@ def test_a_control_has_its_members_in_one_panel():
     )
 
 
-def ran(words, capsys) -> tuple[int, list[str]]:
-    with pytest.raises(SystemExit) as stop:
-        entry(lambda: dashboard.main(load(dashboard.Config, words)))
-    return stop.value.code, capsys.readouterr().err.strip().splitlines()
+def test_without_login_one_line_says_how(nobody):
+    refused(configured(dashboard, []), "wandb login")
 
 
-def test_without_login_one_line_says_how(nobody, capsys):
-    code, said = ran([], capsys)
-    assert code == 2 and len(said) == 1 and "wandb login" in said[0]
-
-
-def test_without_the_extra_one_line_says_how(nobody, capsys, monkeypatch):
+def test_without_the_extra_one_line_says_how(nobody, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)  # an import of it raises
-    code, said = ran([], capsys)
-    assert code == 2 and len(said) == 1 and "pip install -e '.[dashboard]'" in said[0]
+    refused(configured(dashboard, []), "pip install -e '.[dashboard]'")
 
 
-def test_without_a_transfer_run_one_line_says_how(nobody, capsys, monkeypatch):
+def test_without_a_transfer_run_one_line_says_how(nobody, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    code, said = ran(["run=runs/nothing"], capsys)
-    assert code == 2 and len(said) == 1 and "python -m analysis.transfer" in said[0]
+    refused(configured(dashboard, ["run=runs/nothing"]), "python -m analysis.transfer")
 
 
 def test_a_server_that_refuses_is_one_line(nobody, monkeypatch):
@@ -101,13 +91,11 @@ def test_a_server_that_refuses_is_one_line(nobody, monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(dashboard.toolkit()[1].Workspace, "save", refuse)
-    with pytest.raises(UserError, match="did not save"):
-        dashboard.main(load(dashboard.Config, ["entity=someone"]))
+    with pytest.raises(UserError, match="did not save"):  # `entry` makes one line of it
+        configured(dashboard, ["entity=someone"])()
     assert saved == [("someone", "distilled-control")]
 
 
 def test_help_lists_the_keys():
-    done = subprocess.run(
-        [sys.executable, "-m", "analysis.dashboard", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "entity" in done.stdout and "runs/transfer/default" in done.stdout
+    printed = ran(launched("analysis.dashboard", "--help"))
+    assert "entity" in printed and "runs/transfer/default" in printed

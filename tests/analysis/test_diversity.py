@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import configured, launched, refused
 from PIL import Image
 from synthetic import Keys, undocumented
 
@@ -210,20 +211,15 @@ def test_pictures_of_a_folder(tmp_path):
         (["dtype=fp8"], "bf16"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
     (tmp_path / "empty").mkdir()
     words = [*(word.format(tmp_path / "empty") for word in words), f"out={tmp_path}", "wandb=disabled"]
-    assert says in refused(diversity.main, Config, words)
+    refused(configured(diversity, words), says)
     assert not (tmp_path / "default").exists()
 
 
 def test_a_page_of_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "analysis.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "results.json" in done.stderr
-    )
+    refused(launched("analysis.report", tmp_path), "results.json")
 
 
 @pytest.mark.parametrize("module", ["diversity", "trace", "similarity", "transfer"])

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_wandb_log import CONTROLS, TARGETS, transfer_record
+from synthetic import TARGETS, TRACKED
+from synthetic import results as fake_record
 
 from analysis import model_cards
 from analysis.pages import words
@@ -23,7 +24,7 @@ SMILE = ROOT / "controls/tiny/smile.safetensors"
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    record = transfer_record()
+    record = fake_record(TRACKED)
     return {**record, "cells": list(map(words.led, record["cells"]))}
 
 
@@ -41,9 +42,9 @@ def same(one: Path, other: Path) -> bool:
 def test_a_model_card_per_control(tmp_path, results):
     paths = model_cards.write(results, tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
-        f"cards/{name}.md" for name in CONTROLS
+        f"cards/{name}.md" for name in TRACKED
     ]
-    for path, name in zip(paths, CONTROLS, strict=True):
+    for path, name in zip(paths, TRACKED, strict=True):
         card = ModelCard(path.read_text())  # Hugging Face's own reader
         assert (
             card.data.library_name == "diffusers"
@@ -82,7 +83,7 @@ def test_numbers_go_into_the_header_and_nothing_else_changes(tmp_path, results):
     assert after == before and {**new, "transfer": {}} == {**old, "transfer": {}}
     found = formats.load(path).card.transfer
     assert found == model_cards.numbers(results, "smile") and set(found["targets"]) == {
-        t for t in TARGETS if ":" not in t
+        f"tiny/{t}" for t in TARGETS if ":" not in t
     }
     for cell in results["cells"][:2]:
         assert found["targets"][cell["target"]]["clip"] == {

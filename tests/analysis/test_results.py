@@ -318,7 +318,7 @@ NAMED = "<b>\"'& x|y"  # what a control may be called
 @pytest.fixture
 def evil() -> dict:
     """A transfer record whose names look like markup."""
-    found = synthetic.results() | {"config": {"family": "tiny"}}
+    found = synthetic.results()
     for cell in found["cells"]:
         cell["control"] = NAMED + cell["control"]
     return found

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from commands import configured, refused
 from synthetic import Keys, undocumented
 
 from analysis import similarity
@@ -282,9 +283,9 @@ def test_points_join_two_records_and_leave_out_what_is_undefined(run):
         (["transfer={}/broken"], "not the record"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("[]")
     words = [*(word.format(tmp_path) for word in words), f"out={tmp_path}/runs", "wandb=disabled"]
-    assert says in refused(similarity.main, similarity.Config, words)
+    refused(configured(similarity, words), says)
     assert not (tmp_path / "runs").exists()

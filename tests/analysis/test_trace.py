@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from commands import configured, refused
 from PIL import Image
 from synthetic import Keys, undocumented
 
@@ -192,6 +193,6 @@ def test_a_member_shows_what_it_has_reached():
         (["control=controls/tiny/smile.safetensors", "family=sdxl-of-nobody"], "tiny"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
-    assert says in refused(trace.main, Config, [*words, f"out={tmp_path}", "wandb=disabled"])
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
+    refused(configured(trace, [*words, f"out={tmp_path}", "wandb=disabled"]), says)
     assert not (tmp_path / "default").exists()

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import configured, launched, refused
 from safetensors.torch import save_file
 
 from analysis import transfer
@@ -405,7 +406,7 @@ def bad_controls(folder):
         (["controls=[{}/elsewhere.safetensors]", "prompts=[a]", "seeds=1", "targets=[dmd]"], "have no place"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
     bad_controls(tmp_path)
     words = [
         *(word.format(tmp_path) for word in words),
@@ -413,13 +414,9 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, refused):
         f"cache={tmp_path}/cache",
         "wandb=disabled",
     ]
-    assert says in refused(transfer.main, transfer.Config, words)
+    refused(configured(transfer, words), says)
     assert not (ROOT / "runs/trap-was-sprung").exists() and not (tmp_path / "default").exists()
 
 
 def test_the_command_itself_exits_with_2():
-    done = subprocess.run(
-        [sys.executable, "-m", "analysis.transfer", "sedes=3"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "seeds" in done.stderr
+    refused(launched("analysis.transfer", "sedes=3"), "seeds")

@@ -8,133 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic import documented
+from synthetic import GREYS, SCALES, TARGETS, TRACKED, UNIT, documented, write
+from synthetic import results as fake_record
 from wandb.proto import wandb_internal_pb2
 
 from analysis import dashboard, wandb_log
 from analysis.pages import words
 from configs import ROOT, merge, tracking
-from controls import effect, intervals, retention
 from train import slider
-
-SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
-TARGETS = {
-    "tiny/base": 1.0,
-    "tiny/dmd": 0.95,
-    "tiny/lcm": 0.4,
-    "tiny/lightning": 1.5,
-    "tiny/base:few(4)": 0.1,
-}
-CONTROLS = {"smile": 0.03, "age": 0.02, "nothing": 0.0}
-UNIT = {"clip": 1.0, "probe": 12.0}
-
-
-def simulated(strength: float, seed: int) -> np.ndarray:
-    """Effects (12, 4, 6) of a control of this strength, saturating, with noise of prompts and images."""
-    prompts = np.random.default_rng(7).normal(1, 0.15, (12, 1, 1))
-    noise = np.random.default_rng(seed).normal(0, 0.1 * max(strength, 0.03), (12, 4, len(SCALES)))
-    return effect.change(strength * prompts * np.tanh(np.array(SCALES) / 1.5) * 1.5 + noise, SCALES.index(0))
-
-
-def reading(source: np.ndarray, target: np.ndarray) -> dict:
-    """What one evaluator says of a cell, with the keys that analysis.transfer writes."""
-    inside = retention.window(source, SCALES)
-    kept, (below, above) = (
-        retention.retention(source, target, SCALES),
-        retention.slopes(source, target, SCALES),
-    )
-    same, other = intervals.equivalence(above, below), intervals.difference(above, below)
-    share = {"value": 0.01, "low": -0.02, "high": 0.04}
-    return {
-        "window": inside.tolist(),
-        **retention.estimate(target, SCALES, inside),
-        "retention": kept,
-        "equivalence": {"p": same, "p_holm": same},
-        "difference": {"p": other, "p_holm": other},
-        "matched_scale": retention.matched_scale(source, target, SCALES),
-        "shape": retention.shape(target, SCALES),
-        "monotonicity": retention.monotonicity(target, SCALES),
-        "preservation": 0.97,
-        "references": {
-            "floor": {"slope": share, "share": share},
-            "ceiling": None,
-            "wrong": {"control": "age", "slope": share, "share": share},
-            "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
-            "normalised": kept,
-        },
-        "verdict": retention.verdict(kept, same, other),
-    }
-
-
-def cell(control: str, target: str, number: int) -> dict:
-    strength, share = CONTROLS[control], TARGETS[target]
-    readings = {
-        name: reading(
-            simulated(strength * unit, number),
-            simulated(strength * unit * share, number if share == 1 else 90 + number),
-        )
-        for name, unit in UNIT.items()
-    }
-    return {
-        "control": control,
-        "kind": "slider",
-        "source": "tiny/base",
-        "target": target,
-        "reference": ":" in target,
-        "scales": SCALES,
-        "readings": readings,
-        "clip_change_percent": 17.8,
-        "images": 288,
-        "prompts": 12,
-        "seeds": 4,
-        "positive": "a smile",
-        "negative": "a frown",
-        "below": None,
-        "picture": f"images/{control}/{target.replace('/', '-')}.png",
-    }
-
-
-def transfer_record() -> dict:
-    """The record of a run of analysis.transfer over three simulated controls, one of which does nothing."""
-    cells = [cell(control, target, i) for i, control in enumerate(CONTROLS) for target in TARGETS]
-    some = {"value": 0.1, "low": 0.05, "high": 0.15}
-    leakage = [
-        {
-            "evaluator": "clip",
-            "target": "tiny/base",
-            "control": a,
-            "attribute": b,
-            "slope": some,
-            "share": some,
-        }
-        for a in CONTROLS
-        for b in CONTROLS
-        if a != b
-    ]
-    return {
-        "schema": 2,
-        "command": "python -m analysis.transfer",
-        "versions": {"torch": "2.13"},
-        "created": "2026-01-01T00:00:00",
-        "seconds": 61.5,
-        "config": {"family": "tiny", "seeds": 4},
-        "evaluators": list(UNIT),
-        "margin": [0.8, 1.25],
-        "cells": cells,
-        "leakage": leakage,
-    }
-
-
-def run_folder(folder: Path, results: dict) -> Path:
-    """A run folder as analysis.transfer leaves it; column k of every sheet has the colour k."""
-    for c in results["cells"]:
-        path = folder / c["picture"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        columns = np.repeat(np.arange(len(SCALES), dtype=np.uint8), 8)
-        Image.fromarray(np.broadcast_to(columns[None, :, None], (32, len(columns), 3)).copy()).save(path)
-    wandb_log.write(results, folder)
-    (folder / "report.html").write_text("<p>the page</p>")
-    return folder
 
 
 def records(folder: Path) -> list[wandb_internal_pb2.Record]:
@@ -222,14 +103,16 @@ def merged(into: dict, items) -> dict:
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    record = transfer_record()
+    record = fake_record(TRACKED)
     return {**record, "cells": list(map(words.led, record["cells"]))}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, results) -> Path:
     """A run folder with its W&B run, recorded offline."""
-    folder = run_folder(tmp_path_factory.mktemp("runs") / "mine", results)
+    folder = write(results, tmp_path_factory.mktemp("runs") / "mine")
+    wandb_log.write(results, folder)
+    (folder / "report.html").write_text("<p>the page</p>")
     files = {"smile": ROOT / "controls/tiny/smile.safetensors"}
     with tracking.start(
         folder, results["config"], "analysis.transfer", "smile+age+nothing", mode="offline"
@@ -246,27 +129,39 @@ def found(folder) -> Recorded:
 
 def test_the_run_is_filed_as_contributing_says(found):
     assert (found.run.job_type, found.run.run_group) == ("analysis.transfer", "smile+age+nothing")
-    assert found.config["family"] == "tiny" and found.config["uses"] == list(CONTROLS)
+    assert found.config["family"] == "tiny" and found.config["uses"] == list(TRACKED)
 
 
 def test_every_cell_is_in_the_table_by_both_evaluators(found, results):
     rows = {(row["control"], row["target"], row["evaluator"]): row for row in found.table("transfer/cells")}
-    assert len(rows) == len(CONTROLS) * len(TARGETS) * len(UNIT)
+    assert len(rows) == len(TRACKED) * len(TARGETS) * len(UNIT)
     for cell in results["cells"]:
         for evaluator_name, reading in words.readings(cell).items():
             row = rows[cell["control"], cell["target"], evaluator_name]
             assert row["verdict"] == reading["verdict"] and row["reference"] is cell["reference"]
+            references = reading["references"]
             for name, interval in {
                 "retention": reading["retention"],
                 "matched scale": reading["matched_scale"],
-                "floor": reading["references"]["floor"]["share"],
+                "floor": (references["floor"] or {}).get("share"),
+                "ceiling": (references["ceiling"] or {}).get("share"),
+                "normalised": references["normalised"],
             }.items():
-                assert [row[name], row[f"{name} low"], row[f"{name} high"]] == [
-                    interval[end] for end in ("value", "low", "high")
-                ]
-            assert row["ceiling"] is None and row["saturation"] == reading["shape"]["saturation"]
-    leakage = found.table("transfer/leakage")
-    assert len(leakage) == 6 and leakage[0]["share low"] == 0.05
+                assert ends(row, name) == [(interval or words.EMPTY)[end] for end in words.EMPTY]
+            assert row["saturation"] == reading["shape"]["saturation"]
+
+
+def ends(row: dict, name: str) -> list[float | None]:
+    """Value, low and high of an interval in a row of a table."""
+    return [row[name], row[f"{name} low"], row[f"{name} high"]]
+
+
+def test_all_of_leakage_is_in_its_table(found, results):
+    for row, leak in zip(found.table("transfer/leakage"), results["leakage"], strict=True):
+        assert all(row[key] == leak[key] for key in ("evaluator", "target", "control", "attribute"))
+        assert [ends(row, name) for name in ("share", "slope")] == [
+            list(leak[name].values()) for name in ("share", "slope")
+        ]
 
 
 def test_every_scale_is_a_step_of_the_image_slider(found, results):
@@ -278,13 +173,16 @@ def test_every_scale_is_a_step_of_the_image_slider(found, results):
                 == f"{cell['control']} at scale {f'{scale:+g}' if scale else '0'} on {cell['target']}"
             )
             with Image.open(found.files / entry["path"]) as picture:
-                assert picture.size == (8, 32) and np.all(np.asarray(picture) == step)
+                assert picture.size == (16, 64) and np.all(np.asarray(picture) == GREYS[step])
 
 
 def test_curves_and_heat_maps(found, results):
-    for control in CONTROLS:
+    for control in TRACKED:
         lines = found.table(f"curves/{control}_table")
-        drawn = {target: [row["lineVal"] for row in lines if row["lineKey"] == target] for target in TARGETS}
+        drawn = {
+            f"tiny/{target}": [row["lineVal"] for row in lines if row["lineKey"] == f"tiny/{target}"]
+            for target in TARGETS
+        }
         cells = [c for c in results["cells"] if c["control"] == control]
         assert drawn == {c["target"]: [point["value"] for point in c["effect"]] for c in cells}
         assert [row["step"] for row in lines][: len(SCALES)] == SCALES
@@ -370,7 +268,7 @@ def test_the_dashboard_names_what_was_logged(found, results):
     named = {
         key
         for p in patterns
-        for name in CONTROLS
+        for name in TRACKED
         for key in dashboard.filled(p.replace("<control>", name), results["cells"])
     }
     undefined = {

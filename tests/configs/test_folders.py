@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import configured, refused
 
 from analysis import diversity, similarity, trace, transfer
 from configs import ROOT, UserError, claim, load, release, releases, replacing
@@ -105,7 +106,7 @@ def test_a_run_is_made_continued_and_started_afresh(tmp_path):
     ],
     ids=" ".join,
 )
-def test_overwrite_never_removes_what_is_not_ours(module, words, tmp_path, refused, monkeypatch):
+def test_overwrite_never_removes_what_is_not_ours(module, words, tmp_path, monkeypatch):
     home, out = tmp_path / "home", tmp_path / "home/runs"
     monkeypatch.setenv("HOME", str(home))
     finished(out)
@@ -121,8 +122,7 @@ def test_overwrite_never_removes_what_is_not_ours(module, words, tmp_path, refus
     (out / "elsewhere").symlink_to(home / "away/elsewhere")
     (out / "letter").write_text("dear")
     before = tree(home)
-    given = ["name=mine", f"out={out}", "wandb=disabled", "overwrite=true", *words]
-    refused(module.main, module.Config, given)
+    refused(configured(module, ["name=mine", f"out={out}", "wandb=disabled", "overwrite=true", *words]))
     assert tree(home) == before
 
 
@@ -166,7 +166,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("module", "word"), [(module, word) for module in REFUSED for word in REFUSED[module]]
 )
-def test_a_refused_run_removes_nothing_and_claims_nothing(module, word, tmp_path, refused):
+def test_a_refused_run_removes_nothing_and_claims_nothing(module, word, tmp_path):
     folder = finished(tmp_path / "out", "mine")
     before = tree(tmp_path)
     for name in ("name=mine", "name=new"):
@@ -179,7 +179,7 @@ def test_a_refused_run_removes_nothing_and_claims_nothing(module, word, tmp_path
             word,
         ]
         cache = [f"cache={tmp_path}/cache"] if module is transfer else []
-        refused(module.main, module.Config, words + cache)
+        refused(configured(module, words + cache))
     assert tree(tmp_path) == before and folder.is_dir()
 
 
@@ -374,7 +374,7 @@ def test_a_command_gives_its_folder_back_however_it_ends(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["/dev/null", "/proc", "file", "n" * 300, "n/" * 3000])
-def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path, monkeypatch, refused, out):
+def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("text")
     refused(lambda: claim(Config("mine", out)))

@@ -2,21 +2,22 @@
 
 import os
 import pickle
-from copy import deepcopy
+import re
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from math import prod
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from commands import refused
+from diffusers import StableDiffusionXLPipeline
+from network import network, output, trained
 from safetensors.torch import save_file
 
 from configs import UserError
 from controls.formats import load, save
 from controls.layers import LAYERS, targets
 from controls.lora import (
-    Card,
     Control,
     _sum,
     attach,
@@ -32,72 +33,6 @@ from controls.lora import (
     strength,
 )
 from models.hashing import fingerprint
-
-
-def network(seed: int = 0, **changes) -> UNet2DConditionModel:
-    """A U-Net of SDXL's kind, as small as its parts allow, for a test to do with as it likes."""
-    return deepcopy(built(seed, **changes))
-
-
-@cache
-def built(seed: int, **changes) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    config = {
-        "sample_size": 8,
-        "block_out_channels": (32, 32, 64),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": 16,
-        "cross_attention_dim": 32,
-        "norm_num_groups": 8,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 80,
-    }
-    # frozen, as a member's network is: with weights that want gradients some CPUs take other kernels, which
-    # round differently
-    return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
-
-
-def output(net: UNet2DConditionModel) -> torch.Tensor:
-    rng = torch.Generator().manual_seed(7)
-    x, text = torch.randn(2, 4, 8, 8, generator=rng), torch.randn(2, 5, 32, generator=rng)
-    added = {"text_embeds": torch.randn(2, 32, generator=rng), "time_ids": torch.zeros(2, 6)}
-    return net(x.to(net.dtype), 500, text.to(net.dtype), added_cond_kwargs=added).sample
-
-
-def trained(
-    net: UNet2DConditionModel,
-    name: str,
-    seed: int,
-    layers: str = "noxattn",
-    rank: int = 4,
-    alpha: float = 1.0,
-) -> Control:
-    """A control with weights in both halves, as training would leave it."""
-    net = deepcopy(net)
-    create(net, name, layers, rank=rank, alpha=alpha, seed=seed)
-    rng = torch.Generator().manual_seed(seed)
-    tensors = {
-        key: 0.1 * torch.randn(value.shape, generator=rng) for key, value in extract(net, name).items()
-    }
-    card = Card(
-        "slider",
-        name,
-        "tiny",
-        "base",
-        rank,
-        alpha,
-        layers,
-        "c3lier",
-        {"target": "a face"},
-        "0f",
-        {"torch": "2"},
-    )
-    return Control(card, tensors)
 
 
 @pytest.fixture(scope="module")
@@ -353,11 +288,6 @@ def test_diffusers_alone_loads_the_file_at_the_same_strength(tmp_path, pair, rec
     assert not [w for w in recwarn if "inconsistency" in str(w.message)]
 
 
-def one_line(error: pytest.ExceptionInfo) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 class Trap:
     """Unpickling it makes a folder."""
 
@@ -374,9 +304,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path):
         ("bare", lambda thing, path: path.write_bytes(pickle.dumps(thing))),
     ):
         write(Trap(tmp_path / "sprung"), tmp_path / name)
-        with pytest.raises(UserError, match="pickle") as error:
-            load(tmp_path / name)
-        one_line(error)
+        refused(partial(load, tmp_path / name), "pickle")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -391,9 +319,7 @@ def test_broken_and_foreign_files_get_one_line(tmp_path, controls):
     cases = {cut: "truncated", text: "truncated", bare: "has no card", kohya: "layout"}
     cases |= {tmp_path / "gone": "no control file", tmp_path: "no control file"}
     for path, words in cases.items():
-        with pytest.raises(UserError, match=words) as error:
-            load(path)
-        one_line(error)
+        refused(partial(load, path), words)
 
 
 def test_a_control_of_another_architecture_is_refused(plain):
@@ -401,14 +327,10 @@ def test_a_control_of_another_architecture_is_refused(plain):
     names = [name for name, _ in net.named_modules()]
     deeper = trained(network(transformer_layers_per_block=(1, 1, 3)), "smile", 1)
     wider = trained(network(cross_attention_dim=48), "smile", 1, layers="xattn")
-    with pytest.raises(
-        UserError, match=r"^\d+ of \d+ layers of smile have no place in this network: .*another family\?"
-    ) as error:
-        attach(net, deeper)
-    one_line(error)
-    with pytest.raises(UserError, match=r"^\d+ of \d+ layers of smile have another shape") as error:
-        attach(net, wider)
-    one_line(error)
+    message = refused(lambda: attach(net, deeper))
+    assert re.match(r"\d+ of \d+ layers of smile have no place in this network: .*another family\?", message)
+    message = refused(lambda: attach(net, wider))
+    assert re.match(r"\d+ of \d+ layers of smile have another shape", message)
     with pytest.raises(UserError, match="family 'tiny'"):
         attach(net, trained(net, "smile", 1), family="sdxl")
     assert [name for name, _ in net.named_modules()] == names

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from commands import called, ran, refused
 from diffusers import StableDiffusionXLPipeline
+from foreign import FOREIGN, change, same
+from network import network, output, trained
 from safetensors.torch import load_file, save_file
-from test_controls import network, output, trained
-from test_formats import FOREIGN, change, ran, same
 
 from analysis import transfer
-from configs import ROOT, UserError, plain
+from configs import ROOT, plain
 from controls import convert, formats, info, merge, show
 from controls.lora import Control, attach, content, strength
 from models.families import Family
@@ -42,14 +43,6 @@ def halves(stem: str = f"unet.{Q}", rank: int = 2, size: int = 32) -> dict[str, 
 def written(path, card=CARD, tensors=None):
     save_file(tensors or halves(), path, {"card": card if isinstance(card, str) else json.dumps(card)})
     return path
-
-
-def refused(call, *says: str) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 600 and all(words in text for words in says), text
-    return text
 
 
 # cards
@@ -386,20 +379,16 @@ def test_very_long_keys_are_cut(tmp_path):
 @pytest.mark.parametrize(
     "name", ["epoch=10-step=2000", "[a], b", "Grüße aus Köln", "a,b {c} (d)", "$HOME", "--x", "..x", "日本語"]
 )
-def test_files_of_any_name_are_converted_and_merged(tmp_path, monkeypatch, capsys, name):
+def test_files_of_any_name_are_converted_and_merged(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     source = tmp_path / f"{name}.safetensors"
     source.write_bytes(SMILE.read_bytes())
     target = tmp_path / f"{name} out=1.safetensors"
-    assert ran(convert, [source, target], monkeypatch, capsys)[0] == 0 and target.is_file()
-    assert (
-        ran(merge, [source, target, tmp_path / f"{name} both=1.safetensors", "rank=4"], monkeypatch, capsys)[
-            0
-        ]
-        == 0
-    )
+    ran(called(convert, source, target))
+    assert target.is_file()
+    ran(called(merge, source, target, tmp_path / f"{name} both=1.safetensors", "rank=4"))
     save_file(halves(), source)
-    assert formats.name(source) and ran(info, [source], monkeypatch, capsys)[0] == 0
+    assert formats.name(source) and ran(called(info, source))
 
 
 def test_plain_words_and_options_are_told_apart(tmp_path, monkeypatch):
@@ -445,7 +434,7 @@ def test_a_files_name_becomes_one_that_a_folder_can_have(stem, name):
 # writing
 
 
-def test_outputs_that_cannot_be_written_are_one_line_and_lose_nothing(tmp_path, monkeypatch, capsys):
+def test_outputs_that_cannot_be_written_are_one_line_and_lose_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")  # as /dev/null is, no ordinary file
@@ -457,19 +446,18 @@ def test_outputs_that_cannot_be_written_are_one_line_and_lose_nothing(tmp_path, 
         "/proc/x.safetensors",
     ):
         for module, words in ((convert, [SMILE]), (merge, [SMILE, SMILE])):
-            code, said = ran(module, [*words, out], monkeypatch, capsys)
-            assert code == 2 and len(said.strip().splitlines()) == 1 and "cannot write" in said, said
+            refused(called(module, *words, out), "cannot write")
     assert (
         sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
         and (tmp_path / "file").read_text() == "mine"
     )
 
 
-def test_a_file_may_replace_itself(tmp_path, monkeypatch, capsys):
+def test_a_file_may_replace_itself(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(SMILE.read_bytes())
-    assert ran(convert, [path, path, "format=kohya"], monkeypatch, capsys)[0] == 0
-    assert ran(convert, [path, path], monkeypatch, capsys)[0] == 0
+    ran(called(convert, path, path, "format=kohya"))
+    ran(called(convert, path, path))
     assert same(change(formats.load(path)), change(formats.load(SMILE)))
 
 
@@ -487,19 +475,14 @@ def test_a_file_may_replace_itself(tmp_path, monkeypatch, capsys):
         (convert, ["member=sdxl/base"], "trained on tiny/base"),
     ],
 )
-def test_options_that_cannot_be(tmp_path, monkeypatch, capsys, module, words, says):
+def test_options_that_cannot_be(tmp_path, module, words, says):
     files = [SMILE] * (2 if module is merge else 1)
-    code, said = ran(module, [*files, tmp_path / "x.safetensors", *words], monkeypatch, capsys)
-    assert code == 2 and len(said.strip().splitlines()) == 1 and says in said and not list(tmp_path.iterdir())
+    refused(called(module, *files, tmp_path / "x.safetensors", *words), says)
+    assert not list(tmp_path.iterdir())
 
 
-def test_convert_puts_what_is_said_into_the_card(tmp_path, monkeypatch, capsys):
-    assert (
-        ran(
-            convert, [SMILE, tmp_path / "x.safetensors", "name=grin", "positive=a grin"], monkeypatch, capsys
-        )[0]
-        == 0
-    )
+def test_convert_puts_what_is_said_into_the_card(tmp_path):
+    ran(called(convert, SMILE, tmp_path / "x.safetensors", "name=grin", "positive=a grin"))
     card, before = formats.load(tmp_path / "x.safetensors").card, formats.load(SMILE).card
     assert asdict(card) == {
         **asdict(before),
@@ -516,6 +499,5 @@ def test_a_control_of_a_run_folder_is_read_from_anywhere(tmp_path, monkeypatch):
         assert content(formats.load(path)) == content(formats.load(SMILE))
 
 
-def test_show_does_not_write_over_a_folder(tmp_path, monkeypatch, capsys):
-    code, said = ran(show, [SMILE, "scales=[0]", f"out={tmp_path}"], monkeypatch, capsys)
-    assert code == 2 and len(said.strip().splitlines()) == 1 and "cannot write" in said
+def test_show_does_not_write_over_a_folder(tmp_path):
+    refused(called(show, SMILE, "scales=[0]", f"out={tmp_path}"), "cannot write")

@@ -11,9 +11,9 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
+from foreign import FOREIGN, change, same
+from network import network, trained
 from safetensors.torch import save_file
-from test_controls import network, trained
-from test_formats import FOREIGN, change, same
 
 from configs import UserError
 from controls import convert, formats, info, merge

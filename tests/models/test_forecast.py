@@ -8,9 +8,9 @@ import hub
 import huggingface_hub.constants
 import pytest
 import torch
+from allocator import allocated
+from network import network, trained
 from safetensors.torch import save_file
-from test_bench import allocated
-from test_controls import network, trained
 
 from analysis.images.cache import Job, in_memory, in_turn
 from configs import merge

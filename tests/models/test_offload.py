@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_controls import network, output, trained
+from network import network, output, trained
 from torch.utils._pytree import tree_map
 
 from configs import UserError, load, merge

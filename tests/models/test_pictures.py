@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import configured, refused
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -384,8 +385,8 @@ def test_an_image_slider_trains_on_a_folder(tmp_path):
     ("word", "says"),
     [("data=nowhere", "tiny:ATTRIBUTE"), ("data=tiny:nose", "smile"), ("member=tiny/turbo", "dmd")],
 )
-def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path, refused):
-    assert says in refused(image_slider.main, Config, [*SHORT, word, f"out={tmp_path}"])
+def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path):
+    refused(configured(image_slider, [*SHORT, word, f"out={tmp_path}"]), says)
 
 
 def test_a_lora_trains_on_a_folder_and_with_its_prior(tmp_path):

@@ -2,10 +2,10 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from toys import Echo, prompts, toys
 
 from analysis.images.cache import acting
 from configs import UserError
@@ -16,10 +16,8 @@ from models.interventions import CADS, Pink, WeightInterpolation, derived
 from models.lora_student import Delta
 from models.noise import vp
 from models.plans import PLANS, named
-from models.prompts import Prompts
-from models.sampler import Denoiser, Member, Plan, Stage, alone, draw_noise, during, finish, levels_of, sample
+from models.sampler import Denoiser, Plan, Stage, alone, draw_noise, during, finish, sample
 
-LEVELS = levels_of("vp", "", 0, [999, 749, 499, 249])
 TEXTS = ["portrait of a person, glasses, brown hair", "portrait of a person, hat, purple background"]
 
 
@@ -39,29 +37,6 @@ def latents(tiny, plan: Plan, seeds=(5, 17), texts=TEXTS) -> torch.Tensor:
 
 
 # on networks that answer at once
-
-
-class Told(torch.nn.Module):
-    """Answers with a share of its input plus the first number that it is told."""
-
-    def __init__(self, share: float):
-        super().__init__()
-        self.share = torch.nn.Parameter(torch.tensor(share), requires_grad=False)
-
-    def forward(self, x, t, tokens, added_cond_kwargs):
-        return SimpleNamespace(sample=self.share * x + tokens[:, 0, 0].reshape(-1, 1, 1, 1))
-
-
-def toys(eta: float = 1.0, start: str = "unit") -> tuple[Member, Member]:
-    base = Member("toy/base", Denoiser(Told(0.9)), levels_of("vp", "trailing", 10), guidance=3.0)
-    return base, Member("toy/student", Denoiser(Told(0.6)), LEVELS, eta=eta, start=start)
-
-
-def prompts(batch: int = 2) -> Prompts:
-    plain = Prompts(
-        torch.linspace(0, 1, 12 * batch).reshape(batch, 3, 4), torch.ones(batch, 4), torch.zeros(batch, 6)
-    )
-    return replace(plain, negative=replace(plain, tokens=torch.zeros(batch, 3, 4)))
 
 
 def drawn(text: str, eta: float = 1.0, seeds=(3, 8), rows=(0, 1)) -> torch.Tensor:
@@ -206,7 +181,7 @@ def test_a_plan_that_is_none(text, says):
 def test_two_networks_that_are_not_alike():
     base, student = toys()
     with pytest.raises(UserError, match="predicts what its base does"):
-        named("delta(1)", base, replace(student, denoiser=Denoiser(Told(1.0), "v")))
+        named("delta(1)", base, replace(student, denoiser=Denoiser(Echo(1.0), "v")))
     with pytest.raises(UserError, match="different shapes"):
         named("delta(1)", base, replace(student, denoiser=Denoiser(torch.nn.Linear(2, 2)))).stages[
             0

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_controls import network, output, trained
+from commands import called, configured, refused
+from network import network, output, trained
 from torch import nn
 
 from analysis import diversity, session, similarity, trace, transfer
@@ -388,11 +389,15 @@ def test_show_draws_on_packed_networks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [*COMMANDS, show])
 @pytest.mark.parametrize("word", ["quantize=nf5", "dtype=fp8"])
-def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word, tmp_path, refused):
-    words = [word] if command is show else [word, f"out={tmp_path}", "wandb=disabled"]
-    run = (lambda cfg: show.main([], cfg)) if command is show else command.main
+def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word, tmp_path):
+    words = [word, f"out={tmp_path}", "wandb=disabled"]
     key, _, value = word.partition("=")
-    assert refused(run, command.Config, words).startswith(f"error: no {key} {value!r}; there are ")
+    message = refused(
+        called(show, "controls/tiny/smile-dmd.safetensors", word)
+        if command is show
+        else configured(command, words)
+    )
+    assert message.startswith(f"no {key} {value!r}; there are ")
     assert not list(tmp_path.iterdir())
 
 
@@ -404,7 +409,7 @@ def test_what_a_command_cannot_draw_in_is_one_line_and_exit_code_2(command, word
         ("int8-torchao", "quantize=int8-torchao needs torchao: pip install -e '.[torchao]'"),
     ],
 )
-def test_a_missing_package_is_one_line_and_exit_code_2(word, says, tmp_path, monkeypatch, refused):
+def test_a_missing_package_is_one_line_and_exit_code_2(word, says, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     words = [f"quantize={word}", f"out={tmp_path}", "wandb=disabled"]
-    assert refused(slider.main, slider.Config, words) == f"error: {says}"
+    assert refused(configured(slider, words)) == says

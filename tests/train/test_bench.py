@@ -1,29 +1,15 @@
 """Benches: what they report is what happens."""
 
-import json
-
 import numpy as np
 import pytest
-from test_controls import network
-from torch.profiler import ProfilerActivity, profile
+from allocator import allocated
+from network import network
 
 from analysis import bench
 from configs import merge
 from models.architectures import ARCHITECTURES
 from train import dry_run
 from train.bench import memory, prior
-
-
-def allocated(call, folder) -> int:
-    """The most bytes that a call held on the CPU beyond what was there, by torch's own allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    record.export_chrome_trace(str(folder / "trace.json"))
-    events = [
-        e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"
-    ]
-    totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
-    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import configured, refused
 from safetensors.torch import load_file
 
 from configs import ROOT, UserError, merge
@@ -320,9 +321,9 @@ def test_the_average_lags_behind(tmp_path, whole):
         (lora, "data=tiny:oil", "watercolour"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(module, word, says, tmp_path, refused):
+def test_bad_input_is_one_line_and_exit_code_2(module, word, says, tmp_path):
     words = ["trajectories=1" if module is slider else "images=2", word, f"out={tmp_path}", "wandb=disabled"]
-    assert says in refused(module.main, module.Config, words)
+    refused(configured(module, words), says)
 
 
 def test_the_command_itself_exits_with_2():

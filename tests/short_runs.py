@@ -1,0 +1,44 @@
+"""Every command on the embedded family, as short as it gets."""
+
+from analysis import diversity, similarity, trace, transfer
+from train import image_slider, lora, slider, sliderspace
+
+PROMPTS = "prompts=[portrait of a person,'portrait of a person, hat']"
+TRAINERS = [
+    (
+        slider,
+        ["trajectories=2", "watch=[tiny/dmd]", "watch_every=1", "ema=0.9", "gradient_checkpointing=true"],
+    ),
+    (slider, ["recipe=published", "denoise_steps=3"]),
+    (slider, ["member=tiny/dmd", "trajectories=2"]),
+    (lora, ["images=4", "prior=1", "prior_images=2"]),
+    (image_slider, ["pairs=2"]),
+    (sliderspace, ["directions=2", "trajectories=3"]),
+]
+ANALYSES = [
+    (
+        transfer,
+        [
+            "controls=[controls/tiny/smile.safetensors,controls/tiny/space-1.safetensors]",
+            "targets=[dmd]",
+            "seeds=2",
+        ],
+    ),
+    (
+        transfer,
+        [
+            "controls=[controls/tiny/smile.safetensors]",
+            "targets=[dmd]",
+            "seeds=2",
+            "scales=[0,1]",
+            "below=2.0",
+            "references=false",
+        ],
+    ),
+    (trace, ["students=[dmd]", "plans=[hybrid(1)]", "seeds=2", "bands=[500]"]),
+    (diversity, ["students=[dmd]", "plans=[hybrid(1),delta(0.8)]", "seeds=3", "captions=0"]),
+    (
+        similarity,
+        ["targets=[dmd]", "seeds=2", "controls=[controls/tiny/smile.safetensors]", "neighbours=2", "draws=5"],
+    ),
+]
