@@ -413,26 +413,3 @@ def write_configs(cache: Path, name: str) -> FamilyCard:
         if its.noise_schedule == "flow":  # whose levels are its scheduler's
             FlowMatchEulerDiscreteScheduler(**FLOWS[repo]).save_pretrained(folder / "scheduler")
     return family
-
-
-NORMS = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
-
-
-def original(net: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """A U-Net's weights by the names of Stability's own code, as trainers and civitai's checkpoints have
-    them.
-    """
-    theirs = {layer: name for name, (layer,) in layouts._sgm(net).items()} | {"conv_norm_out": "out.0"}
-    found = {}
-    for key, weight in net.state_dict().items():
-        layer, _, end = key.rpartition(".")
-        near, _, last = layer.rpartition(".")
-        if layer not in theirs and last in NORMS and f"{near}.conv1" in theirs:
-            theirs[layer] = theirs[f"{near}.conv1"].removesuffix("in_layers.2") + NORMS[last]
-        elif layer not in theirs:  # inside an attention block both say the same after its prefix
-            block = layer.split(".transformer_blocks.")[0].removesuffix(".norm")
-            theirs[layer] = theirs[f"{block}.proj_in"].removesuffix("proj_in") + layer.removeprefix(
-                f"{block}."
-            )
-        found[f"model.diffusion_model.{theirs[layer]}.{end}"] = weight.half().contiguous()
-    return found
