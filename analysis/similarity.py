@@ -6,10 +6,9 @@ Without arguments: tiny/base against each of its students, and all shipped contr
 With control=FILE: members without against themselves with that control.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from analysis.measures.prediction import points, predictors
 from analysis.pages.similarity import INPUTS, by_step, findings, of, predictor_sentences, table
 from analysis.pages.words import number, ranged
 from analysis.session import Drawing, Session
-from configs import ROOT, UserError, entry, list_of, releases, replacing, tracking
+from configs import ROOT, UserError, entry, list_of, releases, tracking
 from configs.screen import show_table
 from controls import formats, lora
 from controls.lora import Control
@@ -62,10 +61,10 @@ RETENTION = {
 
 @dataclass(frozen=True)
 class Task:
-    """A file of the run folder, and what makes its cells or tensors."""
+    """A file of the run folder, and what makes its tensors."""
 
     file: str
-    make: Callable[[], list[dict] | dict[str, Tensor]]
+    make: Callable[[], dict[str, Tensor]]
     members: frozenset[str] = frozenset()  # whose networks it needs
     controls: tuple[Control, ...] = ()  # that are put into them, one at a time
     evaluators: tuple[str, ...] | None = None  # that look at its pictures; None = it makes none
@@ -111,16 +110,16 @@ def main(cfg: Config) -> Path:
     transfer = retentions(cfg.transfer) if controls else []
     seeds = session.prompts().numbers(cfg.seeds, cfg.seed)
     pairs, measure = pairs_of(cfg, session.family, control), measure_of(cfg)
-    tasks = tasks_of(session, pairs, controls, seeds, measure)
+    sampling, measuring = tasks_of(session, pairs, controls, seeds, measure)
     if cfg.dry_run:
-        return plan(session, pairs, controls, seeds, measure, tasks)
+        return plan(session, pairs, controls, len(seeds), measure, in_turn(sampling) + in_turn(measuring))
     fits(session.bare, pairs, controls, cfg.blocks)
     session.claim()
-    for label, part in tasks.items():
-        work(session, part, label)
+    work(session, sampling, "sampling")
+    work(session, measuring, "measuring")
     if not session.first:
         return session.folder / "report.html"
-    cells = gather(session.folder, pairs, controls)
+    cells = [cell for task in measuring for cell in left(session.folder, task)]
     return publish(session, cells + predicted(cells, transfer, cfg.seed), control)
 
 
@@ -131,29 +130,27 @@ def firsts_of(family: Family, pairs: list[Pair], controls: list[Control]) -> lis
 
 def tasks_of(
     session: Session, pairs: list[Pair], controls: list[Control], seeds: list[int], measure: Measure
-) -> dict[str, list[Task]]:
-    """All that is to be made, in two rounds."""
-    cfg, family = session.cfg, session.family
-    todo = chunks(cfg.prompts, seeds, family.drawing.size)
-    measured = measurements(cfg, family, pairs, controls, todo, measure, session.folder, not session.first)
-    return {"sampling": walks(family, firsts_of(family, pairs, controls), todo), "measuring": measured}
+) -> tuple[list[Task], list[Task]]:
+    """What is sampled, and what is measured then."""
+    family, todo = session.family, chunks(session.cfg.prompts, seeds, session.family.drawing.size)
+    sampling = walks(family, firsts_of(family, pairs, controls), todo)
+    return sampling, measurements(session, pairs, controls, todo, measure)
 
 
 def plan(
     session: Session,
     pairs: list[Pair],
     controls: list[Control],
-    seeds: list[int],
+    images: int,
     measure: Measure,
-    tasks: dict[str, list[Task]],
+    tasks: list[Task],
 ) -> Path:
     """Says what will be compared, and what that takes."""
-    family, images = session.family, len(seeds)
+    family = session.family
     print(f"{len(pairs)} pairs, {images} images each; the directions of {len(controls)} controls come on top")
     calls = nfe(family, pairs, firsts_of(family, pairs, controls), images)
-    ordered = [task for part in tasks.values() for task in in_turn(part)]
     names = chosen(family.card) if session.cfg.stitch_seeds else ()
-    session.say(calls, names, lambda: moments(session.cfg, family, measure, ordered))
+    session.say(calls, names, lambda: moments(session.cfg, family, measure, tasks))
     return session.folder
 
 
@@ -246,7 +243,7 @@ def work(session: Session, tasks: list[Task], label: str) -> None:
     The text encoders go before the first network comes, a network goes when no later task needs it.
     """
     family, folder, prompts = session.family, session.folder, session.cfg.prompts
-    lost = store.missing(folder, [task.file for task in tasks], whole)
+    lost = store.missing(folder, [task.file for task in tasks])
     mine = in_turn(session.share([task for task in tasks if task.file in lost]))
     for text in prompts if mine else ():
         family.encode([text])  # by itself, as chunks ask for it: a batch of texts rounds in another way
@@ -254,7 +251,7 @@ def work(session: Session, tasks: list[Task], label: str) -> None:
         family.encode_all(prompts)
     for k, task in enumerate(tqdm(mine, label, unit="task", disable=not session.first)):
         family.keep(frozenset().union(*(later.members for later in mine[k:])))
-        (keep if task.file.endswith(".json") else store.write)(folder / task.file, task.make(), task.file)
+        store.write(folder / task.file, task.make(), task.file)
     session.accelerator.wait_for_everyone()
 
 
@@ -276,11 +273,6 @@ def moments(cfg: Config, family: Family, measure: Measure, tasks: Sequence[Task]
             # not yet while texts are encoded and networks packed
             summing = family.device.type == "cpu" and "draw" in moment.when
             yield Moment(moment.when, moment.held | (aside if summing else {}))
-
-
-def whole(path: Path, file: str) -> list[dict] | dict[str, Tensor] | None:
-    """The cells or tensors that a task left; None where they are not whole."""
-    return (kept if file.endswith(".json") else store.read)(path, file)
 
 
 def walks(family: Family, members: list[str], todo: list[Chunk]) -> list[Task]:
@@ -312,67 +304,50 @@ def nfe(family: Family, pairs: list[Pair], firsts: list[str], images: int) -> Co
 
 
 def measurements(
-    cfg: Config,
-    family: Family,
-    pairs: list[Pair],
-    controls: list[Control],
-    todo: list[Chunk],
-    measure: Measure,
-    folder: Path,
-    quiet: bool,
+    session: Session, pairs: list[Pair], controls: list[Control], todo: list[Chunk], measure: Measure
 ) -> list[Task]:
-    """Comparisons, stitched networks and controls: one task and one JSON file of cells each."""
+    """Comparisons, stitched networks, controls: a task and a file of cells each, in the record's order."""
+    family, folder, starts = session.family, session.folder, []
 
     def comparison(pair: Pair) -> list[dict]:
-        def own(chunk):
+        def walked_by_first(chunk: Chunk) -> dict[str, Tensor]:
             return store.load(folder / walked(pair.first, chunk), walked(pair.first, chunk))
 
-        return compare(family, pair, todo, measure, own, quiet)
-
-    def stitches(pair: Pair) -> list[dict]:
-        texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]
-        own = [seed for chunk in todo for seed in chunk.seeds]
-        seeds = [own[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
-        evaluators = load_evaluators(family.card, family.device)
-        cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, evaluators)
-        wandb_log.picture(pictures, folder / f"images/stitch/{pair.file}.png")
-        return cells
-
-    grounds: list[Start] = []
+        return compare(family, pair, todo, measure, walked_by_first, not session.first)
 
     def direction(control: Control) -> list[dict]:
-        if not grounds:
-            grounds.append(ground(family, todo, folder))
-        return directions(family, control, grounds[0])
+        starts[:] = starts or [ground(family, todo, folder)]
+        return directions(family, control, starts[0])
 
-    files, evaluators = files_of(pairs, controls), tuple(chosen(family.card))
+    def task(name: str, members: Iterable[str], make: Callable, *args, **about) -> Task:
+        return Task(f"cells/{name}.safetensors", partial(packed, make, *args), frozenset(members), **about)
+
     tasks = []
     for pair in pairs:
-        own, used = frozenset([pair.first, pair.second]), (pair.control,) if pair.control else ()
-        tasks.append(
-            Task(files[f"compare/{pair.file}"], partial(comparison, pair), own, used, compared=pair.second)
-        )
-    for pair in pairs if cfg.stitch_seeds else ():
+        used = (pair.control,) if pair.control else ()
+        about = {"controls": used, "compared": pair.second}
+        tasks.append(task(f"compare/{pair.file}", {pair.first, pair.second}, comparison, pair, **about))
+    for pair in pairs if session.cfg.stitch_seeds else ():
         if not pair.control:
-            own = frozenset([pair.first, pair.second])
-            tasks.append(
-                Task(files[f"stitch/{pair.file}"], partial(stitches, pair), own, evaluators=evaluators)
-            )
-    every = frozenset(family.card.members)
+            looking = {"evaluators": tuple(chosen(family.card))}
+            members = {pair.first, pair.second}
+            tasks.append(task(f"stitch/{pair.file}", members, stitches, session, todo, pair, **looking))
     for control in controls:
-        tasks.append(
-            Task(files[f"control/{control.card.name}"], partial(direction, control), every, (control,))
-        )
-    return tasks + ([Task(files["overlap"], partial(overlaps, controls))] if controls else [])
+        about = {"controls": (control,)}
+        tasks.append(task(f"control/{control.card.name}", family.card.members, direction, control, **about))
+    return tasks + ([task("overlap", (), overlaps, controls)] if controls else [])
 
 
-def files_of(pairs: list[Pair], controls: list[Control]) -> dict[str, str]:
-    """Where in the run folder the cells of each task are, in the order of the record."""
-    names = [f"{task}/{pair.file}" for task in ("compare", "stitch") for pair in pairs]
-    return {
-        name: f"cells/{name}.json"
-        for name in [*names, *(f"control/{c.card.name}" for c in controls), "overlap"]
-    }
+def stitches(session: Session, todo: list[Chunk], pair: Pair) -> list[dict]:
+    """What stitched networks draw, and their pictures."""
+    cfg, family = session.cfg, session.family
+    texts = [prompt for prompt in cfg.prompts for _ in range(cfg.stitch_seeds)]
+    every = [seed for chunk in todo for seed in chunk.seeds]
+    seeds = [every[p * cfg.seeds + s] for p in range(len(cfg.prompts)) for s in range(cfg.stitch_seeds)]
+    evaluators = load_evaluators(family.card, family.device)
+    cells, pictures = stitch(family, pair.first, pair.second, texts, seeds, evaluators)
+    wandb_log.picture(pictures, session.folder / f"images/stitch/{pair.file}.png")
+    return cells
 
 
 @torch.no_grad()
@@ -390,28 +365,15 @@ def ground(family: Family, todo: list[Chunk], folder: Path) -> Start:
     return Start(prompts, x0, eps, np.repeat([chunk.prompt for chunk in firsts], counts), family.drawing)
 
 
-def keep(path: Path, cells: list[dict], what: str) -> None:
-    """Writes cells as JSON that knows what it is of and whether it is whole, as `store` does with tensors."""
-    text = json.dumps(cells, allow_nan=False)
-    with replacing(path) as new:
-        new.write_text(
-            json.dumps({"what": what, "sha256": hashlib.sha256(text.encode()).hexdigest(), "cells": text})
-        )
+def packed(make: Callable[..., list[dict]], *args) -> dict[str, Tensor]:
+    """Cells as a tensor, the bytes of their JSON, for `store`."""
+    text = json.dumps(make(*args), allow_nan=False)
+    return {"json": torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
 
-def kept(path: Path, what: str) -> list[dict] | None:
-    """The cells of a file; None where there is none, or where it is not whole or of something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        text, about = found["cells"], (found["what"], found["sha256"])
-        return json.loads(text) if about == (what, hashlib.sha256(text.encode()).hexdigest()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def gather(folder: Path, pairs: list[Pair], controls: list[Control]) -> list[dict]:
-    """The cells of all tasks; those that were not asked for have none."""
-    return [cell for file in files_of(pairs, controls).values() for cell in kept(folder / file, file) or ()]
+def left(folder: Path, task: Task) -> list[dict]:
+    """The cells that a task left."""
+    return json.loads(bytes(store.load(folder / task.file, task.file)["json"].numpy()))
 
 
 def show(cells: list[dict]) -> None:

@@ -7,7 +7,7 @@ made again.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,11 +57,11 @@ def load(path: Path, what: str) -> dict[str, Tensor]:
     return found
 
 
-def missing(folder: Path, files: Iterable[str], whole: Callable[[Path, str], object] = read) -> set[str]:
+def missing(folder: Path, files: Iterable[str]) -> set[str]:
     """Those files of a folder, each of what its path there says, that are still to be made; what is damaged
     is among them, and said.
     """
-    lost = {file for file in files if whole(Path(folder) / file, file) is None}
+    lost = {file for file in files if read(Path(folder) / file, file) is None}
     spoilt = [file for file in lost if (Path(folder) / file).exists()]
     if spoilt:
         note(

@@ -120,7 +120,7 @@ def test_the_page_loads_no_torch():
 
 def test_a_killed_run_goes_on(run):
     before = cells(run)
-    (run / "cells/compare/dmd.json").unlink()
+    (run / "cells/compare/dmd.safetensors").unlink()
     next((run / "trajectories/base").iterdir()).unlink()
     similarity.main(
         merge(similarity.Config, [*SMALL, CONTROLS, f"out={run.parent}", f"transfer={run.parent}/transfer"])

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from analysis import similarity
 from analysis.images import store
 from configs import UserError
 
@@ -82,13 +81,3 @@ def test_what_is_missing_in_a_folder_and_what_of_it_is_damaged(path, capsys):
     assert "1 of the files in" in capsys.readouterr().out
     with pytest.raises(UserError, match="damaged or removed while this run read it"):
         store.load(path.parent / "c", "c")
-
-
-def test_cells_know_whether_they_are_whole(tmp_path):
-    file, cells = tmp_path / "cells.json", [{"what": "block", "cka": 0.51}]
-    similarity.keep(file, cells, "a")
-    assert similarity.kept(file, "a") == cells and similarity.kept(file, "b") is None
-    whole = file.read_text()
-    for other in (whole.replace("0.51", "0.61"), whole[:-1], "", "[]", '{"cells": 3}', '[{"what": "block"}]'):
-        file.write_text(other)
-        assert similarity.kept(file, "a") is None
