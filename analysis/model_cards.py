@@ -14,7 +14,6 @@ from analysis.pages.words import ranged
 from configs import ROOT, UserError, plain_name, replacing
 from controls import formats
 from controls.lora import Card
-from controls.retention import MARGIN
 from models import families
 
 KINDS = {"slider": "A Concept Slider", "lora": "A LoRA", "sliderspace": "A SliderSpace direction"}
@@ -61,7 +60,7 @@ def carded(path: Path) -> Card:
 
 def numbers(results: dict, control: str) -> dict:
     """What to know before using a control: scale, retention, verdict per target and evaluator."""
-    cells = [cell for cell in results["cells"] if cell["control"] == control and not cell.get("reference")]
+    cells = [cell for cell in results["cells"] if cell["control"] == control and not cell["reference"]]
     targets = {
         cell["target"]: {
             evaluator_name: {
@@ -74,16 +73,15 @@ def numbers(results: dict, control: str) -> dict:
         for cell in cells
     }
     first = cells[0]
-    about = {key: first.get(key) for key in ("source", "scales", "prompts", "seeds")}
-    how = {key: results.get(key) for key in ("command", "created", "versions")}
-    return {**about, "margin": list(results.get("margin", MARGIN)), "targets": targets, **how}
+    about = {key: first[key] for key in ("source", "scales", "prompts", "seeds")}
+    how = {key: results[key] for key in ("margin", "command", "created", "versions")}
+    return {**about, "targets": targets, **how}
 
 
 def text(results: dict, control: str) -> str:
     """A model card in Markdown, with the front matter that Hugging Face reads."""
     cell, found = next(c for c in results["cells"] if c["control"] == control), numbers(results, control)
-    both = cell.get("negative") and cell.get("positive")
-    ends = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if both else ""
+    ends = f' from "{plain(cell["negative"])}" to "{plain(cell["positive"])}"' if cell["negative"] else ""
     evaluators = words.evaluators_of([cell])
     heads = ["on", "use scale", *(f"kept, by {plain(evaluator_name)}" for evaluator_name in evaluators)]
     rows = [
@@ -98,14 +96,14 @@ def text(results: dict, control: str) -> str:
         for target, by in found["targets"].items()
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
-    versions = ", ".join(plain(f"{name} {version}") for name, version in (found["versions"] or {}).items())
+    versions = ", ".join(plain(f"{name} {version}") for name, version in found["versions"].items())
     (low, high), scales = found["margin"], ", ".join(f"{s:g}" for s in found["scales"])
     return f"""---
 {front(results, cell).strip()}
 ---
 # {plain(control)}
 
-{KINDS.get(cell.get("kind"), "A control")}{ends}, trained on {code(found["source"])}.
+{KINDS.get(cell["kind"], "A control")}{ends}, trained on {code(found["source"])}.
 
 {table}
 
@@ -140,7 +138,7 @@ def scale(reading: dict, scales: list[float]) -> str:
         return "none"
     if matched["value"] is not None:
         return ranged(matched)
-    reach = matched.get("reach")
+    reach = matched["reach"]
     return f"none up to {scales[-1]:g}" + (
         f"; at {reach['scale']:.2g} it has {reach['share']:.0%} of the effect" if reach else ""
     )
@@ -155,7 +153,7 @@ def front(results: dict, cell: dict) -> str:
     """YAML for Hugging Face; base_model only where the network is on the Hub and not a folder of this
     project.
     """
-    tags = ["lora", *(["concept-slider"] if cell.get("kind") == "slider" else []), "distilled-control"]
+    tags = ["lora", *(["concept-slider"] if cell["kind"] == "slider" else []), "distilled-control"]
     found = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     family, member = family_of(results["config"]["family"]), families.split(cell["source"])[1]
     repo = family.members[member].repo or family.repo if member in family.members else ""

@@ -27,7 +27,7 @@ class Null:
 
 @dataclass(frozen=True)
 class Maybe:
-    """A shape, or nothing at all, as in the records of older versions and of what was not asked."""
+    """A shape, or nothing at all, as in records of what was not asked."""
 
     shape: Any
 
@@ -51,13 +51,13 @@ class Filled:
 
 
 NUMBER = Null(float)
-SOME = Maybe(NUMBER)
+
 INTERVAL = Only(value=NUMBER, low=NUMBER, high=NUMBER)
 POINT = Only(value=float, low=NUMBER, high=NUMBER)  # of a curve
 COUNTED = {"images": int, "prompts": int, "seeds": int}
-ABOUT = {"command": Maybe(str), "versions": Maybe(Each(str)), "created": Maybe(str), "seconds": Maybe(float)}
-P = Maybe({"p": SOME, "p_holm": SOME})
-COMPARED = Maybe(Null({"share": Null(INTERVAL), "control": Maybe(str)}))
+ABOUT = {"recipe": str, "command": str, "versions": Each(str), "created": str, "seconds": float}
+P = {"p": NUMBER, "p_holm": NUMBER}
+COMPARED = Null({"share": INTERVAL, "control": Maybe(str)})
 READING = {  # what one evaluator says of a cell of a transfer
     "effect": Filled(POINT),
     "slope": INTERVAL,
@@ -67,33 +67,29 @@ READING = {  # what one evaluator says of a cell of a transfer
         "value": NUMBER,
         "low": NUMBER,
         "high": NUMBER,
-        "reach": Maybe(Null({"share": float, "scale": float})),
+        "reach": Null({"share": float, "scale": float}),
     },
-    "window": Maybe([bool]),
-    "monotonicity": SOME,
-    "preservation": SOME,
+    "window": [bool],
+    "monotonicity": NUMBER,
+    "preservation": NUMBER,
     "equivalence": P,
     "difference": P,
-    "shape": Maybe({"area": Maybe(INTERVAL), "saturation": SOME, "signs": SOME, "smoothness": SOME}),
-    "preservation_matched": Maybe(Null({"source": float, "target": float, "difference": INTERVAL})),
-    "spread": Maybe(Null({"prompts": float, "seeds": float})),
-    "references": Maybe(
-        Null(
-            Only(
-                floor=COMPARED,
-                ceiling=COMPARED,
-                wrong=COMPARED,
-                normalised=Maybe(Null(INTERVAL)),
-                rerun=Maybe(Null({"effect": INTERVAL})),
-            )
-        )
+    "shape": {"area": INTERVAL, "saturation": NUMBER, "signs": NUMBER, "smoothness": NUMBER},
+    "preservation_matched": Null({"source": float, "target": float, "difference": INTERVAL}),
+    "spread": Null({"prompts": float, "seeds": float}),
+    "references": Only(
+        floor=COMPARED,
+        ceiling=COMPARED,
+        wrong=COMPARED,
+        normalised=Null(INTERVAL),
+        rerun=Null({"effect": INTERVAL}),
     ),
 }
 TRANSFER = {
     **ABOUT,
-    "config": Maybe({"prompts": Maybe([str])}),
-    "margin": Maybe([float]),
-    "cost": Maybe({"drawn": int, "cached": int, "seconds": float}),
+    "config": {"prompts": [str]},
+    "margin": [float],
+    "cost": {"drawn": int, "cached": int, "seconds": float},
     "cells": Filled(
         {
             "control": str,
@@ -102,19 +98,17 @@ TRANSFER = {
             "scales": Filled(float),
             "readings": Filled(Each(READING)),
             **COUNTED,
-            "kind": Maybe(str),
-            "hash": Maybe(str),
-            "reference": Maybe(bool),
-            "below": SOME,
-            "positive": Maybe(str),
-            "negative": Maybe(str),
-            "picture": Maybe(Null(str)),
-            "clip_change_percent": SOME,
+            "kind": str,
+            "hash": str,
+            "reference": bool,
+            "below": NUMBER,
+            "positive": str,
+            "negative": str,
+            "picture": str,
+            "clip_change_percent": NUMBER,
         }
     ),
-    "leakage": Maybe(
-        [{"evaluator": str, "target": str, "control": str, "attribute": str, "share": Null(INTERVAL)}]
-    ),
+    "leakage": [{"evaluator": str, "target": str, "control": str, "attribute": str, "share": INTERVAL}],
 }
 STEPS = Filled({"t": float, "share": float})
 HALF = {"share": INTERVAL, "t": INTERVAL}
@@ -156,7 +150,7 @@ TRACE = {
 PER_NAME = Each(Null(INTERVAL))
 DIVERSITY = {
     **ABOUT,
-    "config": Maybe({}),
+    "config": {},
     "evaluators": Filled(str),
     "base": str,
     "fronts": Each([str]),
@@ -236,17 +230,17 @@ SIMILARITY = {  # what a cell is, and its shape
     },
 }
 SHAPES = {"analysis.transfer": TRANSFER, "analysis.trace": TRACE, "analysis.diversity": DIVERSITY,
-          "analysis.similarity": {**ABOUT, "config": Maybe({})}}  # fmt: skip
+          "analysis.similarity": {**ABOUT, "config": {}}}  # fmt: skip
 
 
 def read(folder: Path, command: str = "") -> dict:
-    """The record of a run folder, with the `recipe` that made it.
+    """The record of a run folder.
 
     command: the one that must have made it; empty = any of them. Raises UserError where there is none, or not
     that one's.
     """
     found, path = loaded(folder, command), Path(folder) / "results.json"
-    recipe = found["recipe"] = recipe_of(found)
+    recipe = str(found.get("recipe"))
     if recipe not in SHAPES or command not in ("", recipe):
         raise UserError(
             f"{path} was made by {quoted(recipe)}; give a folder that python -m "
@@ -275,15 +269,6 @@ def loaded(folder: Path, command: str = "") -> dict:
         return found
     kind = f"the record of {command or 'one of our analyses'}, or an older one"
     raise UserError(f"{path} has no cells of schema {SCHEMA}: it is not {kind}; run it again")
-
-
-def recipe_of(found: dict) -> str:
-    """The command that made a record; older ones do not name theirs."""
-    kind = found["cells"][0]
-    return str(
-        found.get("recipe")
-        or ("analysis.similarity" if isinstance(kind, dict) and "what" in kind else "analysis.transfer")
-    )
 
 
 def inside(folder: Path, name: str) -> Path:

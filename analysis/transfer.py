@@ -157,7 +157,7 @@ def known_spread(folder: Path) -> tuple[dict, str]:
     """How far retentions vary: as in the run that stands in the folder, else as is typical."""
     try:
         cells = map(words.led, results.read(folder, "analysis.transfer")["cells"])
-        spreads = [cell["spread"] for cell in cells if cell.get("spread") and not cell.get("reference")]
+        spreads = [cell["spread"] for cell in cells if cell["spread"] and not cell["reference"]]
     except UserError:
         spreads = []
     if not spreads:

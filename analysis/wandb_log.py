@@ -85,8 +85,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     """Logs the record: a table of cells, of leakage, heat maps, curves, images with a step per scale,
     summary, artifacts and their lineage.
 
-    controls: the files by name, for the lineage. docs/wandb.md lists every key. What an older record lacks is
-    left out.
+    controls: the files by name, for the lineage. docs/wandb.md lists every key.
     """
     if tracker.run is None:
         return
@@ -94,14 +93,14 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
     for step, cell in product(
         range(max(len(c["scales"]) for c in cells)), cells
     ):  # before all else, for W&B's steps only go up
-        if step < len(cell["scales"]) and cell.get("picture") and (folder / cell["picture"]).is_file():
+        if step < len(cell["scales"]) and (folder / cell["picture"]).is_file():
             key, scale = f"images/{cell['control']}/{cell['target']}", cell["scales"][step]
             caption = f"{cell['control']} at scale {f'{scale:+g}' if scale else 0} on {cell['target']}"
             tracker.images(
                 {key: (column(folder / cell["picture"], step, len(cell["scales"])), caption)}, step
             )
     tracker.table("transfer/cells", *cell_table(cells))
-    if results.get("leakage"):
+    if results["leakage"]:
         tracker.table("transfer/leakage", *leakage_table(results["leakage"]))
     for evaluator in words.evaluators_of(cells):
         tracker.images(
@@ -141,12 +140,12 @@ def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
     columns = [*ABOUT, "evaluator", "verdict", *threes, *NUMBERS, *COUNTS]
     rows = [
         [
-            *(cell.get(key) for key in ABOUT),
+            *(cell[key] for key in ABOUT),
             evaluator_name,
-            reading.get("verdict"),
+            reading["verdict"],
             *(end for path in INTERVALS.values() for end in ends(reading, path)),
             *(look_up(reading, path) for path in NUMBERS.values()),
-            *(cell.get(key) for key in COUNTS.values()),
+            *(cell[key] for key in COUNTS.values()),
         ]
         for cell in cells
         for evaluator_name, reading in words.readings(cell).items()

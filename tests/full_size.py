@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import hub
 import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from support import hub
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from configs import ROOT, replacing

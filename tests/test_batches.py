@@ -4,7 +4,7 @@ holds two latents.
 
 import pytest
 import torch
-from short_runs import ANALYSES, PROMPTS, TRAINERS
+from support.short_runs import ANALYSES, PROMPTS, TRAINERS
 
 from analysis import diversity, transfer
 from configs import UserError, merge

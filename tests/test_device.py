@@ -7,7 +7,7 @@ every part is where it has to be.
 
 import pytest
 import torch
-from short_runs import ANALYSES, PROMPTS, TRAINERS
+from support.short_runs import ANALYSES, PROMPTS, TRAINERS
 
 from analysis import transfer
 from configs import merge

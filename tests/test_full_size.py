@@ -5,12 +5,12 @@ published LoRAs' keys.
 import json
 from types import SimpleNamespace
 
-import hub
 import huggingface_hub.constants
 import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
+from support import hub
 
 from configs import ROOT, UserError
 from controls import formats

@@ -21,8 +21,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from synthetic import results as fake_record
-from toys import toys
+from support.synthetic import results as fake_record
+from support.toys import toys
 
 from analysis import diversity, report, similarity, trace, transfer
 from configs import ROOT, claim, entry, load, plain_name, save

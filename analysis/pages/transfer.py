@@ -7,7 +7,7 @@ from markupsafe import Markup
 from analysis.pages import charts, html, words
 from analysis.pages.words import number, percent, ranged, shown, signed, small
 from analysis.results import is_file
-from controls.retention import MARGIN, SATURATED
+from controls.retention import SATURATED
 
 TITLE = "Which controls survive distillation"
 OPEN = 6  # up to this many controls their sentences are shown at once; beyond, on demand
@@ -27,14 +27,14 @@ def render(results: dict, folder: Path) -> str:
         members=words.members_of(cells),
         evaluators=words.evaluators_of(cells),
         home=cells[0]["source"],
-        margin=results.get("margin", list(MARGIN)),
+        margin=results["margin"],
         saturated=SATURATED,
         opened=OPEN,
-        pictures={cell["picture"]: is_file(folder, cell["picture"]) for cell in cells if cell.get("picture")},
+        pictures={cell["picture"]: is_file(folder, cell["picture"]) for cell in cells},
         rows=rows(results, folder),
         images=images(cells),
         facts=facts(results),
-        leakage=leakage(results.get("leakage") or []),
+        leakage=leakage(results["leakage"]),
         references=[c for c in cells if words.is_verdict(c) and words.references(c)],
         dose_response=dose_response,
         retentions=retentions,
@@ -61,28 +61,25 @@ def images(cells: list[dict]) -> str:
 
 def rows(results: dict, folder: Path) -> str:
     """What the rows of the sheets are, where the record says so."""
-    prompts = results.get("config", {}).get("prompts")
-    drawn = next((c for c in results["cells"] if c.get("picture")), None)
-    path = is_file(folder, drawn["picture"]) if drawn else None
-    if not prompts or path is None:
+    drawn = results["cells"][0]
+    path = is_file(folder, drawn["picture"])
+    if path is None:
         return ""
     width, height = html.png_size(path.read_bytes())
     count = round(height * len(drawn["scales"]) / width)
-    return "Rows, from the top: " + "; ".join(f"“{prompt}”" for prompt in prompts[:count]) + "."
+    prompts = "; ".join(f"“{prompt}”" for prompt in results["config"]["prompts"][:count])
+    return f"Rows, from the top: {prompts}."
 
 
 def facts(results: dict) -> dict[str, str]:
-    """When, how long and with what, as far as the record says so."""
-    cost, created = results.get("cost"), results.get("created")
-    hashes = {c["control"]: c["hash"] for c in results["cells"] if c.get("hash")}
-    said = {
-        "Made": " · ".join(filter(None, [created, f"{results.get('seconds', 0):.0f} s in all"])),
-        "Cost": cost
-        and "{drawn} images drawn in {seconds:.0f} s, {cached} were there already".format(**cost),
-        "Versions": words.listed(results.get("versions", {})),
-        "Hashes": words.listed(hashes),
+    """When, how long and with what."""
+    cost = "{drawn} images drawn in {seconds:.0f} s, {cached} were there already"
+    return {
+        "Made": f"{results['created']} · {results['seconds']:.0f} s in all",
+        "Cost": cost.format(**results["cost"]),
+        "Versions": words.listed(results["versions"]),
+        "Hashes": words.listed({c["control"]: c["hash"] for c in results["cells"]}),
     }
-    return {name: text for name, text in said.items() if text}
 
 
 def dose_response(group: list[dict], evaluator: str, members: list[str]) -> Markup | str:
@@ -92,14 +89,11 @@ def dose_response(group: list[dict], evaluator: str, members: list[str]) -> Mark
     lines = {
         words.where(c): list(zip(scales, c["readings"][evaluator]["effect"], strict=True)) for c in cells
     }
-    inside = [
-        scale
-        for scale, used in zip(scales, cells[0]["readings"][evaluator].get("window") or (), strict=False)
-        if used
-    ]
+    used = cells[0]["readings"][evaluator]["window"]
+    inside = [scale for scale, inside in zip(scales, used, strict=True) if inside]
     ends = "; ".join(f"{name} {ranged(line[-1][1], 3)}" for name, line in lines.items())
     colours = [members.index(cell["target"]) % charts.COLOURS for cell in cells]
-    dashed = [" dashed" if cell.get("reference") else "" for cell in cells]
+    dashed = [" dashed" if cell["reference"] else "" for cell in cells]
     return charts.curves(
         lines,
         "scale",
@@ -128,7 +122,7 @@ def retention_lines(cell: dict) -> list[dict[str, dict]]:
     shares = {
         kind: found["share"]
         for kind, found in words.references(cell).items()
-        if kind in ("floor", "ceiling", "wrong") and found.get("share")
+        if kind in ("floor", "ceiling", "wrong")
     }
     return [*lines, shares] if shares else lines
 
@@ -157,33 +151,27 @@ def numbers(group: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 def reading_numbers(cell: dict, reading: dict) -> dict[str, str]:
     """Every number of one evaluator's reading of a cell, by its name."""
-    shape, reach, equal = (
-        (reading.get("shape") or {}),
-        reading["matched_scale"].get("reach"),
-        reading.get("preservation_matched"),
-    )
-    role = (
-        "source" if words.is_own(cell) else "for comparison" if cell.get("reference") else reading["verdict"]
-    )
-    saturation = shape.get("saturation")
+    shape, reach = reading["shape"], reading["matched_scale"]["reach"]
+    equal, saturation = reading["preservation_matched"], shape["saturation"]
+    role = "source" if words.is_own(cell) else "for comparison" if cell["reference"] else reading["verdict"]
     return {
         "slope": ranged(reading["slope"], 3),
         "retention": ranged(reading["retention"]),
         "verdict": role,
-        "p equivalent": small((reading.get("equivalence") or {}).get("p_holm")),
-        "p different": small((reading.get("difference") or {}).get("p_holm")),
+        "p equivalent": small(reading["equivalence"]["p_holm"]),
+        "p different": small(reading["difference"]["p_holm"]),
         "matched scale": ranged(reading["matched_scale"]),
         "most reached": f"{100 * reach['share']:.0f} % at {number(reach['scale'], 1)}".replace("-", "−")
         if reach
         else words.DASH,
-        "area": shown(shape.get("area"), 3),
+        "area": shown(shape["area"], 3),
         "saturates at": words.DASH if saturation is None else signed(saturation),
-        "monotonicity": number(reading.get("monotonicity")),
-        "right sign": number(shape.get("signs")),
-        "smoothness": number(shape.get("smoothness")),
-        "preservation": number(reading.get("preservation")),
+        "monotonicity": number(reading["monotonicity"]),
+        "right sign": number(shape["signs"]),
+        "smoothness": number(shape["smoothness"]),
+        "preservation": number(reading["preservation"]),
         "preservation at equal effect": at_equal_effect(equal) if equal else words.DASH,
-        "CLIP change": percent(cell.get("clip_change_percent")),
+        "CLIP change": percent(cell["clip_change_percent"]),
         **{f"at {signed(scale)}": ranged(reading["effect"][k], 3) for k, scale in enumerate(cell["scales"])},
     }
 

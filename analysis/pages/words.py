@@ -108,8 +108,7 @@ def start_of(scales: list[float]) -> int:
 
 def stamp(results: dict) -> str:
     """When a record was made, how long that took, with what."""
-    versions = listed(results.get("versions", {}))
-    return f"{results.get('created', '')} · {results.get('seconds', 0):.0f} s · {versions}"
+    return f"{results['created']} · {results['seconds']:.0f} s · {listed(results['versions'])}"
 
 
 def led(cell: dict) -> dict:
@@ -124,7 +123,7 @@ def is_own(cell: dict) -> bool:
 
 def is_verdict(cell: dict) -> bool:
     """Whether a cell says something about transfer: neither the source's own nor for comparison only."""
-    return not is_own(cell) and not cell.get("reference")
+    return not is_own(cell) and not cell["reference"]
 
 
 def where(cell: dict) -> str:
@@ -164,7 +163,7 @@ def readings(cell: dict) -> dict[str, dict]:
 
 def references(reading: dict) -> dict[str, dict]:
     """What a retention is compared with, where measured: floor, ceiling, wrong, rerun, normalised."""
-    return {name: found for name, found in (reading.get("references") or {}).items() if found}
+    return {name: found for name, found in reading["references"].items() if found}
 
 
 def headline(cell: dict) -> str:
@@ -203,8 +202,7 @@ def advice(cell: dict) -> str:
 def nearest(cell: dict) -> str:
     """How near a control comes to the effect that it has on its source at scale 1."""
     matched = cell["matched_scale"]
-    if "reach" not in matched:  # a record from before it was measured
-        return f"no scale up to {signed(cell['scales'][-1])} reaches the source's effect"
+
     if matched["reach"] is None:
         return (
             f"no scale to match, since its effect at +1 on {short(cell['source'])} cannot be told from none"
@@ -241,4 +239,4 @@ def tally(cells: list[dict]) -> str:
 
 
 def _place(cell: dict) -> int:
-    return 0 if is_own(cell) else 2 if cell.get("reference") else 1
+    return 0 if is_own(cell) else 2 if cell["reference"] else 1

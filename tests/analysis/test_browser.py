@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
-from synthetic import CONTROLS, GREYS, SCALES, TARGETS, results, write
+from support.synthetic import CONTROLS, GREYS, SCALES, TARGETS, results, write
 
 from analysis import report
 

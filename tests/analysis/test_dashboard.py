@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-from commands import configured, launched, ran, refused
-from synthetic import TRACKED, documented, results, write
+from support.commands import configured, launched, ran, refused
+from support.synthetic import TRACKED, documented, results, write
 
 from analysis import dashboard
 from configs import UserError

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from commands import configured, launched, refused
 from PIL import Image
-from synthetic import Keys, undocumented
+from support.commands import configured, launched, refused
+from support.synthetic import Keys, undocumented
 
 from analysis import diversity, report
 from analysis.diversity import Config, recovery

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from synthetic import TARGETS, TRACKED
-from synthetic import results as fake_record
+from support.synthetic import TARGETS, TRACKED
+from support.synthetic import results as fake_record
 
 from analysis import model_cards
 from analysis.pages import words

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
 from markdown_it import MarkdownIt
+from support import synthetic
 
 from analysis import dashboard, model_cards, report, results, wandb_log
 from analysis.images import readings
@@ -110,13 +110,6 @@ def test_the_report_draws_any_run_folder_and_nothing_in_it_is_more_than_text(
     assert "report.html" in capsys.readouterr().out
     assert "<script>alert" not in pages[1] and "&lt;script&gt;alert" in pages[1]
     assert Structure(pages[0]).tags == Structure(pages[1]).tags
-
-
-def test_a_record_of_an_older_version_names_no_recipe(tmp_path, command):
-    found = record(command)
-    if command in ("analysis.transfer", "analysis.similarity"):
-        found.pop("recipe")
-    assert results.read(folder_of(found, tmp_path))["recipe"] == command
 
 
 BROKEN = {  # what is done to a record, and what the line says of it

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from commands import configured, refused
-from synthetic import Keys, undocumented
+from support.commands import configured, refused
+from support.synthetic import Keys, undocumented
 
 from analysis import similarity
 from analysis.images import activations

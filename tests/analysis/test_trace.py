@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import configured, refused
 from PIL import Image
-from synthetic import Keys, undocumented
+from support.commands import configured, refused
+from support.synthetic import Keys, undocumented
 
 from analysis import report, trace
 from analysis.images import sheets

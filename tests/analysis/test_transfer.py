@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import configured, launched, refused
 from safetensors.torch import save_file
+from support.commands import configured, launched, refused
 
 from analysis import transfer
 from analysis.images import cache

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic import GREYS, SCALES, TARGETS, TRACKED, UNIT, documented, write
-from synthetic import results as fake_record
+from support.synthetic import GREYS, SCALES, TARGETS, TRACKED, UNIT, documented, write
+from support.synthetic import results as fake_record
 from wandb.proto import wandb_internal_pb2
 
 from analysis import dashboard, wandb_log
@@ -214,28 +214,6 @@ def test_summary_holds_retention_scale_and_verdict(found, results):
 def test_artifacts_and_lineage(found):
     assert found.artifact("control") == {"smile": ({"smile.safetensors"}, True)}
     assert found.artifact("results") == {"transfer-mine": ({"results.json", "report.html"}, False)}
-
-
-def test_an_older_record_leaves_out_what_it_lacks(tmp_path, results):
-    cells = [
-        {key: c[key] for key in ("control", "kind", "source", "target", "scales")}
-        | {
-            "readings": {
-                name: {
-                    key: found[key] for key in ("effect", "slope", "retention", "matched_scale", "verdict")
-                }
-                for name, found in c["readings"].items()
-            }
-        }
-        for c in results["cells"]
-    ]
-    with tracking.start(tmp_path, {}, "analysis.transfer", "smile", mode="offline") as tracker:
-        wandb_log.track({"schema": 2, "cells": cells}, tmp_path, tracker)
-        assert not tracker.warned
-    found = Recorded(tmp_path)
-    assert (
-        len(found.table("transfer/cells")) == len(cells) * len(UNIT) and "transfer/leakage" not in found.keys
-    )
 
 
 def test_every_logged_key_is_documented_and_every_documented_one_logged(found, tmp_path):

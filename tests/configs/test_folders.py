@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import configured, refused
+from support.commands import configured, refused
 
 from analysis import diversity, similarity, trace, transfer
 from configs import ROOT, UserError, claim, load, release, releases, replacing

@@ -9,10 +9,10 @@ from math import prod
 
 import pytest
 import torch
-from commands import refused
 from diffusers import StableDiffusionXLPipeline
-from network import network, output, trained
 from safetensors.torch import save_file
+from support.commands import refused
+from support.network import network, output, trained
 
 from configs import UserError
 from controls.formats import load, save

@@ -8,11 +8,11 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from commands import called, ran, refused
 from diffusers import StableDiffusionXLPipeline
-from foreign import FOREIGN, change, same
-from network import network, output, trained
 from safetensors.torch import load_file, save_file
+from support.commands import called, ran, refused
+from support.foreign import FOREIGN, change, same
+from support.network import network, output, trained
 
 from analysis import transfer
 from configs import ROOT, plain

@@ -7,17 +7,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import called, ran, refused
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
 )
-from foreign import FOREIGN, change, same
-from network import network, trained
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.commands import called, ran, refused
+from support.foreign import FOREIGN, change, same
+from support.network import network, trained
 
 from configs import ROOT, UserError
 from controls import convert, formats, info, merge, picture_grid, show

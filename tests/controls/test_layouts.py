@@ -3,7 +3,6 @@
 import json
 import sys
 
-import hub
 import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
@@ -11,9 +10,10 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
-from foreign import FOREIGN, change, same
-from network import network, trained
 from safetensors.torch import save_file
+from support import hub
+from support.foreign import FOREIGN, change, same
+from support.network import network, trained
 
 from configs import UserError
 from controls import convert, formats, info, merge

@@ -5,12 +5,12 @@ names.
 import sys
 from types import SimpleNamespace
 
-import hub
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import hub
 from transformers import (
     BitImageProcessor,
     Dinov2Config,

@@ -20,8 +20,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from hub import BETAS, half, pipeline, publish, unet
 from safetensors.torch import save_file
+from support.hub import BETAS, half, pipeline, publish, unet
 
 from configs import ROOT, UserError
 from models import loading

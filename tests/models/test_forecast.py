@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import hub
 import huggingface_hub.constants
 import pytest
 import torch
-from allocator import allocated
-from network import network, trained
 from safetensors.torch import save_file
+from support import hub
+from support.allocator import allocated
+from support.network import network, trained
 
 from analysis.images.cache import Job, in_memory, in_turn
 from configs import merge

@@ -7,12 +7,12 @@ import warnings
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import hub
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
+from support import hub
 
 from configs import UserError
 from models import loading, lora_student

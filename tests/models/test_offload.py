@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from network import network, output, trained
+from support.network import network, output, trained
 from torch.utils._pytree import tree_map
 
 from configs import UserError, load, merge

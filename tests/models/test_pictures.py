@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from commands import configured, refused
 from PIL import Image
 from safetensors.torch import load_file
+from support.commands import configured, refused
 
 from analysis.images.quality import against, opened
 from configs import UserError, merge

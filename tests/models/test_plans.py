@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import Echo, prompts, toys
+from support.toys import Echo, prompts, toys
 
 from analysis.images.cache import acting
 from configs import UserError

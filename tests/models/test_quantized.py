@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import called, configured, refused
-from network import network, output, trained
+from support.commands import called, configured, refused
+from support.network import network, output, trained
 from torch import nn
 
 from analysis import diversity, session, similarity, trace, transfer

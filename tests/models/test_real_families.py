@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 
-import hub
 import huggingface_hub.constants
 import pytest
 import torch
@@ -18,6 +17,7 @@ from diffusers import (
     FluxPipeline,
     LCMScheduler,
 )
+from support import hub
 
 from analysis import transfer
 from configs import ROOT, UserError

@@ -2,8 +2,8 @@
 error.
 """
 
-import hub
 import pytest
+from support import hub
 
 from analysis import transfer
 from configs import ROOT, UserError, merge

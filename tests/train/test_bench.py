@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from allocator import allocated
-from network import network
+from support.allocator import allocated
+from support.network import network
 
 from analysis import bench
 from configs import merge

@@ -4,9 +4,9 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 
-import hub
 import pytest
 import torch
+from support import hub
 
 from configs import ROOT, UserError, merge
 from train.bench import figures, gpu, memory, sdxl

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import hub
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from support import hub
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode

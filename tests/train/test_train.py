@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import configured, refused
 from safetensors.torch import load_file
+from support.commands import configured, refused
 
 from configs import ROOT, UserError, merge
 from models.families import Family

@@ -118,6 +118,7 @@ def cell(control: str, target: str) -> dict:
     return {
         "control": control,
         "kind": "slider",
+        "hash": f"{number:016x}",
         "source": f"tiny/{source}",
         "target": f"tiny/{target}",
         "reference": target == "base:few(4)",
@@ -161,6 +162,7 @@ def results(controls: Iterable[str] = CONTROLS) -> dict:
     controls = list(controls)
     return {
         "schema": 2,
+        "recipe": "analysis.transfer",
         "command": "python -m analysis.transfer",
         "versions": {"torch": "2.13"},
         "created": "2026-01-01T00:00:00",
