@@ -167,7 +167,7 @@ def publish(session: Session, cells: list[dict], control: Control | None) -> Pat
     """The record, its page, its tables."""
     show(cells)
     says = (predictor_sentences(cells) or findings(cells))[0]
-    group = control.card.name if control else session.cfg.family
+    group = control.card.name if control else session.family.card.name
     return session.publish(session.record(cells=cells), says, track, group)
 
 

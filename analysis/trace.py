@@ -112,7 +112,7 @@ def main(cfg: Config) -> Path:
 def check_fit(session: Session, control: Control | None) -> None:
     """Raises UserError for a member that the control misfits: now, not after an hour of drawing."""
     for name in session.bare.members if control else ():
-        fits(session.bare.member(name).denoiser.net, control, session.cfg.family)
+        fits(session.bare.member(name).denoiser.net, control, session.family.card.name)
 
 
 def plan(session: Session, traces: list[Trace], control: Control | None) -> Path:
@@ -138,7 +138,7 @@ def publish(session: Session, cells: list[dict], control: Control | None) -> Pat
     )
     show(cells)
     says = findings(cells, base, cfg.tolerance, "")[0]
-    return session.publish(results, says, track, name or cfg.family)
+    return session.publish(results, says, track, name or session.family.card.name)
 
 
 def check(cfg: Config) -> None:

@@ -16,8 +16,9 @@ from analysis import report, trace
 from analysis.images import sheets
 from analysis.images.cache import acting
 from analysis.measures.commitment import abandoned, committed
+from analysis.session import Session
 from analysis.trace import Config, band, traces_of
-from configs import merge
+from configs import ROOT, merge
 from controls import formats, picture_grid
 from models.families import Family
 from models.hashing import fingerprint
@@ -196,3 +197,12 @@ def test_a_member_shows_what_it_has_reached():
 def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path):
     refused(configured(trace, [*words, f"out={tmp_path}", "wandb=disabled"]), says)
     assert not (tmp_path / "default").exists()
+
+
+def test_a_control_fits_the_family_of_a_card_by_its_name(tmp_path):
+    """A family is given as the path of its card, and a control names it as that card does."""
+    card = tmp_path / "mine.yaml"
+    card.write_text((ROOT / "configs/families/tiny.yaml").read_text())
+    words = [f"family={card}", "control=controls/tiny/smile.safetensors", f"out={tmp_path}", "wandb=disabled"]
+    session = Session("analysis.trace", merge(Config, words), trace.FREE)
+    trace.check_fit(session, formats.load(session.cfg.control))
