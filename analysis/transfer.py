@@ -1,9 +1,11 @@
 """How much of a control's effect survives on other members of the family: python -m analysis.transfer
 [config=FILE] [key=value ...]
 
-Without arguments: shipped controls of every kind, trained on tiny/base, on every member of `tiny`; some
+Without arguments: a shipped control of each kind, trained on tiny/base, on every member of `tiny`; two
 minutes on a CPU. --dry-run says what it will cost and what it can see, and draws nothing. Any LoRA:
 controls=[my.safetensors] family=sdxl positive="…" negative="…".
+
+Prompts come in rounds: after each, cells whose verdict is decided are left, the others go on.
 """
 
 import time
@@ -32,13 +34,11 @@ from models.plans import PLANS
 
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
 # embedded family (LOG.md)
-TYPICAL = {"prompts": 0.07, "seeds": 0.33}
-NAMES = ["smile", "age", "eyes-image", "watercolour", "crayon", *(f"space-{k + 1}" for k in range(8))]
+TYPICAL = {"prompts": 0.1, "seeds": 0.6}
+NAMES = ["smile", "eyes-image", "watercolour", "space-1"]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
-SCALES = {
-    "lora": "lora_scales",
-    "sliderspace": "direction_scales",
-}  # kind of control: the key that holds its scales; of others, scales
+SCALES = {"lora": "lora_scales"}  # kind of control: the key that holds its scales; of others, scales
+PILOT = 900_000  # added to image seeds of the pilot, on which nothing is measured
 FREE = (
     "wandb",
     "out",
@@ -54,6 +54,12 @@ FREE = (
     "evaluators",
     "scales",
     *SCALES.values(),
+    "at",
+    "max_prompts",
+    "rounds",
+    "curve_prompts",
+    "precision",
+    "minutes",
 )
 
 
@@ -69,11 +75,16 @@ class Config(Drawing):
     targets: list[str] = list_of()
     # measure floor, ceiling, wrong control, a second drawing and the base in few steps beside
     references: bool = True
-    seeds: int = 4  # images per prompt
+    at: float = 1.0  # the scale at which controls will be used: retention is the ratio of effects there
+    max_prompts: int = 96  # prompts at the most; where there are fewer, they come again with other seeds
+    rounds: int = 4  # each doubles the prompts, until max_prompts; 1 = all prompts at once, a fixed design
+    curve_prompts: int = 12  # the first so many are drawn at every scale, for curves
+    precision: float | None = None  # stop at a cell once its interval is within ± this; null = at its verdict
+    minutes: float | None = None  # no new round that would end later than this; null = no limit
+    seeds: int = 1  # images per prompt
     seed: int = 1000  # of the first image
-    scales: list[float] = list_of(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0)  # of sliders; must hold 0 and reach 1
+    scales: list[float] = list_of(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0)  # of sliders and directions; must hold 0
     lora_scales: list[float] = list_of(0.0, 0.5, 1.0, 1.5)  # of LoRAs; likewise
-    direction_scales: list[float] = list_of(-1.0, 0.0, 1.0)  # of SliderSpace's directions; likewise
     # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at
     # all
     below: float | None = None

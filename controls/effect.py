@@ -5,7 +5,7 @@ Arrays are numpy; P prompts, S seeds, K scales, d features. Which network made t
 
 import numpy as np
 
-FLOOR = 0.01  # a mean CLIP cosine below this is no base for a percentage
+from controls import intervals
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -21,28 +21,27 @@ def change(score: np.ndarray, zero_index: int) -> np.ndarray:
     return score - score[..., zero_index, None]
 
 
-def own_directions(features: np.ndarray, zero_index: int) -> np.ndarray:
-    """Where a control without words moves images: the mean change from scale 0 to the largest scale, unit
-    length, one per prompt.
+def own_direction(plain: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    """Where a control without words moves images: the mean change of their features, unit length, (d,); 0
+    without one.
 
-    features: (P, S, K, d). Returns (P, d): each prompt's from the other prompts, so that no image measures
-    itself; 0 without a change.
+    plain, edited: (..., d), the same images without and with it. They are not among the images that are
+    measured along it: a direction that was fitted to an image always finds an effect in it.
     """
-    moved = (features[:, :, -1] - features[:, :, zero_index]).mean(1)  # (P, d)
-    others = (moved.sum(0) - moved) / (len(moved) - 1) if len(moved) > 1 else moved
-    lengths = np.linalg.norm(others, axis=1, keepdims=True)
-    return others / np.where(lengths == 0, 1, lengths)
+    moved = (edited - plain).reshape(-1, plain.shape[-1]).mean(0)
+    length = np.linalg.norm(moved)
+    return moved / length if length else moved
 
 
-def percent_change(edited: np.ndarray, plain: np.ndarray) -> float | None:
-    """Change of the mean CLIP score in %, the column of the paper's Table 1.
+def percent_change(edited: np.ndarray, plain: np.ndarray) -> dict:
+    """Change of the mean CLIP score in %, the column of the paper's Table 1, with its interval over prompts.
 
-    edited, plain: cosines of the images at a scale and at scale 0 with the control's text, any shape. A ratio
-    of means, not a mean of ratios; None where the plain mean is below FLOOR, for a percentage of nearly
+    edited, plain: cosines (P, S) of the images at a scale and at scale 0 with the control's text. A ratio of
+    means, not a mean of ratios; None where the plain mean cannot be told from 0, for a percentage of nearly
     nothing says nothing. Source: Gandikota & Bau 2025, arXiv 2503.10637, Table 1.
     """
-    base = float(np.mean(plain))
-    return 100 * (float(np.mean(edited)) / base - 1) if base >= FLOOR else None
+    share = intervals.ratio(intervals.units(edited), intervals.units(plain))
+    return {end: None if value is None else 100 * (value - 1) for end, value in share.items()}
 
 
 def preservation(features: np.ndarray, zero_index: int) -> np.ndarray:

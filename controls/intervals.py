@@ -84,6 +84,17 @@ def equivalence(target: np.ndarray, source: np.ndarray, margin: tuple[float, flo
     return float(min(2 * p, 1.0))
 
 
+def below(target: np.ndarray, source: np.ndarray, share: float) -> float:
+    """p of the test that mean(target) / mean(source) lies below a share; paired values (n,).
+
+    Doubled, so that p <= .05 exactly where the 95 % interval of the ratio ends below the share.
+    """
+    if len(source) < 2:
+        return 1.0
+    sign = 1.0 if np.mean(source) >= 0 else -1.0
+    return float(min(2 * stdtr(len(source) - 1, _t(sign * (target - share * source))), 1.0))
+
+
 def difference(target: np.ndarray, source: np.ndarray) -> float:
     """p of the two-sided test that the means of paired values (n,) are equal."""
     if len(source) < 2:
@@ -98,6 +109,22 @@ def holm(p: list[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = worst
     return adjusted
+
+
+def spending(looks: int) -> list[float]:
+    """The shares of an error that each of several looks at growing data may spend: they rise, since the last
+    ones see most, and add up to 1.
+    """
+    return [2 * (look + 1) / (looks * (looks + 1)) for look in range(looks)]
+
+
+def over_looks(p: Sequence[float], shares: Sequence[float]) -> float:
+    """The p value of a test that was made at each of the first looks: the least p over its error's share.
+
+    Valid whatever made one stop looking (Bonferroni over looks with unequal weights; alpha spending, Lan &
+    DeMets 1983).
+    """
+    return min(1.0, *(value / share for value, share in zip(p, shares, strict=False)))
 
 
 def centre(values: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, float]:

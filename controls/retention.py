@@ -1,5 +1,5 @@
-"""Effects to numbers with intervals: slope, retention, matched scale, the shape of a dose-response curve,
-verdict.
+"""Effects to numbers with intervals: retention and its verdict, slope, matched scale, the shape of a
+dose-response curve.
 
 An effect is an array (P prompts, S seeds, K scales), float64; the scales ascend and contain 0, where the
 effect is 0. An interval is one of `controls.intervals`, over prompts.
@@ -9,8 +9,10 @@ import numpy as np
 from scipy.interpolate import make_interp_spline
 from scipy.special import stdtrit
 
-from controls.intervals import LEVEL, MARGIN, UNDEFINED, centre, mean, ratio, units
+from controls.intervals import LEVEL, UNDEFINED, below, centre, difference, equivalence, mean, units
 
+DEAD = 0.2  # a retention below is as good as none
+WEAK = 0.1  # of what the words themselves achieve: a control that does less on its own source has no effect
 SATURATED = 0.5  # of its first slope: where a curve has less left, it is saturated
 GRID = 401  # points at which a curve is read between its scales
 
@@ -54,17 +56,14 @@ def estimate(effect: np.ndarray, scales: np.ndarray, inside: np.ndarray | None =
     }
 
 
-def retention(
-    source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None
-) -> dict:
-    """How much of the source's slope is left on the target: the ratio of their slopes, both over the scales
-    `inside`.
-
-    source, target: (P, S, K), same prompts, seeds and scales; `inside` is the source's `window` unless given.
-    All None where the interval of the source's slope contains 0.
-    """
-    below, above = slopes(source, target, scales, inside)
-    return ratio(above, below)
+def tests(source: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """p of every claim that a verdict can make of mean(target) / mean(source); paired values (n,)."""
+    return {
+        "reversed": below(target, source, 0.0),
+        "dead": below(target, source, DEAD),
+        "equivalence": equivalence(target, source),
+        "difference": difference(target, source),
+    }
 
 
 def slopes(
@@ -179,66 +178,76 @@ def at(values: np.ndarray, scales: np.ndarray, scale: float) -> np.ndarray:
     return (1 - share) * values[..., k - 1] + share * values[..., k]
 
 
-def spread(source: np.ndarray, target: np.ndarray, scales: np.ndarray) -> dict | None:
-    """How far retention varies between prompts, and between seeds of a prompt; None where there is a single
-    one of either.
+def differ(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Whether two retentions differ, by the same prompts: effects on source and target (n,) of each.
 
-    The standard deviations of target - retention · source in units of the source's slope: they make the
-    interval of a retention wide, so that a measurement can be planned by them.
+    Where the ratios' difference has a 95 % interval without 0, by the delta method: the mean of each prompt's
+    (target - retention · source) / mean(source), whose variance is that of a ratio.
     """
-    inside = window(source, scales)
-    below, above = (
-        slope(np.asarray(scales)[inside], effect[..., inside]) for effect in (source, target)
-    )  # (P, S)
-    if min(below.shape) < 2 or not below.mean():
+    parts = [(above - above.mean() / below.mean() * below) / below.mean() for below, above in (one, other)]
+    gap = one[1].mean() / one[0].mean() - other[1].mean() / other[0].mean()
+    interval = mean(parts[0] - parts[1])
+    if interval["low"] is None:
+        return False
+    return bool(abs(gap) > (interval["high"] - interval["low"]) / 2)
+
+
+def spread(source: np.ndarray, target: np.ndarray) -> dict | None:
+    """How far retention varies between prompts, and between seeds of a prompt; None below two prompts.
+
+    source, target: effects (P, S) at one scale. The standard deviations of target - retention · source in
+    units of the source's effect: they make the interval of a retention wide, so that a measurement can be
+    planned by them. With one seed per prompt all of it counts as the prompts'.
+    """
+    if len(source) < 2 or not source.mean():
         return None
-    rest = (above - above.mean() / below.mean() * below) / below.mean()
-    seeds = rest.var(1, ddof=1).mean()
-    return {
-        "prompts": float(np.sqrt(max(rest.mean(1).var(ddof=1) - seeds / below.shape[1], 0))),
-        "seeds": float(np.sqrt(seeds)),
-    }
+    rest = (target - target.mean() / source.mean() * source) / source.mean()
+    seeds = float(rest.var(1, ddof=1).mean()) if rest.shape[1] > 1 else 0.0
+    between = rest.mean(1).var(ddof=1) - seeds / rest.shape[1]
+    return {"prompts": float(np.sqrt(max(between, 0))), "seeds": float(np.sqrt(seeds))}
 
 
-def detectable(prompts: int, seeds: int, spread: dict, power: float = 0.8) -> float:
+def detectable(prompts: int, seeds: int, spread: dict, error: float = 1 - LEVEL, power: float = 0.8) -> float:
     """The smallest difference of a retention from 1 that a design tells from 0 in `power` of cases, two-sided
-    at LEVEL.
+    with a probability `error` of a mistake: .05 of a cell alone, a share of that where a table is corrected.
     """
     freedom = prompts - 1
     if freedom < 1:
         return float("inf")
-    error = np.sqrt(spread["prompts"] ** 2 / prompts + spread["seeds"] ** 2 / (prompts * seeds))
-    return float((stdtrit(freedom, (1 + LEVEL) / 2) + stdtrit(freedom, power)) * error)
+    one = np.sqrt(spread["prompts"] ** 2 / prompts + spread["seeds"] ** 2 / (prompts * seeds))
+    return float((stdtrit(freedom, 1 - error / 2) + stdtrit(freedom, power)) * one)
 
 
-def verdict(
-    retention: dict, equivalent: float, different: float, margin: tuple[float, float] = MARGIN
-) -> str:
-    """One word for a retention, its p of equivalence and its p of a difference from 1; the first row that
-    holds decides.
+def verdict(retention: dict, p: dict[str, float]) -> str:
+    """One word for a retention, by the p of `tests`, corrected for the size of the table and for looks; the
+    first row that holds decides.
 
-    | word      | when                                                             |
-    |-----------|------------------------------------------------------------------|
-    | undefined | no retention: the source's own slope cannot be told from 0       |
-    | reversed  | its interval lies below 0                                        |
-    | dead      | its interval contains 0 and ends below the margin                |
-    | kept      | equivalence is shown: p <= .05 that it lies within the margin    |
-    | weaker    | p <= .05 that it differs from 1, and it is below                 |
-    | stronger  | p <= .05 that it differs from 1, and it is above                 |
-    | unclear   | otherwise: more prompts would help                               |
+    | word      | when                                                                        |
+    |-----------|-----------------------------------------------------------------------------|
+    | undefined | no retention: the source's own effect cannot be told from none              |
+    | reversed  | p <= .05 that it lies below 0                                               |
+    | dead      | p <= .05 that it lies below DEAD                                            |
+    | kept      | p <= .05 that it lies within MARGIN                                         |
+    | weaker    | p <= .05 that it differs from 1, and it is below                            |
+    | stronger  | p <= .05 that it differs from 1, and it is above                            |
+    | unclear   | otherwise: more prompts would help                                          |
     """
-    value, low, high = retention["value"], retention["low"], retention["high"]
-    if value is None or low is None or high is None:
+    if None in retention.values():
         return "undefined"
-    alpha = 1 - LEVEL
+    shown = {claim: value <= 1 - LEVEL + 1e-12 for claim, value in p.items()}
     rows = {
-        "reversed": high < 0,
-        "dead": low <= 0 and high < margin[0],
-        "kept": equivalent <= alpha + 1e-12,
-        "weaker": different <= alpha and value < 1,
-        "stronger": different <= alpha and value > 1,
+        "reversed": shown["reversed"],
+        "dead": shown["dead"],
+        "kept": shown["equivalence"],
+        "weaker": shown["difference"] and retention["value"] < 1,
+        "stronger": shown["difference"] and retention["value"] > 1,
     }
     return next((word for word, holds in rows.items() if holds), "unclear")
+
+
+def decided(word: str, retention: dict) -> bool:
+    """Whether more images would change no verdict: one is reached, and `weaker` is not on its way to dead."""
+    return word not in ("unclear", "undefined") and not (word == "weaker" and retention["low"] <= DEAD)
 
 
 def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:

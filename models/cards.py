@@ -88,6 +88,8 @@ class FamilyCard:
     inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
     prompts: list[str] = list_of(*PEOPLE)  # what controls are measured on by default
+    # a file of further ones, a prompt per line, for measurements that need many
+    more_prompts: str = "configs/prompts/people.txt"
     members: dict[str, MemberCard] = field(default_factory=dict)
 
 

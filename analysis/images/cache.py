@@ -27,7 +27,6 @@ from models.hashing import identity
 from models.interventions import WeightInterpolation
 from models.noise import Noise
 from models.plans import named
-from models.promptsets import PromptSet
 from models.quantized import weights
 from models.sampler import Member, Plan, alone, draw_noise, during, finish
 
@@ -47,6 +46,7 @@ class Job:
     scale: float = 0.0
     random: bool = False  # not the control itself but its floor, a random one of the same norms
     again: bool = False  # a second drawing of the same, to see whether it comes out the same
+    words: str = ""  # said behind every prompt, in place of a control
 
 
 class Drawings:
@@ -59,22 +59,17 @@ class Drawings:
         family: Family,
         controls: dict[tuple[str, bool], Control],
         evaluators: dict[str, Evaluator],
-        prompts: PromptSet,
-        seeds: int,
-        seed: int,
+        texts: list[str],
+        numbers: list[int],
         below: float | None,
         folder: Path,
     ):
-        """controls: by (name, whether it is the random one of that control's norms)."""
-        self.family, self.controls, self.evaluators, self.texts, self.seeds, self.below = (
-            family,
-            controls,
-            evaluators,
-            prompts.texts,
-            seeds,
-            below,
-        )
-        self.numbers = prompts.numbers(seeds, seed)  # each image its own
+        """controls: by (name, whether it is the random one of that control's norms). texts: P prompts.
+
+        numbers: (P · S), the seed of each image, prompt by prompt.
+        """
+        self.family, self.controls, self.evaluators, self.below = family, controls, evaluators, below
+        self.texts, self.numbers, self.seeds = texts, numbers, len(numbers) // len(texts)
         self.folder = Path(folder)
         self.contents = {key: content(control) for key, control in controls.items()}
         self.keys: dict[Job, str] = {}
@@ -100,6 +95,7 @@ class Drawings:
         return (
             packed
             | ({"beside": True} if acts and plan.startswith("delta(") else {})
+            | ({"words": job.words} if job.words else {})
             | {
                 "version": VERSION,
                 "target": job.target,
@@ -217,7 +213,7 @@ class Drawings:
 
     def latents(self, job: Job) -> Tensor:
         """The finished latents of a job, (P · S, C, H, W)."""
-        family, shape = self.family, self.family.latent_shape
+        family, shape, texts = self.family, self.family.latent_shape, self.told(job)
         control = self.controls[job.control, job.random] if job.control is not None and job.scale else None
         # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
         holds = None if self.below is None else lambda level: level.ratio < self.below
@@ -225,13 +221,17 @@ class Drawings:
 
             def drawn(rows: Tensor) -> Tensor:
                 noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
-                return finish(plan, noise, family.encode([self.texts[row // self.seeds] for row in rows]))
+                return finish(plan, noise, family.encode([texts[row // self.seeds] for row in rows]))
 
             found = torch.cat(family.drawing.of(drawn, len(self.numbers)))
         if not torch.isfinite(found).all():
             culprit = next(filter(None, map(broken, plan.members)), "a smaller scale, or dtype=fp32, may do")
             raise UserError(f"the images of {self.words_of(job)} are not finite: {culprit}")
         return found
+
+    def told(self, job: Job) -> list[str]:
+        """The texts of a job's images, (P,)."""
+        return [f"{text}, {job.words}" for text in self.texts] if job.words else self.texts
 
     def words_of(self, job: Job) -> str:
         """What a job draws, for people."""

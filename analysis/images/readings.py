@@ -1,10 +1,13 @@
 """Drawings to cells: what each evaluator reads of one control on one target, with its references, and what it
 leaks onto others.
+
+A verdict needs few scales and many prompts, a curve many scales and few prompts: the first part of a
+measurement's images holds every scale, later parts only what verdicts are made of.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +15,13 @@ import numpy as np
 from analysis.images.cache import Drawings, Job
 from configs import plain_name
 from controls import intervals, retention
-from controls.effect import change, own_directions, percent_change, preservation
+from controls.effect import change, own_direction, percent_change, preservation
 from controls.lora import Control
 
 Words = (
     tuple[str, str] | None
 )  # the positive and the negative description; None: measured along the control's own direction
+CLAIMS = ("reversed", "dead", "equivalence", "difference")  # that a verdict can make
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,22 @@ class Subject:
     def jobs(self, target: str) -> list[Job]:
         return [Job(target, self.name, scale) for scale in self.scales]
 
+    def pair(self, target: str, scale: float) -> list[Job]:
+        """What an effect at one scale is made of."""
+        return [Job(target, self.name, 0.0), Job(target, self.name, scale)]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """When verdicts are made: prompts come in parts, and a look takes all parts until then."""
+
+    parts: tuple[int, ...]  # of each look, how many parts it takes
+    shares: tuple[float, ...]  # of the error, that each look may spend
+
+    @property
+    def count(self) -> int:
+        return len(self.parts)
+
 
 def floor_of(target: str, subject: Subject) -> Job:
     """The drawing of a subject's floor, the random control of the same norms."""
@@ -48,24 +68,87 @@ def floor_of(target: str, subject: Subject) -> Job:
 class Measurement:
     """Reads drawings. Whatever is asked twice is computed once."""
 
-    def __init__(self, drawings: Drawings, subjects: list[Subject], references: bool):
-        self.drawings, self.subjects, self.references = drawings, subjects, references
+    def __init__(
+        self,
+        parts: Sequence[Drawings],
+        pilot: Drawings,
+        subjects: list[Subject],
+        looks: Looks,
+        at: float,
+        references: bool,
+    ):
+        """parts: of the prompts, the first with every scale. pilot: images on which nothing is measured, for
+        the directions of controls without words. at: the scale of the headline.
+        """
+        self.parts, self.pilot, self.subjects, self.looks = parts, pilot, subjects, looks
+        self.drawings, self.at, self.references = parts[0], at, references
         self.features: dict[tuple, np.ndarray] = {}
+        self.looked: dict[tuple[str, str], int] = {}  # looks that a cell (control, target) has had
+
+    def pairs(self, targets: list[str]) -> list[tuple[Subject, str]]:
+        """The subjects and targets that ask whether a control survives elsewhere."""
+        return [
+            (subject, target)
+            for subject in self.subjects
+            for target in targets
+            if target != subject.source and not is_reference(target)
+        ]
+
+    def look(self, open_pairs: list[tuple[Subject, str]], asked: int) -> list[tuple[Subject, str]]:
+        """Takes one more look at these cells; returns those that remain undecided.
+
+        asked: how many cells the table has: corrected for that number by itself (Bonferroni), a verdict does
+        not wait for those of other controls. At the end all are corrected together (Holm), which decides no
+        less.
+        """
+        undecided = []
+        for subject, target in open_pairs:
+            self.looked[subject.name, target] = self.looked.get((subject.name, target), 0) + 1
+            first = next(iter(self.drawings.evaluators))
+            kept, p = self.claims(first, subject, target)
+            word = retention.verdict(kept, {claim: min(1.0, asked * value) for claim, value in p.items()})
+            if not retention.decided(word, kept):
+                undecided.append((subject, target))
+        return undecided
+
+    def claims(self, evaluator_name: str, subject: Subject, target: str) -> tuple[dict, dict[str, float]]:
+        """The retention of a cell by all its images, and p of each claim over the looks that it has had."""
+        looked = self.looked.get((subject.name, target), 0)
+        by_look = []
+        for parts in self.looks.parts[:looked] or (1,):
+            below, above = self.sides(evaluator_name, subject, target, self.at, parts)
+            by_look.append(retention.tests(below, above))
+        shares = self.looks.shares if looked else (1.0,)
+        p = {claim: intervals.over_looks([tests[claim] for tests in by_look], shares) for claim in CLAIMS}
+        return intervals.ratio(above, below), p
+
+    def sides(
+        self, evaluator_name: str, subject: Subject, target: str, scale: float, parts: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The effects at a scale on the source and on a target in the first parts, (n,) each, one per prompt.
+        """
+        effects, texts = [], []
+        for drawings in self.parts[:parts]:
+            pair = [
+                change(self.score(evaluator_name, subject, subject.pair(place, scale), drawings), 0)[..., 1]
+                for place in (subject.source, target)
+            ]
+            effects.append(intervals.units(np.stack(pair, -1)))  # (P, 2)
+            texts += drawings.texts
+        source, there = by_text(np.concatenate(effects), texts).T
+        return source, there
 
     def cells(self, targets: list[str]) -> list[dict]:
         """One per subject and target."""
-        found = [self.cell(subject, target) for subject in self.subjects for target in targets]
-        judge(found)
-        return found
+        cells = [self.cell(subject, target) for subject in self.subjects for target in targets]
+        judge(cells)
+        return cells
 
     def cell(self, subject: Subject, target: str) -> dict:
         """One control on one target: the record of docs/design.md, without its verdict."""
         card, words = subject.control.card, subject.words
-        readings = {
-            evaluator_name: self.reading(evaluator_name, subject, target)
-            for evaluator_name in self.drawings.evaluators
-        }
-        prompts, seeds = len(self.drawings.texts), self.drawings.seeds
+        looked = self.looked.get((subject.name, target), 0)
+        parts = self.parts[: self.looks.parts[looked - 1] if looked else 1]
         return {
             "control": card.name,
             "kind": card.kind,
@@ -73,29 +156,34 @@ class Measurement:
             "source": f"{card.family}/{card.member}",
             "target": f"{card.family}/{target}",
             "reference": is_reference(target),
+            "at": self.at,
             "scales": subject.scales,
             "below": self.drawings.below,
-            "readings": readings,
+            "readings": {
+                evaluator_name: self.reading(evaluator_name, subject, target, len(parts))
+                for evaluator_name in self.drawings.evaluators
+            },
             "clip_change_percent": self.clip_change(subject, target),
-            "images": prompts * seeds * len(subject.scales),
-            "prompts": prompts,
-            "seeds": seeds,
+            "looks": looked,
+            "images": sum(len(drawings.numbers) for drawings in parts),
+            "prompts": len({text for drawings in parts for text in drawings.texts}),
+            "seeds": self.drawings.seeds,
             "positive": words[0] if words else "",
             "negative": words[1] if words else "",
             "picture": f"images/{plain_name(card.name)}/{file_name(target)}.png",
         }
 
-    def clip_change(self, subject: Subject, target: str) -> float | None:
-        """The change in % of the mean CLIP score at the largest scale, the column of the paper's Table 1;
-        None without words or CLIP.
+    def clip_change(self, subject: Subject, target: str) -> dict:
+        """The change in % of the mean CLIP score at the largest scale, the column of the paper's Table 1; no
+        numbers without words or CLIP.
         """
         clip = self.drawings.evaluators.get("clip")
         if clip is None or subject.words is None:
-            return None
-        scores = self.look("clip", subject, target) @ clip.texts([subject.words[0]])[0]
+            return dict(intervals.UNDEFINED)
+        scores = self.seen("clip", subject, target) @ clip.texts([subject.words[0]])[0]
         return percent_change(scores[..., -1], scores[..., subject.scales.index(0)])
 
-    def reading(self, evaluator_name: str, subject: Subject, target: str) -> dict:
+    def reading(self, evaluator_name: str, subject: Subject, target: str, parts: int) -> dict:
         """What one evaluator says of a cell, its verdict left open."""
         scales, zero = np.array(subject.scales), subject.scales.index(0)
         source, there = (self.effect(evaluator_name, subject, place) for place in (subject.source, target))
@@ -106,22 +194,44 @@ class Measurement:
             place: preservation(self.rest(evaluator_name, subject, place), zero)
             for place in {subject.source, target}
         }
-        shape = retention.shape(there, scales)
+        shape, own = retention.shape(there, scales), target == subject.source
+        share, p = self.claims(evaluator_name, subject, target)
+        column = subject.scales.index(self.at)
         return {
             "window": inside.tolist(),
             **retention.estimate(there, scales, inside),
-            "retention": intervals.ratio(above, below),
-            "equivalence": {"p": intervals.equivalence(above, below)},
-            "difference": {"p": intervals.difference(above, below)},
+            "retention": share,
+            "negative": self.negative(evaluator_name, subject, target, parts),
+            "slope_retention": intervals.ratio(above, below),
+            "p": {claim: {"p": value} for claim, value in p.items()},
+            "of_words": self.of_words(evaluator_name, subject, target, there[..., column]),
             "matched_scale": matched,
             "shape": shape,
             "monotonicity": shape["monotonicity"],
             "preservation": float(np.delete(kept[target], zero, -1).mean()),
             "preservation_curve": kept[target].mean((0, 1)).tolist(),
             "preservation_matched": at_match(kept[subject.source], kept[target], scales, matched["value"]),
-            "spread": retention.spread(source, there, scales) if target != subject.source else None,
+            "spread": None if own else retention.spread(source[..., column], there[..., column]),
             "references": self.compared(evaluator_name, subject, target, below, above),
         }
+
+    def negative(self, evaluator_name: str, subject: Subject, target: str, parts: int) -> dict | None:
+        """The retention on the other side of 0, and whether it differs from that on this side, by the prompts
+        that have both; None for a control that is not dialled below 0.
+        """
+        if -self.at not in subject.scales:
+            return None
+        sides = [self.sides(evaluator_name, subject, target, scale, 1) for scale in (self.at, -self.at)]
+        return {"retention": intervals.ratio(*reversed(sides[1])), "differs": retention.differ(*sides)}
+
+    def of_words(self, evaluator_name: str, subject: Subject, target: str, effect: np.ndarray) -> dict:
+        """The effect at the headline's scale as a share of what the words themselves achieve, said behind the
+        prompts to the same model.
+        """
+        if subject.words is None or is_reference(target):
+            return dict(intervals.UNDEFINED)
+        said = change(self.score(evaluator_name, subject, [Job(target), said_of(target, subject)]), 0)
+        return intervals.ratio(intervals.units(effect), intervals.units(said[..., 1]))
 
     def compared(
         self, evaluator_name: str, subject: Subject, target: str, below: np.ndarray, above: np.ndarray
@@ -153,7 +263,7 @@ class Measurement:
                 **at(self.small_slopes(evaluator_name, wrong, target, subject.words)),
             }
         if not is_reference(target):
-            score = self.score(evaluator_name, subject, target, [Job(target), Job(target, again=True)])
+            score = self.score(evaluator_name, subject, [Job(target), Job(target, again=True)])
             found["rerun"] = {"effect": intervals.mean(intervals.units(change(score, 0)[..., 1]))}
         return found
 
@@ -193,68 +303,102 @@ class Measurement:
         self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]
     ) -> np.ndarray:
         """Slopes of the effect of jobs at scales, (n,), one per independent unit."""
-        effect = change(self.score(evaluator_name, subject, target, jobs), scales.index(0))
+        effect = change(self.score(evaluator_name, subject, jobs), scales.index(0))
         return intervals.units(retention.slope(np.array(scales), effect))
 
     def effect(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The effect of a subject on a target, (P, S, K)."""
-        return change(
-            self.score(evaluator_name, subject, target, subject.jobs(target)), subject.scales.index(0)
-        )
+        return change(self.score(evaluator_name, subject, subject.jobs(target)), subject.scales.index(0))
 
-    def score(self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job]) -> np.ndarray:
-        """How much the images of jobs are what a subject makes, (P, S, K)."""
-        features = self.stack(evaluator_name, jobs)
+    def score(
+        self, evaluator_name: str, subject: Subject, jobs: list[Job], drawings: Drawings | None = None
+    ) -> np.ndarray:
+        """How much the images of jobs are what a subject makes, (P, S, K); in the first part, or another."""
+        features = self.stack(evaluator_name, jobs, drawings or self.drawings)
         if subject.words:
             return self.drawings.evaluators[evaluator_name].score(features, *subject.words)
-        return (features * self.directions(evaluator_name, subject)).sum(-1)
+        return features @ self.direction(evaluator_name, subject)
 
     def rest(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The features of a subject's images without what it is meant to change, (P, S, K, d)."""
-        features = self.look(evaluator_name, subject, target)
+        features = self.seen(evaluator_name, subject, target)
         if subject.words:
             return self.drawings.evaluators[evaluator_name].rest(features, *subject.words)
-        directions = self.directions(evaluator_name, subject)
-        return features - (features * directions).sum(-1, keepdims=True) * directions
+        direction = self.direction(evaluator_name, subject)
+        return features - (features @ direction)[..., None] * direction
 
-    def directions(self, evaluator_name: str, subject: Subject) -> np.ndarray:
-        """Where a subject without words moves the images of its own source, (P, 1, 1, d)."""
-        return own_directions(self.look(evaluator_name, subject, subject.source), subject.scales.index(0))[
-            :, None, None
-        ]
+    def direction(self, evaluator_name: str, subject: Subject) -> np.ndarray:
+        """Where a subject without words moves the pilot's images of its own source, (d,)."""
+        jobs = pilot_of(subject)
+        return own_direction(*(self.one(evaluator_name, job, self.pilot) for job in jobs))
 
-    def look(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
-        return self.stack(evaluator_name, subject.jobs(target))
+    def seen(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
+        """The features of a subject's images in the first part, (P, S, K, d)."""
+        return self.stack(evaluator_name, subject.jobs(target), self.drawings)
 
-    def stack(self, evaluator_name: str, jobs: list[Job]) -> np.ndarray:
+    def stack(self, evaluator_name: str, jobs: list[Job], drawings: Drawings) -> np.ndarray:
         """The features of jobs, (P, S, K, d)."""
-        return np.stack([self.one(evaluator_name, job) for job in jobs], 2)
+        return np.stack([self.one(evaluator_name, job, drawings) for job in jobs], 2)
 
-    def one(self, evaluator_name: str, job: Job) -> np.ndarray:
-        if (evaluator_name, job) not in self.features:
-            self.features[evaluator_name, job] = self.drawings.features(job, evaluator_name)
-        return self.features[evaluator_name, job]
+    def one(self, evaluator_name: str, job: Job, drawings: Drawings) -> np.ndarray:
+        key = evaluator_name, drawings.key(job)
+        if key not in self.features:
+            self.features[key] = drawings.features(job, evaluator_name)
+        return self.features[key]
+
+
+def by_text(values: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """The means of values (n, ...) over equal texts, in the order of the first: prompts that came round again
+    count once.
+    """
+    different = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    if len(different) == len(texts):
+        return values
+    of = np.array([different[text] for text in texts])
+    return np.stack([values[of == index].mean(0) for index in range(len(different))])
+
+
+def pilot_of(subject: Subject) -> list[Job]:
+    """The drawings that tell where a subject without words moves images: on its source, at 0 and at its
+    largest scale.
+    """
+    return subject.pair(subject.source, subject.scales[-1])
+
+
+def said_of(target: str, subject: Subject) -> Job:
+    """The drawing of what a subject's words achieve without it."""
+    return Job(target, words=subject.words[0])
 
 
 def judge(cells: list[dict]) -> None:
-    """Gives every reading its verdict, p values adjusted (Holm) over all cells that ask about transfer."""
+    """Gives every reading its verdict: p values over the looks, adjusted (Holm) over all cells that ask about
+    transfer.
+
+    A control that does next to nothing of what its words do, on its own source, has no verdict.
+    """
     for evaluator_name in cells[0]["readings"] if cells else ():
         readings = [(cell, cell["readings"][evaluator_name]) for cell in cells]
-        elsewhere = [
+        asked = [
             reading
             for cell, reading in readings
-            if cell["source"] != cell["target"] and not cell["reference"]
+            if cell["source"] != cell["target"]
+            and not cell["reference"]
+            and reading["retention"]["value"] is not None
         ]
-        asked = [reading for reading in elsewhere if reading["retention"]["value"] is not None]
-        for test in ("equivalence", "difference"):
-            for reading, p in zip(asked, intervals.holm([r[test]["p"] for r in asked]), strict=True):
-                reading[test]["p_holm"] = p
-        for _, reading in readings:
-            p = [
-                reading[test].setdefault("p_holm", reading[test]["p"])
-                for test in ("equivalence", "difference")
-            ]
-            reading["verdict"] = retention.verdict(reading["retention"], *p)
+        for claim in CLAIMS:
+            for reading, p in zip(asked, intervals.holm([r["p"][claim]["p"] for r in asked]), strict=True):
+                reading["p"][claim]["p_holm"] = p
+        weak = {cell["control"] for cell, reading in readings if is_weak(cell, reading)}
+        for cell, reading in readings:
+            p = {claim: tested.setdefault("p_holm", tested["p"]) for claim, tested in reading["p"].items()}
+            word = retention.verdict(reading["retention"], p)
+            reading["verdict"] = "undefined" if cell["control"] in weak else word
+
+
+def is_weak(cell: dict, reading: dict) -> bool:
+    """Whether a reading of a control on its own source shows hardly any effect."""
+    share = reading["of_words"]["value"]
+    return cell["source"] == cell["target"] and share is not None and share < retention.WEAK
 
 
 def at_match(
