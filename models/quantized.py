@@ -19,6 +19,7 @@ from models.hashing import fingerprint
 from models.offload import trim
 
 SPELL = 32  # layers after which the memory of their whole weights is given back
+PIECE = 2**20  # weights packed at once: on a CPU each is compared with all 16 codes, 64 bytes of a weight
 INSIDE = re.compile(
     r"^(?!.*embed).*\.\d+\."
 )  # of a repeated block: embedders and the ends of a network are small and say much
@@ -27,10 +28,12 @@ INSIDE = re.compile(
 def _nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(
-        weight.contiguous(), blocksize=64, compress_statistics=False, quant_type="nf4"
-    )
-    return codes, state.absmax
+    codes, scales = [], []
+    for piece in weight.flatten().split(PIECE):
+        packed, state = quantize_4bit(piece, blocksize=64, compress_statistics=False, quant_type="nf4")
+        codes.append(packed)
+        scales.append(state.absmax)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
