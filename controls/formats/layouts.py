@@ -229,7 +229,13 @@ def gather(
             "the file holds no layers" if not tensors else "the file holds nothing for the network"
         )
     table, spots, count = spellings(net), named_layers(net), f"of {len(stems)} layers"
-    _named({stem: kind for stem, kind in kinds.items() if kind and kind not in READABLE}, count)
+    odd = next((kind for kind in kinds.values() if kind and kind not in READABLE), None)
+    if odd:
+        held = [stem for stem in kinds if kinds[stem] == odd]
+        raise UserError(
+            f"{len(held)} {count} hold {odd}, which is more than a low-rank pair and is not read: "
+            f"{_few(held)}"
+        )
     if strange:
         raise UserError(
             f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}"
@@ -280,17 +286,6 @@ def _networks(stems: dict, strange: list[str], encoders: str) -> tuple[dict, lis
     return {stem: parts for stem, parts in stems.items() if not of_encoder(stem)}, [
         key for key in strange if not of_encoder(key)
     ]
-
-
-def _named(kinds: dict[str, str], count: str) -> None:
-    """Raises UserError for layers of algorithms that are not read, by the first one's name."""
-    kind = next(iter(kinds.values()), None)
-    if kind:
-        mine = [stem for stem in kinds if kinds[stem] == kind]
-        raise UserError(
-            f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: "
-            f"{_few(mine)}"
-        )
 
 
 def _few(names: list[str]) -> str:
