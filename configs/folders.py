@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,16 @@ def digest(cfg: Any, free: tuple[str, ...] = ()) -> str:
     """A short hash of what a config decides: the keys that are not free, where they differ from their
     defaults.
     """
-    found, defaults = asdict(cfg), asdict(type(cfg)())
-    decides = {
-        key: value for key, value in found.items() if key not in (*free, *FREE) and value != defaults[key]
-    }
+    decides = _differing(cfg, type(cfg)(), free)
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _differing(cfg: Any, other: Any, free: tuple[str, ...]) -> dict[str, Any]:
+    """What a config says otherwise than another one, in keys that are not free."""
+    values = asdict(other)
+    return {
+        key: value for key, value in asdict(cfg).items() if key not in (*free, *FREE) and value != values[key]
+    }
 
 
 def _place(cfg: Any) -> Path:
@@ -166,21 +171,17 @@ def _compare(cfg: Any, path: Path, free: tuple[str, ...]) -> None:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged ({cut(str(error), 100)}); overwrite=true starts afresh") from None
     try:
-        before = asdict(merge(type(cfg), saved))
+        before = merge(type(cfg), saved)
     except UserError as error:
         raise UserError(
             f"{path} is of another command or version ({cut(str(error), 200)}); give a new name=, or "
             f"overwrite=true"
         ) from None
-    now = asdict(cfg)
-    other = [
-        field.name
-        for field in fields(cfg)
-        if field.name not in (*free, *FREE) and before[field.name] != now[field.name]
-    ]
-    if other:
+    if changed := _differing(before, cfg, free):
+        now = asdict(cfg)
         changes = ", ".join(
-            f"{key}: {cut(str(before[key]), 60)} -> {cut(str(now[key]), 60)}" for key in other[:3]
+            f"{key}: {cut(str(value), 60)} -> {cut(str(now[key]), 60)}"
+            for key, value in list(changed.items())[:3]
         )
         raise UserError(
             f"{path.parent} holds a run of another config ({changes}); give a new name=, or overwrite=true"

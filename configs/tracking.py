@@ -28,9 +28,7 @@ ANSWER, FINISH = 120.0, 600.0  # seconds that W&B has for a call, and for its up
 LONGEST = 128  # characters of an artifact's name and of a group
 
 
-def start(
-    folder: Path, config: dict, job_type: str, group: str, mode: str = "auto", name: str | None = None
-) -> "Tracker":
+def start(folder: Path, config: dict, job_type: str, group: str, mode: str = "auto") -> "Tracker":
     """A tracker that writes under folder/wandb.
 
     A training that goes on is the run that it was; an analysis, which logs its whole
@@ -50,7 +48,7 @@ def start(
     tracker = Tracker(Path(folder).resolve())
     if mode == "disabled" or int(os.environ.get("RANK", 0)) > 0:
         return tracker
-    about = {"config": config, "job_type": job_type, "group": group[:LONGEST], "name": name}
+    about = {"config": config, "job_type": job_type, "group": group[:LONGEST]}
     if job_type.startswith("train."):
         about |= {"id": tracker.remembered(), "resume": "allow"}
     tracker.open(mode, **about)
@@ -163,22 +161,20 @@ class Tracker:
         self.run.log_artifact(_artifact(path, name, type))
 
     @guarded
-    def uses(self, name: str, path: Path | None = None, type: str = "control") -> None:
-        """States that this run reads an artifact, by its newest version or, with `path`, by the very content
-        of that file.
+    def uses(self, name: str, path: Path | None = None) -> None:
+        """States that this run reads a control's artifact, by its newest version or, with `path`, by the very
+        content of that file.
 
         Always written to the run's config as `uses`, and as W&B's lineage; offline that takes the content, as
         no version can be looked up.
         """
         self.used.append(name)
         self.run.config.update({"uses": list(self.used)}, allow_val_change=True)
-        if (
-            self.run.offline and path
-            # use_artifact refuses offline: note the use, for `wandb sync` to carry out
-        ):
-            self.run._log_artifact(_artifact(path, name, type), is_user_created=True, use_after_commit=True)
-        elif not self.run.offline:
-            self.run.use_artifact(_artifact(path, name, type) if path else f"{_artifact_name(name)}:latest")
+        file = _artifact(path, name, "control") if path else None
+        if not self.run.offline:
+            self.run.use_artifact(file or f"{_artifact_name(name)}:latest")
+        elif file:  # use_artifact refuses offline: note the use, for `wandb sync` to carry out
+            self.run._log_artifact(file, is_user_created=True, use_after_commit=True)
 
     def finish(self, exit_code: int = 0) -> None:
         """Ends the run; a second call does nothing."""

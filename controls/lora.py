@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 from controls.layers import named_layers, targets
-from models.lora_student import product
+from models.lora_student import HALVES, product
 from models.quantized import quantized
 
 SPELL = 2**19  # numbers of a weight that are summed at once
@@ -59,6 +59,19 @@ class Control:
     card: Card
     tensors: dict[str, Tensor]
 
+    @property
+    def layers(self) -> list[str]:
+        """The names of its layers, sorted."""
+        return sorted({key.rsplit(".lora_", 1)[0] for key in self.tensors})
+
+    def pair(self, layer: str) -> tuple[Tensor, ...]:
+        """A and B of a layer."""
+        return tuple(self.tensors[layer + half] for half in HALVES)
+
+    def factor(self, scale: float = 1.0) -> float:
+        """What B·A is multiplied by at a scale."""
+        return scale * self.card.alpha / self.card.rank
+
 
 def create(
     net: nn.Module,
@@ -77,11 +90,9 @@ def create(
     """
     rng, spots, tensors = torch.Generator().manual_seed(seed), named_layers(net), {}
     for layer in targets(net, layers, scope):
-        a, b = _shapes(spots[layer], rank)
-        tensors[f"{layer}.lora_A.weight"] = nn.init.kaiming_uniform_(
-            torch.empty(a), a=math.sqrt(5), generator=rng
-        )
-        tensors[f"{layer}.lora_B.weight"] = torch.zeros(b)
+        a, b = map(torch.zeros, shapes(spots[layer], rank))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
+        tensors |= {layer + HALVES[0]: a, layer + HALVES[1]: b}
     _inject(net, name, tensors, rank, alpha, trainable=True)
 
 
@@ -93,8 +104,7 @@ def attach(net: nn.Module, control: Control, name: str | None = None, family: st
     has no place in this network or another shape there, and for a name in use. Another member of the same
     family is the point.
     """
-    _fits(control, family)
-    _check(net, control)
+    fits(net, control, family)
     name = name or control.card.name
     _inject(net, name, control.tensors, control.card.rank, control.card.alpha, trainable=False)
     return name
@@ -102,7 +112,11 @@ def attach(net: nn.Module, control: Control, name: str | None = None, family: st
 
 def fits(net: nn.Module, control: Control, family: str | None = None) -> None:
     """Raises UserError as `attach` does for a control without a place in a network; does nothing else."""
-    _fits(control, family)
+    card = control.card
+    if family and card.family != family:
+        raise UserError(
+            f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}"
+        )
     _check(net, control)
 
 
@@ -169,14 +183,11 @@ def fusing(
     if quantized(net):
         return beside(net, control, scale, family)
     fits(net, control, family)
-    spots, factor = named_layers(net), scale * control.card.alpha / control.card.rank
-    sums = {}
-    for layer in _names(control) if scale else ():
+    spots, sums = named_layers(net), {}
+    for layer in control.layers if scale else ():
         weight = spots[layer].weight
-        a, b = (
-            control.tensors[f"{layer}.lora_{half}.weight"].to(weight.device, torch.float32) for half in "AB"
-        )
-        sums[weight] = _sum(weight.detach(), a, b.flatten(1), factor)
+        a, b = (half.to(weight.device, torch.float32) for half in control.pair(layer))
+        sums[weight] = _sum(weight.detach(), a, b.flatten(1), control.factor(scale))
 
     @contextmanager
     def on() -> Iterator[None]:
@@ -216,17 +227,11 @@ def beside(
     A and B act in the network's own type, as a student's delta does.
     """
     fits(net, control, family)
-    spots, factor, example = (
-        named_layers(net),
-        scale * control.card.alpha / control.card.rank,
-        next(net.parameters()),
-    )
-    hooks = []
-    for layer in _names(control) if scale else ():
-        a, b = (
-            control.tensors[f"{layer}.lora_{half}.weight"].to(example.device, torch.float32) for half in "AB"
-        )
-        hooks.append((spots[layer], partial(_branch, a.to(example.dtype), (factor * b).to(example.dtype))))
+    spots, example, hooks = named_layers(net), next(net.parameters()), []
+    for layer in control.layers if scale else ():
+        a, b = (half.to(example.device, torch.float32) for half in control.pair(layer))
+        b = control.factor(scale) * b
+        hooks.append((spots[layer], partial(_branch, a.to(example.dtype), b.to(example.dtype))))
 
     @contextmanager
     def on() -> Iterator[None]:
@@ -260,11 +265,11 @@ def random_like(control: Control, seed: int = 0) -> Control:
     Frobenius norm in every layer.
     """
     rng, tensors = torch.Generator().manual_seed(seed), {}
-    for layer in _names(control):
-        halves = {half: control.tensors[f"{layer}.lora_{half}.weight"] for half in "AB"}
-        random = {half: torch.randn(tensor.shape, generator=rng) for half, tensor in halves.items()}
-        factor = (_norm(**halves) / _norm(**random)) ** 0.5
-        tensors |= {f"{layer}.lora_{half}.weight": factor * tensor for half, tensor in random.items()}
+    for layer in control.layers:
+        pair = control.pair(layer)
+        random = [torch.randn(half.shape, generator=rng) for half in pair]
+        factor = (_norm(*pair) / _norm(*random)) ** 0.5
+        tensors |= {layer + half: factor * tensor for half, tensor in zip(HALVES, random, strict=True)}
     card = replace(
         control.card,
         name=f"random-{control.card.name}",
@@ -346,26 +351,13 @@ def _dial(layer: "LoraLayer", scales: Mapping[str, float]) -> None:
     )
 
 
-def _norm(A: Tensor, B: Tensor) -> Tensor:  # noqa: N803
+def _norm(a: Tensor, b: Tensor) -> Tensor:
     """The Frobenius norm of B·A, from its rank × rank Gram matrices."""
-    a, b = A.double().flatten(1), B.double().flatten(1)
+    a, b = a.double().flatten(1), b.double().flatten(1)
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
-def _names(control: Control) -> list[str]:
-    """The layers of a control, sorted."""
-    return sorted({key.rsplit(".lora_", 1)[0] for key in control.tensors})
-
-
-def _fits(control: Control, family: str | None) -> None:
-    card = control.card
-    if family and card.family != family:
-        raise UserError(
-            f"{card.name} was trained on family {card.family!r}, this network is of family {family!r}"
-        )
-
-
-def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B on a layer: (rank, in, …) with the layer's own kernel, and (out, rank, …) with a
     kernel of 1.
     """
@@ -377,16 +369,16 @@ def _shapes(layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ..
 
 def _check(net: nn.Module, control: Control) -> None:
     """Raises UserError unless every layer of the control has its place, and its shape, in the network."""
-    name, modules, layers = control.card.name, named_layers(net), _names(control)
+    name, modules, layers = control.card.name, named_layers(net), control.layers
     count, question = f"of {len(layers)} layers of {name}", "Was it trained on another family?"
     lost = [layer for layer in layers if layer not in modules]
     if lost:
         raise UserError(f"{len(lost)} {count} have no place in this network: {_few(lost)}. {question}")
     misfits = []
     for layer in layers:
-        halves = [control.tensors.get(f"{layer}.lora_{half}.weight") for half in "AB"]
-        shapes = tuple(None if half is None else tuple(half.shape) for half in halves)
-        misfits += [layer] if shapes != _shapes(modules[layer], control.card.rank) else []
+        halves = [control.tensors.get(layer + half) for half in HALVES]
+        found = tuple(None if half is None else tuple(half.shape) for half in halves)
+        misfits += [layer] if found != shapes(modules[layer], control.card.rank) else []
     if misfits:
         raise UserError(
             f"{len(misfits)} {count} have another shape in this network: {_few(misfits)}. {question}"

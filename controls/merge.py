@@ -6,6 +6,7 @@ loses is printed.
 
 import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from configs import UserError, entry, list_of, load, plain, plain_name, versions
 from controls import formats
 from controls.layers import CUSTOM
-from controls.lora import Card, Control
+from controls.lora import HALVES, Card, Control
 
 
 @dataclass
@@ -36,27 +37,20 @@ def merge(
     if len(families) > 1:
         raise UserError(f"only controls of one family can be merged; these are of {', '.join(families)}")
     rank = rank or sum(control.card.rank for control in controls)
-    layers = sorted({key.rsplit(".lora_", 1)[0] for control in controls for key in control.tensors})
-    tensors, lost, norms = {}, {}, {}
-    for layer in layers:
-        having = zip(controls, weights, strict=True)
-        mine = [
-            (control, weight) for control, weight in having if layer + formats.HALVES[0] in control.tensors
-        ]
-        pairs = [
-            tuple(control.tensors[layer + half].double() for half in formats.HALVES) for control, _ in mine
-        ]
-        if len({(a.shape[1:], b.shape[:1], b.shape[2:]) for a, b in pairs}) > 1:
+    parts, tensors, lost, norms = defaultdict(list), {}, {}, {}
+    for control, weight in zip(controls, weights, strict=True):
+        for layer in control.layers:
+            parts[layer].append((control.factor(weight), *control.pair(layer)))
+    for layer, pairs in sorted(parts.items()):
+        if len({(a.shape[1:], b.shape[:1], b.shape[2:]) for _, a, b in pairs}) > 1:
             raise UserError(f"the controls have {layer} in different shapes: are they of one network?")
-        scales = [weight * control.card.alpha / control.card.rank for control, weight in mine]
-        a = torch.cat([a.flatten(1) for a, _ in pairs])  # (R, in)
-        b = torch.cat(
-            [scale * b.flatten(1) for scale, (_, b) in zip(scales, pairs, strict=True)], 1
-        )  # (out, R)
-        small_a, small_b, lost[layer], norms[layer] = factored(a, b, rank)
-        tensors[layer + formats.HALVES[0]] = small_a.float().view(rank, *pairs[0][0].shape[1:])
-        tensors[layer + formats.HALVES[1]] = small_b.float().view(-1, rank, *pairs[0][1].shape[2:])
-    card = labelled(controls, weights, set(layers), rank, name)
+        tall_a = torch.cat([a.double().flatten(1) for _, a, _ in pairs])  # (R, in)
+        wide_b = torch.cat([factor * b.double().flatten(1) for factor, _, b in pairs], 1)  # (out, R)
+        small_a, small_b, lost[layer], norms[layer] = factored(tall_a, wide_b, rank)
+        _, a, b = pairs[0]
+        tensors[layer + HALVES[0]] = small_a.float().view(rank, *a.shape[1:])
+        tensors[layer + HALVES[1]] = small_b.float().view(-1, rank, *b.shape[2:])
+    card = labelled(controls, weights, set(parts), rank, name)
     whole = math.hypot(*norms.values())
     return (
         Control(card, tensors),
@@ -80,9 +74,7 @@ def labelled(controls: list[Control], weights: list[float], layers: set[str], ra
         for card, weight in zip(cards, weights, strict=True)
     ]
     kinds, hashes = {card.kind for card in cards}, {card.base_hash for card in cards}
-    whole = next(
-        (c.card for c in controls if {key.rsplit(".lora_", 1)[0] for key in c.tensors} == layers), None
-    )
+    whole = next((control.card for control in controls if set(control.layers) == layers), None)
     return replace(
         cards[0],
         name=name,

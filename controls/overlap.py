@@ -14,6 +14,8 @@ from controls.layers import named_layers
 from controls.lora import Control
 from models.quantized import weights
 
+SHARES = ("in", "out", "chance_in", "chance_out")  # of directions; chance: what random ones would share
+
 
 @dataclass(frozen=True)
 class Low:
@@ -26,11 +28,11 @@ class Low:
 
 def factors(control: Control) -> dict[str, Low]:
     """Every layer's ΔW at scale 1 in its singular form, float64; directions that do nothing are left out."""
-    strength, found = control.card.alpha / control.card.rank, {}
-    for name in sorted({key.rsplit(".lora_", 1)[0] for key in control.tensors}):
-        a, b = (control.tensors[f"{name}.lora_{half}.weight"].double().flatten(1) for half in "AB")
+    found = {}
+    for name in control.layers:
+        a, b = (half.double().flatten(1) for half in control.pair(name))
         (left, top), (right, side) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-        u, s, vh = torch.linalg.svd(strength * top @ side.mT)
+        u, s, vh = torch.linalg.svd(control.factor() * top @ side.mT)
         acts = s > 1e-9 * s[0].clamp(min=1e-300)
         found[name] = Low(left @ u[:, acts], s[acts], right @ vh.mT[:, acts])
     return found
@@ -67,7 +69,7 @@ def subspaces(a: dict[str, Low], b: dict[str, Low]) -> dict | None:
 
     rows = torch.tensor([_subspaces(a[n], b[n]) for n in shared], dtype=torch.float64)
     means = rows.clamp(max=1).mean(0).tolist()
-    return {"layers": len(shared), **dict(zip(("in", "out", "chance_in", "chance_out"), means, strict=True))}
+    return {"layers": len(shared), **dict(zip(SHARES, means, strict=True))}
 
 
 def _subspaces(a: Low, b: Low) -> tuple[float, float, float, float]:
@@ -124,13 +126,12 @@ def against_delta(control: dict[str, Low], changed: dict[str, Tensor]) -> dict:
         )
     inner, energy, *shares = sums.tolist()
     if not energy:
-        return {"cosine": 0.0, "size": None, "in": None, "out": None, "chance_in": None, "chance_out": None}
-    names = ("in", "out", "chance_in", "chance_out")
+        return {"cosine": 0.0, "size": None, **dict.fromkeys(SHARES)}
     size = norm(control)
     return {
         "cosine": inner / (size * energy**0.5) if size else 0.0,
         "size": size / energy**0.5,
-        **{name: share / energy for name, share in zip(names, shares, strict=True)},
+        **{name: share / energy for name, share in zip(SHARES, shares, strict=True)},
     }
 
 

@@ -8,22 +8,21 @@ to be handed: packed latents, lists, another clock, another sign. What the outpu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.noise import TRAIN_STEPS
 from models.prompts import Prompts
 
-Call = Callable[
-    [nn.Module, Tensor, float, Prompts, float | None], Tensor
-]  # network, x, t, prompts in its dtype, guidance it is told
-Encode = Callable[
-    ..., Prompts
-]  # pipeline, texts, negative texts or None, size_px, device, further options of encode_prompt
+# network, x, t, prompts in its dtype, guidance it is told
+Call = Callable[[nn.Module, Tensor, float, Prompts, float | None], Tensor]
+# pipeline, texts, negative texts or None, size_px, device, further options of encode_prompt
+Encode = Callable[..., Prompts]
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,13 @@ class Architecture:
     part: str  # the network's name in the pipeline, and its folder in a repository
     call: Call
     encode: Encode
-    conditioning: Callable[
-        ..., dict[str, tuple[int, ...]]
-    ]  # from a network's config, the shapes of one prompt's parts
+    # from a network's config, the shapes of one prompt's parts, for plans without an encoder
+    conditioning: Callable[..., dict[str, tuple[int, ...]]]
     text_length: int = 0  # tokens of a T5 or Qwen prompt where the card says none, the pipeline's default
     absent: tuple[str, ...] = ()  # other parts of the pipeline that nothing here needs
     even: bool = False  # flow: the pipeline hands its scheduler evenly spaced sigmas, not the number of steps
-    lora: dict = field(
-        default_factory=dict
-    )  # what the pipeline's lora_state_dict is asked for besides the file
+    # what the pipeline's lora_state_dict is asked for besides the file
+    lora: dict = field(default_factory=dict)
 
     @property
     def network(self) -> type[nn.Module]:
@@ -56,29 +53,22 @@ class Architecture:
 
 
 def call_unet(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
-    """Stable Diffusion 1 and 2."""
-    return net(x, torch.tensor(t, device=x.device), prompts.tokens, **_told(net, x, guidance)).sample
-
-
-def call_sdxl(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
-    """SDXL: also pooled text and sizes."""
-    added = {"text_embeds": prompts.pooled, "time_ids": prompts.size}
-    return net(
-        x,
-        torch.tensor(t, device=x.device),
-        prompts.tokens,
-        added_cond_kwargs=added,
-        **_told(net, x, guidance),
-    ).sample
+    """Stable Diffusion 1 and 2; SDXL: also pooled text and sizes."""
+    added, told = None, {}
+    if prompts.pooled is not None:
+        added = {"text_embeds": prompts.pooled, "time_ids": prompts.size}
+    if guidance is not None:  # told to a U-Net with time_cond_proj_dim
+        features = guidance_features(guidance, net.config.time_cond_proj_dim, len(x))
+        told = {"timestep_cond": features.to(x)}
+    clock = torch.tensor(t, device=x.device)
+    return net(x, clock, prompts.tokens, added_cond_kwargs=added, **told).sample
 
 
 def call_pixart(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
     """PixArt: masked text, sizes only at 1024; learned variances beside the prediction are left out."""
-    sized = net.config.sample_size == 128
-    added = {
-        "resolution": prompts.size if sized else None,
-        "aspect_ratio": prompts.size[:, :1] / prompts.size[:, 1:] if sized else None,
-    }
+    added = {"resolution": None, "aspect_ratio": None}
+    if net.config.sample_size == 128:
+        added = {"resolution": prompts.size, "aspect_ratio": prompts.size[:, :1] / prompts.size[:, 1:]}
     out = net(
         x,
         encoder_hidden_states=prompts.tokens,
@@ -102,9 +92,7 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
     places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
     places[..., 1] += torch.arange(height, device=x.device)[:, None]
     places[..., 2] += torch.arange(width, device=x.device)
-    conditioning = (
-        torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
-    )
+    told = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
     out = net(
         pack(x),
         encoder_hidden_states=prompts.tokens,
@@ -112,7 +100,7 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
         timestep=_clock(x, t) / TRAIN_STEPS,
         img_ids=places.flatten(0, 1),
         txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype),
-        guidance=conditioning,
+        guidance=told,
     )
     return unpack(out.sample, height, width)
 
@@ -127,18 +115,12 @@ def call_zimage(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance:
 
 def pack(x: Tensor) -> Tensor:
     """Latents (B, C, H, W) as a sequence of their 2x2 patches, (B, H/2 W/2, 4C)."""
-    b, c, h, w = x.shape
-    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    return F.pixel_unshuffle(x, 2).flatten(2).mT.contiguous()
 
 
 def unpack(x: Tensor, height: int, width: int) -> Tensor:
     """The sequence of height x width patches as latents again."""
-    b, _, c = x.shape
-    return (
-        x.reshape(b, height, width, c // 4, 2, 2)
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(b, c // 4, 2 * height, 2 * width)
-    )
+    return F.pixel_shuffle(x.mT.contiguous().unflatten(2, (height, width)), 2)
 
 
 def guidance_features(w: float, size: int, batch_size: int) -> Tensor:
@@ -148,16 +130,7 @@ def guidance_features(w: float, size: int, batch_size: int) -> Tensor:
     half = size // 2
     angles = w * 1000.0 * torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     features = torch.cat([torch.sin(angles), torch.cos(angles)])
-    return torch.nn.functional.pad(features, (0, size % 2)).expand(batch_size, size)
-
-
-def _told(net: nn.Module, x: Tensor, guidance: float | None) -> dict[str, Tensor]:
-    """The guidance that a U-Net with time_cond_proj_dim is told."""
-    return (
-        {}
-        if guidance is None
-        else {"timestep_cond": guidance_features(guidance, net.config.time_cond_proj_dim, len(x)).to(x)}
-    )
+    return F.pad(features, (0, size % 2)).expand(batch_size, size)
 
 
 def _clock(x: Tensor, t: float) -> Tensor:
@@ -167,7 +140,7 @@ def _clock(x: Tensor, t: float) -> Tensor:
 def encode_sd(pipe, texts: list[str], negative: list[str] | None, size_px: int, device) -> Prompts:
     """Stable Diffusion 1 and 2: tokens; the negative side is the empty text."""
     tokens, away = pipe.encode_prompt(texts, device, 1, True, negative)
-    return Prompts(tokens.float(), negative=Prompts(away.float()))
+    return Prompts(tokens, negative=Prompts(away))
 
 
 def encode_sdxl(pipe, texts: list[str], negative: list[str] | None, size_px: int, device) -> Prompts:
@@ -175,10 +148,13 @@ def encode_sdxl(pipe, texts: list[str], negative: list[str] | None, size_px: int
     tokens, away, pooled, away_pooled = pipe.encode_prompt(
         prompt=texts, device=device, do_classifier_free_guidance=True, negative_prompt=negative
     )
-    size = torch.tensor(
-        [size_px, size_px, 0, 0, size_px, size_px], device=device, dtype=torch.float32
-    ).expand(len(texts), 6)
-    return Prompts(tokens.float(), pooled.float(), size, Prompts(away.float(), away_pooled.float(), size))
+    size = _sizes(texts, device, size_px, size_px, 0, 0, size_px, size_px)
+    return Prompts(tokens, pooled, size, Prompts(away, away_pooled, size))
+
+
+def _sizes(texts: list[str], device, *sizes: int) -> Tensor:
+    """What each text is told of sizes in pixels, (B, how many)."""
+    return torch.tensor(sizes, device=device, dtype=torch.float32).expand(len(texts), -1)
 
 
 def encode_pixart(
@@ -186,8 +162,8 @@ def encode_pixart(
 ) -> Prompts:
     """PixArt: T5's tokens with their mask; the negative side is the empty text."""
     tokens, mask, away, away_mask = pipe.encode_prompt(texts, True, negative or "", device=device, **more)
-    size = torch.tensor([size_px, size_px], device=device, dtype=torch.float32).expand(len(texts), 2)
-    return Prompts(tokens.float(), None, size, Prompts(away.float(), None, size, mask=away_mask), mask)
+    size = _sizes(texts, device, size_px, size_px)
+    return Prompts(tokens, None, size, Prompts(away, None, size, mask=away_mask), mask)
 
 
 def encode_sd3(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
@@ -197,7 +173,7 @@ def encode_sd3(pipe, texts: list[str], negative: list[str] | None, size_px: int,
     tokens, away, pooled, away_pooled = pipe.encode_prompt(
         texts, None, None, device, negative_prompt=negative, **more
     )
-    return Prompts(tokens.float(), pooled.float(), None, Prompts(away.float(), away_pooled.float()))
+    return Prompts(tokens, pooled, None, Prompts(away, away_pooled))
 
 
 def encode_flux(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
@@ -206,11 +182,9 @@ def encode_flux(pipe, texts: list[str], negative: list[str] | None, size_px: int
     """
     away = negative or [""]
     tokens, pooled, _ = pipe.encode_prompt([*texts, *away], None, device, **more)
-    rows = torch.arange(len(texts)) * (len(away) > 1) + len(texts)
-    conditioning = Prompts(tokens.float(), pooled.float())
-    return Prompts(
-        conditioning.tokens[: len(texts)], conditioning.pooled[: len(texts)], negative=conditioning[rows]
-    )
+    both, count = Prompts(tokens, pooled), len(texts)
+    rows = torch.arange(count) * (len(away) > 1) + count
+    return replace(both[:count], negative=both[rows])
 
 
 def encode_zimage(
@@ -227,9 +201,10 @@ def encode_zimage(
 
 
 def _padded(rows: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Token rows (L_i, D) as (B, length, D) in fp32, and where they end, (B, length)."""
-    tokens = torch.stack([torch.nn.functional.pad(row.float(), (0, 0, 0, length - len(row))) for row in rows])
-    return tokens, torch.tensor([[k < len(row) for k in range(length)] for row in rows], device=tokens.device)
+    """Token rows (L_i, D) as (B, length, D), and where they end, (B, length)."""
+    tokens = torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+    ends = torch.tensor([len(row) for row in rows], device=tokens.device)
+    return tokens, torch.arange(length, device=tokens.device) < ends[:, None]
 
 
 def conditioning_sd(c) -> dict:
@@ -262,12 +237,8 @@ def conditioning_zimage(c) -> dict:
 
 def blank(its: Architecture, net: nn.Module, batch_size: int = 1) -> Prompts:
     """Encoded prompts of the right shapes that say nothing, where the network is."""
-    return Prompts(
-        **{
-            part: torch.zeros((batch_size, *shape), device=net.device)
-            for part, shape in its.conditioning(net.config).items()
-        }
-    )
+    shapes = its.conditioning(net.config)
+    return Prompts(**{part: torch.zeros(batch_size, *shapes[part], device=net.device) for part in shapes})
 
 
 UNSAFE = ("safety_checker", "feature_extractor", "image_encoder")  # nothing here draws for the public
@@ -277,7 +248,7 @@ UNET, TRANSFORMER = partial(Architecture, part="unet", lora=KOHYA), partial(Arch
 ARCHITECTURES = {
     "sdxl": UNET(
         ("UNet2DConditionModel", "StableDiffusionXLPipeline"),
-        call=call_sdxl,
+        call=call_unet,
         encode=encode_sdxl,
         conditioning=conditioning_sdxl,
         absent=UNSAFE[1:],

@@ -5,24 +5,25 @@ members=[base,dmd2]
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi, constants
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import ROOT, UserError, entry, list_of
 from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard, card
 from models.evaluators import EVALUATORS, PACKAGED, Picture
-from models.loading import BROKEN, available, config, latent_shape, one_line, place, source
+from models.loading import BROKEN, available, config, latent_shape, one_line, place, published, source
 from models.quantized import KINDS, inside
 
 if TYPE_CHECKING:  # families stand on both
@@ -57,62 +58,51 @@ def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype, quanti
     Reads configs, from the cache or some kilobytes from the Hub. Raises UserError for a config that cannot be
     had.
     """
-    own = dict.fromkeys(
-        family.base if family.members[name].lora else name for name in members
-    )  # a LoRA brings its base
-    deltas = [name for name in members if family.members[name].lora]
+    own = dict.fromkeys(map(family.holder, members))
     return [
         *shared(family, dtype),
         *(network_need(family, name, dtype, quantize) for name in own),
-        *(delta_need(family, name, dtype) for name in deltas),
+        *(delta_need(family, name, dtype) for name in members if family.members[name].lora),
     ]
 
 
 def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
     """The VAE and the text encoders of a family."""
-    its, home = ARCHITECTURES[family.architecture], {"revision": available(family.repo, family.revision)}
-    with one_line(family.repo):
-        index = its.pipeline.load_config(place(family.repo), **home)
+    its, repo, revision = ARCHITECTURES[family.architecture], family.repo, family.revision
+    with one_line(repo):
+        index = published(its.pipeline, repo, revision)
     found = []
-    for part, (library, name) in (
-        (part, value) for part, value in index.items() if isinstance(value, list | tuple) and all(value)
-    ):
-        kind = (
-            getattr(import_module(library), name, None) if library in ("diffusers", "transformers") else None
-        )
-        if part in (its.part, *its.absent) or not (
-            isinstance(kind, type) and issubclass(kind, torch.nn.Module)
-        ):
+    for part, value in index.items():
+        kind = _network(value)
+        if kind is None or part in (its.part, *its.absent):
             continue
-        with one_line(f"{part} of {family.repo}"):
-            count, _ = _count(kind, _config(kind, family.repo, part, **home))
-        size = (
-            dtype.itemsize
-            if library == "transformers" and family.encoders == "network"
-            else torch.float32.itemsize
-        )
-        found.append(
-            Need(
-                part,
-                family.repo,
-                family.licence,
-                count,
-                _download(family.repo, family.revision, part, family.variant, count),
-                size * count,
-            )
-        )
+        with one_line(f"{part} of {repo}"):
+            count, _ = _count(kind, _config(kind, repo, revision, part))
+        narrow = value[0] == "transformers" and family.encoders == "network"
+        download = _download(repo, revision, part, family.variant, count)
+        memory = (dtype.itemsize if narrow else FULL) * count
+        found.append(Need(part, repo, family.licence, count, download, memory))
     return found
+
+
+def _network(value: Any) -> type | None:
+    """The class of a network that a pipeline's index names by library and class; None for anything else."""
+    if not isinstance(value, list | tuple) or not all(value):
+        return None
+    library, name = value
+    if library not in ("diffusers", "transformers"):
+        return None
+    kind = getattr(import_module(library), name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
 
 
 def network_need(family: FamilyCard, name: str, dtype: torch.dtype, quantize: str = "") -> Need:
     """A member's own network, whole or quantised."""
     member = family.members[name]
     count, packed = _count(ARCHITECTURES[family.architecture].network, config(family, name))
-    size = (
-        dtype.itemsize * count + (KINDS[quantize].bits / 8 - dtype.itemsize) * packed
-        if quantize
-        else dtype.itemsize * count
-    )
+    size = dtype.itemsize * count
+    if quantize:
+        size += (KINDS[quantize].bits / 8 - dtype.itemsize) * packed
     home, pinned, variant = source(family, member)
     download = _download(home, pinned, member.subfolder or "", variant, count, member.file)
     return Need(name, home, member.licence or family.licence, count, download, size)
@@ -162,22 +152,36 @@ def effort(family: FamilyCard, name: str) -> float:
 
     Reads configs; raises UserError without them.
     """
-    return _effort(
-        family.architecture,
-        json.dumps(config(family, name), sort_keys=True, default=str),
-        latent_shape(family),
-    )
+    return _effort(*about(family, name))
 
 
 @cache
-def _effort(architecture: str, values: str, shape: tuple[int, int, int]) -> float:
+def _effort(*about: Hashable) -> float:
+    _, evaluate = unweighted(*about, torch.bfloat16)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        evaluate()
+    return float(counter.get_total_flops())
+
+
+def about(family: FamilyCard, name: str) -> tuple[str, str, tuple[int, int, int]]:
+    """What one evaluation of a member depends on: architecture, config of the network, shape of a latent."""
+    return family.architecture, key(config(family, name)), latent_shape(family)
+
+
+def key(config: dict) -> str:
+    """A config as a text, by which what follows from it is kept."""
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def unweighted(
+    architecture: str, values: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """A network on torch's `meta` device, and one evaluation of it for one latent."""
     its = ARCHITECTURES[architecture]
     with init_empty_weights():
-        net = torch.nn.Module.to(its.network.from_config(json.loads(values)), "meta", torch.bfloat16)
-    x, told = torch.zeros(1, *shape, device="meta").bfloat16(), blank(its, net).to(torch.bfloat16)
-    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        its.call(net, x, 500.0, told, None)
-    return float(counter.get_total_flops())
+        net = torch.nn.Module.to(its.network.from_config(json.loads(values)), "meta", dtype)
+    x, told = torch.zeros(1, *shape, device="meta", dtype=dtype), blank(its, net).to(dtype)
+    return net, torch.no_grad()(partial(its.call, net, x, 500.0, told, None))
 
 
 def pace(device: torch.device, dtype: torch.dtype) -> float:
@@ -209,12 +213,10 @@ def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.devic
 
 def spelt(seconds: float) -> str:
     """A duration in its best unit."""
-    size, unit = next(
-        pair
-        for pair in ((86400, "days"), (3600, "hours"), (60, "minutes"))
-        if seconds >= pair[0] or pair[0] == 60
-    )
-    return f"{seconds / size:.1f} {unit}"
+    for size, unit in ((86400, "days"), (3600, "hours")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.1f} minutes"
 
 
 def forecast(
@@ -262,16 +264,12 @@ def check(
     need, room = sum(part.memory for part in needed), free(device)
     if need <= room:
         return
-    smaller = need * HALF / dtype.itemsize
-    ways = (
-        [f"dtype=bf16 needs {smaller / GB:.1f}"]
-        if not fixed and dtype.itemsize > HALF and smaller <= room
-        else []
-    )
+    smaller, way = need * HALF / dtype.itemsize, "fewer members at once, or another device, would fit"
+    if not fixed and dtype.itemsize > HALF and smaller <= room:
+        way = f"dtype=bf16 needs {smaller / GB:.1f}"
     raise UserError(
         f"{what} needs {need / GB:.1f} GB of memory on {device.type} in "
-        f"{str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; "
-        + (ways or ["fewer members at once, or another device, would fit"])[0]
+        f"{str(dtype).removeprefix('torch.')}, {room / GB:.1f} are free; {way}"
     )
 
 
@@ -295,19 +293,16 @@ def _gb(size: float) -> str:
     return f"{size / GB:.1f}" if size >= 0.05 * GB or not size else f"{size / GB:.2g}"
 
 
-def _config(kind: type, repo: str, subfolder: str | None, **home) -> dict:
+def _config(kind: type, repo: str, revision: str | None, subfolder: str) -> dict:
     """A part's config as plain values."""
     if hasattr(kind, "load_config"):  # diffusers'
-        return dict(kind.load_config(place(repo), subfolder=subfolder, **home))
-    return (
-        import_module("transformers")
-        .AutoConfig.from_pretrained(place(repo), subfolder=subfolder or "", **home)
-        .to_dict()
-    )
+        return published(kind, repo, revision, subfolder)
+    home = {"subfolder": subfolder, "revision": available(repo, revision)}
+    return import_module("transformers").AutoConfig.from_pretrained(place(repo), **home).to_dict()
 
 
 def _count(kind: type, config: dict) -> tuple[int, int]:
-    return _counted(kind, json.dumps(config, sort_keys=True, default=str))
+    return _counted(kind, key(config))
 
 
 @cache
@@ -315,11 +310,10 @@ def _counted(kind: type, config: str) -> tuple[int, int]:
     """The number of parameters of a network by its config, and how many of them quantising packs."""
     values = json.loads(config)
     with init_empty_weights():
-        net = (
-            kind.from_config(values)
-            if hasattr(kind, "load_config")
-            else kind(kind.config_class.from_dict(values))
-        )
+        if hasattr(kind, "load_config"):  # diffusers'
+            net = kind.from_config(values)
+        else:
+            net = kind(kind.config_class.from_dict(values))
     if hasattr(net, "tie_weights"):
         net.tie_weights()  # on the meta device shared embeddings are two
     return sum(weight.numel() for weight in net.parameters()), sum(
@@ -377,10 +371,8 @@ def _home(repo: str, revision: str | None) -> Path | None:
     """Where a repository's revision lies on disk; None where it does not."""
     if Path(place(repo)).is_dir():
         return Path(place(repo))
-    cached, revision = (
-        Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}",
-        available(repo, revision) or "main",
-    )
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    revision = available(repo, revision) or "main"
     named = cached / "refs" / revision
     found = cached / "snapshots" / (named.read_text().strip() if named.is_file() else revision)
     return found if found.is_dir() else None

@@ -1,5 +1,6 @@
 """Cards: what a family and its members are, as typed YAML."""
 
+import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +93,10 @@ class FamilyCard:
     more_prompts: str = "configs/prompts/people.txt"
     members: dict[str, MemberCard] = field(default_factory=dict)
 
+    def holder(self, name: str) -> str:
+        """The member whose network a member runs: the base for a LoRA over it, else itself."""
+        return self.base if self.members[name].lora else name
+
 
 def card(name: str) -> FamilyCard:
     """A family's card by name, or by the path of a YAML. Raises UserError with the names there are."""
@@ -132,9 +137,9 @@ def _schedule(member: MemberCard, where: str) -> None:
     if not 1 <= member.steps <= TRAIN_STEPS:
         raise UserError(f"{where} has steps {member.steps}; there can be 1 … {TRAIN_STEPS}")
     last = TRAIN_STEPS if member.noise_schedule == "flow" else TRAIN_STEPS - 1
-    steps = member.timesteps or (
-        [] if member.noise_schedule == "flow" else timesteps(member.spacing, member.steps)
-    )
+    steps = member.timesteps
+    if not steps and member.noise_schedule != "flow":
+        steps = timesteps(member.spacing, member.steps)
     if any(not 0 <= t <= last for t in steps):
         raise UserError(f"{where} has timesteps outside of 0 … {last}: {steps}")
     if any(b >= a for a, b in pairwise(steps)):
@@ -151,11 +156,7 @@ def split(member: str) -> tuple[str, str]:
 
 def _path(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CARDS / f"{name}.yaml"
-    try:
-        there = path.is_file()
-    except OSError:  # a name that is too long
-        there = False
-    if not there:
+    if not os.path.isfile(path):  # unlike Path's own, also where a name is too long
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.yaml")))
         raise UserError(f"no family {quoted(name)}: there are {known}, or give the path of a card.yaml")
     return path

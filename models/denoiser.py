@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
-from models.architectures import Call, call_sdxl
+from models.architectures import Call, call_unet
 from models.lora_student import Delta, Scale, dial
 from models.noise import Noise, to_x0
 from models.prompts import Prompts, concatenate
@@ -20,7 +20,7 @@ class Denoiser:
     prediction_type: str = "eps"  # what the network predicts: eps, v, flow, sample
     # guidance that the network itself is told: LCM the scale minus one, Flux the scale
     guidance_embedding: float | None = None
-    call: Call = call_sdxl  # how this kind of network is called, see models/architectures.py
+    call: Call = call_unet  # how this kind of network is called, see models/architectures.py
     delta: Delta | None = None  # of a student that is a LoRA over the network
     # of the delta; a function of the noise level for one that changes from step to step
     lora_scale: Scale = 1.0

@@ -57,8 +57,9 @@ class Picture:
 
     def __init__(self, repo: str, device: str | torch.device = "cpu"):
         """repo: a folder or a Hub id, with @revision where it is pinned."""
-        self.repo, _, self.revision = repo.partition("@")
-        self.device, self.identity = device, content(self.repo, self.revision or None, "", "")
+        self.repo, _, revision = repo.partition("@")
+        self.revision = revision or None
+        self.device, self.identity = device, content(self.repo, self.revision, "", "")
         self.known: dict[str, np.ndarray] = {}  # texts that were embedded
 
     @cached_property
@@ -75,21 +76,17 @@ class Picture:
     def pixels(self) -> dict:
         """How the model was trained to see pictures."""
         with one_line(f"the evaluator {self.repo}"):
-            return json.loads(
-                file_of(self.repo, self.revision or None, "preprocessor_config.json").read_text()
-            )
+            return json.loads(file_of(self.repo, self.revision, "preprocessor_config.json").read_text())
 
     def _part(self, name: str, **options) -> Any:
-        from transformers import (
-            logging,
-        )  # seconds, which a command that finds everything seen already need not wait
+        # seconds, which a command that finds everything seen already need not wait
+        from transformers import logging
 
         logging.disable_progress_bar()
         with one_line(f"the evaluator {self.repo}"):
             kind = getattr(import_module("transformers"), name)
-            return kind.from_pretrained(
-                place(self.repo), revision=available(self.repo, self.revision or None), **options
-            )
+            revision = available(self.repo, self.revision)
+            return kind.from_pretrained(place(self.repo), revision=revision, **options)
 
     @property
     def resize_px(self) -> int:
@@ -99,26 +96,27 @@ class Picture:
     @property
     def size_px(self) -> int:
         """Side of a picture as the model sees it."""
-        return (
-            _side(self.pixels["crop_size"])
-            if self.pixels.get("crop_size") and self.pixels.get("do_center_crop")
-            else self.resize_px
-        )
+        if self.pixels.get("crop_size") and self.pixels.get("do_center_crop"):
+            return _side(self.pixels["crop_size"])
+        return self.resize_px
 
     @cached_property
     def mean(self) -> Tensor:
         """Of the pixels, per colour."""
-        return torch.tensor(self.pixels["image_mean"], device=self.device).view(1, 3, 1, 1)
+        return self._per_colour("image_mean")
 
     @cached_property
     def std(self) -> Tensor:
         """Of the pixels, per colour."""
-        return torch.tensor(self.pixels["image_std"], device=self.device).view(1, 3, 1, 1)
+        return self._per_colour("image_std")
+
+    def _per_colour(self, name: str) -> Tensor:
+        return torch.tensor(self.pixels[name], device=self.device).view(1, 3, 1, 1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
         """Unit-length image embeddings (B, d). Raises UserError for what is not finite."""
-        return finite(self.embed(images).double().cpu().numpy(), type(self).__name__.lower(), images)
+        return finite(self.embed(images), type(self).__name__.lower(), images)
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit-length image embeddings (B, d) as a tensor that gradients pass."""
@@ -132,7 +130,7 @@ class Picture:
         """Square images in [-1, 1] as the model was trained to see them."""
         pixels, outer, inner = images.to(self.device) / 2 + 0.5, self.resize_px, self.size_px
         if pixels.shape[-1] != outer:
-            pixels = F.interpolate(pixels, (outer, outer), mode="bicubic", antialias=True).clamp(0, 1)
+            pixels = resized(pixels, outer)
         edge = (outer - inner) // 2
         return (pixels[..., edge : edge + inner, edge : edge + inner] - self.mean) / self.std
 
@@ -149,6 +147,11 @@ class Picture:
     def rest(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """All of it: no direction is known."""
         return features
+
+
+def resized(pixels: Tensor, size_px: int) -> Tensor:
+    """Square pictures in [0, 1], (B, 3, H, H), at another size."""
+    return F.interpolate(pixels, (size_px, size_px), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def _side(size: int | dict) -> int:
@@ -184,10 +187,8 @@ class Clip(Picture):
         ids = self.tokenizer(
             [text], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
-        return finite(
-            F.normalize(self.read(ids.to(self.device)), dim=-1).double().cpu().numpy()[0],
-            type(self).__name__.lower(),
-        )
+        embedding = F.normalize(self.read(ids.to(self.device)), dim=-1)[0]
+        return finite(embedding, type(self).__name__.lower())
 
     def read(self, ids: Tensor) -> Tensor:
         return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
@@ -237,9 +238,7 @@ class DreamSim(Picture):
         self.device, self.identity = device, kind
 
     def embed(self, images: Tensor) -> Tensor:
-        pixels = F.interpolate(
-            images.to(self.device) / 2 + 0.5, (224, 224), mode="bicubic", antialias=True
-        ).clamp(0, 1)
+        pixels = resized(images.to(self.device) / 2 + 0.5, 224)
         return F.normalize(self.model.embed(pixels), dim=-1)
 
 
@@ -248,9 +247,8 @@ class Inception(Picture):
 
     def __init__(self, kind: str, device: str | torch.device = "cpu"):
         """kind: torch-fidelity's name of the network, inception-v3-compat."""
-        net = extra("torch_fidelity.feature_extractor_inceptionv3", "inception").FeatureExtractorInceptionV3(
-            kind, ["2048"]
-        )
+        package = extra("torch_fidelity.feature_extractor_inceptionv3", "inception")
+        net = package.FeatureExtractorInceptionV3(kind, ["2048"])
         self.model, self.device, self.identity = net.to(device).eval(), device, kind
 
     def embed(self, images: Tensor) -> Tensor:
@@ -273,20 +271,16 @@ class Attributes:
     """The attribute probe of a world whose truth is known."""
 
     def __init__(self, folder: str, device: str | torch.device = "cpu"):
-        if not (Path(place(folder)) / "model.safetensors").is_file():
+        home = Path(place(folder))
+        if not (home / "model.safetensors").is_file():
             raise UserError(f"no attribute probe in {folder}; train it with python train/tiny.py probe")
-        self.device, self.probe, self.identity = (
-            device,
-            Probe.load(Path(place(folder))).to(device),
-            content(folder, None, "", ""),
-        )
+        self.device, self.identity = device, content(folder, None, "", "")
+        self.probe = Probe.load(home).to(device)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> np.ndarray:
         """The attributes (B, len(ATTRIBUTES)). Raises UserError for what is not finite."""
-        return finite(
-            self.probe(images.to(self.device)).double().cpu().numpy(), "the attribute probe", images
-        )
+        return finite(self.probe(images.to(self.device)), "the attribute probe", images)
 
     def score(self, features: np.ndarray, positive: str, negative: str) -> np.ndarray:
         """Where the picture stands between what the two descriptions claim: 0 at the negative, 1 at the
@@ -309,18 +303,18 @@ class Attributes:
         return direction
 
 
-def finite(features: np.ndarray, evaluator_name: str, images: Tensor | None = None) -> np.ndarray:
-    """The features of images, or of a text.
+def finite(features: Tensor, evaluator_name: str, images: Tensor | None = None) -> np.ndarray:
+    """The features of images, or of a text, as float64.
 
     Raises UserError, which names whose fault it is, where they are not finite.
     """
-    if not np.isfinite(features).all():
+    if not torch.isfinite(features).all():
         if images is not None and not torch.isfinite(images).all():
             raise UserError(
                 "the pictures are not finite: a smaller scale, or dtype=fp32, may do, or weights are damaged"
             )
         raise UserError(f"{evaluator_name} gives numbers that are not finite: its weights are damaged")
-    return features
+    return features.double().cpu().numpy()
 
 
 EVALUATORS = {
@@ -331,19 +325,10 @@ EVALUATORS = {
     "dreamsim": DreamSim,
     "inception": Inception,
 }
-UNIT = (
-    "clip",
-    "siglip",
-    "dino",
-    "dreamsim",
-)  # whose features are of unit length: their distance is 1 - cosine
+UNIT = ("clip", "siglip", "dino", "dreamsim")  # of unit length: their features' distance is 1 - cosine
 READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
-
-
-PACKAGED = {
-    "dreamsim": (258e6, 1.3e9),
-    "inception": (23.9e6, 95.6e6),
-}  # parameters, and bytes that their packages fetch, about
+# parameters, and bytes that their packages fetch, about
+PACKAGED = {"dreamsim": (258e6, 1.3e9), "inception": (23.9e6, 95.6e6)}
 
 
 def chosen(card: FamilyCard, names: Sequence[str] = ()) -> list[str]:
@@ -369,6 +354,7 @@ def load_evaluators(
     for what cannot be loaded.
     """
     found = {name: EVALUATORS[name](getattr(card, name), device) for name in chosen(card, names)}
-    for evaluator in found.values() if load_now else ():
-        evaluator.features(torch.zeros(1, 3, 64, 64))
+    if load_now:
+        for evaluator in found.values():
+            evaluator.features(torch.zeros(1, 3, 64, 64))
     return found

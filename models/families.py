@@ -32,25 +32,16 @@ from models.prompts import Prompts, stacked
 from models.sampler import Denoiser, Member, alone, draw_noise, finish, levels_of
 from models.tokens import Reader, cuts, tell_apart
 
-if (
-    TYPE_CHECKING
-):  # diffusers takes seconds to import, which a command that finds everything drawn need not wait
+if TYPE_CHECKING:  # it takes seconds to import, which a command that finds everything drawn need not wait
     from diffusers import DiffusionPipeline
 
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
 REMEMBERED = 2e9  # bytes of encoded prompts that are kept
 ENCODED = 64  # texts that are encoded at once
-PREDICTIONS = {
-    "epsilon": "eps",
-    "v_prediction": "v",
-    "sample": "sample",
-}  # diffusers' words for what a network predicts
-DTYPES = {
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}  # auto = fast_dtype
+# diffusers' words for what a network predicts
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "sample"}
+# auto = fast_dtype
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -58,6 +49,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     batch (LOG.md).
     """
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def modules(pipe: "DiffusionPipeline") -> dict[str, nn.Module]:
+    """The parts of a pipeline that have weights, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 class Family:
@@ -83,14 +79,10 @@ class Family:
         self.architecture = ARCHITECTURES[self.card.architecture]
         self.device = torch.device(device)
         self.dtype = dtype or fast_dtype(self.device)
-        self.turns, self.home = (
-            Offloader(self.device),
-            torch.device("cpu") if self.memory.offload else self.device,
-        )
-        self.drawing, self.decoding = (
-            Batches.drawn(batch_size, self.card.size_px),
-            Batches.decoded(self.card.size_px),
-        )
+        self.turns = Offloader(self.device)
+        self.home = torch.device("cpu") if self.memory.offload else self.device
+        self.drawing = Batches.drawn(batch_size, self.card.size_px)
+        self.decoding = Batches.decoded(self.card.size_px)
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
         self._encoded: dict[tuple[str, str | None], Prompts] = {}
@@ -106,12 +98,11 @@ class Family:
         if self._pipe is None:
             self._pipe = self._parts()
             self._pipe.set_progress_bar_config(disable=True)
+            vae = self._pipe.vae
             if self.memory.tiling:
-                self._pipe.vae.enable_slicing()
-            if (
-                self.memory.tiling and type(self._pipe.vae).__name__ == "AutoencoderKL"
-            ):  # the tiny one tiles for a factor of 8 only
-                self._pipe.vae.enable_tiling()
+                vae.enable_slicing()
+                if type(vae).__name__ == "AutoencoderKL":  # the tiny one tiles for a factor of 8 only
+                    vae.enable_tiling()
         return self._pipe
 
     def _parts(self, **without) -> "DiffusionPipeline":
@@ -123,18 +114,13 @@ class Family:
         how = {"variant": self.card.variant, "dtype": {"vae": torch.float32, "default": text}}
         absent = dict.fromkeys((its.part, *its.absent)) | without
         pipe = fetch(its.pipeline, self.card.repo, self.card.revision, **how, **absent)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.to(self.home).eval().requires_grad_(False)
+        for part in modules(pipe).values():
+            part.to(self.home).eval().requires_grad_(False)
         return pipe
 
     def encoders(self) -> dict[str, nn.Module]:
         """The text encoders by their names in the pipeline; none after `forget_encoders`."""
-        return {
-            name: part
-            for name, part in self.pipe.components.items()
-            if isinstance(part, nn.Module) and name != "vae"
-        }
+        return {name: part for name, part in modules(self.pipe).items() if name != "vae"}
 
     def forget_encoders(self) -> None:
         """Frees the text encoders, which are most of some families' memory; the next `encode` loads them
@@ -149,11 +135,11 @@ class Family:
 
         Loads nothing else; raises UserError where it cannot.
         """
-        parts = self._pipe.components if self._pipe else self._tokenizers().components
+        pipe = self._pipe or self._tokenizers()
         own = self.card.text_length or self.architecture.text_length
         return [
             (part, part.model_max_length if "CLIP" in type(part).__name__ else own)
-            for name, part in parts.items()
+            for name, part in pipe.components.items()
             if name.startswith("tokenizer") and part is not None
         ]
 
@@ -194,7 +180,8 @@ class Family:
         wanted = list(zip(texts, negative or [None] * len(texts), strict=True))
         new = [pair for pair in dict.fromkeys(wanted) if pair not in self._encoded]
         if new:
-            found = self._encode([text for text, _ in new], negative and [away for _, away in new]).to("cpu")
+            found = self._encode([text for text, _ in new], negative and [away for _, away in new])
+            found = found.to("cpu", torch.float32)
             if found.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
                 self._encoded = {
                     pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded
@@ -204,10 +191,7 @@ class Family:
 
     def _encode(self, texts: list[str], negative: list[str] | None) -> Prompts:
         if not self.encoders():
-            again = self._parts(vae=None)
-            self.pipe.register_modules(
-                **{name: part for name, part in again.components.items() if isinstance(part, nn.Module)}
-            )
+            self.pipe.register_modules(**modules(self._parts(vae=None)))
         self.bring(*self.encoders().values())
         new = dict.fromkeys(text for text in [*texts, *(negative or [])] if text not in self._noted)
         self._noted |= new.keys()
@@ -242,10 +226,9 @@ class Family:
         return torch.cat(self.decoding.of(part, len(latents)))
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        self.bring(
-            *(self.turns.here if latents.requires_grad else ()), self.pipe.vae
-        )  # beside the network that gradients still must pass
         vae, (scale, shift) = self.pipe.vae, self._latent_scale()
+        beside = self.turns.here if latents.requires_grad else ()  # what gradients still must pass
+        self.bring(*beside, vae)
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -253,7 +236,8 @@ class Family:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a
         distribution.
         """
-        vae, (scale, shift) = self._vae(), self._latent_scale()
+        vae, (scale, shift) = self.pipe.vae, self._latent_scale()
+        self.bring(vae)
 
         def encoded(rows: Tensor) -> Tensor:
             out = vae.encode(images[rows].to(self.device, vae.dtype))
@@ -265,10 +249,6 @@ class Family:
         """With offload: puts these parts on the device, and what was there off it. Else all are there."""
         if self.memory.offload:
             self.turns.bring(parts)
-
-    def _vae(self) -> nn.Module:
-        self.bring(self.pipe.vae)
-        return self.pipe.vae
 
     def _latent_scale(self) -> tuple[float, float]:
         """The factor and the shift between the VAE's latents and the networks'."""
@@ -282,12 +262,12 @@ class Family:
         """
 
         def drawn(rows: Tensor) -> Tensor:
-            noise = draw_noise(
-                [seeds[row] for row in rows], self.latent_shape, len(member.levels), self.device
-            )
-            conditioning = (
-                prompts[rows] if isinstance(prompts, Prompts) else self.encode([prompts[row] for row in rows])
-            )
+            own = [seeds[row] for row in rows]
+            noise = draw_noise(own, self.latent_shape, len(member.levels), self.device)
+            if isinstance(prompts, Prompts):
+                conditioning = prompts[rows]
+            else:
+                conditioning = self.encode([prompts[row] for row in rows])
             return self.decode(finish(alone(member), noise, conditioning))
 
         return torch.cat(self.drawing.of(drawn, len(prompts)))
@@ -302,9 +282,8 @@ class Family:
                 raise UserError(
                     f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}"
                 )
-            self._members[name] = self._load(
-                name, self.card.members[name], self.quantize if quantize is None else quantize
-            )
+            held = self.quantize if quantize is None else quantize
+            self._members[name] = self._load(name, self.card.members[name], held)
         return self._members[name]
 
     @property
@@ -316,11 +295,8 @@ class Family:
         """Frees the networks of all members but these, and of the bases whose LoRA students these are;
         `member` loads them anew.
         """
-        kept = {
-            base
-            for name in names
-            for base in (name, self.card.base if self.card.members[name].lora else name)
-        }
+        names = set(names)
+        kept = names | set(map(self.card.holder, names))
         gone = [self._members.pop(name).denoiser.net for name in self._members.keys() - kept]
         if gone:
             self.turns.here = [part for part in self.turns.here if all(part is not net for net in gone)]
@@ -372,7 +348,7 @@ class Family:
             "beta_end": last,
             "beta_schedule": "scaled_linear" if power < 1 else "linear",
         }
-        other = {key: config[key] for key, value in betas.items() if key in config and config[key] != value}
+        other = {key: config[key] for key, value in betas.items() if config.get(key, value) != value}
         if config.get("rescale_betas_zero_snr"):
             raise UserError(
                 f"{self.card.name}/{name} was trained to a signal-to-noise ratio of zero "
@@ -398,15 +374,12 @@ class Family:
         if name in self._nets:
             return self._nets[name], None
         if not member.lora:
-            what, home = f"{self.card.name}/{name}", torch.device("cpu") if quantize else self.home
-            budget.check(what, [budget.network_need(self.card, name, self.dtype)], home, self.dtype)
-            if quantize:  # whole on the CPU alone
-                budget.check(
-                    what, [budget.network_need(self.card, name, self.dtype, quantize)], self.home, self.dtype
-                )
-            net = network(self.card, name, self.dtype, home).to(
-                home, self.dtype, memory_format=torch.channels_last
-            )
+            home = torch.device("cpu") if quantize else self.home
+            for how, where in {"": home, quantize: self.home}.items():  # whole at first, then as it is held
+                needs = [budget.network_need(self.card, name, self.dtype, how)]
+                budget.check(f"{self.card.name}/{name}", needs, where, self.dtype)
+            net = network(self.card, name, self.dtype, home)
+            net.to(home, self.dtype, memory_format=torch.channels_last)
             trim()
             if quantize:
                 quantized.quantize(net, quantize, self.device).to(self.home)
@@ -419,9 +392,8 @@ class Family:
         net = self.member(self.card.base, quantize).denoiser.net
         repo, revision, _ = source(self.card, member)
         with one_line(f"{member.lora} of {repo}"):
-            delta = lora_student.read(
-                file_of(repo, revision, member.lora, member.sha256), self.architecture, net
-            )
+            file = file_of(repo, revision, member.lora, member.sha256)
+            delta = lora_student.read(file, self.architecture, net)
         delta.attach(net)
         return net, delta
 
@@ -443,9 +415,9 @@ class Family:
         its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2
         lengths = its.base_image_seq_len, its.max_image_seq_len
         mu = calculate_shift(patches, *lengths, its.base_shift, its.max_shift)
-        evenly = {"sigmas": [1 - k / steps for k in range(steps)]}
-        scheduler.set_timesteps(
-            mu=mu, **(evenly if self.architecture.even else {"num_inference_steps": steps})
-        )
+        if self.architecture.even:
+            scheduler.set_timesteps(mu=mu, sigmas=[1 - k / steps for k in range(steps)])
+        else:
+            scheduler.set_timesteps(steps, mu=mu)
         pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False)
         return tuple(Noise(t, 1 - sigma, sigma) for t, sigma in pairs)

@@ -4,7 +4,7 @@
 
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from configs import UserError
 from models import budget
-from models.architectures import ARCHITECTURES, blank
 from models.cards import FamilyCard
 from models.evaluators import EVALUATORS, PACKAGED, Picture
-from models.loading import available, config, latent_shape, one_line, place
+from models.loading import latent_shape, one_line, published
 from models.offload import Memory
 
 if TYPE_CHECKING:  # families are on top of what is forecast
@@ -88,7 +87,7 @@ def networks(
     for name in dict.fromkeys(names):
         if card.members[name].lora:
             needed[name] = budget.delta_need(card, name, dtype)
-        own = card.base if card.members[name].lora else name
+        own = card.holder(name)
         needed[own] = budget.network_need(card, own, dtype, quantize)
     return {need.part: need.memory for need in needed.values()}
 
@@ -100,24 +99,29 @@ def sums(tensors: dict[str, Tensor], dtype: torch.dtype, count: int = 1) -> dict
     """
     if not count:
         return {"the control": sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize}
-    halves = {
-        key.rsplit(".lora_", 1)[0]: tensor.shape for key, tensor in tensors.items() if ".lora_A." in key
-    }
     sizes = [
-        tensors[f"{layer}.lora_B.weight"].shape[0] * shape[1:].numel() for layer, shape in halves.items()
+        len(tensors[key.replace(".lora_A.", ".lora_B.")]) * a.shape[1:].numel()
+        for key, a in tensors.items()
+        if ".lora_A." in key
     ]
     return {"weights with the control": count * sum(sizes) * dtype.itemsize}
 
 
 def unpacked(card: FamilyCard, names: Iterable[str], dtype: torch.dtype) -> dict[str, float]:
     """The largest of these members' networks, whole as it is before it is packed."""
-    return dict([max(networks(card, names, dtype).items(), key=lambda item: item[1])])
+    return largest(networks(card, names, dtype))
+
+
+def largest(held: dict[str, float]) -> dict[str, float]:
+    """The largest part alone."""
+    name = max(held, key=held.get)
+    return {name: held[name]}
 
 
 def evaluating(card: FamilyCard, rows: Mapping[str, int], dtype: torch.dtype) -> dict[str, float]:
     """Activations of one evaluation of members' networks, the largest, each for so many latents at once."""
-    most = max(rows, key=lambda name: rows[name] * evaluation(card, name, dtype))
-    return {f"activations of {rows[most]} latents": rows[most] * evaluation(card, most, dtype)}
+    ((most, size),) = largest({name: rows[name] * evaluation(card, name, dtype) for name in rows}).items()
+    return {f"activations of {rows[most]} latents": size}
 
 
 def decoding(
@@ -126,25 +130,19 @@ def decoding(
     """What the VAE takes to make so many pictures at once; learning: and to pass gradients back."""
     images = 1 if memory and memory.tiling else images
     with one_line(f"the VAE's config in {card.repo}"):
-        home = {"revision": available(card.repo, card.revision)}
-        library, kind = import_module("diffusers").DiffusionPipeline.load_config(place(card.repo), **home)[
-            "vae"
-        ]
-        values = getattr(import_module(library), kind).load_config(place(card.repo), subfolder="vae", **home)
+        index = published(import_module("diffusers").DiffusionPipeline, card.repo, card.revision)
+        library, kind = index["vae"]
+        values = published(getattr(import_module(library), kind), card.repo, card.revision, "vae")
     tiled = bool(memory and memory.tiling and kind == "AutoencoderKL")
-    each = _decoding(
-        kind, json.dumps(dict(values), sort_keys=True, default=str), latent_shape(card), tiled, learning
-    )
+    each = _decoding(kind, budget.key(values), latent_shape(card), tiled, learning)
     return {f"decoding of {images} at {card.size_px} px": images * each}
 
 
 def seeing(card: FamilyCard, names: Sequence[str], images: int) -> dict[str, float]:
     """What evaluators take to look at so many pictures at once."""
-    return (
-        {f"evaluators' look at {images}": images * VIEWS * 3 * card.size_px**2 * torch.float32.itemsize}
-        if names
-        else {}
-    )
+    if not names:
+        return {}
+    return {f"evaluators' look at {images}": images * VIEWS * 3 * card.size_px**2 * torch.float32.itemsize}
 
 
 def guided(card: FamilyCard, names: Iterable[str], images: int) -> dict[str, int]:
@@ -174,20 +172,18 @@ def drawing(
     card, dtype, device, each = family.card, family.dtype, family.device, min(images, family.drawing.size)
     vae, encoders = shared(card, dtype)
     always = program(device) | held_evaluators(card, evaluators or (), device)
-    looks = (
-        []
-        if evaluators is None
-        else [decoding(card, min(each, family.decoding.size), family.memory), seeing(card, evaluators, each)]
-    )
+    looks = []
+    if evaluators is not None:
+        at_once = min(each, family.decoding.size)
+        looks = [decoding(card, at_once, family.memory), seeing(card, evaluators, each)]
     away = family.memory.offload and device.type != "cpu"  # all but what is at work
-    moments = [Moment("when prompts are encoded", always | encoders | ({} if away else vae))]
-    always |= encoders if reading and not away else {}
+    waiting = {} if away else vae
+    moments = [Moment("when prompts are encoded", always | encoders | waiting)]
+    if reading and not away:
+        always |= encoders
     for held, asked in dict.fromkeys((tuple(sorted(held)), tuple(sorted(asked))) for held, asked in turns):
-        nets, own = (
-            networks(card, held, dtype, family.quantize),
-            {card.base if card.members[name].lora else name for name in asked},
-        )
-        nets = dict([max(nets.items(), key=lambda item: item[1])]) if away else nets
+        nets, own = networks(card, held, dtype, family.quantize), set(map(card.holder, asked))
+        nets = largest(nets) if away else nets
         if family.quantize and device.type == "cpu":  # elsewhere the whole network is not on the device
             moments.append(
                 Moment("when a network is packed", always | vae | nets | unpacked(card, own, dtype))
@@ -195,16 +191,8 @@ def drawing(
         count = 0 if family.quantize else 1 if away else len(own)
         added = max((sums(control, dtype, count) for control in controls), key=total, default={})
         when = f"when {', '.join(asked)} {'draw' if len(asked) > 1 else 'draws'} {each} at once"
-        moments.append(
-            Moment(
-                when,
-                always
-                | ({} if away else vae)
-                | nets
-                | added
-                | evaluating(card, guided(card, asked, each), dtype),
-            )
-        )
+        activations = evaluating(card, guided(card, asked, each), dtype)
+        moments.append(Moment(when, always | waiting | nets | added | activations))
         moments += [
             Moment(when, always | vae | ({} if away else nets) | ({} if apart or away else added) | look)
             for look in looks
@@ -221,26 +209,19 @@ def evaluation(card: FamilyCard, name: str, dtype: torch.dtype) -> float:
 
     Raises UserError without its config.
     """
-    values = json.dumps(config(card, name), sort_keys=True, default=str)
-    return _evaluation(card.architecture, values, latent_shape(card), dtype)
+    return _evaluation(*budget.about(card, name), dtype)
 
 
 @cache
-def _evaluation(architecture: str, values: str, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
-    its = ARCHITECTURES[architecture]
-    with init_empty_weights():
-        net = nn.Module.to(its.network.from_config(json.loads(values)), "meta", dtype)
-    x, told = torch.zeros(1, *shape, device="meta").to(dtype), blank(its, net).to(dtype)
-    with torch.no_grad():
-        return beside(net, lambda: its.call(net, x, 500.0, told, None))
+def _evaluation(*about: Hashable) -> float:
+    return beside(*budget.unweighted(*about))
 
 
 @cache
 def _decoding(kind: str, values: str, shape: tuple[int, int, int], tiled: bool, learning: bool) -> float:
     with init_empty_weights():
-        vae = nn.Module.to(
-            getattr(import_module("diffusers"), kind).from_config(json.loads(values)), "meta", torch.float32
-        )
+        vae = getattr(import_module("diffusers"), kind).from_config(json.loads(values))
+        nn.Module.to(vae, "meta", torch.float32)
     vae.requires_grad_(False).eval()
     side = min(shape[1], vae.tile_latent_min_size) if tiled else shape[1]
     latents = torch.zeros(1, shape[0], side, side, device="meta", requires_grad=learning)

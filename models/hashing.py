@@ -16,22 +16,10 @@ from configs import UserError
 from models.cards import FamilyCard, MemberCard
 from models.loading import file_hash, one_line, place
 
-PLACES = (
-    "repo",
-    "revision",
-    "variant",
-    "subfolder",
-    "file",
-    "lora",
-    "sha256",
-    "licence",
-    "trained_px",
-)  # of a card: where, not how
-FORMER = {
-    "prediction_type": "kind",
-    "noise_schedule": "law",
-    "lora_scale": "strength",
-}  # keys as the first hashes wrote them
+# of a card: where, not how
+PLACES = ("repo", "revision", "variant", "subfolder", "file", "lora", "sha256", "licence", "trained_px")
+# keys as the first hashes wrote them
+FORMER = {"prediction_type": "kind", "noise_schedule": "law", "lora_scale": "strength"}
 PARTS = ("model_index.json", "config.json")  # a file that every repo of its kind has
 
 
@@ -49,11 +37,10 @@ def identity(card: FamilyCard, member: str) -> str:
         content(*home, mine.file, mine.subfolder or ""),
     ]
     if mine.file or mine.lora:  # a file is of the base's architecture, a LoRA acts on the base's weights
-        sources += [
-            content(base.repo or card.repo, base.revision or card.revision, base.file, base.subfolder or "")
-        ]
+        its = (base.repo or card.repo, base.revision or card.revision)
+        sources.append(content(*its, base.file, base.subfolder or ""))
     if mine.lora:
-        sources += [content(*home, mine.lora)]
+        sources.append(content(*home, mine.lora))
     return hashlib.sha256(json.dumps([said, sources], sort_keys=True).encode()).hexdigest()
 
 
@@ -75,16 +62,13 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
     folder = Path(place(repo))
     if file and Path(file).is_file():
         paths, folder = [Path(file)], Path(file).parent
+    elif folder.is_dir() and file:
+        paths = [folder / file]
     elif folder.is_dir():
-        paths = (
-            [folder / file]
-            if file
-            else sorted(p for sub in subfolders for p in (folder / sub).rglob("*") if p.is_file())
-        )
+        paths = sorted(p for sub in subfolders for p in (folder / sub).rglob("*") if p.is_file())
     else:
-        named = (
-            [file] if file else [f"{sub}/{part}".lstrip("/") for sub in ("", *subfolders) for part in PARTS]
-        )
+        parts = [f"{sub}/{part}".lstrip("/") for sub in ("", *subfolders) for part in PARTS]
+        named = [file] if file else parts
         with one_line(repo):
             found = [try_to_load_from_cache(repo, name, revision=revision) for name in named]
         commits = {
@@ -105,6 +89,15 @@ def content(repo: str, revision: str | None, file: str, *subfolders: str) -> str
     return digest.hexdigest()
 
 
+def bare(net: nn.Module) -> dict[str, nn.Parameter]:
+    """A network's own weights by name, whatever controls are attached."""
+    return {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in net.named_parameters()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+
+
 def fingerprint(net: nn.Module) -> str:
     """The sha256 of the bare network's parameters as fp32.
 
@@ -114,13 +107,8 @@ def fingerprint(net: nn.Module) -> str:
     if hasattr(net, "fingerprint"):  # noted when it was quantised
         return net.fingerprint
     digest = hashlib.sha256()
-    bare = {
-        n.replace(".base_layer.", "."): p
-        for n, p in net.named_parameters()
-        if ".lora_A." not in n and ".lora_B." not in n
-    }
-    for name in sorted(bare):
-        weight = bare[name].detach().to("cpu", torch.float32).contiguous()
+    for name, weight in sorted(bare(net).items()):
+        weight = weight.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.numpy())
     return digest.hexdigest()

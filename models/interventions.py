@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import UserError
+from models.hashing import bare
 from models.noise import TRAIN_STEPS, Noise
 from models.prompts import Prompts
 from models.quantized import Quantized, layers
@@ -71,21 +72,19 @@ class CADS:
         """What the network is told at a level; own: the images' initial noise."""
         if self.gamma(level) == 1:
             return prompts
-        pooled = self._noised(prompts.pooled, level, own, 2) if prompts.pooled is not None else None
-        return replace(prompts, tokens=self._noised(prompts.tokens, level, own, 1), pooled=pooled)
+        tokens, pooled = self._noised(prompts.tokens, level, own, 1), prompts.pooled
+        if pooled is not None:
+            pooled = self._noised(pooled, level, own, 2)
+        return replace(prompts, tokens=tokens, pooled=pooled)
 
     def _noised(self, y: Tensor, level: Noise, own: Tensor, part: int) -> Tensor:
         gamma, over = self.gamma(level), tuple(range(1, y.dim()))
-        new = gamma**0.5 * y + self.scale * (1 - gamma) ** 0.5 * derived(
-            own, tuple(y.shape[1:]), part * 10_000 + round(level.t)
-        ).to(y)
-
-        def deviation(z):
-            return z.std(over, keepdim=True)
-
-        scaled = (new - new.mean(over, keepdim=True)) / deviation(new).clamp_min(1e-12) * deviation(
-            y
-        ) + y.mean(over, keepdim=True)
+        noise = derived(own, tuple(y.shape[1:]), part * 10_000 + round(level.t)).to(y)
+        new = gamma**0.5 * y + self.scale * (1 - gamma) ** 0.5 * noise
+        (mean, spread), (own_mean, own_spread) = (
+            (z.mean(over, keepdim=True), z.std(over, keepdim=True)) for z in (new, y)
+        )
+        scaled = (new - mean) / spread.clamp_min(1e-12) * own_spread + own_mean
         return self.rescale * scaled + (1 - self.rescale) * new
 
 
@@ -102,8 +101,8 @@ class WeightInterpolation:
 
     @cached_property
     def _weights(self) -> list[tuple[nn.Parameter, Tensor]]:
-        there = _bare(self.base)
-        found = [(weight, there[name], name) for name, weight in _bare(self.net).items() if name in there]
+        there = bare(self.base)
+        found = [(weight, there[name], name) for name, weight in bare(self.net).items() if name in there]
         other = [name for weight, origin, name in found if weight.shape != origin.shape]
         if other or not found:
             raise UserError(
@@ -113,11 +112,7 @@ class WeightInterpolation:
 
     @cached_property
     def _packed(self) -> list[tuple[Quantized, nn.Linear]]:
-        there = {
-            name.replace(".base_layer", ""): layer
-            for name, layer in self.base.named_modules()
-            if isinstance(layer, nn.Linear)
-        }
+        there = layers(self.base, nn.Linear)
         found = {name: (layer, there[name]) for name, layer in layers(self.net).items() if name in there}
         for name, (layer, other) in found.items():
             if (layer.in_features, layer.out_features) != (other.in_features, other.out_features):
@@ -139,15 +134,6 @@ class WeightInterpolation:
                 weight.data = own
             for layer, _ in self._packed:
                 layer.between = None
-
-
-def _bare(net: nn.Module) -> dict[str, nn.Parameter]:
-    """A network's own weights by name, whatever controls are attached."""
-    return {
-        n.replace(".base_layer.", "."): p
-        for n, p in net.named_parameters()
-        if ".lora_A." not in n and ".lora_B." not in n
-    }
 
 
 def _between(base: nn.Parameter, weight: nn.Parameter, share: float) -> Tensor:

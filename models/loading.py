@@ -48,6 +48,11 @@ def fetch(kind, repo: str, revision: str | None = None, **options):
         return kind.from_pretrained(place(repo), revision=available(repo, revision), **options)
 
 
+def published(kind, repo: str, revision: str | None, subfolder: str | None = None) -> dict:
+    """The config that a repository has for a class of diffusers; call it in `one_line`."""
+    return dict(kind.load_config(place(repo), subfolder=subfolder, revision=available(repo, revision)))
+
+
 def inside(repo: str, subfolder: str | None) -> None:
     """Raises FileNotFoundError for a missing subfolder: diffusers would take what lies beside it."""
     if subfolder and Path(place(repo)).is_dir() and not (Path(place(repo)) / subfolder).is_dir():
@@ -69,11 +74,8 @@ def network(
     A file is mapped, not read, so that beside the network itself no more memory is taken than for a tensor of
     it.
     """
-    member, kind, device = (
-        family.members[name],
-        ARCHITECTURES[family.architecture].network,
-        torch.device(device),
-    )
+    member, device = family.members[name], torch.device(device)
+    kind = ARCHITECTURES[family.architecture].network
     repo, revision, variant = source(family, member)
     if not member.file:
         straight = {} if device.type in ("cpu", "meta") else {"device_map": {"": device}}
@@ -98,13 +100,13 @@ def network(
 
 def config(family: FamilyCard, name: str) -> dict:
     """The config of a member's network: its own, or the base's. Raises UserError."""
-    member = family.members[name]
-    like = family.members[family.base] if member.file or member.lora else member
+    like = family.members[name]
+    if like.file or like.lora:
+        like = family.members[family.base]
     home, pinned, _ = source(family, like)
     with one_line(f"the config of {name} in {home}"):
         inside(home, like.subfolder)
-        where = {"subfolder": like.subfolder, "revision": available(home, pinned)}
-        return dict(ARCHITECTURES[family.architecture].network.load_config(place(home), **where))
+        return published(ARCHITECTURES[family.architecture].network, home, pinned, like.subfolder)
 
 
 def skeleton(family: FamilyCard, name: str) -> nn.Module:
@@ -123,18 +125,14 @@ def published_scheduler(repo: str, revision: str | None) -> dict:
 
     with one_line(f"the scheduler's config in {repo}"):
         inside(repo, "scheduler")
-        return dict(
-            DDIMScheduler.load_config(place(repo), subfolder="scheduler", revision=available(repo, revision))
-        )
+        return published(DDIMScheduler, repo, revision, "scheduler")
 
 
 def latent_shape(family: FamilyCard) -> tuple[int, int, int]:
     """(C, H, W) of one latent, by the VAE's config. Raises UserError."""
     kind = import_module("diffusers").AutoencoderKL
     with one_line(f"the VAE's config in {family.repo}"):
-        its = kind.load_config(
-            place(family.repo), subfolder="vae", revision=available(family.repo, family.revision)
-        )
+        its = published(kind, family.repo, family.revision, "vae")
     side = family.size_px // 2 ** (len(its["block_out_channels"]) - 1)
     return its["latent_channels"], side, side
 

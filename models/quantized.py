@@ -19,18 +19,20 @@ from models.hashing import fingerprint
 from models.offload import trim
 
 SPELL = 32  # layers after which the memory of their whole weights is given back
-INSIDE = re.compile(
-    r"^(?!.*embed).*\.\d+\."
-)  # of a repeated block: embedders and the ends of a network are small and say much
+PIECE = 2**20  # weights packed at once: on a CPU each is compared with all 16 codes, 64 bytes of a weight
+# of a repeated block: embedders and the ends of a network are small and say much
+INSIDE = re.compile(r"^(?!.*embed).*\.\d+\.")
 
 
 def _nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(
-        weight.contiguous(), blocksize=64, compress_statistics=False, quant_type="nf4"
-    )
-    return codes, state.absmax
+    codes, scales = [], []
+    for piece in weight.flatten().split(PIECE):
+        packed, state = quantize_4bit(piece, blocksize=64, compress_statistics=False, quant_type="nf4")
+        codes.append(packed)
+        scales.append(state.absmax)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def _from_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -71,12 +73,10 @@ class Kind:
 
 
 KINDS = {
-    "nf4": Kind(
-        "bitsandbytes", "8bit", 4.5, _nf4, _from_nf4
-    ),  # QLoRA, Dettmers et al. 2023, sec. 3; a scale per 64 weights
-    "int8": Kind(
-        "bitsandbytes", "8bit", 8.0, _int8, _from_int8
-    ),  # a scale per row: LLM.int8, Dettmers et al. 2022, for weights alone
+    # QLoRA, Dettmers et al. 2023, sec. 3; a scale per 64 weights
+    "nf4": Kind("bitsandbytes", "8bit", 4.5, _nf4, _from_nf4),
+    # a scale per row: LLM.int8, Dettmers et al. 2022, for weights alone
+    "int8": Kind("bitsandbytes", "8bit", 8.0, _int8, _from_int8),
     "int8-torchao": Kind("torchao", "torchao", 8.0, _int8_torchao, _from_int8),
 }
 
@@ -92,9 +92,8 @@ class Quantized(nn.Linear):
         codes, scales = self.kind.pack(layer.weight.detach().to(device))
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
-        self.between: tuple[nn.Linear, float] | None = (
-            None  # another layer, and the share of this one's difference from it that acts
-        )
+        # another layer, and the share of this one's difference from it that acts
+        self.between: tuple[nn.Linear, float] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -156,12 +155,12 @@ def quantized(net: nn.Module) -> bool:
     return any(isinstance(module, Quantized) for module in net.modules())
 
 
-def layers(net: nn.Module) -> dict[str, Quantized]:
-    """The packed layers by the names that they have in the bare network."""
+def layers(net: nn.Module, kind: type = Quantized) -> dict[str, nn.Module]:
+    """The layers of a kind, the packed ones, by the names that they have in the bare network."""
     return {
         name.replace(".base_layer", ""): module
         for name, module in net.named_modules()
-        if isinstance(module, Quantized)
+        if isinstance(module, kind)
     }
 
 

@@ -9,6 +9,7 @@ ComfyUI and A1111.
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from configs import UserError, cut, note, plain_name, replacing
 from configs.ranges import check
 from controls.formats import headers, layouts
+from controls.formats.algorithms import paired
 from controls.formats.files import finite, header, located, read, real
 from controls.formats.headers import DIFFUSERS
 from controls.layers import layer_set
-from controls.lora import Card, Control
+from controls.lora import HALVES, Card, Control, shapes
 from models.promptsets import HUB
 
 __all__ = [
@@ -39,7 +41,6 @@ __all__ = [
     "save",
     "save_kohya",
 ]
-HALVES = (".lora_A.weight", ".lora_B.weight")
 UNET = (
     "down_blocks.",
     "mid_block.",
@@ -66,12 +67,20 @@ def save(control: Control, path: str | Path) -> None:
     takes it out again, and where that would not give back the very same numbers the card in the file says
     alpha = rank.
     """
-    control, folded = _folded(control)
-    prefix, rank = _prefix(control), control.card.rank
-    tensors = {prefix + name: tensor.contiguous() for name, tensor in folded.items()}
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in folded})
-    peft = {f"{prefix}r": rank, f"{prefix}lora_alpha": float(rank), f"{prefix}target_modules": layers}
-    _write(tensors, {DIFFUSERS: json.dumps(peft)}, control, path)
+    prefix, card, factor = _prefix(control), control.card, control.factor()
+    peft = {
+        f"{prefix}r": card.rank,
+        f"{prefix}lora_alpha": float(card.rank),
+        f"{prefix}target_modules": control.layers,
+    }
+    folded = _on_b(torch.mul, control.tensors, factor)
+    if not factor or any(
+        not torch.equal(tensor, control.tensors[name])
+        for name, tensor in _on_b(torch.div, folded, factor).items()
+    ):
+        card = _with_alpha_in_b(card)
+    tensors = {prefix + name: tensor for name, tensor in folded.items()}
+    _write(tensors, {DIFFUSERS: json.dumps(peft)}, card, path)
 
 
 def save_kohya(control: Control, path: str | Path) -> None:
@@ -81,30 +90,24 @@ def save_kohya(control: Control, path: str | Path) -> None:
     A transformer's layers keep diffusers' names, which those tools take too, with alpha folded into B: its
     card then says alpha = rank.
     """
-    card, tensors = control.card, {}
-    own = card if _prefix(control) == "unet." else replace(card, alpha=float(card.rank))
-    for layer in sorted({name.rsplit(".lora_", 1)[0] for name in control.tensors}):
-        a, b = (control.tensors[layer + half].contiguous() for half in HALVES)
-        if _prefix(control) == "unet.":
+    prefix, card, tensors = _prefix(control), control.card, {}
+    if prefix == "unet.":
+        for layer in control.layers:
             stem = f"lora_unet_{layer.replace('.', '_')}"
-            tensors |= {
-                f"{stem}.lora_down.weight": a,
-                f"{stem}.lora_up.weight": b,
-                f"{stem}.alpha": torch.tensor(float(card.alpha)),
-            }
-        else:
-            tensors |= {
-                f"transformer.{layer}{HALVES[0]}": a,
-                f"transformer.{layer}{HALVES[1]}": b * (card.alpha / card.rank),
-            }
+            tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = control.pair(layer)
+            tensors[f"{stem}.alpha"] = torch.tensor(float(card.alpha))
+    else:
+        folded = _on_b(torch.mul, control.tensors, control.factor())
+        tensors = {prefix + name: tensor for name, tensor in folded.items()}
+        card = _with_alpha_in_b(card)
     said = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(own.rank),
-        "ss_network_alpha": str(own.alpha),
+        "ss_network_dim": str(card.rank),
+        "ss_network_alpha": str(card.alpha),
         "ss_output_name": card.name,
         "ss_base_model_version": BASES.get(card.family, card.family),
     }
-    _write(tensors, said, replace(control, card=own), path)
+    _write(tensors, said, card, path)
 
 
 def relabel(card: Card, path: str | Path) -> None:
@@ -128,19 +131,17 @@ def load(path: str | Path) -> Control:
         kind = layouts.layout(list(tensors))
         shown = ", ".join(map(cut, strange[:2])) or "nothing"
         raise UserError(f"{cut(path)} is not in diffusers' layout but {kind}: it holds {shown}; {how}")
-    if "card" not in metadata:
+    card = card_of(path, metadata)
+    if card is None:
         raise UserError(
             f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its "
             f"alpha; {how}"
         )
-    card, found = (
-        card_of(path, metadata),
-        {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()},
-    )
-    layers = {name.rsplit(".lora_", 1)[0] for name in found}
-    odd = sorted(
-        layer for layer in layers if not _paired(*(found.get(layer + half) for half in HALVES), card.rank)
-    )
+    found = {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()}
+    control = Control(card, found)
+    layers = control.layers
+    halves = {layer: [found.get(layer + half) for half in HALVES] for layer in layers}
+    odd = [layer for layer in layers if not paired(*halves[layer]) or len(halves[layer][0]) != card.rank]
     if odd or len(found) < len(tensors):
         first = cut(odd[0]) if odd else "one that is there twice"
         raise UserError(
@@ -150,7 +151,7 @@ def load(path: str | Path) -> Control:
     if card.alpha == 0:
         note(f"{cut(path)} has alpha 0: it does nothing at any scale")
     try:
-        return _unfolded(Control(card, found), metadata)
+        return _unfolded(control, metadata)
     except UserError as error:
         raise UserError(f"{cut(path)}: {error}") from None
 
@@ -166,8 +167,7 @@ def native(path: str | Path) -> bool:
 
 def name(path: str | Path) -> str:
     """What the control in a file is called: by its card, else by the file."""
-    card = card_of(path, header(path)[1])
-    return card.name if card else _safe(Path(path).stem)
+    return names([str(path)])[0]
 
 
 def names(paths: list[str]) -> list[str]:
@@ -249,7 +249,7 @@ def adopt(path: str | Path, net: nn.Module, card: Card, encoders: str = "refuse"
     if base:
         note(f"{cut(path)} fits {card.family}, but its header names another base model: {base}")
     if not own:
-        layers, scope = layer_set(net, {name.rsplit(".lora_", 1)[0] for name in control.tensors})
+        layers, scope = layer_set(net, set(control.layers))
         control.card = replace(control.card, layers=layers, scope=scope)
     return control
 
@@ -259,14 +259,14 @@ def _fitted(
 ) -> Control:
     """A file's pairs on a network's layers, all of one rank and one strength."""
     pairs = layouts.gather(tensors, net, _alphas(tensors, metadata), encoders)
-    if still := sum(strength == 0 for _, _, strength in pairs.values()):
+    strengths = [strength for _, _, strength in pairs.values()]
+    if still := strengths.count(0):
         note(f"alpha is 0 in {still} of {len(pairs)} layers, which therefore do nothing")
-    rank = max(a.shape[0] for a, _, _ in pairs.values())
-    usual, _ = Counter(strength for _, _, strength in pairs.values()).most_common(1)[0]
-    usual, wide, modules = usual or 1.0, {}, layouts.named_layers(net)
+    rank, wide, modules = max(len(a) for a, _, _ in pairs.values()), {}, layouts.named_layers(net)
+    usual = Counter(strengths).most_common(1)[0][0] or 1.0
     for layer, (a, b, strength) in pairs.items():
-        share = strength / usual if strength != usual else 1.0
-        for half, tensor in zip(HALVES, _widened(layer, a, b * share, rank, modules[layer]), strict=True):
+        both = _widened(layer, a, b * (strength / usual), rank, modules[layer])
+        for half, tensor in zip(HALVES, both, strict=True):
             wide[layer + half] = real(layer + half, tensor)
     card = replace(card, rank=rank, alpha=usual * rank)
     check(card)
@@ -275,12 +275,11 @@ def _fitted(
 
 def _widened(layer: str, a: Tensor, b: Tensor, rank: int, module: nn.Module) -> tuple[Tensor, Tensor]:
     """A pair in its layer's shape, filled up with zeros to a rank."""
-    size_out, *size_in = module.weight.shape
-    wide_a, wide_b = torch.zeros(rank, *size_in), torch.zeros(size_out, rank, *(1 for _ in size_in[1:]))
+    wide_a, wide_b = map(torch.zeros, shapes(module, rank))
     if _kernel(a) != _kernel(wide_a):
         raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
-    wide_a[: len(a)] = a.reshape(len(a), *size_in)
-    wide_b[:, : len(a)] = b.reshape(size_out, len(a), *wide_b.shape[2:])
+    wide_a[: len(a)] = a.reshape(len(a), *wide_a.shape[1:])
+    wide_b[:, : len(a)] = b.reshape(len(wide_b), len(a), *wide_b.shape[2:])
     return wide_a, wide_b
 
 
@@ -302,24 +301,19 @@ def _alphas(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, f
     return {stem: found[layouts.bare(stem)] for stem in ranks} if found else {}
 
 
-def _folded(control: Control) -> tuple[Control, dict[str, Tensor]]:
-    """The tensors of a file, whose B hold alpha / rank, and the control that `load` will give: its own, or
-    with alpha = rank.
-    """
-    factor, downs = control.card.alpha / control.card.rank, HALVES[0]
-    tensors = {
-        name: tensor if name.endswith(downs) else tensor * factor for name, tensor in control.tensors.items()
+def _on_b(
+    change: Callable[[Tensor, float], Tensor], tensors: dict[str, Tensor], factor: float
+) -> dict[str, Tensor]:
+    """A control's tensors, every B multiplied or divided by a factor."""
+    return {
+        name: tensor if name.endswith(HALVES[0]) else change(tensor, factor)
+        for name, tensor in tensors.items()
     }
-    if factor == 1 or (
-        factor
-        and all(
-            torch.equal(tensors[name] / factor, tensor)
-            for name, tensor in control.tensors.items()
-            if not name.endswith(downs)
-        )
-    ):
-        return control, tensors
-    return Control(replace(control.card, alpha=float(control.card.rank)), tensors), tensors
+
+
+def _with_alpha_in_b(card: Card) -> Card:
+    """The card of tensors whose B hold alpha / rank: alpha = rank."""
+    return replace(card, alpha=float(card.rank))
 
 
 def _unfolded(control: Control, metadata: dict[str, str]) -> Control:
@@ -330,26 +324,12 @@ def _unfolded(control: Control, metadata: dict[str, str]) -> Control:
         return control
     if not (inside and alpha):
         raise UserError(f"its card says alpha {alpha:g}, the rest of its header {inside:g}")
-    factor, downs = alpha / inside, HALVES[0]
-    tensors = {
-        name: tensor if name.endswith(downs) else real(name, tensor / factor)
-        for name, tensor in control.tensors.items()
-    }
-    return Control(control.card, tensors)
+    tensors = _on_b(torch.div, control.tensors, alpha / inside)
+    return Control(control.card, {name: real(name, tensor) for name, tensor in tensors.items()})
 
 
 def _ours(key: str) -> bool:
     return key.startswith(("unet.", "transformer.")) and key.endswith(HALVES)
-
-
-def _paired(a: Tensor | None, b: Tensor | None, rank: int) -> bool:
-    """Whether A (rank, in, …) and B (out, rank, …) are both there."""
-    return (
-        a is not None
-        and b is not None
-        and min(a.ndim, b.ndim) > 1
-        and rank == len(a) == b.shape[1] == b[:1].numel()
-    )
 
 
 def _is(value: object, kind: type) -> bool:
@@ -379,12 +359,12 @@ def _prefix(control: Control) -> str:
     return "unet." if all(name.startswith(UNET) for name in control.tensors) else "transformer."
 
 
-def _write(tensors: dict[str, Tensor], header: dict[str, str], control: Control, path: str | Path) -> None:
-    """Writes tensors with the control's card.
+def _write(tensors: dict[str, Tensor], header: dict[str, str], card: Card, path: str | Path) -> None:
+    """Writes tensors with a card.
 
     Raises UserError also for a card that `card_of` would not read.
     """
-    metadata = {**header, "card": json.dumps(asdict(control.card)), "format": "pt"}
+    metadata = {**header, "card": json.dumps(asdict(card)), "format": "pt"}
     card_of(path, metadata)
     _store(tensors, metadata, path)
 
@@ -401,7 +381,7 @@ def _store(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path)
         if Path(path).exists() and not Path(path).is_file():
             raise UserError(f"cannot write {cut(path)}: it is a folder or no ordinary file")
         with replacing(Path(path)) as new:
-            save_file(tensors, new, header)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, header)
             new.chmod(0o644)  # safetensors makes its files private
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -13,6 +13,10 @@ from controls.formats.files import real
 
 MOST_RANK = 256  # of a pair that a product is turned into
 
+LYCORIS = (
+    "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 "
+    "hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2"
+).split()
 # the ends of keys, after the layer's name and a dot, and what they hold
 PARTS = {
     "lora_A.weight": "A",
@@ -25,19 +29,10 @@ PARTS = {
     "lora_B.default.weight": "B",
     "alpha": "alpha",
     "lora_mid.weight": "mid",
-    **{
-        name: name
-        for name in (
-            *(f"lokr_{w}{end}" for w in ("w1", "w2") for end in ("", "_a", "_b")),
-            "lokr_t2",
-            *(f"hada_w{k}_{half}" for k in (1, 2) for half in "ab"),
-            "hada_t1",
-            "hada_t2",
-        )
-    },
+    **{name: name for name in LYCORIS},
 }
 # those that change more than a low-rank pair can, and what they are called; where all its numbers are zero,
-# one of the first row is nothing
+# one of the first table is nothing
 DIFFERENCES = {
     "diff": "a full difference (.diff)",
     "diff_b": "a bias's difference (.diff_b)",
@@ -48,29 +43,19 @@ DIFFERENCES = {
     "lora_B.default.bias": "a LoRA with a bias",
 }
 REFUSED = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_magnitude_vector.weight": "DoRA",
-    "lora_magnitude_vector.default.weight": "DoRA",
-    "on_input": "IA3",
-    "ia3_l": "IA3",
-    "oft_blocks": "OFT",
-    "oft_diag": "OFT",
-    "oft_R.weight": "OFT",
-    "a1.weight": "GLoRA",
-    "a2.weight": "GLoRA",
-    "b1.weight": "GLoRA",
-    "b2.weight": "GLoRA",
-    "lora_E": "AdaLoRA",
-    "vera_lambda_b": "VeRA",
-    "vera_lambda_d": "VeRA",
-    "lokr_t2": "LoKr with a Tucker core",
-    "hada_t1": "LoHa with a Tucker core",
-    "hada_t2": "LoHa with a Tucker core",
-    "weight": "a whole weight, as models have",
-    "bias": "a whole bias, as models have",
+    "DoRA": "dora_scale lora_magnitude_vector lora_magnitude_vector.weight "
+    "lora_magnitude_vector.default.weight",
+    "IA3": "on_input ia3_l",
+    "OFT": "oft_blocks oft_diag oft_R.weight",
+    "GLoRA": "a1.weight a2.weight b1.weight b2.weight",
+    "AdaLoRA": "lora_E",
+    "VeRA": "vera_lambda_b vera_lambda_d",
+    "LoKr with a Tucker core": "lokr_t2",
+    "LoHa with a Tucker core": "hada_t1 hada_t2",
+    "a whole weight, as models have": "weight",
+    "a whole bias, as models have": "bias",
 }
-ENDS = {**{end: end for end in (*DIFFERENCES, *REFUSED)}, **PARTS}
+ENDS = {end: end for end in (*DIFFERENCES, *" ".join(REFUSED.values()).split())} | PARTS
 TUCKER = "LoCon with a Tucker core (lora_mid)"
 READABLE = ("LoRA", TUCKER, "LoHa", "LoKr")  # by `pair`
 
@@ -95,20 +80,20 @@ def algorithm(parts: dict[str, Tensor]) -> str:
     """What a layer's tensors are called: LoRA, LoHa, LoKr, DoRA, …; empty where they change nothing."""
     if parts.keys() <= {"A", "B", "alpha"}:
         return "LoRA"
-    if refused := next((REFUSED[part] for part in REFUSED if part in parts), ""):
-        return refused
-    if difference := next(
-        (DIFFERENCES[part] for part in DIFFERENCES if part in parts and parts[part].any()), ""
-    ):
-        return difference
-    kinds = {"lokr": "LoKr", "hada": "LoHa", "mid": TUCKER, "A": "LoRA", "B": "LoRA"}
-    return next(
-        (
-            kind
-            for start, kind in kinds.items()
-            if any(part.startswith(start) for part in parts if part not in DIFFERENCES)
-        ),
-        "",
+    refused = next((kind for kind, ends in REFUSED.items() if parts.keys() & set(ends.split())), "")
+    difference = next((kind for part, kind in DIFFERENCES.items() if part in parts and parts[part].any()), "")
+    pairs = {"lokr": "LoKr", "hada": "LoHa", "mid": TUCKER, "A": "LoRA", "B": "LoRA"}
+    kind = next((kind for start, kind in pairs.items() if any(part.startswith(start) for part in parts)), "")
+    return refused or difference or kind
+
+
+def paired(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether A (r, in, …) and B (out, r, 1…) are both there, and of one rank."""
+    return (
+        a is not None
+        and b is not None
+        and min(a.ndim, b.ndim) > 1
+        and 0 < len(a) == b.shape[1] == b[:1].numel()
     )
 
 
@@ -138,22 +123,16 @@ def pair(
             raise UserError(f"{cut(stem)} has an alpha of {alpha:g}")
     kind = algorithm(parts)
     try:
-        if kind.startswith("LoKr"):
+        if kind == "LoKr":
             return _lokr(stem, tensors, alpha, shape)
-        if kind.startswith("LoHa"):
+        if kind == "LoHa":
             return _loha(stem, tensors, alpha, shape)
     except (RuntimeError, KeyError, IndexError):
         raise UserError(f"{cut(stem)} has parts of {kind} that are missing or do not fit together") from None
     a, b = tensors.get("A"), tensors.get("B")
     if "mid" in tensors and a is not None:
         a = _core(stem, a, tensors["mid"])
-    if (
-        a is None
-        or b is None
-        or min(a.ndim, b.ndim) < 2
-        or not 0 < a.shape[0] == b.shape[1]
-        or b.shape[2:].numel() != 1
-    ):
+    if not paired(a, b):
         raise UserError(f"{cut(stem)} has only one half here, or halves of different ranks")
     return a, b.flatten(1), 1.0 if alpha is None else alpha / a.shape[0]
 

@@ -60,14 +60,12 @@ def settings(metadata: dict[str, str]) -> dict:
                 if prefix
                 else {}
             )
-        if found and "lora_alpha" not in found and str(found.get("peft_type", "LORA")).upper() == "LORA":
+        kind = str(found.get("peft_type") or "LORA").upper()
+        if found and "lora_alpha" not in found and kind == "LORA":
             raise ValueError("it has no lora_alpha")
     except ValueError as error:
         raise UserError(f"{what} cannot be read, and with it the alpha of this file: {cut(error)}") from None
-    kind, start = (
-        str(found.get("peft_type") or "LORA").upper(),
-        str(found.get("init_lora_weights", "")).lower(),
-    )
+    start = str(found.get("init_lora_weights", "")).lower()
     if kind != "LORA":
         raise UserError(
             f"{what} says that this is no LoRA but {cut(NAMES.get(kind, kind), 20)}, which is not read"

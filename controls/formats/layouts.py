@@ -5,6 +5,8 @@ Underscored names are ambiguous, so every spelling of every layer of the network
 file's keys are found there.
 """
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -32,11 +34,9 @@ ENCODERS = (
     "lora_te3_",
     "lycoris_te",
     "text_encoder",
-    "text_encoders.",
     "te1_",
     "te2_",
     "base_model.model.text_model.",
-    "lycoris_text_model_",
     "clip_l.",
     "clip_g.",
     "t5xxl.",
@@ -58,76 +58,75 @@ EMBEDDINGS = {
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_out": "out.2",
 }
-# inside a block of Flux: the original's name, and the layers of diffusers that it fuses, in order of rows
+# inside a block of Flux: the original's name, or XLabs' processor's, and diffusers' layers that it fuses,
+# in order of rows
 FLUX_DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "processor.qkv1": "attn.to_q attn.to_k attn.to_v",
+    "processor.proj1": "attn.to_out.0",
+    "processor.qkv2": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "processor.proj2": "attn.to_add_out",
 }
 FLUX_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "modulation.lin": "norm.linear",
+    "processor.qkv": "attn.to_q attn.to_k attn.to_v",
+    "processor.proj": "proj_out",
 }
+# a stack of blocks: the original's name, diffusers', and what is inside of each
+FLUX = (
+    ("double_blocks", "transformer_blocks", FLUX_DOUBLE),
+    ("single_blocks", "single_transformer_blocks", FLUX_SINGLE),
+)
 # outside the blocks, one layer each
 FLUX_OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
-    **{
-        f"{theirs}.{half}_layer": f"time_text_embed.{ours}.linear_{k}"
-        for theirs, ours in (
-            ("time_in", "timestep_embedder"),
-            ("vector_in", "text_embedder"),
-            ("guidance_in", "guidance_embedder"),
-        )
-        for k, half in enumerate(("in", "out"), 1)
-    },
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }
 SWAPPED = "norm_out.linear"  # rows: shift, scale; diffusers has scale, shift
 # inside a block of SD3, its image's half and its text's
-SD3_X = {
-    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.proj": ("attn.to_out.0",),
-    "mlp.fc1": ("ff.net.0.proj",),
-    "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "attn2.proj": ("attn2.to_out.0",),
-    "mlp.fc2": ("ff.net.2",),
-    "adaLN_modulation.1": ("norm1.linear",),
+SD3_JOINT = {
+    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc2": "ff.net.2",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
 }
-SD3_CONTEXT = {
-    "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "attn.proj": ("attn.to_add_out",),
-    "mlp.fc1": ("ff_context.net.0.proj",),
-    "mlp.fc2": ("ff_context.net.2",),
-    "adaLN_modulation.1": ("norm1_context.linear",),
-}
+SD3 = (("joint_blocks", "transformer_blocks", SD3_JOINT),)
 SD3_OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
-    **{
-        f"{theirs}.mlp.{2 * k}": f"time_text_embed.{ours}.linear_{k + 1}"
-        for theirs, ours in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
-        for k in (0, 1)
-    },
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
 }
-# inside a block of XLabs' Flux
-XLABS_DOUBLE = {
-    "qkv1": FLUX_DOUBLE["img_attn.qkv"],
-    "proj1": FLUX_DOUBLE["img_attn.proj"],
-    "qkv2": FLUX_DOUBLE["txt_attn.qkv"],
-    "proj2": FLUX_DOUBLE["txt_attn.proj"],
-}
-XLABS_SINGLE = {"qkv": FLUX_SINGLE["linear1"][:3], "proj": FLUX_SINGLE["linear2"]}
 PROJECTIONS = (
     "to_q",
     "to_k",
@@ -139,20 +138,20 @@ PROJECTIONS = (
     "to_add_out",
 )  # of an attention
 
-# a layout's name, what a key of it begins with, and what it has inside; the first that a file has a key of
-LAYOUTS = (
-    ("kohya with Flux's own names", (), ("_double_blocks_", "_single_blocks_")),
-    ("kohya with SD3's own names", (), ("_joint_blocks_",)),
-    ("kohya with SGM names", (), ("_input_blocks_", "_output_blocks_", "_middle_block_")),
-    ("kohya with diffusers names", ("lora_unet_", "lora_transformer_"), ()),
-    ("LyCORIS with diffusers names", ("lycoris_",), ()),
-    ("kohya", ("lora_te",), ()),
-    ("XLabs", (), (".processor.qkv_lora", ".processor.proj_lora")),
-    ("diffusers before 0.22", (), (".processor.",)),
-    ("PEFT", (), ("base_model.model.",)),
-    ("ai-toolkit or ComfyUI", ("diffusion_model.",), ()),
-    ("diffusers", ("unet.", "transformer."), ("transformer_blocks.",)),
-)
+# a layout's name, and what a key of it has; the first that a file has a key of
+LAYOUTS = {
+    "kohya with Flux's own names": r"_(double|single)_blocks_",
+    "kohya with SD3's own names": r"_joint_blocks_",
+    "kohya with SGM names": r"_(input_blocks|output_blocks|middle_block)_",
+    "kohya with diffusers names": r"^lora_(unet|transformer)_",
+    "LyCORIS with diffusers names": r"^lycoris_",
+    "kohya": r"^lora_te",
+    "XLabs": r"\.processor\.(qkv|proj)_lora",
+    "diffusers before 0.22": r"\.processor\.",
+    "PEFT": r"base_model\.model\.",
+    "ai-toolkit or ComfyUI": r"^diffusion_model\.",
+    "diffusers": r"^(unet|transformer)\.|transformer_blocks\.",
+}
 
 
 def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -184,11 +183,9 @@ def bare(stem: str) -> str:
 
 def layout(keys: list[str]) -> str:
     """The name of a file's layout, for people."""
-
-    def holds(starts, insides):
-        return any(key.startswith(starts) or any(part in key for part in insides) for key in keys)
-
-    return next((name for name, starts, insides in LAYOUTS if holds(starts, insides)), "unknown")
+    return next(
+        (name for name, sign in LAYOUTS.items() if any(re.search(sign, key) for key in keys)), "unknown"
+    )
 
 
 def of_encoder(stem: str) -> bool:
@@ -232,7 +229,13 @@ def gather(
             "the file holds no layers" if not tensors else "the file holds nothing for the network"
         )
     table, spots, count = spellings(net), named_layers(net), f"of {len(stems)} layers"
-    _named({stem: kind for stem, kind in kinds.items() if kind and kind not in READABLE}, count)
+    odd = next((kind for kind in kinds.values() if kind and kind not in READABLE), None)
+    if odd:
+        held = [stem for stem in kinds if kinds[stem] == odd]
+        raise UserError(
+            f"{len(held)} {count} hold {odd}, which is more than a low-rank pair and is not read: "
+            f"{_few(held)}"
+        )
     if strange:
         raise UserError(
             f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}"
@@ -285,17 +288,6 @@ def _networks(stems: dict, strange: list[str], encoders: str) -> tuple[dict, lis
     ]
 
 
-def _named(kinds: dict[str, str], count: str) -> None:
-    """Raises UserError for layers of algorithms that are not read, by the first one's name."""
-    kind = next(iter(kinds.values()), None)
-    if kind:
-        mine = [stem for stem in kinds if kinds[stem] == kind]
-        raise UserError(
-            f"{len(mine)} {count} hold {kind}, which is more than a low-rank pair and is not read: "
-            f"{_few(mine)}"
-        )
-
-
 def _few(names: list[str]) -> str:
     return ", ".join(map(cut, names[:3])) + (" …" if len(names) > 3 else "")
 
@@ -310,26 +302,22 @@ def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names that Stability's own code has for the layers of a U-Net of diffusers."""
     if not hasattr(net, "down_blocks"):
         return {}
-    prefixes, count = {f"{ours}.": f"{theirs}." for ours, theirs in EMBEDDINGS.items()}, 0
-    for i, block in enumerate(net.down_blocks):
-        for j in range(len(block.resnets)):
-            count += 1
-            prefixes[f"down_blocks.{i}.resnets.{j}."] = f"input_blocks.{count}.0."
-            prefixes[f"down_blocks.{i}.attentions.{j}."] = f"input_blocks.{count}.1."
-        if block.downsamplers:
-            count += 1
-            prefixes[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{count}.0.op."
+    prefixes = {f"{ours}.": f"{theirs}." for ours, theirs in EMBEDDINGS.items()}
     for k, part in enumerate(("resnets.0", "attentions.0", "resnets.1")):
         prefixes[f"mid_block.{part}."] = f"middle_block.{k}."
-    count = -1
-    for i, block in enumerate(net.up_blocks):
-        for j in range(len(block.resnets)):
-            count += 1
-            prefixes[f"up_blocks.{i}.resnets.{j}."] = f"output_blocks.{count}.0."
-            prefixes[f"up_blocks.{i}.attentions.{j}."] = f"output_blocks.{count}.1."
-        if block.upsamplers:
-            place = 2 if getattr(block, "attentions", None) else 1
-            prefixes[f"up_blocks.{i}.upsamplers.0.conv."] = f"output_blocks.{count}.{place}.conv."
+    for stack, theirs, count in (("down_blocks", "input_blocks", 0), ("up_blocks", "output_blocks", -1)):
+        for i, block in enumerate(getattr(net, stack)):
+            ours = f"{stack}.{i}"
+            for j in range(len(block.resnets)):
+                count += 1
+                prefixes[f"{ours}.resnets.{j}."] = f"{theirs}.{count}.0."
+                prefixes[f"{ours}.attentions.{j}."] = f"{theirs}.{count}.1."
+            if getattr(block, "downsamplers", None):
+                count += 1
+                prefixes[f"{ours}.downsamplers.0.conv."] = f"{theirs}.{count}.0.op."
+            if getattr(block, "upsamplers", None):
+                place = 2 if getattr(block, "attentions", None) else 1
+                prefixes[f"{ours}.upsamplers.0.conv."] = f"{theirs}.{count}.{place}.conv."
     found = {}
     for layer in named_layers(net):
         ours = next((prefix for prefix in prefixes if f"{layer}.".startswith(prefix)), None)
@@ -341,33 +329,25 @@ def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of Flux's own code and of XLabs', which fuse queries, keys, values and more."""
-    found, spots = {}, named_layers(net)
-    double = FLUX_DOUBLE | {f"processor.{name}": parts for name, parts in XLABS_DOUBLE.items()}
-    single = FLUX_SINGLE | {f"processor.{name}": parts for name, parts in XLABS_SINGLE.items()}
-    for theirs, ours, inside in (
-        ("double_blocks", "transformer_blocks", double),
-        ("single_blocks", "single_transformer_blocks", single),
-    ):
-        for k in range(len(getattr(net, ours, []))):
-            for name, parts in inside.items():
-                layers = tuple(f"{ours}.{k}.{part}" for part in parts)
-                if all(layer in spots for layer in layers):
-                    found[f"{theirs}.{k}.{name}"] = layers
-    return found | {theirs: (ours,) for theirs, ours in FLUX_OUTSIDE.items() if ours in spots}
+    return _by_tables(net, FLUX, FLUX_OUTSIDE)
 
 
 def _sd3(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of SD3's own code, which fuses queries, keys and values."""
-    spots, found = named_layers(net), {}
-    if "pos_embed.proj" not in spots or "context_embedder" not in spots:
+    if not {"pos_embed.proj", "context_embedder"} <= named_layers(net).keys():
         return {}
-    for k in range(len(net.transformer_blocks)):
-        for half, inside in (("x_block", SD3_X), ("context_block", SD3_CONTEXT)):
-            for theirs, parts in inside.items():
-                found[f"joint_blocks.{k}.{half}.{theirs}"] = tuple(
-                    f"transformer_blocks.{k}.{part}" for part in parts
-                )
-    found |= {theirs: (ours,) for theirs, ours in SD3_OUTSIDE.items()}
+    return _by_tables(net, SD3, SD3_OUTSIDE)
+
+
+def _by_tables(
+    net: nn.Module, stacks: tuple[tuple[str, str, dict[str, str]], ...], outside: dict[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The names in tables as above whose layers are all in this network."""
+    spots, found = named_layers(net), {theirs: (ours,) for theirs, ours in outside.items()}
+    for theirs, ours, inside in stacks:
+        for k in range(len(getattr(net, ours, []))):
+            for name, parts in inside.items():
+                found[f"{theirs}.{k}.{name}"] = tuple(f"{ours}.{k}.{part}" for part in parts.split())
     return {theirs: layers for theirs, layers in found.items() if all(layer in spots for layer in layers)}
 
 

@@ -4,22 +4,24 @@ models.tiny.certificate
 Takes the training records from runs/tiny where they are, else keeps those of the last certificate.
 """
 
-import hashlib
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPModel
 
 from configs import ROOT, entry, replacing, versions
+from models.evaluators import Clip
 from models.families import Family
+from models.loading import file_hash
 from models.tiny import world
-from models.tiny.evaluators import Probe, clip_images, clip_texts, column
+from models.tiny.evaluators import Probe, column
 from models.tiny.faces import ATTRIBUTES, BACKGROUNDS, HAIR_STYLES, HAIRS, SKINS, claims
 
 HERE = ROOT / "models/tiny"
@@ -33,6 +35,12 @@ SHOWN = (
     "portrait of a person, tan skin, no hat, no glasses",
     "portrait of a person",
 )
+NAMED = (  # what of a portrait has a name: label, the attributes' kind, the names that it may have
+    ("skin", "skin", SKINS),
+    ("hair style", "hair", HAIR_STYLES),
+    ("hair colour", "hair", HAIRS),
+    ("background", "background", BACKGROUNDS),
+)
 
 
 @dataclass
@@ -45,7 +53,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Measures everything, writes certificate.json, the sheet and README.md."""
-    family, probe = Family("tiny", dtype=torch.float32), Probe.load(HERE / "weights/probe")
+    family = Family("tiny", dtype=torch.float32)
+    probe = Probe.load(HERE / "weights/probe")
     found = {
         "versions": versions(),
         "machine": platform.machine(),
@@ -84,33 +93,19 @@ def checks(claimed: dict[str, float], seen: np.ndarray) -> dict[str, bool]:
     the largest.
     """
 
-    def value(name):
-        return seen[column(name)]
-
-    ok: dict[str, bool] = {}
+    ok = {}
     for name, target in claimed.items():
         kind, _, word = name.partition(" ")
+        value = seen[column(name)]
         if name in ("age", "eyes", "size"):
-            ok[name] = (
-                (value(name) > 0.5)
-                if target == 1
-                else (value(name) < 0.5)
-                if target == 0
-                else abs(value(name) - 0.5) < 0.3
-            )
+            ok[name] = abs(value - 0.5) < 0.3 if target == 0.5 else (value - 0.5) * (target - 0.5) > 0
         elif name in ("smile", "x"):
-            ok[name] = (value(name) * target > 0.15) if target else abs(value(name)) < 0.45
+            ok[name] = value * target > 0.15 if target else abs(value) < 0.45
         elif name in ("glasses", "beard", "hat"):
-            ok[name] = (value(name) > 0.5) == bool(target)
-        else:
-            table = {
-                "skin": SKINS,
-                "background": BACKGROUNDS,
-                "hair": HAIR_STYLES if word in HAIR_STYLES else HAIRS,
-            }.get(kind)
-            if table:
-                label = {"hair": "hair style" if word in HAIR_STYLES else "hair colour"}.get(kind, kind)
-                ok[label] = max(table, key=lambda n: value(f"{kind} {n}")) == word  # noqa: B023
+            ok[name] = (value > 0.5) == bool(target)
+        for label, of, names in NAMED:
+            if kind == of and word in names:
+                ok[label] = value == max(seen[column(f"{kind} {other}")] for other in names)
     return {name: bool(v) for name, v in ok.items()}
 
 
@@ -136,31 +131,21 @@ def probe_scores(probe: Probe) -> dict[str, float]:
     truth, seen = world.truth(people), probe(world.to_unit(world.pictures(people)))
     error, spread = (truth - seen).square().mean(0), truth.var(0, unbiased=False)
     scores = {f"R² {name}": 1 - (error / spread)[column(name)].item() for name in ATTRIBUTES[:8]}
-    for label, kind, table in (
-        ("skin", "skin", SKINS),
-        ("hair style", "hair", HAIR_STYLES),
-        ("background", "background", BACKGROUNDS),
-    ):
-        at = [column(f"{kind} {name}") for name in table]
+    for label, kind, names in NAMED:
+        if label == "hair colour":  # bald heads have none
+            continue
+        at = [column(f"{kind} {name}") for name in names]
         scores[f"accuracy {label}"] = (truth[:, at].argmax(1) == seen[:, at].argmax(1)).float().mean().item()
     return scores
 
 
-@torch.no_grad()
 def clip_scores() -> dict[str, float]:
     """On 1000 held-out portraits: the caption found among 100, and zero-shot accuracy between two
     descriptions.
     """
-    folder = HERE / "weights/clip"
-    model, words = (
-        CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    people = world.faces(1000, 557)
-    seen, told = (
-        clip_images(model, world.to_unit(world.pictures(people))),
-        clip_texts(model, words, world.captions(people, 557, keep=1.0)),
-    )
+    clip, people = Clip(str(HERE / "weights/clip")), world.faces(1000, 557)
+    seen = torch.from_numpy(clip.features(world.to_unit(world.pictures(people))))
+    told = torch.from_numpy(clip.texts(world.captions(people, 557, keep=1.0)))
     hits = [
         (a @ b.T).argmax(1) == torch.arange(len(a))
         for a, b in zip(seen.split(100), told.split(100), strict=True)
@@ -175,11 +160,8 @@ def clip_scores() -> dict[str, float]:
         "beard": ("beard", "no beard", 0.5, 0.5),
     }
     for name, (more, less, high, low) in pairs.items():
-        texts = [
-            f"portrait of a {w} person" if name == "age" else f"portrait of a person, {w}"
-            for w in (more, less)
-        ]
-        difference = seen @ (clip_texts(model, words, texts) * torch.tensor([[1.0], [-1.0]])).sum(0)
+        text = "portrait of a {} person" if name == "age" else "portrait of a person, {}"
+        difference = torch.from_numpy(clip.score(seen.numpy(), text.format(more), text.format(less)))
         truth = torch.tensor([float(getattr(face, name)) for face in people])
         clear = (truth > high) | (truth < low)
         scores[f"zero-shot {name}"] = ((difference > 0) == (truth > high))[clear].float().mean().item()
@@ -194,7 +176,7 @@ def training(work: Path) -> dict:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         pace = [
             (b["seconds"] - a["seconds"]) / (b["step"] - a["step"])
-            for a, b in zip(lines, lines[1:], strict=False)
+            for a, b in pairwise(lines)
             if "seconds" in a and b.get("seconds", 0) > a["seconds"] and b["step"] > a["step"]
         ]
         last = {k: v for k, v in lines[-1].items() if k not in ("step", "seconds")}
@@ -210,19 +192,16 @@ def training(work: Path) -> dict:
 def hashes() -> dict[str, str]:
     """sha256 of every weights file, first 16 digits."""
     files = sorted((HERE / "weights").rglob("*.safetensors"))
-    return {
-        str(f.relative_to(HERE / "weights")): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files
-    }
+    return {str(file.relative_to(HERE / "weights")): file_hash(file)[:16] for file in files}
 
 
 def sheet(family: Family, path: Path, scale: int = 2) -> None:
     """Prompts in columns, members in rows, the same seeds: the picture of the certificate."""
-    rows = {
-        name: family.draw(family.member(name), list(SHOWN), [3] * len(SHOWN)) for name in family.card.members
-    }
     size, margin = 64 * scale, 76
-    page = Image.new("RGB", (margin + size * len(SHOWN), size * len(rows)), "white")
-    for r, (name, pictures) in enumerate(rows.items()):
+    members = family.card.members
+    page = Image.new("RGB", (margin + size * len(SHOWN), size * len(members)), "white")
+    for r, name in enumerate(members):
+        pictures = family.draw(family.member(name), list(SHOWN), [3] * len(SHOWN))
         ImageDraw.Draw(page).text((6, r * size + size // 2 - 6), name, "black")
         for c, picture in enumerate(((pictures + 1) * 127.5).round().byte()):
             tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(
@@ -233,13 +212,13 @@ def sheet(family: Family, path: Path, scale: int = 2) -> None:
         page.save(new)
 
 
-def table(head: list[str], rows: list[list]) -> str:
+def table(head: list[str], rows: Iterable[Iterable]) -> str:
     """A markdown table; floats with three digits."""
 
-    def shown(v):
-        return f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v)
-
-    lines = [head, ["---"] * len(head), *[[shown(v) for v in row] for row in rows]]
+    shown = [
+        [f"{v:.3f}" if isinstance(v, float) else "" if v is None else str(v) for v in row] for row in rows
+    ]
+    lines = [head, ["---"] * len(head), *shown]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -287,12 +266,12 @@ Minutes are steps times the measured seconds per step.
 {table(["part", "steps", "minutes", "last losses"], training)}
 
 ## Evaluators, on 1000 held-out portraits each
-{table(["probe", "score"], [[k, v] for k, v in found["probe"].items()])}
+{table(["probe", "score"], found["probe"].items())}
 
-{table(["CLIP", "score"], [[k, v] for k, v in found["clip"].items()])}
+{table(["CLIP", "score"], found["clip"].items())}
 
 ## Hashes (sha256, first 16 digits)
-{table(["file", "sha256"], [[k, v] for k, v in found["hashes"].items()])}
+{table(["file", "sha256"], found["hashes"].items())}
 """
 
 

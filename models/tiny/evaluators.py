@@ -5,7 +5,6 @@ generator.
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -54,24 +53,3 @@ class Probe(nn.Module):
 def column(name: str) -> int:
     """Where an attribute stands in the probe's output."""
     return ATTRIBUTES.index(name)
-
-
-@torch.no_grad()
-def clip_images(model, images: Tensor) -> Tensor:
-    """CLIP embeddings of images (B, 3, 64, 64) in [-1, 1], unit length, (B, d)."""
-    out = model.vision_model(pixel_values=images).pooler_output
-    return nn.functional.normalize(model.visual_projection(out), dim=-1)
-
-
-@torch.no_grad()
-def clip_texts(model, tokenizer, texts: list[str]) -> Tensor:
-    """CLIP embeddings of texts, unit length, (B, d)."""
-    ids = tokenizer(
-        texts,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
-    out = model.text_model(input_ids=ids).pooler_output
-    return nn.functional.normalize(model.text_projection(out), dim=-1)
