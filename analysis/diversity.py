@@ -118,7 +118,8 @@ def plan(session: Session, plans: list[tuple[str, str]]) -> Path:
     cfg, images = session.cfg, len(session.cfg.prompts) * session.cfg.seeds + session.cfg.captions
     print(f"{len(plans)} ways to draw, {images} images each")
     most = max(cfg.seeds, cfg.captions)
-    session.forecast([Way(*way) for way in plans], images, most, [], reading=bool(cfg.captions))
+    ways = [Way(*way) for way in plans]
+    session.forecast(ways, [images] * len(ways), most, [], reading=bool(cfg.captions))
     return session.folder
 
 

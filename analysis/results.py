@@ -14,7 +14,8 @@ from analysis.pages.words import WORDS
 from configs import UserError, quoted
 from configs.errors import cut
 
-SCHEMA = 2  # of every record; 1 had one evaluator's readings in the cell itself
+# of every record; 1 had one evaluator's readings in the cell itself, 2 one retention for both signs
+SCHEMA = 3
 LARGEST = 1e15  # of numbers, so that charts can be drawn of their differences
 
 
@@ -62,6 +63,10 @@ READING = {  # what one evaluator says of a cell of a transfer
     "effect": Filled(POINT),
     "slope": INTERVAL,
     "retention": INTERVAL,
+    "negative": Null({"retention": INTERVAL, "differs": bool}),
+    "slope_retention": INTERVAL,
+    "of_words": INTERVAL,
+    "p": {"reversed": P, "dead": P, "equivalence": P, "difference": P},
     "verdict": WORDS,
     "matched_scale": {
         "value": NUMBER,
@@ -72,8 +77,6 @@ READING = {  # what one evaluator says of a cell of a transfer
     "window": [bool],
     "monotonicity": NUMBER,
     "preservation": NUMBER,
-    "equivalence": P,
-    "difference": P,
     "shape": {"area": INTERVAL, "saturation": NUMBER, "signs": NUMBER, "smoothness": NUMBER},
     "preservation_matched": Null({"source": float, "target": float, "difference": INTERVAL}),
     "spread": Null({"prompts": float, "seeds": float}),
@@ -89,6 +92,7 @@ TRANSFER = {
     **ABOUT,
     "config": {"prompts": [str]},
     "margin": [float],
+    "prompts": Filled(int),
     "cost": {"drawn": int, "cached": int, "seconds": float},
     "cells": Filled(
         {
@@ -105,7 +109,9 @@ TRANSFER = {
             "positive": str,
             "negative": str,
             "picture": str,
-            "clip_change_percent": NUMBER,
+            "clip_change_percent": INTERVAL,
+            "at": float,
+            "looks": int,
         }
     ),
     "leakage": [{"evaluator": str, "target": str, "control": str, "attribute": str, "share": INTERVAL}],

@@ -88,16 +88,25 @@ class Session:
     def evaluator_names(self) -> Sequence[str]:
         return chosen(self.family.card, self.cfg.evaluators)
 
-    def prompts(self) -> PromptSet:
-        """The config's prompts, else the family card's; from now on the config holds their texts."""
-        prompts = promptsets.read(self.cfg.prompts or self.family.card.prompts)
+    def prompts(self, most: int | None = None) -> PromptSet:
+        """The config's prompts, else the family card's, with so many further ones of its that they are
+        `most`; from now on the config holds their texts.
+        """
+        card, given = self.family.card, self.cfg.prompts
+        more = (most or 0) - len(card.prompts)
+        further = [f"{card.more_prompts}:{more}"] if more > 0 and card.more_prompts else []
+        prompts = promptsets.read(given or [*card.prompts, *further])
         self.cfg.prompts = prompts.texts
         return prompts
 
-    def forecast(self, ways: Iterable[Way], images: int, at_once: int, controls: list, **how: bool) -> None:
-        """Prints what drawing these ways asks of the networks, and memory at its fullest."""
-        ways = list(ways)
-        calls = budget.nfe_by_member((plan_of(self.family, way.target), images) for way in ways)
+    def forecast(
+        self, ways: Sequence, images: Sequence[int], at_once: int, controls: list, **how: bool
+    ) -> None:
+        """Prints what drawing these ways, so many images each, asks of the networks, and memory at its
+        fullest.
+        """
+        plans = [plan_of(self.family, way.target) for way in ways]
+        calls = budget.nfe_by_member(zip(plans, images, strict=True))
         turns = in_memory(in_turn(ways, self.family.card), self.family.card)
         names = self.evaluator_names
         self.say(calls, names, lambda: forecast.drawing(self.family, turns, at_once, controls, names, **how))
@@ -112,10 +121,18 @@ class Session:
         """Takes the folder; nothing can refuse the run any more."""
         devices.claim(self.accelerator, self.cfg, self.free)
 
-    def share(self, jobs: list) -> list:
-        """This process's part of the jobs, once all processes have seen the same."""
+    @property
+    def age(self) -> float:
+        """Seconds since the command began."""
+        return time.time() - self.began
+
+    def share(self, jobs: list, cost: Callable[[Any], float] | None = None) -> list:
+        """This process's part of the jobs, once all processes have seen the same: as many as the others', or
+        as much by their cost.
+        """
         self.accelerator.wait_for_everyone()
-        return jobs[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return jobs[mine::processes] if cost is None else balanced(jobs, cost, processes)[mine]
 
     def draw(
         self, jobs: list, texts: list[str], make: Callable[[Any], dict[str, Tensor]], label: str
@@ -137,11 +154,26 @@ class Session:
         """What results.json holds."""
         return {**wandb_log.header(self.command, self.cfg, self.began), **parts}
 
+    def write(self, results: dict) -> Path:
+        """Writes the record and its page, whose place it returns."""
+        wandb_log.write(results, self.folder)
+        return report.build(self.folder)
+
     def publish(self, results: dict, says: str, track: Callable, group: str) -> Path:
         """Writes the record and its page, says where that is and what was found, and logs all to W&B."""
-        wandb_log.write(results, self.folder)
-        page = report.build(self.folder)
+        page = self.write(results)
         print(f"{says}\n{results['seconds']:.0f} seconds; report: {page}")
         with tracking.start(self.folder, asdict(self.cfg), self.command, group, self.cfg.wandb) as tracker:
             track(results, self.folder, tracker)
         return page
+
+
+def balanced(jobs: list, cost: Callable[[Any], float], processes: int) -> list[list]:
+    """Jobs in as many parts of about the same cost: the dearest first, each to the part that has least; in
+    a part in their order.
+    """
+    parts: list[list[int]] = [[] for _ in range(processes)]
+    costs = [cost(job) for job in jobs]
+    for k in sorted(range(len(jobs)), key=lambda k: -costs[k]):
+        min(parts, key=lambda part: sum(costs[j] for j in part)).append(k)
+    return [[jobs[k] for k in sorted(part)] for part in parts]

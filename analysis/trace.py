@@ -121,7 +121,7 @@ def plan(session: Session, traces: list[Trace], control: Control | None) -> Path
     todo = [trace for trace in traces if cfg.overwrite or not (folder / trace.file).exists()]
     images, controls = len(cfg.prompts) * cfg.seeds, [control.tensors] if control else []
     print(f"{len(todo)} ways to draw, {images} images each; drawn already: {len(traces) - len(todo)}")
-    session.forecast(todo, images, images, controls)
+    session.forecast(todo, [images] * len(todo), images, controls)
     return folder
 
 

@@ -9,24 +9,24 @@ Prompts come in rounds: after each, cells whose verdict is decided are left, the
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from analysis import model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
-from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
-from analysis.pages import words
+from analysis.images.design import Design, Subject, Words, cycled, looks_of
+from analysis.images.readings import Measurement
+from analysis.pages import rows, tables, words
 from analysis.session import Drawing, Session
 from configs import UserError, entry, list_of, releases
-from configs.screen import show_table
 from controls import formats, intervals, retention
 from controls.lora import Card, Control, fits, random_like
 from controls.picture_grid import picture_grid, scale_heads
-from models import budget
 from models.evaluators import load_evaluators
 from models.families import Family, FamilyCard
 from models.loading import skeleton
@@ -99,68 +99,145 @@ class Config(Drawing):
 
 @releases
 def main(cfg: Config) -> Path:
-    """Draws, measures, prints the table and returns the path of the report."""
+    """Draws, measures, prints a row per control and returns the path of the report."""
     session = Session("analysis.transfer", cfg, FREE)
     check(cfg)
-    drawings, subjects, targets = prepare(session)
-    jobs = jobs_of(cfg, subjects, targets)
+    design = prepare(session)
     if cfg.dry_run:
-        return plan(session, drawings, subjects, targets, jobs)
-    fit(cfg, drawings, subjects, jobs)
+        return plan(session, design)
+    fit(session, design)
     session.claim()
-    cost = draw(session, drawings, jobs)
-    if not session.first:
-        return session.folder / "report.html"
-    measurement = Measurement(drawings, subjects, cfg.references)
-    cells, leakage = measurement.cells(targets), measurement.leakage(targets)
-    drawings.remember_words()
-    pictures(drawings, subjects, targets, cells, session.folder)
-    about = {"evaluators": list(drawings.evaluators), "margin": list(intervals.MARGIN), "cost": cost}
-    return publish(session, session.record(**about, cells=cells, leakage=leakage))
+    record = rounds(session, design)
+    return publish(session, record) if session.first else session.folder / "report.html"
 
 
-def publish(session: Session, results: dict) -> Path:
-    """The record, its page, its table, its model cards."""
-    cfg, cells, cost = session.cfg, results["cells"], results["cost"]
+def rounds(session: Session, design: Design) -> dict:
+    """Draws and looks at what is undecided, round by round, and writes the page after each; returns the
+    record, on the first process.
+    """
+    cfg, work, measurement = session.cfg, Work(session, design), Measurement(design)
+    undecided, record, table = design.pairs, {}, rows.Rows([target for _, target in design.pairs])
+    for look in range(len(design.looks.parts)):
+        todo = [*([] if look else design.first()), *design.of_look(look, undecided)]
+        if look and not (undecided and session.accelerator.shared(work.ends_within(todo, cfg.minutes))):
+            break
+        work.do(todo, f"round {look + 1}")
+        undecided = measurement.look(undecided, cfg.precision)
+        if session.first:
+            record = recorded(session, measurement, work)
+            table.show(record["cells"], {subject.name for subject, _ in undecided})
+    if session.first:
+        table.show(record["cells"], set())
+        design.parts[0].remember_words()
+    return record
+
+
+class Task(NamedTuple):
+    """One drawing to be made."""
+
+    drawings: Drawings
+    job: Job
+
+    @property
+    def target(self) -> str:
+        return self.job.target
+
+
+class Work:
+    """Makes drawings, each process its share, and counts them."""
+
+    def __init__(self, session: Session, design: Design):
+        self.session, self.texts = session, design.texts
+        self.drawn = self.known = 0  # images
+        self.evaluations, self.seconds = 0.0, 0.0
+
+    def missing(self, todo: list[tuple[Drawings, list[Job]]]) -> list[Task]:
+        return [Task(part, job) for part, jobs in todo for job in part.missing(jobs)]
+
+    def cost(self, task: Task) -> float:
+        """Network evaluations."""
+        return len(task.drawings.numbers) * plan_of(self.session.bare, task.target).nfe
+
+    def ends_within(self, todo: list[tuple[Drawings, list[Job]]], minutes: float | None) -> bool:
+        """Whether these drawings will be there before the run is so old, at the pace until now."""
+        if minutes is None or not self.evaluations:
+            return True
+        more = sum(map(self.cost, self.missing(todo)))
+        return self.session.age + more * self.seconds / self.evaluations <= 60 * minutes
+
+    def do(self, todo: list[tuple[Drawings, list[Job]]], label: str) -> None:
+        """Makes what is missing of these."""
+        start, family = time.time(), self.session.family
+        tasks = in_turn(self.missing(todo), family.card)
+        mine = self.session.share(tasks, self.cost)
+        if mine:
+            family.encode_all(self.texts)
+        for task in one_by_one(mine, family, label, not self.session.first):
+            task.drawings.make(task.job)
+        self.session.accelerator.wait_for_everyone()
+        images = sum(len(task.drawings.numbers) for task in tasks)
+        every = sum(len(part.numbers) * len({part.key(job) for job in jobs}) for part, jobs in todo)
+        self.drawn, self.known = self.drawn + images, self.known + every - images
+        self.evaluations += sum(map(self.cost, tasks))
+        self.seconds += time.time() - start
+
+
+def recorded(session: Session, measurement: Measurement, work: Work) -> dict:
+    """The record and its page, as far as they are known."""
+    design = measurement.design
+    cells, leakage = measurement.cells(design.targets), measurement.leakage(design.targets)
+    pictures(design, cells, session.folder)
+    cost = {"drawn": work.drawn, "cached": work.known, "seconds": round(work.seconds, 1)}
+    record = session.record(
+        evaluators=list(design.parts[0].evaluators),
+        margin=list(intervals.MARGIN),
+        prompts=list(design.looks.prompts),
+        cost=cost,
+        cells=cells,
+        leakage=leakage,
+    )
+    session.write(record)
+    return record
+
+
+def publish(session: Session, record: dict) -> Path:
+    """What goes with the record: tables, model cards, W&B."""
+    cfg, cost = session.cfg, record["cost"]
     files = dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
-    model_cards.write(results, session.folder)
-    show(cells)
-    print(f"{cost['drawn']} images drawn, {cost['cached']} known")
-    says = words.tally(list(map(words.led, cells)))
-    page = session.publish(results, says, partial(wandb_log.track, controls=files), "+".join(files))
+    model_cards.write(record, session.folder)
+    tables.write(record, session.folder)
+    print(f"{rows.LEGEND}\n{cost['drawn']} images drawn, {cost['cached']} known")
+    says = words.tally(list(map(words.led, record["cells"])))
+    page = session.publish(record, says, partial(wandb_log.track, controls=files), "+".join(files))
     for path in files.values() if cfg.write_card else ():
-        model_cards.into_header(results, path)  # last, so that W&B's input is the file that training logged
+        model_cards.into_header(record, path)  # last, so that W&B's input is the file that training logged
     return page
 
 
-def plan(
-    session: Session, drawings: Drawings, subjects: list[Subject], targets: list[str], jobs: list[Job]
-) -> Path:
+def plan(session: Session, design: Design) -> Path:
     """Says the smallest difference of a retention from 1 that the design tells from none, and what it takes.
 
     The family is bare: it needs configs and no weights, and UserError says which one cannot be had.
     """
-    todo, each, prompts, seeds = (
-        drawings.missing(jobs),
-        len(drawings.numbers),
-        len(drawings.texts),
-        drawings.seeds,
+    looks, seeds, work = design.looks, session.cfg.seeds, Work(session, design)
+    counts = " → ".join(map(str, looks.prompts))
+    print(
+        f"{len(design.subjects)} controls on {len(design.targets)} targets, {counts} prompts x {seeds} seeds"
     )
     spread, whence = known_spread(session.folder)
-    print(f"{len(subjects)} controls on {len(targets)} targets, {prompts} prompts x {seeds} seeds")
-    for n, k in ((prompts, seeds), (2 * prompts, seeds), (prompts, 2 * seeds)):
-        least = retention.detectable(n, k, spread)
+    error = (1 - intervals.LEVEL) * looks.shares[-1] / max(1, len(design.pairs))
+    for prompts in (looks.prompts[-1], 2 * looks.prompts[-1]):
+        least = retention.detectable(prompts, seeds, spread, error)
         print(
-            f"{n} prompts x {k} seeds: sees a retention that differs from 1 by {least:.2f}, in 80 % of "
-            f"cases ({whence})"
+            f"{prompts} prompts x {seeds} seeds: sees a retention that differs from 1 by {least:.2f} in 80 % "
+            f"of cases, corrected for {len(design.pairs)} cells and {len(looks.prompts)} looks ({whence})"
         )
-    calls = budget.nfe_by_member((drawings.plan(job.target), each) for job in todo)
-    print(f"to draw: {len(todo) * each} images, {calls.total()} network evaluations; known already: the rest")
-    if todo:
-        controls = [control.tensors for control in drawings.controls.values()]
-        session.forecast(todo, each, each, controls, apart=True)
-    else:
-        print("nothing to draw")
+    tasks, controls = work.missing(design.all), design.parts[0].controls.values()
+    images, asked = sum(len(task.drawings.numbers) for task in tasks), sum(map(work.cost, tasks))
+    print(f"to draw: at most {images} images, {asked:.0f} network evaluations; known already: the rest")
+    if tasks:
+        counts = [len(task.drawings.numbers) for task in tasks]
+        session.forecast(tasks, counts, max(counts), [c.tensors for c in controls], apart=True)
     return session.folder
 
 
@@ -177,40 +254,33 @@ def known_spread(folder: Path) -> tuple[dict, str]:
     return {key: square**0.5 for key, square in squares.items()}, f"spread as in {folder}"
 
 
-def prepare(session: Session) -> tuple[Drawings, list[Subject], list[str]]:
-    """What is measured by what, and on which targets.
+def prepare(session: Session) -> Design:
+    """What is measured by what, and on which images.
 
     Raises UserError for what cannot be, before anything is drawn.
     """
     cfg, family = session.cfg, session.family
     controls = read(cfg, family)
     subjects = [Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in controls]
-    prompts, targets = session.prompts(), resolve(cfg, family.card)
     evaluators = {}
     if not cfg.dry_run:
         evaluators = load_evaluators(family.card, family.device, cfg.evaluators, load_now=False)
     drawn = {(subject.name, False): subject.control for subject in subjects}
     if cfg.references:
         drawn |= {(subject.name, True): random_like(subject.control, cfg.seed) for subject in subjects}
-    drawings = Drawings(family, drawn, evaluators, prompts, cfg.seeds, cfg.seed, cfg.below, Path(cfg.cache))
+    looks, ends = looks_of(cfg.rounds, cfg.max_prompts, cfg.curve_prompts)
+    texts, numbers = cycled(session.prompts(cfg.max_prompts), cfg.max_prompts, cfg.seeds, cfg.seed)
+
+    def part(first: int, end: int, aside: int = 0) -> Drawings:
+        seeds = [number + aside for number in numbers[first * cfg.seeds : end * cfg.seeds]]
+        return Drawings(family, drawn, evaluators, texts[first:end], seeds, cfg.below, Path(cfg.cache))
+
+    parts = [part(first, end) for first, end in pairwise([0, *ends])]
     for subject in subjects:
         for evaluator in evaluators.values() if subject.words else ():
             evaluator.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
-    return drawings, subjects, targets
-
-
-def draw(session: Session, drawings: Drawings, jobs: list[Job]) -> dict:
-    """Makes what is missing, this process its share; returns images drawn by all, known, and seconds."""
-    start, todo, family = time.time(), drawings.missing(jobs), drawings.family
-    mine = session.share(in_turn(todo, family.card))
-    if mine:
-        family.encode_all(drawings.texts)
-    for job in one_by_one(mine, family, "transfer", not session.first):
-        drawings.make(job)
-    session.accelerator.wait_for_everyone()
-    each, different = len(drawings.numbers), len({drawings.key(job) for job in jobs})
-    cost = {"drawn": len(todo) * each, "cached": (different - len(todo)) * each}
-    return {**cost, "seconds": round(time.time() - start, 1)}
+    targets = resolve(cfg, family.card)
+    return Design(subjects, targets, parts, part(0, ends[0], PILOT), looks, cfg.at, cfg.references)
 
 
 def check(cfg: Config) -> None:
@@ -220,6 +290,12 @@ def check(cfg: Config) -> None:
         if 0 not in values or max(values) < 1:
             raise UserError(f"{key} must hold 0 and reach 1; got {getattr(cfg, key)}")
         setattr(cfg, key, values)
+    if cfg.at <= 0:
+        raise UserError(f"at is the scale at which controls will be used, above 0; got {cfg.at:g}")
+    if cfg.precision is not None and cfg.precision <= 0:
+        raise UserError(
+            f"precision is half the width of an interval, above 0, e.g. 0.1; got {cfg.precision:g}"
+        )
     if cfg.below is not None and cfg.below <= 0:
         raise UserError(f"below is a noise level, sigma / alpha above 0, e.g. 2.0; got {cfg.below}")
 
@@ -272,7 +348,11 @@ def descriptions(cfg: Config, control: Control) -> Words:
 
 
 def scales_of(cfg: Config, control: Control) -> list[float]:
-    return getattr(cfg, SCALES.get(control.card.kind, "scales"))
+    """The scales of a control's curve, the headline's among them; of one that is dialled below 0 also its
+    opposite.
+    """
+    scales = getattr(cfg, SCALES.get(control.card.kind, "scales"))
+    return sorted({*scales, cfg.at, *([-cfg.at] if scales[0] < 0 else [])})
 
 
 def resolve(cfg: Config, family: FamilyCard) -> list[str]:
@@ -295,79 +375,35 @@ def resolve(cfg: Config, family: FamilyCard) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def jobs_of(cfg: Config, subjects: list[Subject], targets: list[str]) -> list[Job]:
-    """All that is to be drawn: subjects at their scales on their sources and on the targets, and the
-    references.
-    """
-    found = [
-        job for s in subjects for target in dict.fromkeys([s.source, *targets]) for job in s.jobs(target)
-    ]
-    if cfg.references:
-        found += [floor_of(target, subject) for subject in subjects for target in targets]
-        found += [Job(target, again=True) for target in targets if not is_reference(target)]
-    return found
-
-
-def fit(cfg: Config, drawings: Drawings, subjects: list[Subject], jobs: list[Job]) -> None:
+def fit(session: Session, design: Design) -> None:
     """A control or a plan that does not fit is said now, by configs alone, not after an hour of drawing;
     nothing where all is drawn.
     """
-    todo = drawings.missing(jobs)
-    if not todo:
+    tasks = Work(session, design).missing(design.all)
+    if not tasks:
         return
-    for evaluator in drawings.evaluators.values():
+    for evaluator in design.parts[0].evaluators.values():
         evaluator.features(torch.zeros(1, 3, 64, 64))
-    outline = Family(cfg.family, drawings.family.device, drawings.family.dtype, bare=True)
-    for subject in subjects:
-        fits(outline.member(subject.source).denoiser.net, subject.control, outline.card.name)
-    for target in dict.fromkeys(job.target for job in todo):
-        plan_of(outline, target)
+    for subject in design.subjects:
+        net = session.bare.member(subject.source).denoiser.net
+        fits(net, subject.control, session.family.card.name)
+    for target in dict.fromkeys(task.target for task in tasks):
+        plan_of(session.bare, target)
 
 
-def pictures(
-    drawings: Drawings, subjects: list[Subject], targets: list[str], cells: list[dict], folder: Path
-) -> None:
-    """The sheets that cells name, and one overview per control."""
-    cells = iter(cells)
-    for subject in subjects:
+def pictures(design: Design, cells: list[dict], folder: Path) -> None:
+    """The sheets that cells name, and one overview per control, of the first part's images."""
+    cells, drawings = iter(cells), design.parts[0]
+    for subject in design.subjects:
         sheets = {
             target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)])
-            for target in targets
+            for target in design.targets
         }
         for sheet in sheets.values():
             wandb_log.picture(sheet, folder / next(cells)["picture"])
         heads = scale_heads(subject.scales)
         rows = [(target, heads, list(sheet[:, 0])) for target, sheet in sheets.items()]
         picture_grid(rows, folder / f"images/{subject.name}/members.png", 2 * sheet.shape[-1])
-
-
-def show(cells: list[dict]) -> None:
-    """Prints the table in the shape of the paper's T1: controls in rows, members in columns."""
-    targets = list(dict.fromkeys(cell["target"] for cell in cells))
-    first, *others = cells[0]["readings"]
-    title = (
-        f"Retention [95 %] by {first}, verdict; then by {' and '.join(others)}; then matched scale, % "
-        f"change of the CLIP score"
-    )
-    rows = []
-    for name in dict.fromkeys(cell["control"] for cell in cells):
-        mine = {cell["target"]: cell for cell in cells if cell["control"] == name}
-        source = next(iter(mine.values()))["source"].partition("/")[2]
-        columns = {f"-> {target.partition('/')[2]}": "\n".join(lines(mine[target])) for target in targets}
-        rows.append({"control": f"{name}\nfrom {source}", **columns})
-    show_table(title, rows, lines=True)
-
-
-def lines(cell: dict) -> Iterator[str]:
-    """The lines of one printed cell."""
-    (_, first), *others = cell["readings"].items()
-    yield f"{words.ranged(first['retention'])} {'' if cell['reference'] else first['verdict']}"
-    for name, reading in others:
-        yield f"{words.ranged(reading['retention'])} {name}"
-    yield (
-        f"scale {words.number(first['matched_scale']['value'])}, CLIP "
-        f"{words.percent(cell['clip_change_percent'])}"
-    )
 
 
 if __name__ == "__main__":

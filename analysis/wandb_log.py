@@ -12,33 +12,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from analysis.pages import words
+from analysis.pages import tables, words
+from analysis.pages.tables import ends, look_up
 from analysis.pages.words import short
 from analysis.results import SCHEMA
 from configs import command, replacing, versions
 from configs.tracking import Tracker
 
-# columns of W&B's table of cells, in threes: value, low, high; and where they stand in a reading
-INTERVALS = {
-    "retention": "retention",
-    "slope": "slope",
-    "matched scale": "matched_scale",
-    "floor": "references.floor.share",
-    "ceiling": "references.ceiling.share",
-    "wrong control": "references.wrong.share",
-    "re-run": "references.rerun.effect",
-    "normalised": "references.normalised",
-}
-NUMBERS = {
-    "most reached": "matched_scale.reach.share",
-    "p of equivalence": "equivalence.p_holm",
-    "p of a difference": "difference.p_holm",
-    "monotonicity": "monotonicity",
-    "saturation": "shape.saturation",
-    "preservation": "preservation",
-}
-ABOUT = ("control", "kind", "source", "target", "reference")
-COUNTS = {"% CLIP change": "clip_change_percent", "images": "images", "prompts": "prompts", "seeds": "seeds"}
 SUMMARY = {"retention": "retention.value", "matched_scale": "matched_scale.value", "verdict": "verdict"}
 LOSS, GAIN, UNKNOWN = (
     (217, 95, 14),
@@ -99,7 +79,7 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
             tracker.images(
                 {key: (column(folder / cell["picture"], step, len(cell["scales"])), caption)}, step
             )
-    tracker.table("transfer/cells", *cell_table(cells))
+    tracker.table("transfer/cells", *tables.of_cells(cells))
     if results["leakage"]:
         tracker.table("transfer/leakage", *leakage_table(results["leakage"]))
     for evaluator in words.evaluators_of(cells):
@@ -120,37 +100,6 @@ def track(results: dict, folder: Path, tracker: Tracker, controls: dict[str, Pat
         tracker.uses(control, (controls or {}).get(control))
     files = [path for path in (folder / "results.json", folder / "report.html") if path.is_file()]
     tracker.artifact(files, f"transfer-{folder.name}", "results")
-
-
-def look_up(found: Any, path: str) -> Any:
-    """What stands in nested dicts at "outer.inner"; None where a part of the way is missing."""
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
-
-
-def ends(found: dict, path: str) -> list[float | None]:
-    """Value, low and high of the interval at a path."""
-    return [look_up(found, f"{path}.{end}") for end in ("value", "low", "high")]
-
-
-def cell_table(cells: list[dict]) -> tuple[list[str], list[list]]:
-    """Columns and rows of plain values: one row per cell and evaluator."""
-    threes = [f"{name}{end}" for name in INTERVALS for end in ("", " low", " high")]
-    columns = [*ABOUT, "evaluator", "verdict", *threes, *NUMBERS, *COUNTS]
-    rows = [
-        [
-            *(cell[key] for key in ABOUT),
-            evaluator_name,
-            reading["verdict"],
-            *(end for path in INTERVALS.values() for end in ends(reading, path)),
-            *(look_up(reading, path) for path in NUMBERS.values()),
-            *(cell[key] for key in COUNTS.values()),
-        ]
-        for cell in cells
-        for evaluator_name, reading in words.readings(cell).items()
-    ]
-    return columns, rows
 
 
 def leakage_table(leakage: list[dict]) -> tuple[list[str], list[list]]:

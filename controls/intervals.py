@@ -84,6 +84,11 @@ def equivalence(target: np.ndarray, source: np.ndarray, margin: tuple[float, flo
     return float(min(2 * p, 1.0))
 
 
+def within(interval: dict, precision: float) -> bool:
+    """Whether an interval reaches no further than so much to either side of its middle."""
+    return interval["low"] is not None and interval["high"] - interval["low"] <= 2 * precision
+
+
 def below(target: np.ndarray, source: np.ndarray, share: float) -> float:
     """p of the test that mean(target) / mean(source) lies below a share; paired values (n,).
 

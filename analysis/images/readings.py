@@ -1,134 +1,65 @@
 """Drawings to cells: what each evaluator reads of one control on one target, with its references, and what it
 leaks onto others.
-
-A verdict needs few scales and many prompts, a curve many scales and few prompts: the first part of a
-measurement's images holds every scale, later parts only what verdicts are made of.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.images.cache import Drawings, Job
+from analysis.images.design import Design, Pair, Subject, Words, is_reference
 from configs import plain_name
 from controls import intervals, retention
 from controls.effect import change, own_direction, percent_change, preservation
-from controls.lora import Control
 
-Words = (
-    tuple[str, str] | None
-)  # the positive and the negative description; None: measured along the control's own direction
 CLAIMS = ("reversed", "dead", "equivalence", "difference")  # that a verdict can make
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A control as it is measured."""
-
-    control: Control
-    words: Words
-    scales: list[float]
-
-    @property
-    def name(self) -> str:
-        return self.control.card.name
-
-    @property
-    def source(self) -> str:
-        return self.control.card.member
-
-    def jobs(self, target: str) -> list[Job]:
-        return [Job(target, self.name, scale) for scale in self.scales]
-
-    def pair(self, target: str, scale: float) -> list[Job]:
-        """What an effect at one scale is made of."""
-        return [Job(target, self.name, 0.0), Job(target, self.name, scale)]
-
-
-@dataclass(frozen=True)
-class Looks:
-    """When verdicts are made: prompts come in parts, and a look takes all parts until then."""
-
-    parts: tuple[int, ...]  # of each look, how many parts it takes
-    shares: tuple[float, ...]  # of the error, that each look may spend
-
-    @property
-    def count(self) -> int:
-        return len(self.parts)
-
-
-def floor_of(target: str, subject: Subject) -> Job:
-    """The drawing of a subject's floor, the random control of the same norms."""
-    return Job(target, subject.name, 1.0, random=True)
 
 
 class Measurement:
     """Reads drawings. Whatever is asked twice is computed once."""
 
-    def __init__(
-        self,
-        parts: Sequence[Drawings],
-        pilot: Drawings,
-        subjects: list[Subject],
-        looks: Looks,
-        at: float,
-        references: bool,
-    ):
-        """parts: of the prompts, the first with every scale. pilot: images on which nothing is measured, for
-        the directions of controls without words. at: the scale of the headline.
-        """
-        self.parts, self.pilot, self.subjects, self.looks = parts, pilot, subjects, looks
-        self.drawings, self.at, self.references = parts[0], at, references
+    def __init__(self, design: Design):
+        self.design, self.drawings, self.subjects = design, design.parts[0], design.subjects
         self.features: dict[tuple, np.ndarray] = {}
         self.looked: dict[tuple[str, str], int] = {}  # looks that a cell (control, target) has had
 
-    def pairs(self, targets: list[str]) -> list[tuple[Subject, str]]:
-        """The subjects and targets that ask whether a control survives elsewhere."""
-        return [
-            (subject, target)
-            for subject in self.subjects
-            for target in targets
-            if target != subject.source and not is_reference(target)
-        ]
+    def look(self, pairs: Sequence[Pair], precision: float | None = None) -> list[Pair]:
+        """Takes one more look at these cells; returns those that are undecided still, and whose interval is
+        not within ± precision.
 
-    def look(self, open_pairs: list[tuple[Subject, str]], asked: int) -> list[tuple[Subject, str]]:
-        """Takes one more look at these cells; returns those that remain undecided.
-
-        asked: how many cells the table has: corrected for that number by itself (Bonferroni), a verdict does
-        not wait for those of other controls. At the end all are corrected together (Holm), which decides no
-        less.
+        Each p is corrected for the size of the table by itself (Bonferroni), so that a verdict does not wait
+        for those of other controls. At the end all are corrected together (Holm), which decides no less.
         """
-        undecided = []
-        for subject, target in open_pairs:
+        undecided, asked = [], len(self.design.pairs)
+        for subject, target in pairs:
             self.looked[subject.name, target] = self.looked.get((subject.name, target), 0) + 1
             first = next(iter(self.drawings.evaluators))
             kept, p = self.claims(first, subject, target)
             word = retention.verdict(kept, {claim: min(1.0, asked * value) for claim, value in p.items()})
-            if not retention.decided(word, kept):
+            narrow = precision is not None and intervals.within(kept, precision)
+            if not (narrow or retention.decided(word, kept)):
                 undecided.append((subject, target))
         return undecided
 
     def claims(self, evaluator_name: str, subject: Subject, target: str) -> tuple[dict, dict[str, float]]:
         """The retention of a cell by all its images, and p of each claim over the looks that it has had."""
+        looks, by_look = self.design.looks, []
         looked = self.looked.get((subject.name, target), 0)
-        by_look = []
-        for parts in self.looks.parts[:looked] or (1,):
-            below, above = self.sides(evaluator_name, subject, target, self.at, parts)
+        for parts in looks.parts[:looked] or (1,):
+            below, above = self.sides(evaluator_name, subject, target, self.design.at, parts)
             by_look.append(retention.tests(below, above))
-        shares = self.looks.shares if looked else (1.0,)
+        shares = looks.shares if looked else (1.0,)
         p = {claim: intervals.over_looks([tests[claim] for tests in by_look], shares) for claim in CLAIMS}
         return intervals.ratio(above, below), p
 
     def sides(
         self, evaluator_name: str, subject: Subject, target: str, scale: float, parts: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The effects at a scale on the source and on a target in the first parts, (n,) each, one per prompt.
-        """
+        """Effects at a scale on the source and on a target in the first parts, (n,) each, one per prompt."""
         effects, texts = [], []
-        for drawings in self.parts[:parts]:
+        for drawings in self.design.parts[:parts]:
             pair = [
                 change(self.score(evaluator_name, subject, subject.pair(place, scale), drawings), 0)[..., 1]
                 for place in (subject.source, target)
@@ -148,7 +79,7 @@ class Measurement:
         """One control on one target: the record of docs/design.md, without its verdict."""
         card, words = subject.control.card, subject.words
         looked = self.looked.get((subject.name, target), 0)
-        parts = self.parts[: self.looks.parts[looked - 1] if looked else 1]
+        parts = self.design.parts[: self.design.looks.parts[looked - 1] if looked else 1]
         return {
             "control": card.name,
             "kind": card.kind,
@@ -156,11 +87,11 @@ class Measurement:
             "source": f"{card.family}/{card.member}",
             "target": f"{card.family}/{target}",
             "reference": is_reference(target),
-            "at": self.at,
+            "at": self.design.at,
             "scales": subject.scales,
             "below": self.drawings.below,
             "readings": {
-                evaluator_name: self.reading(evaluator_name, subject, target, len(parts))
+                evaluator_name: self.reading(evaluator_name, subject, target)
                 for evaluator_name in self.drawings.evaluators
             },
             "clip_change_percent": self.clip_change(subject, target),
@@ -183,7 +114,7 @@ class Measurement:
         scores = self.seen("clip", subject, target) @ clip.texts([subject.words[0]])[0]
         return percent_change(scores[..., -1], scores[..., subject.scales.index(0)])
 
-    def reading(self, evaluator_name: str, subject: Subject, target: str, parts: int) -> dict:
+    def reading(self, evaluator_name: str, subject: Subject, target: str) -> dict:
         """What one evaluator says of a cell, its verdict left open."""
         scales, zero = np.array(subject.scales), subject.scales.index(0)
         source, there = (self.effect(evaluator_name, subject, place) for place in (subject.source, target))
@@ -196,12 +127,12 @@ class Measurement:
         }
         shape, own = retention.shape(there, scales), target == subject.source
         share, p = self.claims(evaluator_name, subject, target)
-        column = subject.scales.index(self.at)
+        column = subject.scales.index(self.design.at)
         return {
             "window": inside.tolist(),
             **retention.estimate(there, scales, inside),
             "retention": share,
-            "negative": self.negative(evaluator_name, subject, target, parts),
+            "negative": self.negative(evaluator_name, subject, target),
             "slope_retention": intervals.ratio(above, below),
             "p": {claim: {"p": value} for claim, value in p.items()},
             "of_words": self.of_words(evaluator_name, subject, target, there[..., column]),
@@ -215,13 +146,14 @@ class Measurement:
             "references": self.compared(evaluator_name, subject, target, below, above),
         }
 
-    def negative(self, evaluator_name: str, subject: Subject, target: str, parts: int) -> dict | None:
+    def negative(self, evaluator_name: str, subject: Subject, target: str) -> dict | None:
         """The retention on the other side of 0, and whether it differs from that on this side, by the prompts
         that have both; None for a control that is not dialled below 0.
         """
-        if -self.at not in subject.scales:
+        at = self.design.at
+        if -at not in subject.scales:
             return None
-        sides = [self.sides(evaluator_name, subject, target, scale, 1) for scale in (self.at, -self.at)]
+        sides = [self.sides(evaluator_name, subject, target, scale, 1) for scale in (at, -at)]
         return {"retention": intervals.ratio(*reversed(sides[1])), "differs": retention.differ(*sides)}
 
     def of_words(self, evaluator_name: str, subject: Subject, target: str, effect: np.ndarray) -> dict:
@@ -230,7 +162,7 @@ class Measurement:
         """
         if subject.words is None or is_reference(target):
             return dict(intervals.UNDEFINED)
-        said = change(self.score(evaluator_name, subject, [Job(target), said_of(target, subject)]), 0)
+        said = change(self.score(evaluator_name, subject, [Job(target), *subject.said(target)]), 0)
         return intervals.ratio(intervals.units(effect), intervals.units(said[..., 1]))
 
     def compared(
@@ -240,15 +172,13 @@ class Measurement:
         one per independent unit.
         """
         found = dict.fromkeys(("floor", "ceiling", "wrong", "rerun", "normalised"))
-        if not self.references:
+        if not self.design.references:
             return found
 
         def at(slopes):
             return {"slope": intervals.mean(slopes), "share": intervals.ratio(slopes, below)}
 
-        floor = self.slopes(
-            evaluator_name, subject, target, [Job(target), floor_of(target, subject)], [0.0, 1.0]
-        )
+        floor = self.slopes(evaluator_name, subject, target, [Job(target), subject.floor(target)], [0.0, 1.0])
         found["floor"] = at(floor)
         ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
         if ceiling and target != subject.source:
@@ -329,8 +259,7 @@ class Measurement:
 
     def direction(self, evaluator_name: str, subject: Subject) -> np.ndarray:
         """Where a subject without words moves the pilot's images of its own source, (d,)."""
-        jobs = pilot_of(subject)
-        return own_direction(*(self.one(evaluator_name, job, self.pilot) for job in jobs))
+        return own_direction(*(self.one(evaluator_name, job, self.design.pilot) for job in subject.pilot))
 
     def seen(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The features of a subject's images in the first part, (P, S, K, d)."""
@@ -356,18 +285,6 @@ def by_text(values: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         return values
     of = np.array([different[text] for text in texts])
     return np.stack([values[of == index].mean(0) for index in range(len(different))])
-
-
-def pilot_of(subject: Subject) -> list[Job]:
-    """The drawings that tell where a subject without words moves images: on its source, at 0 and at its
-    largest scale.
-    """
-    return subject.pair(subject.source, subject.scales[-1])
-
-
-def said_of(target: str, subject: Subject) -> Job:
-    """The drawing of what a subject's words achieve without it."""
-    return Job(target, words=subject.words[0])
 
 
 def judge(cells: list[dict]) -> None:
@@ -441,8 +358,3 @@ def file_name(target: str) -> str:
         if plain == target.replace(":", "-")
         else f"{plain}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
     )
-
-
-def is_reference(target: str) -> bool:
-    """Whether a target is there to be compared with, not to be judged: the base in a few steps."""
-    return target.partition(":")[2].startswith("few(")

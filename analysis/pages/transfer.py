@@ -7,7 +7,7 @@ from markupsafe import Markup
 from analysis.pages import charts, html, words
 from analysis.pages.words import number, percent, ranged, shown, signed, small
 from analysis.results import is_file
-from controls.retention import SATURATED
+from controls.retention import DEAD, SATURATED, WEAK
 
 TITLE = "Which controls survive distillation"
 OPEN = 6  # up to this many controls their sentences are shown at once; beyond, on demand
@@ -29,6 +29,8 @@ def render(results: dict, folder: Path) -> str:
         home=cells[0]["source"],
         margin=results["margin"],
         saturated=SATURATED,
+        weak=WEAK,
+        dead=DEAD,
         opened=OPEN,
         pictures={cell["picture"]: is_file(folder, cell["picture"]) for cell in cells},
         rows=rows(results, folder),
@@ -158,8 +160,10 @@ def reading_numbers(cell: dict, reading: dict) -> dict[str, str]:
         "slope": ranged(reading["slope"], 3),
         "retention": ranged(reading["retention"]),
         "verdict": role,
-        "p equivalent": small(reading["equivalence"]["p_holm"]),
-        "p different": small(reading["difference"]["p_holm"]),
+        "negative side": negative(reading["negative"]),
+        "slope retention": ranged(reading["slope_retention"]),
+        "share of words": ranged(reading["of_words"]),
+        **{f"p {claim}": small(tested["p_holm"]) for claim, tested in reading["p"].items()},
         "matched scale": ranged(reading["matched_scale"]),
         "most reached": f"{100 * reach['share']:.0f} % at {number(reach['scale'], 1)}".replace("-", "−")
         if reach
@@ -172,8 +176,16 @@ def reading_numbers(cell: dict, reading: dict) -> dict[str, str]:
         "preservation": number(reading["preservation"]),
         "preservation at equal effect": at_equal_effect(equal) if equal else words.DASH,
         "CLIP change": percent(cell["clip_change_percent"]),
+        "prompts": str(cell["prompts"]),
         **{f"at {signed(scale)}": ranged(reading["effect"][k], 3) for k, scale in enumerate(cell["scales"])},
     }
+
+
+def negative(side: dict | None) -> str:
+    """The retention below 0, marked where it differs from that above."""
+    if side is None:
+        return words.DASH
+    return ranged(side["retention"]) + (" differs" if side["differs"] else "")
 
 
 def at_equal_effect(equal: dict) -> str:

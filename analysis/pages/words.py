@@ -63,9 +63,12 @@ def brackets(interval: dict, digits: int = 2) -> str:
     return f"[{number(interval['low'], digits)}, {number(interval['high'], digits)}]"
 
 
-def percent(value: float | None) -> str:
-    """A signed percentage, "+17.8 %"."""
-    return DASH if number(value) == DASH else f"{'+' if value > 0 else ''}{number(value, 1)} %"
+def percent(interval: dict) -> str:
+    """A signed percentage with its interval, "+17.8 % [12.1, 23.5]"; a dash where there is none."""
+    value = interval["value"]
+    if number(value) == DASH:
+        return DASH
+    return f"{'+' if value > 0 else ''}{number(value, 1)} % {brackets(interval, 1)}"
 
 
 def signed(value: float) -> str:
@@ -177,8 +180,10 @@ def headline(cell: dict) -> str:
 
 
 def finding(cell: dict) -> str:
-    """What was found: "kept on dmd at 0.93 [0.88, 0.98]"."""
-    return f"{cell['verdict']} on {where(cell)} at {ranged(cell['retention'])}"
+    """What was found: "kept on dmd at 0.93 [0.88, 0.98]"; with the other side of 0 where that differs."""
+    other = cell["negative"]
+    beside = f", below 0 {ranged(other['retention'])}" if other and other["differs"] else ""
+    return f"{cell['verdict']} on {where(cell)} at {ranged(cell['retention'])}{beside}"
 
 
 def no_effect(cell: dict) -> str:

@@ -1,0 +1,152 @@
+"""What a measurement draws: prompts in parts, looks at growing numbers of them, the jobs of each.
+
+A verdict needs few scales and many prompts, a curve many scales and few prompts: so the first part is drawn
+at every scale and with all that a retention is compared with, later parts at the headline's scale alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from analysis.images.cache import Drawings, Job
+from controls.intervals import spending
+from controls.lora import Control
+from models.promptsets import PromptSet
+
+Words = (
+    tuple[str, str] | None
+)  # the positive and the negative description; None: measured along the control's own direction
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A control as it is measured."""
+
+    control: Control
+    words: Words
+    scales: list[float]
+
+    @property
+    def name(self) -> str:
+        return self.control.card.name
+
+    @property
+    def source(self) -> str:
+        return self.control.card.member
+
+    def jobs(self, target: str) -> list[Job]:
+        return [Job(target, self.name, scale) for scale in self.scales]
+
+    def pair(self, target: str, scale: float) -> list[Job]:
+        """What an effect at one scale is made of."""
+        return [Job(target, self.name, 0.0), Job(target, self.name, scale)]
+
+    @property
+    def pilot(self) -> list[Job]:
+        """What tells where a control without words moves images: its source at 0 and at the largest scale."""
+        return [] if self.words else self.pair(self.source, self.scales[-1])
+
+    def floor(self, target: str) -> Job:
+        """Its floor, the random control of the same norms."""
+        return Job(target, self.name, 1.0, random=True)
+
+    def said(self, target: str) -> list[Job]:
+        """What its words achieve by themselves, said behind the prompts."""
+        return [Job(target, words=self.words[0])] if self.words else []
+
+
+Pair = tuple[Subject, str]  # a control and a target
+
+
+@dataclass(frozen=True)
+class Looks:
+    """When verdicts are made: a look takes all parts until then, and spends its share of the error."""
+
+    parts: tuple[int, ...]  # of each look, how many parts it takes
+    prompts: tuple[int, ...]  # and how many prompts these hold
+    shares: tuple[float, ...]
+
+
+def looks_of(rounds: int, most: int, curve: int) -> tuple[Looks, list[int]]:
+    """Looks at a number of prompts that doubles from round to round until `most`, and the ends of the parts.
+
+    The first part ends at `curve` prompts, or with the first look.
+    """
+    ends = sorted({max(1, most // 2 ** (rounds - 1 - k)) for k in range(rounds)})
+    parts = sorted({min(curve, ends[0]), *ends})
+    return Looks(tuple(parts.index(end) + 1 for end in ends), tuple(ends), tuple(spending(len(ends)))), parts
+
+
+def cycled(prompts: PromptSet, count: int, seeds: int, seed: int) -> tuple[list[str], list[int]]:
+    """So many texts, and the seeds of their images, `seeds` each: where the prompts are fewer they come again
+    with other seeds.
+    """
+    turns = [divmod(k, len(prompts.texts)) for k in range(count)]
+    texts = [prompts.texts[k] for _, k in turns]
+    if prompts.seeds is None:
+        return texts, [seed + image for image in range(count * seeds)]
+    firsts = [prompts.seeds[k] + turn * seeds for turn, k in turns]
+    return texts, [first + k for first in firsts for k in range(seeds)]
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is measured, on which images."""
+
+    subjects: list[Subject]
+    targets: list[str]
+    parts: list[Drawings]  # of the prompts; the first with every scale
+    pilot: Drawings  # images on which nothing is measured
+    looks: Looks
+    at: float  # the scale of the headline
+    references: bool
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """What verdicts are about."""
+        return [
+            (subject, target)
+            for subject in self.subjects
+            for target in self.targets
+            if target != subject.source and not is_reference(target)
+        ]
+
+    def first(self) -> list[tuple[Drawings, list[Job]]]:
+        """The pilot and the first part: curves, what words achieve by themselves, references."""
+        jobs = []
+        for subject in self.subjects:
+            places = dict.fromkeys([subject.source, *self.targets])
+            jobs += [job for target in places for job in subject.jobs(target)]
+            jobs += [job for target in places if not is_reference(target) for job in subject.said(target)]
+        if self.references:
+            jobs += [subject.floor(target) for subject in self.subjects for target in self.targets]
+            jobs += [Job(target, again=True) for target in self.targets if not is_reference(target)]
+        return [(self.pilot, [job for s in self.subjects for job in s.pilot]), (self.parts[0], jobs)]
+
+    def of_look(self, look: int, pairs: Sequence[Pair]) -> list[tuple[Drawings, list[Job]]]:
+        """What a look at these cells needs beyond the looks before it: effects at one scale, on the source
+        and on the target.
+        """
+        jobs = [
+            job
+            for subject, target in pairs
+            for place in (subject.source, target)
+            for job in subject.pair(place, self.at)
+        ]
+        before = self.looks.parts[look - 1] if look else 1
+        return [(part, list(dict.fromkeys(jobs))) for part in self.parts[before : self.looks.parts[look]]]
+
+    @property
+    def all(self) -> list[tuple[Drawings, list[Job]]]:
+        """All that may have to be drawn."""
+        later = [self.of_look(look, self.pairs) for look in range(len(self.looks.parts))]
+        return [*self.first(), *(jobs for look in later for jobs in look)]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that a network is told."""
+        return list(dict.fromkeys(text for part, jobs in self.all for job in jobs for text in part.told(job)))
+
+
+def is_reference(target: str) -> bool:
+    """Whether a target is there to be compared with, not to be judged: the base in a few steps."""
+    return target.partition(":")[2].startswith("few(")
