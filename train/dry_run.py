@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +74,17 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     )
     control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)
-    step = follow(
-        net, family.architecture, cfg, family.latent_shape, bare.noise_schedule, cfg.gradient_checkpointing
+    size = Step(
+        family.architecture,
+        bare.noise_schedule,
+        family.latent_shape,
+        cfg.batch_size,
+        cfg.rank,
+        cfg.layers,
+        cfg.scope,
+        cfg.gradient_checkpointing,
     )
+    step = follow(net, size)
     print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
 
 
@@ -165,30 +172,25 @@ def moments(
     return moments
 
 
-class Step(Protocol):
+@dataclass(frozen=True)
+class Step:
     """What decides the size of a step."""
 
+    architecture: Architecture  # of the network
+    noise_schedule: str
+    shape: tuple[int, ...]  # (C, H, W) of a latent
     batch_size: int  # latents at once
-    rank: int  # of the control
-    layers: str  # its layer set
-    scope: str  # and how far that reaches
+    rank: int = 4  # of the control
+    layers: str = "noxattn"  # its layer set
+    scope: str = "c3lier"  # and how far that reaches
+    gradient_checkpointing: bool = False
 
 
 @contextmanager
-def training(
-    net: nn.Module,
-    its: Architecture,
-    cfg: Step,
-    shape: tuple[int, ...],
-    noise_schedule: str,
-    gradient_checkpointing: bool,
-) -> Iterator[Callable[[], None]]:
-    """Gives a step as train/slider.py makes it, with the optimizer's moments and the weights' moving average.
-
-    shape: (C, H, W) of a latent.
-    """
-    create(net, "slider", cfg.layers, cfg.scope, cfg.rank)
-    if gradient_checkpointing:
+def training(net: nn.Module, size: Step) -> Iterator[Callable[[], None]]:
+    """Gives a step as train/slider.py makes it, with the optimizer's moments and a moving average."""
+    create(net, "slider", size.layers, size.scope, size.rank)
+    if size.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     weights = parameters(net, "slider")
     average, optimizer = [weight.detach().clone() for weight in weights], torch.optim.AdamW(weights, 1e-3)
@@ -196,17 +198,15 @@ def training(
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
-    x, conditioning, noise = (
-        torch.zeros((cfg.batch_size, *shape), device=net.device),
-        blank(its, net, cfg.batch_size),
-        NOISE_SCHEDULES[noise_schedule][0](500.0),
-    )
+    x = torch.zeros((size.batch_size, *size.shape), device=net.device)
+    conditioning = blank(size.architecture, net, size.batch_size)
+    noise = NOISE_SCHEDULES[size.noise_schedule][0](500.0)
+    denoiser = Denoiser(net, call=size.architecture.call)
 
     def step() -> None:
         with strength(net, slider=1.0):
-            loss_target(
-                x, Denoiser(net, call=its.call)(x, noise, conditioning), noise, noise_schedule
-            ).square().mean().backward()
+            x0 = denoiser(x, noise, conditioning)
+            loss_target(x, x0, noise, size.noise_schedule).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [weight.detach() for weight in weights], 0.1)
@@ -218,33 +218,16 @@ def training(
         detach(net)
 
 
-def update(
-    net: nn.Module,
-    its: Architecture,
-    cfg: Step,
-    shape: tuple[int, ...],
-    noise_schedule: str,
-    gradient_checkpointing: bool,
-) -> None:
+def update(net: nn.Module, size: Step) -> None:
     """One such step."""
-    with training(net, its, cfg, shape, noise_schedule, gradient_checkpointing) as step:
+    with training(net, size) as step:
         step()
 
 
-def follow(
-    net: nn.Module,
-    its: Architecture,
-    cfg: Step,
-    shape: tuple[int, ...],
-    noise_schedule: str,
-    gradient_checkpointing: bool,
-) -> dict[str, int]:
+def follow(net: nn.Module, size: Step) -> dict[str, int]:
     """The bytes of the bare network, and the most that lived during a step."""
-    with (
-        Peak(net) as peak,
-        flash(),
-        torch.device(net.device),
-    ):  # what a network makes without saying where, is made there
+    # what a network makes without saying where, is made on its device
+    with Peak(net) as peak, flash(), torch.device(net.device):
         network = peak.live
-        update(net, its, cfg, shape, noise_schedule, gradient_checkpointing)
+        update(net, size)
     return {"network": network, "peak": peak.most}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from configs import ROOT, UserError, command, entry, list_of, replacing, versions
+from configs import ROOT, UserError, command, entry, list_of, versions
 from train.bench import figures, memory, sdxl, students
 from train.bench.figures import RECORD
 from train.bench.sdxl import Row, Rows
@@ -74,8 +74,7 @@ def main(cfg: Config) -> Path:
 
     def keep(part: str, measured: dict) -> None:
         results["parts"][part] = measured
-        with replacing(path) as new:
-            new.write_text(json.dumps(results, indent=1) + "\n")
+        figures.write(path, results)
 
     end, run = time.time() + 60 * cfg.minutes, elsewhere if cfg.apart else here
     for k, part in enumerate(cfg.parts):

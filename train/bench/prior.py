@@ -6,14 +6,12 @@ term, and draws held-out captions in the student's own few steps, without and wi
 runs/bench-prior/results.json.
 """
 
-import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-from configs import entry, list_of, merge, replacing, versions
+from configs import entry, list_of, merge
 from configs.screen import show_table
 from controls import formats
 from controls.lora import Control, fused
@@ -23,6 +21,7 @@ from models.tiny import world
 from models.tiny.certificate import checks
 from models.tiny.faces import claims, styled
 from train import lora
+from train.bench.figures import write_cells
 
 SEED = 555  # of the held-out captions, as in the family's certificate
 BLOCKS = 6  # parts of the images, each of which gives a distance; their spread gives its error
@@ -52,9 +51,7 @@ def main(cfg: Config) -> None:
         }
         path = lora.main(merge(lora.Config, cfg.config, words))
         rows[f"after, prior {prior:g}"] = judge(cfg, formats.load(path))
-    record = {"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}
-    with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(json.dumps(record, indent=1) + "\n")
+    write_cells(cfg, rows)
     show(rows)
 
 
