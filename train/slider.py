@@ -116,7 +116,7 @@ def spread(cfg: Config) -> list[Pair]:
     Says which keys of other trainers are not used. Raises UserError for a pair without two ends, or when
     there is none.
     """
-    found = []
+    pairs = []
     for number, pair in enumerate(cfg.prompts, 1):
         if not pair.positive.strip() or pair.positive == pair.unconditional:
             ends = f"got {quoted(pair.positive, 40)} and {quoted(pair.unconditional, 40)}"
@@ -127,24 +127,24 @@ def spread(cfg: Config) -> list[Pair]:
         if pair.action not in ("enhance", "erase"):
             raise UserError(f"prompt pair {number}: action is enhance or erase, got {quoted(pair.action)}")
         for attribute in cfg.attributes or [""]:
-            found.append(Pair(*(f"{attribute} {text}".strip() for text in pair.texts), pair.action))
-    if not found:
+            pairs.append(Pair(*(f"{attribute} {text}".strip() for text in pair.texts), pair.action))
+    if not pairs:
         raise UserError(
             "a slider needs at least one prompt pair: prompts=[{target: …, positive: …, unconditional: …}]"
         )
     given = {
-        f"{key}={getattr(pair, key)}": here
+        f"{key}={getattr(pair, key)}": meaning
         for pair in cfg.prompts
-        for key, here in OTHERS.items()
+        for key, meaning in OTHERS.items()
         if getattr(pair, key) is not None
     }
     if given:
         note(
             "the prompts say "
-            + ", ".join(f"{quoted(key)} (here: {here})" for key, here in given.items())
+            + ", ".join(f"{quoted(key)} (here: {meaning})" for key, meaning in given.items())
             + ", which is not read there"
         )
-    return found + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
+    return pairs + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
 
 
 def differing(cfg: Config, pairs: list[Pair]) -> None:

@@ -84,8 +84,8 @@ class Watch:
         with strength(net):
             plain = self.score(self.source)
         with strength(net, {control.card.name: 1.0}):
-            here = self.effect(plain, self.score(self.source))
-        values = {f"effect/{self.source.name}": float(here[..., -1].mean())}
+            at_source = self.effect(plain, self.score(self.source))
+        values = {f"effect/{self.source.name}": float(at_source[..., -1].mean())}
         for member in self.others:
             shared = member.denoiser.net is net  # as of a base with its LoRA students
             with (
@@ -93,10 +93,10 @@ class Watch:
                 if shared
                 else fused(member.denoiser.net, control, 1.0, self.family.card.name)
             ):
-                there = self.effect(self.plain[member.name], self.score(member))
-            kept = retention.retention(here, there, SCALES)
-            values[f"effect/{member.name}"] = float(there[..., -1].mean())
-            values |= {f"retention/{member.name}/{end}": value for end, value in kept.items()}
+                at_member = self.effect(self.plain[member.name], self.score(member))
+            retained = retention.retention(at_source, at_member, SCALES)
+            values[f"effect/{member.name}"] = float(at_member[..., -1].mean())
+            values |= {f"retention/{member.name}/{end}": value for end, value in retained.items()}
         return values
 
     def score(self, member: Member) -> np.ndarray:

@@ -6,6 +6,7 @@ that are trained on come on top. Writes runs/bench-memory/results.json.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 from torch import nn
@@ -34,14 +35,8 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Follows a step of every size with and without checkpointing, prints the table."""
-    cases = [
-        Case(size_px, cfg.batch_size, checkpointing)
-        for size_px in cfg.sizes_px
-        for checkpointing in (False, True)
-    ]
-    net = unet("meta")
-    cells = []
-    for case in cases:
+    net, cells = unet("meta"), []
+    for case in cases(cfg.sizes_px, [cfg.batch_size]):
         size = case.step(8, rank=cfg.rank, layers=cfg.layers, scope=cfg.scope)
         about = {"size_px": case.size_px, "gradient_checkpointing": case.gradient_checkpointing}
         cells.append(about | follow(net, size))
@@ -60,21 +55,19 @@ class Case:
     gradient_checkpointing: bool
 
     def __str__(self) -> str:
-        return f"{self.size_px} px, batch {self.batch_size}" + (
-            ", checkpointing" if self.gradient_checkpointing else ""
-        )
+        checkpointing = ", checkpointing" if self.gradient_checkpointing else ""
+        return f"{self.size_px} px, batch {self.batch_size}{checkpointing}"
 
     def step(self, factor: int, **control) -> Step:
         """The same for a network whose latents are so many times smaller than its images."""
         side = self.size_px // factor
-        return Step(
-            SDXL,
-            "vp",
-            (4, side, side),
-            self.batch_size,
-            gradient_checkpointing=self.gradient_checkpointing,
-            **control,
-        )
+        control["gradient_checkpointing"] = self.gradient_checkpointing
+        return Step(SDXL, "vp", (4, side, side), self.batch_size, **control)
+
+
+def cases(sizes_px: list[int], batches: list[int]) -> list[Case]:
+    """Every size with every batch, without checkpointing and with it."""
+    return [Case(*case) for case in product(sizes_px, batches, (False, True))]
 
 
 def unet(device: str) -> nn.Module:
@@ -96,19 +89,14 @@ def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> R
     sizes_px: empty = the size of the network's images, and half of it. kind: of packing; empty = none.
     """
     net, side, factor = subject()
-    cases = [
-        Case(size_px, batch_size, checkpointing)
-        for size_px in sizes_px or (side // 2, side)
-        for batch_size in batches
-        for checkpointing in (False, True)
-    ]
-    for case in cases:
+    sizes = cases(sizes_px or [side // 2, side], batches)
+    for case in sizes:
         yield str(case), lambda case=case: measured(net, factor, repeats, case)
     if kind:
         yield f"packing in {kind}", lambda: packing(net, kind)
-        for case in cases:
+        for case in sizes:
             yield f"{case}, {kind}", lambda case=case: measured(net, factor, repeats, case, packed=True)
-    for case in cases:
+    for case in sizes:
         yield f"{case}, forecast", lambda case=case: forecast(net, factor, case)
 
 

@@ -41,8 +41,10 @@ def main(cfg: Config) -> None:
     """Trains once per weight, measures the student before and after, prints the table."""
     rows = {"before": judge(cfg, None)}
     for prior in cfg.priors:
-        words = {"name": f"prior-{prior:g}".replace(".", "_"), "prior": prior, "member": cfg.member}
-        words |= {
+        words = {
+            "name": f"prior-{prior:g}".replace(".", "_"),
+            "prior": prior,
+            "member": cfg.member,
             "steps": cfg.steps,
             "out": cfg.out,
             "sample_every": 0,
@@ -65,11 +67,7 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
     recipe, (name, member_name) = merge(lora.Config, cfg.config), split(cfg.member)
     family = Family(name)
     member, clip, probe = family.member(member_name), Clip(family.card.clip), Attributes(family.card.probe)
-    texts, people, found = (
-        world.captions(world.faces(cfg.images, SEED), SEED),
-        world.faces(cfg.images, SEED + 1),
-        {},
-    )
+    texts, people = world.captions(world.faces(cfg.images, SEED), SEED), world.faces(cfg.images, SEED + 1)
     cases = {
         "without token": (texts, people),
         "with token": (
@@ -77,6 +75,7 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
             [styled(face, recipe.data.partition(":")[2]) for face in people],
         ),
     }
+    measures = {}
     for case, (prompts, true) in cases.items():
         with fused(member.denoiser.net, control, 1.0, name) if control else nullcontext():
             images = family.draw(member, prompts, list(range(cfg.images)))
@@ -89,11 +88,11 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
             np.array_split(clip.features(world.to_unit(world.pictures(true))), BLOCKS),
             strict=True,
         )
-        found[case] = {
+        measures[case] = {
             "obeys": with_error(obeyed),
             "distance": with_error([distance(*pair) for pair in pairs]),
         }
-    return found
+    return measures
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -71,10 +71,8 @@ def train(cfg: Config, recipe: str, steps: int) -> dict:
         path = slider.main(trained)
     finally:
         hook.remove()
-    seconds, nfe = (
-        time.time() - start,
-        counted / steps / trained.batch_size,
-    )  # where 0, the run has filled it in
+    seconds = time.time() - start
+    nfe = counted / steps / trained.batch_size  # by now the card's where it was 0
     return {"control": str(path), "steps": steps, "seconds": seconds, "nfe": nfe}
 
 
