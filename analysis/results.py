@@ -126,7 +126,7 @@ TRACE = {
             "plan": str,
             "steps": STEPS,
             "distance": Each(Filled(POINT)),
-            "commitment": Each(HALF),
+            "commitment": Each({**HALF, "left": INTERVAL}),
             "abandoned": {
                 "evaluator": str,
                 "falls": Null(INTERVAL),
