@@ -413,16 +413,16 @@ def show_predictors(baseline: dict, predictors: list[dict]) -> None:
         {
             "predictor": c["predictor"],
             "Spearman [95 %]": ranged(c["spearman"]),
-            "family-wise p": number(c["p_family_wise"], 3),
-            "R², concepts left out": number(c["r2_cross_validated"]),
-            "which student": number(c["r2_which_student"]),
+            "p": number(c["p_family_wise"], 3),
+            "R²": number(c["r2_cross_validated"]),
+            "R² of which student": number(c["r2_which_student"]),
             "foretells": "yes" if foretells(c) else "no",
         }
         for c in predictors
     ]
-    rows.append({"predictor": BASELINE, "R², concepts left out": number(baseline["r2_cross_validated"])})
+    rows.append({"predictor": BASELINE, "R²": number(baseline["r2_cross_validated"])})
     title = f"Retention by {baseline['evaluator']} and what was measured beforehand: {extent(baseline)}"
-    show_table(title, rows)
+    show_table(f"{title}\np is family-wise, R² is on concepts left out", rows)
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:

@@ -145,8 +145,8 @@ def family_wise(
 
     The share of draws of `permuted` in which the largest |Spearman| of any predictor is at least this one's,
     the data as they are counted among the draws: single-step maxT (Westfall & Young 1993, sec. 2.3.1). The
-    lowest is the p of "none of them goes with retention". What is taken as exchangeable are controls, so
-    twins, alike in predictor and in retention, make it too small.
+    lowest is the p of "none of them goes with retention". Exact where controls are
+    exchangeable; where those of one concept are alike in predictor and in retention it is too small.
     """
     orders = np.vstack([np.arange(len(rows)), permuted(rows, draws, seed)])
     enough = [n for n in names if len({r["control"] for r in rows if r[n] is not None}) >= 4]

@@ -195,7 +195,7 @@ def predictor_sentence(c: dict, predictors: Cells) -> str:
     """What foretells retention by one evaluator, or that nothing does; c: of all predictors together."""
     known = [p for p in predictors if p["p_family_wise"] is not None]
     if not known:
-        return f"By {c['evaluator']} there are too few controls with a retention to say what foretells it."
+        return f"By {c['evaluator']} there are too few controls with a retention to say whether anything foretells it."
     over = f"retention by {c['evaluator']} ({extent(c)})"
     alone = f"{BASELINE} it is, alone, has R² {number(c['r2_cross_validated'])}"
     if sure := [p for p in known if foretells(p)]:
@@ -343,9 +343,8 @@ def predictors(cells: Cells) -> list[list[str]]:
         rows += [predictor_row(c) for c in of(cells, "predictor", evaluator=name)]
         for c in of(cells, "prediction", evaluator=name):
             known = f"{c['points']} / {c['controls']}"
-            rows.append(
-                [BASELINE, name, known, *[DASH] * 4, number(c["r2_cross_validated"]), DASH, lowest(c)]
-            )
+            r2 = [number(c["r2_cross_validated"]), DASH, lowest(c)]
+            rows.append([BASELINE, name, known, DASH, DASH, *r2, DASH, DASH])
     return rows
 
 
@@ -356,12 +355,12 @@ def predictor_row(c: dict) -> list[str]:
         f"{c['points']} / {c['controls']}",
         ranged(c["spearman"]),
         small(c["p_family_wise"]),
-        ranged(c["pearson"]),
-        f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} "
-        f"({c['without_one']['most'] or DASH})",
         number(c["r2_cross_validated"]),
         number(c["r2_which_student"]),
         lowest(c),
+        ranged(c["pearson"]),
+        f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} "
+        f"({c['without_one']['most'] or DASH})",
     ]
 
 

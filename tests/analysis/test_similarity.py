@@ -311,7 +311,8 @@ def test_only_what_is_not_chance_and_beats_the_baseline_is_said_to_foretell(p, r
     begins = "What foretells retention by clip" if claimed else "Nothing foretells retention by clip"
     assert sentence.startswith(begins if p else "By clip there are too few controls")
     assert p is None or f"p {p:.3f}" in sentence and "which student it is, alone, has R²" in sentence
-    assert [row[0] for row in similarity_page.predictors(found)] == ["gain", "which student"]
+    rows = similarity_page.predictors(found)
+    assert [row[0] for row in rows] == ["gain", "which student"] and len(rows[0]) == len(rows[1])
 
 
 @pytest.mark.parametrize(
