@@ -195,7 +195,7 @@ def predictor_sentence(c: dict, predictors: Cells) -> str:
     """What foretells retention by one evaluator, or that nothing does; c: of all predictors together."""
     known = [p for p in predictors if p["p_family_wise"] is not None]
     if not known:
-        return f"By {c['evaluator']} there are too few controls with a retention to say whether anything foretells it."
+        return f"By {c['evaluator']} too few controls have a retention to say whether anything foretells it."
     over = f"retention by {c['evaluator']} ({extent(c)})"
     alone = f"{BASELINE} it is, alone, has R² {number(c['r2_cross_validated'])}"
     if sure := [p for p in known if foretells(p)]:
