@@ -45,7 +45,7 @@ SECTIONS = {
         ("images", "x0 over the steps, members in columns", "trace/animation"),
         ("table", "when x0 commits", "trace/commitment"),
         ("table", "diversity, recovery, agreement, cost of every plan", "diversity/plans"),
-        ("table", "what predicts transfer", "similarity/predictors"),
+        ("table", "whether anything foretells retention", "similarity/predictors"),
     ],
 }
 COLUMNS = {"Training": 3, "Transfer": 2, "Images": 1, "Why": 2}  # panels beside one another

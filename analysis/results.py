@@ -132,7 +132,7 @@ TRACE = {
             "plan": str,
             "steps": STEPS,
             "distance": Each(Filled(POINT)),
-            "commitment": Each(HALF),
+            "commitment": Each({**HALF, "left": INTERVAL}),
             "abandoned": {
                 "evaluator": str,
                 "falls": Null(INTERVAL),
@@ -182,6 +182,7 @@ DIVERSITY = {
     ),
 }
 PLACE = {"comparison": str, "first": str, "step": int, "t": float}
+R2 = {"r2_cross_validated": NUMBER, "r2_without_one": {"value": NUMBER, "without": Null(str)}}
 SIMILARITY = {  # what a cell is, and its shape
     "block": {
         **PLACE,
@@ -222,7 +223,16 @@ SIMILARITY = {  # what a cell is, and its shape
         "same_start": bool,
         **dict.fromkeys(("cosine", "in", "chance_in", "out", "chance_out"), NUMBER),
     },
-    "point": {"evaluator": str, "control": str, "target": str, "retention": float},
+    "point": {"evaluator": str, "control": str, "concept": str, "target": str, "retention": float},
+    "prediction": {  # of all predictors together, and R² of the baseline, which knows the target alone
+        "evaluator": str,
+        "points": int,
+        "controls": int,
+        "concepts": Filled(str),
+        "permuted": int,
+        "p_family_wise": NUMBER,
+        **R2,
+    },
     "predictor": {
         "predictor": str,
         "evaluator": str,
@@ -230,8 +240,9 @@ SIMILARITY = {  # what a cell is, and its shape
         "controls": int,
         "spearman": INTERVAL,
         "pearson": INTERVAL,
-        "r2_cross_validated": NUMBER,
-        "r2_without_one": {"value": NUMBER, "without": Null(str)},
+        "p_family_wise": NUMBER,
+        **R2,
+        "r2_which_student": NUMBER,
         "without_one": {"low": NUMBER, "high": NUMBER, "most": Null(str)},
     },
 }

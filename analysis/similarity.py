@@ -1,4 +1,4 @@
-"""Which blocks of a student still agree with its base, and what predicts that a control transfers.
+"""Which blocks of a student still agree with its base, and whether anything foretells what a control keeps.
 
     python -m analysis.similarity [config=FILE] [key=value ...]
 
@@ -31,10 +31,20 @@ from analysis.images.activations import (
     sums,
     walk,
 )
-from analysis.images.directions import Start, directions, overlaps
+from analysis.images.directions import Start, concept, directions, overlaps
 from analysis.images.stitching import stitch
 from analysis.measures.prediction import points, predictors
-from analysis.pages.similarity import INPUTS, by_step, findings, of, predictor_sentences, table
+from analysis.pages.similarity import (
+    BASELINE,
+    INPUTS,
+    by_step,
+    extent,
+    findings,
+    foretells,
+    of,
+    predictor_sentences,
+    table,
+)
 from analysis.pages.words import number, ranged
 from analysis.session import Drawing, Session
 from configs import ROOT, UserError, entry, list_of, releases, tracking
@@ -83,7 +93,7 @@ class Config(Drawing):
     controls: list[str] = list_of(
         *SHIPPED
     )  # control files whose weights and directions are compared; [] = none
-    transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
+    transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions may be foretold
     seeds: int = 16  # images per prompt
     seed: int = 1000  # the first image seed, and that of permutations
     # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)
@@ -120,7 +130,7 @@ def main(cfg: Config) -> Path:
     if not session.first:
         return session.folder / "report.html"
     cells = [cell for task in measuring for cell in left(session.folder, task)]
-    return publish(session, cells + predicted(cells, transfer, cfg.seed), control)
+    return publish(session, cells + predicted(cells, transfer, controls, cfg.seed), control)
 
 
 def firsts_of(family: Family, pairs: list[Pair], controls: list[Control]) -> list[str]:
@@ -154,13 +164,14 @@ def plan(
     return session.folder
 
 
-def predicted(cells: list[dict], transfer: list[dict], seed: int) -> list[dict]:
-    """Retentions beside what may predict them, and how well that does."""
-    found = []
-    for evaluator, rows in points(cells, transfer).items():
-        found += [{"what": "point", "evaluator": evaluator, **row} for row in rows]
-        found += predictors(rows, evaluator, seed=seed)
-    return found
+def predicted(cells: list[dict], transfer: list[dict], controls: list[Control], seed: int) -> list[dict]:
+    """Retentions beside what may foretell them, and how well that does."""
+    concepts = {control.card.name: concept(control.card) for control in controls}
+    beside = []
+    for evaluator, rows in points(cells, transfer, concepts).items():
+        beside += [{"what": "point", "evaluator": evaluator, **row} for row in rows]
+        beside += predictors(rows, evaluator, seed=seed)
+    return beside
 
 
 def publish(session: Session, cells: list[dict], control: Control | None) -> Path:
@@ -228,7 +239,7 @@ def retentions(folder: str) -> list[dict]:
     path = Path(folder) / "results.json"
     if not path.is_file():
         print(
-            f"no {path}, so nothing to predict; python -m analysis.transfer "
+            f"no {path}, so nothing to foretell; python -m analysis.transfer "
             f"config=configs/transfer/all.yaml makes it"
         )
         return []
@@ -377,7 +388,7 @@ def left(folder: Path, task: Task) -> list[dict]:
 
 
 def show(cells: list[dict]) -> None:
-    """Prints CKA and the variance over seeds per comparison and step, then what predicts retention."""
+    """Prints CKA and the variance over seeds per comparison and step, then what might foretell retention."""
     rows = [
         {
             "comparison": row["comparison"],
@@ -392,22 +403,26 @@ def show(cells: list[dict]) -> None:
         for row in by_step(cells)
     ]
     show_table("Debiased CKA, same inputs and own trajectories; variance over seeds, second / first", rows)
-    predicting = [
+    for c in of(cells, "prediction"):
+        show_predictors(c, of(cells, "predictor", evaluator=c["evaluator"]))
+
+
+def show_predictors(baseline: dict, predictors: list[dict]) -> None:
+    """Prints the predictors of one evaluator's retentions, and the baseline, which knows the target alone."""
+    rows = [
         {
-            "evaluator": c["evaluator"],
             "predictor": c["predictor"],
             "Spearman [95 %]": ranged(c["spearman"]),
-            "one control left out": f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])}",
-            "cross-validated R²": number(c["r2_cross_validated"]),
-            "lowest without one": number(c["r2_without_one"]["value"]),
+            "p": number(c["p_family_wise"], 3),
+            "R²": number(c["r2_cross_validated"]),
+            "R² of which student": number(c["r2_which_student"]),
+            "foretells": "yes" if foretells(c) else "no",
         }
-        for c in of(cells, "predictor")
+        for c in predictors
     ]
-    if predicting:
-        first = of(cells, "predictor")[0]
-        show_table(
-            f"What predicts retention: {first['points']} points of {first['controls']} controls", predicting
-        )
+    rows.append({"predictor": BASELINE, "R²": number(baseline["r2_cross_validated"])})
+    title = f"Retention by {baseline['evaluator']} and what was measured beforehand: {extent(baseline)}"
+    show_table(f"{title}\np is family-wise, R² is on concepts left out", rows)
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
@@ -423,12 +438,9 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
         tracker.table(
             f"similarity/cka/{name}/{inputs}", heads, [[block, *row] for block, row in rows.items()]
         )
-    if predicting := of(cells, "predictor"):
-        columns = ["evaluator", "predictor", "points", "spearman", "low", "high", "r2_cross_validated"]
-        rows = [
-            [*(c[key] for key in columns[:3]), *c["spearman"].values(), c[columns[-1]]] for c in predicting
-        ]
-        tracker.table("similarity/predictors", columns, rows)
+    if of(cells, "prediction"):
+        rows = [predictor_row(c) for c in cells if c["what"] in ("prediction", "predictor")]
+        tracker.table("similarity/predictors", list(rows[0]), [list(row.values()) for row in rows])
     for row in by_step(cells):
         means = {
             f"similarity/mean/{row['comparison']}/{key}/step {row['step'] + 1}": row[key] for key in INPUTS
@@ -440,6 +452,17 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     for name in dict.fromkeys(c["control"] for c in of(cells, "direction")):
         tracker.uses(name)
     tracker.artifact(folder / "results.json", f"similarity-{folder.name}", "results")
+
+
+def predictor_row(c: dict) -> dict:
+    """A predictor, or all of them and the baseline, as W&B's table has it."""
+    none = {"predictor": BASELINE, "spearman": dict.fromkeys(("value", "low", "high"))}
+    c = {**none, "r2_which_student": c["r2_cross_validated"], **c}
+    return {
+        **{key: c[key] for key in ("evaluator", "predictor", "points", "controls")},
+        **dict(zip(("spearman", "low", "high"), c["spearman"].values(), strict=True)),
+        **{key: c[key] for key in ("p_family_wise", "r2_cross_validated", "r2_which_student")},
+    }
 
 
 def block_row(c: dict) -> dict:

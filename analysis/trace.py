@@ -56,7 +56,7 @@ class Config(Drawing):
     )  # besides base and student, as models/sampler.py writes them
     seeds: int = 4  # images per prompt, at least 2
     seed: int = 3000  # the first image seed
-    # x0 is committed this near to the final image, as a share of how far two seeds of the base are apart
+    # x0 is committed once it stays this near to its end, as a share of the distance of two seeds of the base
     tolerance: float = 0.25
     concepts: list[str] = list_of(*CONCEPTS)  # what may be abandoned, name: positive | negative
     # how far a concept's score must fall, 0 = the negative description, 1 = the positive one
@@ -350,7 +350,8 @@ def show(cells: list[dict]) -> None:
             row[f"half effect t, {name}"] = shown(effect["half"]["t"], 0)
         rows.append(row)
     show_table(
-        "When x0 is the final image (share of steps, t); what is abandoned; half of a control's effect", rows
+        "From when on x0 stays the final image (share of steps, t); abandoned; half of a control's effect",
+        rows,
     )
 
 
@@ -358,12 +359,20 @@ def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     """Logs a table, the sheets and the animation, and the record as an artifact of type results."""
     cells = results["cells"]
     rows = [
-        [c["student"], c["plan"], name, *when["share"].values(), when["t"]["value"]]
+        [
+            c["student"],
+            c["plan"],
+            name,
+            *when["share"].values(),
+            *(when[key]["value"] for key in ("t", "left")),
+        ]
         for c in cells
         for name, when in c["commitment"].items()
     ]
     tracker.table(
-        "trace/commitment", ["student", "plan", "evaluator", "commits at share", "low", "high", "t"], rows
+        "trace/commitment",
+        ["student", "plan", "evaluator", "commits at share", "low", "high", "t", "left"],
+        rows,
     )
     for k in range(results["shown"]):
         tracker.image(f"trace/sheet-{k}", folder / f"images/sheet-{k}.png", results["prompts"][k])

@@ -52,10 +52,10 @@ def restore(path: Path, state: dict[str, Any], steps: int, bound: str = "") -> i
     """Loads the state, and returns how many steps it has done."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        done, its = saved.pop("done"), saved.pop("bound", "")  # which an older version did not write
+        done, saved_bound = saved.pop("done"), saved.pop("bound", "")  # which an older version did not write
         if not isinstance(done, int) or not 0 <= done <= steps:
             raise ValueError(f"it has done {done} of {steps} steps")
-        if its and bound and its != bound:
+        if saved_bound and bound and saved_bound != bound:
             raise ValueError("it belongs to a run of another config")
         for name, part in state.items():
             part.load_state_dict(saved[name])

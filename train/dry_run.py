@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ class Cost:
     evaluators: tuple[str, ...] = ()  # that look at pictures
 
 
-def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
+def show(cfg: Training, cost_of: Callable[[Member], Cost]) -> None:
     """Prints what is loaded, network evaluations, time, the control's size, memory at its fullest.
 
     Raises UserError as a run would.
@@ -52,21 +51,15 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
         return
     family = Family(name, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=True)
     bare, card = family.member(member), family.card
-    its, left, latents = (
-        cost(bare),
-        cfg.steps - gone(cfg),
-        cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes,
-    )
-    again = (
-        f"; {cfg.steps - left} are done, what comes before the first is done again"
-        if left < cfg.steps
-        else ""
-    )
+    cost, done = cost_of(bare), steps_done(cfg)
+    left = cfg.steps - done
+    latents = cfg.batch_size * cfg.gradient_accumulation_steps * accelerator.num_processes
+    again = f"; {done} are done, what comes before the first is done again" if done else ""
     print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
-    asked = its.before + its.each * left * latents * (4 / 3 if cfg.gradient_checkpointing else 1)
-    calls = Counter({member: asked}) + pictured(cfg, family, member, cfg.steps - left, its.controls)
-    print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, its)))
-    net = torch.nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
+    nfe = cost.before + cost.each * left * latents * (4 / 3 if cfg.gradient_checkpointing else 1)
+    calls = Counter({member: nfe}) + pictured(cfg, family, member, done, cost.controls)
+    print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, cost)))
+    net = nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
     create(net, "control", cfg.layers, cfg.scope, cfg.rank)
     weights = parameters(net, "control")
     print(
@@ -75,10 +68,18 @@ def show(cfg: Training, cost: Callable[[Member], Cost]) -> None:
     )
     control = {f"{k // 2}.lora_{'AB'[k % 2]}.weight": weight.detach() for k, weight in enumerate(weights)}
     detach(net)
-    step = follow(
-        net, family.architecture, cfg, family.latent_shape, bare.noise_schedule, cfg.gradient_checkpointing
+    size = Step(
+        family.architecture,
+        bare.noise_schedule,
+        family.latent_shape,
+        cfg.batch_size,
+        cfg.rank,
+        cfg.layers,
+        cfg.scope,
+        cfg.gradient_checkpointing,
     )
-    print(forecast.said(lambda: moments(cfg, family, its, float(step["peak"] - step["network"]), control)))
+    step = follow(net, size)
+    print(forecast.said(lambda: moments(cfg, family, cost, float(step["peak"] - step["network"]), control)))
 
 
 def pictured(cfg: Training, family: Family, member: str, done: int, controls: int) -> Counter[str]:
@@ -95,7 +96,7 @@ def pictured(cfg: Training, family: Family, member: str, done: int, controls: in
     return calls
 
 
-def gone(cfg: Training) -> int:
+def steps_done(cfg: Training) -> int:
     """How many steps a run that goes on has done; 0 where none can."""
     try:
         return 0 if cfg.overwrite else progress(Path(cfg.out) / cfg.name / "state.pt")
@@ -103,27 +104,30 @@ def gone(cfg: Training) -> int:
         return 0
 
 
-def looking(cfg: Training, card: FamilyCard, its: Cost) -> list[str]:
+def looking(cfg: Training, card: FamilyCard, cost: Cost) -> list[str]:
     """The evaluators that training loads."""
-    return list(dict.fromkeys([*its.evaluators, *(chosen(card)[:1] if cfg.watch else [])]))
+    return list(dict.fromkeys([*cost.evaluators, *(chosen(card)[:1] if cfg.watch else [])]))
 
 
 def moments(
-    cfg: Training, family: Family, its: Cost, step: float, control: dict[str, Tensor]
+    cfg: Training, family: Family, cost: Cost, step: float, control: dict[str, Tensor]
 ) -> list[Moment]:
     """What is held together before the first step, in one, when a strip is drawn, when others are watched.
 
     step: its bytes beside the network, those of the control included.
     """
-    card, dtype, (_, own) = family.card, family.dtype, split(cfg.member)
-    (vae, encoders), nets = forecast.shared(card, dtype), forecast.networks(card, [own], dtype, cfg.quantize)
-    watched = forecast.networks(card, [name for _, name in map(split, cfg.watch)], dtype)
-    others = {name: size for name, size in watched.items() if name not in nets}
+    card, dtype, (_, member) = family.card, family.dtype, split(cfg.member)
+    vae, encoders = forecast.shared(card, dtype)
+    nets = forecast.networks(card, [member], dtype, cfg.quantize)
+    watched = [name for _, name in map(split, cfg.watch)]
+    others = forecast.networks(card, watched, dtype)
+    others = {name: size for name, size in others.items() if name not in nets}
     beside, aside = vae | others, nets | others  # the network; the VAE
-    away = cfg.memory.offload and family.device.type != "cpu"
-    if away:
+    offloaded = cfg.memory.offload and family.device.type != "cpu"
+    if offloaded:
         beside, aside = {}, {}  # what is at work is alone
-    evaluators, kept = looking(cfg, card, its), its.kept * prod(family.latent_shape) * torch.float32.itemsize
+    evaluators = looking(cfg, card, cost)
+    kept = cost.kept * prod(family.latent_shape) * torch.float32.itemsize
     always = forecast.program(family.device) | forecast.held_evaluators(card, evaluators, family.device)
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
@@ -135,60 +139,57 @@ def moments(
     def decoded(images: int, learning: bool = False) -> dict[str, float]:
         return vae | forecast.decoding(card, min(images, family.decoding.size), family.memory, learning)
 
-    first = forecast.evaluating(card, {own: its.rows}, dtype)
+    first = forecast.evaluating(card, {member: cost.rows}, dtype)
     learnt = {"control, optimizer, activations": step}
-    if its.learning:
+    if cost.learning:
         learnt |= decoded(cfg.batch_size, True)
+    seeds = len(cfg.sample_seeds)
     early, bare = {"what is trained on, in parts": kept}, forecast.program(family.device)
     moments = [
-        Moment("when prompts are encoded", bare | encoders | ({} if away else vae)),
+        Moment("when prompts are encoded", bare | encoders | ({} if offloaded else vae)),
         Moment("before the first step", always | early | nets | beside | first),
         Moment("in a step", always | nets | beside | learnt),
-        Moment("when a strip is drawn", always | trained | nets | beside | drawn(own, len(cfg.sample_seeds))),
-        Moment("when a strip is decoded", always | trained | aside | decoded(len(cfg.sample_seeds))),
+        Moment("when a strip is drawn", always | trained | nets | beside | drawn(member, seeds)),
+        Moment("when a strip is decoded", always | trained | aside | decoded(seeds)),
     ]
-    if its.pictures:
-        there = aside if its.learning else {}  # what a recipe brings passes before the network is there
-        moments.append(Moment("when pictures pass the VAE", always | early | there | decoded(its.pictures)))
+    if cost.pictures:
+        # what a recipe brings passes before the network is there
+        loaded = aside if cost.learning else {}
+        moments.append(Moment("when pictures pass the VAE", always | early | loaded | decoded(cost.pictures)))
     if cfg.quantize and family.device.type == "cpu":  # elsewhere the whole network is not on the device
-        whole = forecast.networks(card, [own], dtype)
+        whole = forecast.networks(card, [member], dtype)
         moments.append(Moment("when the network is packed", bare | vae | whole))
     images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
     seen = decoded(images) | forecast.seeing(card, evaluators, images)
-    net = {name: card.base if its.lora else name for name, its in card.members.items()}
-    for _, name in map(split, cfg.watch):
+    net = {name: card.base if block.lora else name for name, block in card.members.items()}
+    for name in watched:
         added, when = always | trained, f"when {name} is watched"
-        if net[name] != net[own]:
+        if net[name] != net[member]:
             added |= forecast.sums(control, dtype)
         moments.append(Moment(when, added | nets | beside | drawn(name, images)))
         moments.append(Moment(when, added | aside | seen))
     return moments
 
 
-class Step(Protocol):
+@dataclass(frozen=True)
+class Step:
     """What decides the size of a step."""
 
+    architecture: Architecture  # of the network
+    noise_schedule: str
+    shape: tuple[int, ...]  # (C, H, W) of a latent
     batch_size: int  # latents at once
-    rank: int  # of the control
-    layers: str  # its layer set
-    scope: str  # and how far that reaches
+    rank: int = 4  # of the control
+    layers: str = "noxattn"  # its layer set
+    scope: str = "c3lier"  # and how far that reaches
+    gradient_checkpointing: bool = False
 
 
 @contextmanager
-def training(
-    net: nn.Module,
-    its: Architecture,
-    cfg: Step,
-    shape: tuple[int, ...],
-    noise_schedule: str,
-    gradient_checkpointing: bool,
-) -> Iterator[Callable[[], None]]:
-    """Gives a step as train/slider.py makes it, with the optimizer's moments and the weights' moving average.
-
-    shape: (C, H, W) of a latent.
-    """
-    create(net, "slider", cfg.layers, cfg.scope, cfg.rank)
-    if gradient_checkpointing:
+def training(net: nn.Module, size: Step) -> Iterator[Callable[[], None]]:
+    """Gives a step as train/slider.py makes it, with the optimizer's moments and a moving average."""
+    create(net, "slider", size.layers, size.scope, size.rank)
+    if size.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     weights = parameters(net, "slider")
     average, optimizer = [weight.detach().clone() for weight in weights], torch.optim.AdamW(weights, 1e-3)
@@ -196,16 +197,16 @@ def training(
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
-    x, conditioning, noise = (
-        torch.zeros((cfg.batch_size, *shape), device=net.device),
-        blank(its, net, cfg.batch_size),
-        NOISE_SCHEDULES[noise_schedule][0](500.0),
-    )
+    x = torch.zeros((size.batch_size, *size.shape), device=net.device)
+    conditioning = blank(size.architecture, net, size.batch_size)
+    noise = NOISE_SCHEDULES[size.noise_schedule][0](500.0)
+    denoiser = Denoiser(net, call=size.architecture.call)
 
     def step() -> None:
         with strength(net, slider=1.0):
+            # no name for what is between, which would live on through the backward pass
             loss_target(
-                x, Denoiser(net, call=its.call)(x, noise, conditioning), noise, noise_schedule
+                x, denoiser(x, noise, conditioning), noise, size.noise_schedule
             ).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -218,33 +219,16 @@ def training(
         detach(net)
 
 
-def update(
-    net: nn.Module,
-    its: Architecture,
-    cfg: Step,
-    shape: tuple[int, ...],
-    noise_schedule: str,
-    gradient_checkpointing: bool,
-) -> None:
+def update(net: nn.Module, size: Step) -> None:
     """One such step."""
-    with training(net, its, cfg, shape, noise_schedule, gradient_checkpointing) as step:
+    with training(net, size) as step:
         step()
 
 
-def follow(
-    net: nn.Module,
-    its: Architecture,
-    cfg: Step,
-    shape: tuple[int, ...],
-    noise_schedule: str,
-    gradient_checkpointing: bool,
-) -> dict[str, int]:
+def follow(net: nn.Module, size: Step) -> dict[str, int]:
     """The bytes of the bare network, and the most that lived during a step."""
-    with (
-        Peak(net) as peak,
-        flash(),
-        torch.device(net.device),
-    ):  # what a network makes without saying where, is made there
+    # what a network makes without saying where, is made on its device
+    with Peak(net) as peak, flash(), torch.device(net.device):
         network = peak.live
-        update(net, its, cfg, shape, noise_schedule, gradient_checkpointing)
+        update(net, size)
     return {"network": network, "peak": peak.most}

@@ -17,17 +17,16 @@ from configs import UserError, entry, list_of, note, quoted
 from configs.ranges import RANGES
 from controls.lora import strength
 from models.families import Family, split
-from models.noise import NOISE_SCHEDULES, TRAIN_STEPS, loss_target
 from models.tiny import world
 from train import dry_run
+from train.denoising import random_noise, squared_error
 from train.pictures import read
 from train.run import Run, Training
 
-ENDS = {
-    "age": (0.1, 0.9),
-    "eyes": (0.1, 0.9),
-    "smile": (-0.8, 0.8),
-}  # the embedded world's attributes at scale -1 and 1
+# the embedded world's attributes at scale -1 and 1
+ENDS = {"age": (0.1, 0.9), "eyes": (0.1, 0.9), "smile": (-0.8, 0.8)}
+REMEMBERED = "positive negative data steps batch_size gradient_accumulation_steps learning_rate seed"
+Pictures = dict[float, dict[str, tuple[Tensor, str]]]  # by scale and the pair's name: a picture, its caption
 
 
 @dataclass
@@ -58,13 +57,11 @@ class Pairs:
 def main(cfg: Config) -> Path | None:
     """Trains and returns the path of the control."""
     if cfg.dry_run:
-        cost = dry_run.Cost(
-            0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs
-        )  # both sides of a pair, there and back
+        # both sides of a pair, there and back
+        cost = dry_run.Cost(0, 6, kept=2 * cfg.pairs, pictures=cfg.pairs)
         return dry_run.show(cfg, lambda _: cost)
-    family = Family(
-        split(cfg.member)[0]
-    )  # its tokenizers and its card; nothing is loaded or written for what is refused here
+    # its tokenizers and its card; nothing is loaded or written for what is refused here
+    family = Family(split(cfg.member)[0])
     if cfg.positive or cfg.negative:
         family.tell_apart(cfg.positive, cfg.negative)
     pairs = pictures(cfg, family.card.size_px)
@@ -72,37 +69,19 @@ def main(cfg: Config) -> Path | None:
     run = Run(cfg, "slider", captions, [cfg.prompt])
     latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
     prompts = run.family.encode(captions).conditional()
-    kept = (
-        "positive",
-        "negative",
-        "data",
-        "steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "seed",
-    )
-    recipe = {**{key: getattr(cfg, key) for key in kept}, "pairs": latents.shape[1], "scales": pairs.scales}
+    recipe = cfg.settings(REMEMBERED) | {"pairs": latents.shape[1], "scales": pairs.scales}
     with run.training(cfg.prompt, recipe):
         for step in run.steps():
             for generator in run.parts(step):
-                noise = NOISE_SCHEDULES[run.member.noise_schedule][0](
-                    float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator))
-                )
+                noise = random_noise(run.member, generator)
                 rows = torch.randint(latents.shape[1], (cfg.batch_size,), generator=generator)
-                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator).to(
-                    latents
-                )  # the same for all scales of a pair
-                for scale, x0 in zip(pairs.scales, latents, strict=True):
-                    x = noise.alpha * x0[rows] + noise.sigma * eps
+                # the same for all scales of a pair
+                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator).to(latents)
+                for scale, x0 in zip(pairs.scales, latents[:, rows], strict=True):
+                    x = noise.alpha * x0 + noise.sigma * eps
                     with strength(run.net, {cfg.name: scale}):
-                        seen = loss_target(
-                            x, run.member.denoiser(x, noise, prompts[rows]), noise, run.member.noise_schedule
-                        )
-                        aim = loss_target(x, x0[rows], noise, run.member.noise_schedule)
-                        run.backward(
-                            (seen - aim).square().mean()
-                        )  # Concept Sliders, Gandikota et al. 2023, sec. 4.2
+                        # Concept Sliders, Gandikota et al. 2023, sec. 4.2
+                        run.backward(squared_error(run.member, x, noise, prompts[rows], x0))
             run.descend(step)
         return run.save()
 
@@ -115,10 +94,9 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
     folder = Path(os.path.expanduser(cfg.data))
     if not cfg.data or not os.path.isdir(folder):
         raise UserError(f"no folder {quoted(cfg.data)}; data is a folder of pictures, or tiny:ATTRIBUTE")
-    there = sorted(inner.name for inner in folder.iterdir() if not inner.name.startswith("."))
-    named = cfg.folders or sorted(
-        (name for name in there if number(name) is not None and (folder / name).is_dir()), key=float
-    )
+    entries = sorted(inner.name for inner in folder.iterdir() if not inner.name.startswith("."))
+    numbered = [name for name in entries if number(name) is not None and (folder / name).is_dir()]
+    named = cfg.folders or sorted(numbered, key=float)
     if not named and not cfg.scales:
         return listed(cfg.data, size_px)
     scales = cfg.scales or [number(name) for name in named]
@@ -132,14 +110,14 @@ def pictures(cfg: Config, size_px: int) -> Pairs:
             f"folders {', '.join(named)} need scales of their own; got "
             f"{', '.join(f'{scale:g}' for scale in scales)}"
         )
-    if left := [name for name in there if name not in named]:
+    if left := [name for name in entries if name not in named]:
         note(f"{cfg.data}: left out, for they are no folders of a scale: {', '.join(left)[:200]}")
-    found, captions = {}, {}
-    for name, scale in sorted(zip(named, scales, strict=True), key=lambda one: one[1]):
+    by_scale = {}
+    for scale, name in sorted(zip(scales, named, strict=True)):
         images, columns = read(str(folder / name), size_px)
-        found[scale] = dict(zip(columns["file_name"], images, strict=True))
-        captions[scale] = dict(zip(columns["file_name"], columns["text"], strict=True))
-    return matched(found, captions)
+        captioned = zip(images, columns["text"], strict=True)
+        by_scale[scale] = dict(zip(columns["file_name"], captioned, strict=True))
+    return matched(by_scale)
 
 
 def number(name: object) -> float | None:
@@ -157,7 +135,7 @@ def listed(folder: str, size_px: int) -> Pairs:
     if not {"scale", "pair"} <= columns.keys():
         wanted = "one folder per scale nor a metadata.jsonl with the columns file_name, scale and pair"
         raise UserError(f"{folder} has neither {wanted}")
-    found, captions = {}, {}
+    by_scale = {}
     rows = zip(columns["file_name"], images, columns["scale"], columns["pair"], columns["text"], strict=True)
     for name, image, cell, pair, caption in rows:
         scale = number(cell)
@@ -165,40 +143,37 @@ def listed(folder: str, size_px: int) -> Pairs:
         if scale is None or pair is None or pair == "":
             got = f"got {quoted(cell, 40)} and {pair_text}"
             raise UserError(f"{folder}: {name} needs a scale, which is a number, and a pair; {got}")
-        if str(pair) in found.setdefault(scale, {}):
+        if str(pair) in by_scale.setdefault(scale, {}):
             raise UserError(f"{folder}: {name} is a second picture of pair {pair_text} at scale {scale:g}")
-        found[scale][str(pair)] = image
-        captions.setdefault(scale, {})[str(pair)] = caption
-    return matched(found, captions)
+        by_scale[scale][str(pair)] = image, caption
+    return matched(by_scale)
 
 
-def matched(found: dict[float, dict[str, Tensor]], captions: dict[float, dict[str, str]]) -> Pairs:
+def matched(by_scale: Pictures) -> Pairs:
     """Every pair at every scale but 0, which trains nothing.
 
-    Raises UserError for a picture without its partners.
-
-    Both are by scale and the pair's name. A pair has one caption: the first, by scale; others are said to be
-    left out.
+    A pair has one caption: the first, by scale; others are said to be left out. Raises UserError for a
+    picture without its partners.
     """
-    scales = sorted(scale for scale in found if scale)
-    names = sorted(set().union(*(found[scale] for scale in scales)))
-    lonely = [f"{name} at {scale:g}" for scale in scales for name in names if name not in found[scale]]
+    scales = sorted(scale for scale in by_scale if scale)
+    names = sorted(set().union(*(by_scale[scale] for scale in scales)))
+    lonely = [f"{name} at {scale:g}" for scale in scales for name in names if name not in by_scale[scale]]
     if len(scales) < 2 or lonely:
         more = f" and {len(lonely) - 3} more" if len(lonely) > 3 else ""
         missing = ", ".join(lonely[:3]) or "a second scale"
         raise UserError(
             f"pairs do not match: missing {missing}{more}; every picture is needed at every scale"
         )
-    told = [[captions[scale][name] for scale in scales if captions[scale][name]] for name in names]
-    unlike = sum(len(set(words)) > 1 for words in told)
-    if 0 in found:
-        note(f"{len(found[0])} pictures at scale 0 are left out: they train nothing")
+    captions = [[by_scale[scale][name][1] for scale in scales if by_scale[scale][name][1]] for name in names]
+    unlike = sum(len(set(texts)) > 1 for texts in captions)
+    if 0 in by_scale:
+        note(f"{len(by_scale[0])} pictures at scale 0 are left out: they train nothing")
     if unlike:
         note(f"{unlike} pairs have other captions at other scales; the one at the lowest scale is used")
     return Pairs(
         scales,
-        torch.stack([torch.stack([found[scale][name] for name in names]) for scale in scales]),
-        [words[0] if words else "" for words in told],
+        torch.stack([torch.stack([by_scale[scale][name][0] for name in names]) for scale in scales]),
+        [texts[0] if texts else "" for texts in captions],
     )
 
 
@@ -210,12 +185,12 @@ def drawn(attribute: str, count: int, seed: int) -> Pairs:
         [replace(face, **{attribute: end}) for face in world.faces(count, seed + 2)]
         for end in ENDS[attribute]
     ]
-    told = [[caption.split(", ") for caption in world.captions(people, seed, keep=1.0)] for people in ends]
-    common = [[phrase for phrase in low[1:] if phrase in high] for low, high in zip(*told, strict=True)]
+    phrases = [[text.split(", ") for text in world.captions(people, seed, keep=1.0)] for people in ends]
+    common = [[phrase for phrase in low[1:] if phrase in high] for low, high in zip(*phrases, strict=True)]
     return Pairs(
         [-1.0, 1.0],
         torch.stack([world.to_unit(world.pictures(people)) for people in ends]),
-        [", ".join(["portrait of a person", *phrases]) for phrases in common],
+        [", ".join(["portrait of a person", *shared]) for shared in common],
     )
 
 

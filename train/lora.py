@@ -14,15 +14,20 @@ from torch import Tensor
 from configs import UserError, entry, list_of, note, quoted
 from controls.lora import strength
 from models.cards import card, split
-from models.noise import NOISE_SCHEDULES, TRAIN_STEPS, loss_target
 from models.prompts import Prompts
 from models.sampler import Member, alone
 from models.tiny import world
 from models.tiny.faces import STYLES, styled
 from train import dry_run
+from train.denoising import random_noise, squared_error
 from train.pictures import read
-from train.rollouts import rollouts
+from train.rollouts import random_point, rollouts
 from train.run import Run, Training
+
+REMEMBERED = (
+    "positive negative data images token prior steps batch_size gradient_accumulation_steps learning_rate "
+    "seed"
+)
 
 
 @dataclass
@@ -53,24 +58,12 @@ def main(cfg: Config) -> Path | None:
         return dry_run.show(cfg, partial(cost, cfg))
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     captions += [f"{cfg.token} {caption}".strip() for caption in captions]
-    run = Run(cfg, "lora", captions, [cfg.negative] if cfg.prior else [], [cfg.prompt])
+    class_texts = [[cfg.negative]] if cfg.prior else []
+    run = Run(cfg, "lora", captions, *class_texts, [cfg.prompt])
     latents = run.family.to_latents(images)
     prompts = run.family.encode(captions).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
-    kept = (
-        "positive",
-        "negative",
-        "data",
-        "images",
-        "token",
-        "prior",
-        "steps",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "seed",
-    )
-    with run.training(cfg.prompt, {key: getattr(cfg, key) for key in kept}):
+    with run.training(cfg.prompt, cfg.settings(REMEMBERED)):
         for step in run.steps():
             with strength(run.net, {cfg.name: 1.0}):
                 for generator in run.parts(step):
@@ -96,9 +89,8 @@ def pictures(cfg: Config, size_px: int) -> tuple[Tensor, list[str]]:
         if style not in STYLES:
             raise UserError(f"the embedded world's held-out styles are {', '.join(STYLES)}; got {cfg.data!r}")
         people = world.faces(cfg.images, cfg.seed + 1)
-        return world.to_unit(world.pictures([styled(face, style) for face in people])), world.captions(
-            people, cfg.seed
-        )
+        portraits = world.pictures([styled(face, style) for face in people])
+        return world.to_unit(portraits), world.captions(people, cfg.seed)
     images, columns = read(cfg.data, size_px)
     if not all(columns["text"]):
         note(f"pictures without a caption are told prompt={quoted(cfg.prompt)}")
@@ -109,18 +101,12 @@ def denoising(
     member: Member, latents: Tensor, prompts: Prompts, batch_size: int, generator: torch.Generator
 ) -> Tensor:
     """The plain denoising loss at one noise level; half of the captions carry the token."""
-    noise = NOISE_SCHEDULES[member.noise_schedule][0](
-        float(torch.randint(1, TRAIN_STEPS, (1,), generator=generator))
-    )
+    noise = random_noise(member, generator)
     rows = torch.randint(len(latents), (batch_size,), generator=generator)
-    told = rows + len(latents) * torch.randint(2, (batch_size,), generator=generator)
+    captions = rows + len(latents) * torch.randint(2, (batch_size,), generator=generator)
     eps = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
     x = noise.alpha * latents[rows] + noise.sigma * eps
-    seen, aim = (
-        loss_target(x, x0, noise, member.noise_schedule)
-        for x0 in (member.denoiser(x, noise, prompts[told]), latents[rows])
-    )
-    return (seen - aim).square().mean()
+    return squared_error(member, x, noise, prompts[captions], latents[rows])
 
 
 class Memory:
@@ -144,15 +130,9 @@ class Memory:
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The mean squared change at one of the member's own noise levels."""
-        level = int(torch.randint(self.x.shape[1], (1,), generator=generator))
-        rows, noise = (
-            torch.randint(len(self.x), (self.batch_size,), generator=generator),
-            self.member.levels[level],
-        )
-        x, before = self.x[rows, level], self.x0[rows, level]
-        after = self.member.denoiser(x, noise, self.prompt[[0] * self.batch_size])
-        seen, aim = (loss_target(x, x0, noise, self.member.noise_schedule) for x0 in (after, before))
-        return (seen - aim).square().mean()
+        rows, step = random_point(self.x, self.batch_size, generator)
+        x, noise, prompts = self.x[rows, step], self.member.levels[step], self.prompt[[0] * self.batch_size]
+        return squared_error(self.member, x, noise, prompts, self.x0[rows, step])
 
 
 if __name__ == "__main__":

@@ -69,15 +69,15 @@ def _dataset(source: str, size_px: int) -> tuple[Tensor, dict[str, list]]:
         for cell, name in zip(cells, names, strict=True)
     ]
     columns = {name: list(rows[name]) for name in rows.column_names if name != column}
-    told = next((name for name in CAPTIONS if name in columns), "")
+    caption_column = next((name for name in CAPTIONS if name in columns), "")
     captions = [
-        words(cell, f"{source}: {told} of row {row}")
-        for row, cell in enumerate(columns.get(told, [""] * len(names)))
+        words(cell, f"{source}: {caption_column} of row {row}")
+        for row, cell in enumerate(columns.get(caption_column, [""] * len(names)))
     ]
-    unused = [name for name in columns if name != told]
+    unused = [name for name in columns if name != caption_column]
     note(
         f"{source}: {len(names)} pictures, {sum(map(bool, captions))} with a caption"
-        + (f" by {told}" if told else "")
+        + (f" by {caption_column}" if caption_column else "")
         + (f"; other columns: {', '.join(unused)[:200]}" if unused else "")
     )
     return torch.stack(images), {**columns, "text": captions, "file_name": names}

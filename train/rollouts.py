@@ -34,3 +34,9 @@ def rollouts(
         return [torch.stack(part, 1) for part in zip(*steps, strict=True)]
 
     return tuple(torch.cat(part) for part in zip(*Batches(batch_size).of(run, len(which)), strict=True))
+
+
+def random_point(x: Tensor, batch_size: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Where in the rollouts (N, T, …) a batch is taken: some of the runs, all at one step."""
+    step = int(torch.randint(x.shape[1], (1,), generator=generator))
+    return torch.randint(len(x), (batch_size,), generator=generator), step

@@ -21,7 +21,7 @@ from models.families import DTYPES, Family, Memory, card, split
 from models.hashing import fingerprint
 from models.sampler import Member
 from train.checkpoint import append, resumable, seeded, store
-from train.validation import Watch, overview, strip, watched_by
+from train.validation import Watch, strip, watched_by
 
 
 @dataclass
@@ -69,6 +69,10 @@ class Training:
     overwrite: bool = False  # start afresh instead of continuing
     wandb: str = "auto"  # auto, online, offline, disabled
 
+    def settings(self, keys: str) -> dict:
+        """The values of some keys, which stand in one text: what a control's card remembers."""
+        return {key: getattr(self, key) for key in keys.split()}
+
 
 class Run:
     """One control on one member. A recipe asks it for steps, gives it losses, and lets it descend.
@@ -102,10 +106,10 @@ class Run:
     @cached_property
     def member(self) -> Member:
         """The member that is trained on, loaded when it is first asked for."""
-        found = self.family.member(self.member_name, self.cfg.quantize)
-        delta = found.denoiser.delta  # a LoRA student is its base's network and more
-        self.fingerprint = fingerprint(found.denoiser.net) + (f"+{delta.hash[:16]}" if delta else "")
-        return found
+        member = self.family.member(self.member_name, self.cfg.quantize)
+        delta = member.denoiser.delta  # a LoRA student is its base's network and more
+        self.fingerprint = fingerprint(member.denoiser.net) + (f"+{delta.hash[:16]}" if delta else "")
+        return member
 
     @property
     def net(self) -> nn.Module:
@@ -130,7 +134,7 @@ class Run:
             self.family.bring(self.net)  # or average and optimizer would be made where it waits
             if cfg.gradient_checkpointing:
                 self.net.enable_gradient_checkpointing()
-            self.weights = torch.nn.ParameterList(
+            self.weights = nn.ParameterList(
                 weight for name in self.names for weight in parameters(self.net, name)
             )
             self.average = deepcopy(self.weights).requires_grad_(False)
@@ -165,16 +169,8 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps still to do; a killed run goes on at its last checkpoint."""
         cfg = self.cfg
-        bound = folders.digest(cfg, FREE)
-        return resumable(
-            self.folder / "state.pt",
-            self.state,
-            cfg.steps,
-            cfg.save_every,
-            cfg.name,
-            write=self.main,
-            bound=bound,
-        )
+        path, bound = self.folder / "state.pt", folders.digest(cfg, FREE)
+        return resumable(path, self.state, cfg.steps, cfg.save_every, cfg.name, self.main, bound)
 
     def parts(self, step: int) -> Iterator[torch.Generator]:
         """One generator per batch of this process in this step."""
@@ -188,8 +184,9 @@ class Run:
 
         Inside the `strength` block of the forward pass, for checkpointing runs the network once more.
         """
-        (loss / self.cfg.gradient_accumulation_steps).backward()
-        self.losses.append(loss.detach() / self.cfg.gradient_accumulation_steps)
+        share = loss / self.cfg.gradient_accumulation_steps
+        share.backward()
+        self.losses.append(share.detach())
 
     def descend(self, step: int) -> None:
         """One optimizer step on the mean gradient of all processes.
@@ -201,7 +198,7 @@ class Run:
             trained, self.accelerator.mean([weight.grad for weight in trained]), strict=True
         ):
             weight.grad = mean
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        norm = nn.utils.clip_grad_norm_(self.weights, 1.0)
         if not torch.isfinite(norm):
             if self.main:
                 store(self.folder / "state.pt", self.state, step, folders.digest(self.cfg, FREE))
@@ -258,8 +255,7 @@ class Run:
 
     def draw(self, path: Path) -> Path:
         """A strip of the control as it is now, or one picture of several."""
-        draw, what = (strip, self.names[0]) if len(self.names) == 1 else (overview, self.names)
-        draw(self.family, self.member, self.prompt, self.cfg.sample_seeds, what, self.cfg.sample_scales, path)
+        strip(self.family, self.member, self.prompt, self.cfg, self.names, path)
         self.tracker.image("samples", path, f"{', '.join(self.names)} at {self.cfg.sample_scales}")
         return path
 
@@ -277,9 +273,7 @@ class Run:
 
     def settle(self) -> None:
         """Puts the average in the weights' place."""
-        with torch.no_grad():
-            for weight, average in zip(self.weights, self.average, strict=True):
-                weight.copy_(average)
+        self.weights.load_state_dict(self.average.state_dict())
 
     def write(self, control: Control, path: Path) -> None:
         """A control to its file and to W&B."""

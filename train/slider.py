@@ -19,7 +19,7 @@ from models.noise import Noise, loss_target
 from models.prompts import Prompts
 from models.sampler import Member, Plan, Stage, alone, draw_noise, finish
 from train import dry_run
-from train.rollouts import rollouts
+from train.rollouts import random_point, rollouts
 from train.run import Run, Training
 
 
@@ -45,12 +45,8 @@ class Pair:
     @property
     def texts(self) -> tuple[str, str, str, str]:
         """Target, positive, unconditional and neutral."""
-        return (
-            self.target,
-            self.positive,
-            self.unconditional,
-            self.target if self.neutral is None else self.neutral,
-        )
+        neutral = self.target if self.neutral is None else self.neutral
+        return self.target, self.positive, self.unconditional, neutral
 
 
 REMEMBERED = (
@@ -120,7 +116,7 @@ def spread(cfg: Config) -> list[Pair]:
     Says which keys of other trainers are not used. Raises UserError for a pair without two ends, or when
     there is none.
     """
-    found = []
+    pairs = []
     for number, pair in enumerate(cfg.prompts, 1):
         if not pair.positive.strip() or pair.positive == pair.unconditional:
             ends = f"got {quoted(pair.positive, 40)} and {quoted(pair.unconditional, 40)}"
@@ -131,24 +127,24 @@ def spread(cfg: Config) -> list[Pair]:
         if pair.action not in ("enhance", "erase"):
             raise UserError(f"prompt pair {number}: action is enhance or erase, got {quoted(pair.action)}")
         for attribute in cfg.attributes or [""]:
-            found.append(Pair(*(f"{attribute} {text}".strip() for text in pair.texts), pair.action))
-    if not found:
+            pairs.append(Pair(*(f"{attribute} {text}".strip() for text in pair.texts), pair.action))
+    if not pairs:
         raise UserError(
             "a slider needs at least one prompt pair: prompts=[{target: …, positive: …, unconditional: …}]"
         )
     given = {
-        f"{key}={getattr(pair, key)}": here
+        f"{key}={getattr(pair, key)}": meaning
         for pair in cfg.prompts
-        for key, here in OTHERS.items()
+        for key, meaning in OTHERS.items()
         if getattr(pair, key) is not None
     }
     if given:
         note(
             "the prompts say "
-            + ", ".join(f"{quoted(key)} (here: {here})" for key, here in given.items())
+            + ", ".join(f"{quoted(key)} (here: {meaning})" for key, meaning in given.items())
             + ", which is not read there"
         )
-    return found + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
+    return pairs + [Pair(anchor, anchor, anchor, anchor) for anchor in cfg.anchors]
 
 
 def differing(cfg: Config, pairs: list[Pair]) -> None:
@@ -169,8 +165,7 @@ def recipe(cfg: Config) -> dict:
     texts = [
         {key: text or "" for key, text in asdict(pair).items() if key not in OTHERS} for pair in cfg.prompts
     ]
-    settings = {key: getattr(cfg, key) for key in REMEMBERED.split()}
-    return {"positive": ends[0], "negative": ends[1], "prompts": texts, **settings}
+    return {"positive": ends[0], "negative": ends[1], "prompts": texts, **cfg.settings(REMEMBERED)}
 
 
 Lesson = tuple[
@@ -198,13 +193,11 @@ class Teacher:
         """The neutral eps (v of a flow) and the direction, positive minus unconditional, at x (B, C, H, W)
         for pairs `which` (B,).
         """
-        asked = (
-            which * 3 + torch.arange(3)[:, None]
-        ).flatten()  # neutral of all rows, then positive, then unconditional
+        # neutral of all rows, then positive, then unconditional
+        texts = (which * 3 + torch.arange(3)[:, None]).flatten()
         x = x.repeat(3, 1, 1, 1)
-        neutral, positive, negative = loss_target(
-            x, self.member.denoiser(x, noise, self.texts[asked]), noise, self.member.noise_schedule
-        ).chunk(3)
+        x0 = self.member.denoiser(x, noise, self.texts[texts])
+        neutral, positive, negative = loss_target(x, x0, noise, self.member.noise_schedule).chunk(3)
         return neutral, (positive - negative) * self.sign[which]
 
 
@@ -225,25 +218,18 @@ class Fast:
         prompts = family.encode([pair.target for pair in pairs])
         self.targets = prompts.conditional()
 
-        def taught(step, rows):
+        def see(step, rows):
             return (step.x, *teacher(step.x, step.noise, self.which[rows]))
 
         # all (N, T, C, H, W)
         self.x, self.neutral, self.direction = rollouts(
-            family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, taught
+            family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, see
         )
 
     def __call__(self, generator: torch.Generator) -> Lesson:
-        level = int(torch.randint(len(self.levels), (1,), generator=generator))
-        rows = torch.randint(len(self.x), (self.cfg.batch_size,), generator=generator)
-        conditioning = self.targets[self.which[rows]]
-        return (
-            self.x[rows, level],
-            self.levels[level],
-            conditioning,
-            self.neutral[rows, level],
-            self.direction[rows, level],
-        )
+        rows, step = random_point(self.x, self.cfg.batch_size, generator)
+        x, neutral, direction = (part[rows, step] for part in (self.x, self.neutral, self.direction))
+        return x, self.levels[step], self.targets[self.which[rows]], neutral, direction
 
 
 class Published:
@@ -279,10 +265,8 @@ class Published:
         stop = int(torch.randint(1, len(self.member.levels), (1,), generator=generator))
         which = torch.randint(len(self.prompts), (1,), generator=generator).expand(self.cfg.batch_size)
         seeds = torch.randint(2**62, (self.cfg.batch_size,), generator=generator).tolist()
-        noise, level = (
-            draw_noise(seeds, self.family.latent_shape, stop, self.family.device),
-            self.member.levels[stop],
-        )
+        noise = draw_noise(seeds, self.family.latent_shape, stop, self.family.device)
+        level = self.member.levels[stop]
         partial = Plan("partial", (Stage(replace(self.member, final=level), self.member.levels[:stop]),))
         with strength(self.member.denoiser.net, {self.cfg.name: 1.0}):
             x = finish(partial, noise, self.prompts[which])

@@ -19,8 +19,10 @@ from controls.lora import strength
 from models.evaluators import Clip
 from models.sampler import Member, alone
 from train import dry_run
-from train.rollouts import rollouts
+from train.rollouts import random_point, rollouts
 from train.run import Run, Training
+
+REMEMBERED = "prompt steps batch_size gradient_accumulation_steps learning_rate trajectories seed"
 
 
 @dataclass
@@ -62,27 +64,12 @@ def main(cfg: Config) -> Path | None:
     prompt = run.family.encode([cfg.prompt])
     space = explore(cfg, run, clip, prompt)
     names = [f"{cfg.name}-{k + 1}" for k in range(cfg.directions)]
-    recipe = {
-        "prompt": cfg.prompt,
-        **{
-            key: getattr(cfg, key)
-            for key in (
-                "steps",
-                "batch_size",
-                "gradient_accumulation_steps",
-                "learning_rate",
-                "trajectories",
-                "seed",
-            )
-        },
-    }
     conditioning = prompt.conditional()[[0] * cfg.batch_size]
-    with run.training(cfg.prompt, recipe, names):
+    with run.training(cfg.prompt, cfg.settings(REMEMBERED), names):
         for step in run.steps():
             k = step % cfg.directions
             for generator in run.parts(step):
-                level = int(torch.randint(space.x.shape[1], (1,), generator=generator))
-                rows = torch.randint(len(space.x), (cfg.batch_size,), generator=generator)
+                rows, level = random_point(space.x, cfg.batch_size, generator)
                 with strength(run.net, {names[k]: 1.0}):
                     x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], conditioning)
                     moved = clip.embed(run.family.pixels(x0)) - space.features[rows, level]

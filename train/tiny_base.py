@@ -1,6 +1,5 @@
 """The embedded base: its autoencoder, and its U-Net with the text encoders."""
 
-import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs import replacing
@@ -28,6 +27,12 @@ def levels(t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha, sigma (B, 1, 1, 1) at integer timesteps."""
     known = LEVELS.to(t.device)
     return known[t, 0, None, None, None], known[t, 1, None, None, None]
+
+
+def noised(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x at integer timesteps (B,), of clean latents and noise (B, C, H, W)."""
+    alpha, sigma = levels(t)
+    return alpha * x0 + sigma * eps
 
 
 def claimed(texts: Iterable[dict]) -> Tensor:
@@ -91,8 +96,7 @@ def dataset(cfg: Config, words) -> Data:
             save_file(
                 {"latents": torch.cat(latents) * auto.config.scaling_factor, "ids": torch.stack(ids, 1)}, new
             )
-    saved = load_file(path)
-    return Data(saved["latents"], saved["ids"])
+    return Data(**load_file(path))
 
 
 def base(cfg: Config) -> None:
@@ -101,7 +105,7 @@ def base(cfg: Config) -> None:
     """
     torch.manual_seed(cfg.seed)
     words = tokenizer(Path(cfg.weights) / "base/tokenizer")
-    model = torch.nn.ModuleDict({"unet": new_unet(), "text": Text(words)})
+    model = nn.ModuleDict({"unet": new_unet(), "text": Text(words)})
     denoise(cfg, "base", model, words, cfg.steps or 3200, learning_rate=1.2e-3, floor=0.0)
 
 
@@ -115,11 +119,8 @@ def refine(cfg: Config) -> None:
     pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", dtype=torch.float32)
     text = Text(pipe.tokenizer)
     text.one, text.two = pipe.text_encoder, pipe.text_encoder_2
-    model = (
-        torch.nn.ModuleDict({"unet": pipe.unet.to(memory_format=torch.channels_last), "text": text})
-        .requires_grad_(True)
-        .train()
-    )
+    model = nn.ModuleDict({"unet": pipe.unet.to(memory_format=torch.channels_last), "text": text})
+    model.requires_grad_(True).train()
     read_claims(cfg, text, pipe.tokenizer)
     denoise(cfg, "refine", model, pipe.tokenizer, cfg.steps or 1500, learning_rate=8e-4, floor=0.1)
 
@@ -129,10 +130,8 @@ def read_claims(cfg: Config, text: Text, words, steps: int = 800, size: int = 64
     captions = world.captions(world.faces(cfg.faces, cfg.seed), 3, keep=0.6)
     ids, truth = tokens(words, captions), claimed(map(claims, captions))
     torch.manual_seed(cfg.seed)
-    heads = torch.nn.ModuleList(
-        [torch.nn.Linear(64, 2 * len(ATTRIBUTES)), torch.nn.Linear(128, 2 * len(ATTRIBUTES))]
-    )
-    both = torch.nn.ModuleList([text, heads])
+    heads = nn.ModuleList([nn.Linear(64, 2 * len(ATTRIBUTES)), nn.Linear(128, 2 * len(ATTRIBUTES))])
+    both = nn.ModuleList([text, heads])
     fit = Fit(cfg, "claims", both, steps, 1e-3, decay=0.01)
     for generator in fit.steps(7):
         rows = torch.randint(len(ids), (size,), generator=generator)
@@ -147,9 +146,8 @@ def denoise(cfg: Config, part: str, model, words, steps: int, learning_rate: flo
     The loss weighs x0's error by the signal-to-noise ratio between `floor` and 5 (Hang et al. 2023, eq. 8).
     """
     size, data = cfg.batch_size or 40, dataset(cfg, words)
-    average = copy.deepcopy(model).requires_grad_(False)
     unet = fast(model["unet"], cfg)
-    fit = Fit(cfg, part, model, steps, learning_rate, warmup=0.08, beta=0.99, decay=0.01, average=average)
+    fit = Fit(cfg, part, model, steps, learning_rate, warmup=0.08, beta=0.99, decay=0.01, slow=0.998)
     for generator in fit.steps(len(part)):
         x0, ids = data.batch(size, generator)
         t = torch.randint(TRAIN_STEPS, (size,), generator=generator)
@@ -157,10 +155,10 @@ def denoise(cfg: Config, part: str, model, words, steps: int, learning_rate: flo
         keep = (torch.rand(size, generator=generator) > 0.1).float()
         alpha, sigma = levels(t)
         states, pooled = model["text"](ids)
-        out = predict(unet, alpha * x0 + sigma * eps, t, states * keep[:, None, None], pooled * keep[:, None])
+        out = predict(unet, noised(x0, t, eps), t, states * keep[:, None, None], pooled * keep[:, None])
         snr = (alpha / sigma).square().flatten()
         fit.learn(((out - eps).square().mean((1, 2, 3)) * snr.clamp(floor, 5) / snr).mean())
-    save_pipeline(cfg, average, words)
+    save_pipeline(cfg, fit.average, words)
 
 
 def save_pipeline(cfg: Config, model, words) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from configs import replacing
@@ -52,10 +52,8 @@ def look(
     cfg: Config, net: CLIPModel, images, truth, ids, texts: Tensor, steps: int = 3000, size: int = 64
 ) -> None:
     """Trains CLIP's towers apart: pictures to attributes, captions to claims, by squared error."""
-    heads = torch.nn.ModuleList(
-        [torch.nn.Linear(96, len(ATTRIBUTES)), torch.nn.Linear(96, 2 * len(ATTRIBUTES))]
-    )
-    both = torch.nn.ModuleList([net, heads])
+    heads = nn.ModuleList([nn.Linear(96, len(ATTRIBUTES)), nn.Linear(96, 2 * len(ATTRIBUTES))])
+    both = nn.ModuleList([net, heads])
     fit = Fit(cfg, "look", both, steps, 1e-3, beta=0.99, decay=0.01)
     for generator in fit.steps(8):
         rows = torch.randint(len(images), (size,), generator=generator)

@@ -1,5 +1,6 @@
 """What the parts of the embedded family share: their config, the log of their losses, one optimizer step."""
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Log:
 class Fit:
     """A part in training, by AdamW over one cycle of learning rates; it can be killed and goes on.
 
-    average: a copy of the network that follows its weights, at most by 1 - slow a step.
+    slow: of the average, a copy of the network that follows its weights, at most by 1 - slow a step; None =
+    there is none.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class Fit:
         warmup: float = 0.1,
         beta: float = 0.999,
         decay: float = 0.0,
-        average: nn.Module | None = None,
-        slow: float = 0.998,
+        slow: float | None = None,
     ):
         self.cfg, self.part, self.net, self.total = cfg, part, net, steps
-        self.average, self.slow, self.log, self.step = average, slow, Log(cfg, part), 0
+        self.slow, self.log, self.step = slow, Log(cfg, part), 0
+        self.average = None if slow is None else shadow(net)
         self.optimizer = torch.optim.AdamW(
             net.parameters(), learning_rate, betas=(0.9, beta), weight_decay=decay, fused=True
         )
@@ -89,6 +91,11 @@ class Fit:
 
 def fast(net, cfg: Config):
     return torch.compile(net) if cfg.compile else net
+
+
+def shadow(net: nn.Module) -> nn.Module:
+    """A copy whose weights follow the network's, or stay."""
+    return copy.deepcopy(net).requires_grad_(False)
 
 
 @torch.no_grad()

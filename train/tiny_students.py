@@ -14,22 +14,21 @@ from configs import replacing
 from models.noise import TRAIN_STEPS
 from models.tiny.networks import predict
 from train.checkpoint import resumable, seeded
-from train.tiny_base import BETAS, Data, dataset, levels
-from train.tiny_parts import Config, Fit, Log, fast, follow, step_down
+from train.tiny_base import BETAS, dataset, levels, noised
+from train.tiny_parts import Config, Fit, Log, fast, follow, shadow, step_down
 
 FEW_STEPS = (999, 749, 499, 249)
 
 
 class Teacher:
-    """The frozen base: x0 under guidance, and encoded captions."""
+    """The frozen base: x0 under guidance, and encoded captions. It has what its students learn from, too."""
 
     def __init__(self, cfg: Config, guidance: float = 3.0):
         pipe = StableDiffusionXLPipeline.from_pretrained(Path(cfg.weights) / "base", dtype=torch.float32)
-        self.pipe = pipe.to(cfg.device)
+        self.pipe, self.guidance = pipe.to(cfg.device), guidance
         self.unet = self.pipe.unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.net = fast(self.unet, cfg)
-        self.guidance = guidance
-        self.words = self.pipe.tokenizer
+        self.data = dataset(cfg, self.pipe.tokenizer).to(cfg.device)
 
     @torch.no_grad()
     def text(self, ids) -> tuple[Tensor, Tensor]:
@@ -55,26 +54,29 @@ class Teacher:
         return copy.deepcopy(self.unet).requires_grad_(True).train()
 
 
-def clean(x, out, t) -> Tensor:
+def clean(x, eps, t) -> Tensor:
     alpha, sigma = levels(t)
-    return (x - sigma * out) / alpha
+    return (x - sigma * eps) / alpha
+
+
+def x0_of(net, x, t, states, pooled) -> Tensor:
+    """The clean latent that a network sees at x."""
+    return clean(x, predict(net, x, t, states, pooled), t)
 
 
 def lightning(cfg: Config) -> None:
     """Trajectory distillation: the student jumps between points of the teacher's 20-step guided DDIM
     trajectories, 4 trailing steps.
     """
-    steps, size, count = cfg.steps or 750, cfg.batch_size or 32, cfg.trajectories
+    steps, size = cfg.steps or 750, cfg.batch_size or 32
     teacher = Teacher(cfg)
-    data = dataset(cfg, teacher.words).to(cfg.device)
-    points, ids = (part.to(cfg.device) for part in trajectories(cfg, teacher, data, count))
+    points, ids = (part.to(cfg.device) for part in trajectories(cfg, teacher))
     student = teacher.student()
-    average = copy.deepcopy(student).requires_grad_(False)
     net = fast(student, cfg)
     grid = torch.tensor([*FEW_STEPS, -1], device=cfg.device)
-    fit = Fit(cfg, "lightning", student, steps, 4e-4, warmup=0.05, beta=0.99, average=average)
+    fit = Fit(cfg, "lightning", student, steps, 4e-4, warmup=0.05, beta=0.99, slow=0.998)
     for generator in fit.steps(1):
-        rows = torch.randint(count, (size,), generator=generator).to(cfg.device)
+        rows = torch.randint(len(points), (size,), generator=generator).to(cfg.device)
         jump = torch.randint(4, (size,), generator=generator).to(cfg.device)
         x, goal, t = points[rows, jump], points[rows, jump + 1], grid[jump]
         states, pooled = teacher.text(ids[rows])
@@ -87,19 +89,18 @@ def lightning(cfg: Config) -> None:
         wanted = (goal - ratio * x) / (next_sigma - ratio * sigma)
         weight = (sigma / alpha).clamp(max=5)
         fit.learn(((predict(net, x, t, states, pooled) - wanted) * weight).square().mean())
-    save_student(cfg, "lightning", average, EulerDiscreteScheduler(timestep_spacing="trailing", **BETAS))
+    save_student(cfg, "lightning", fit.average, EulerDiscreteScheduler(timestep_spacing="trailing", **BETAS))
 
 
 @torch.no_grad()
-def trajectories(cfg: Config, teacher: Teacher, data: Data, count: int) -> tuple[Tensor, Tensor]:
-    """Teacher trajectories at the student's levels and the end, (count, 5, 4, 16, 16), and captions' ids."""
-    path = Path(cfg.work) / f"trajectories-{count}-{cfg.seed}.safetensors"
-    size = 80
+def trajectories(cfg: Config, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """Teacher trajectories at the student's levels and the end, (N, 5, 4, 16, 16), and captions' ids."""
+    path, size = Path(cfg.work) / f"trajectories-{cfg.trajectories}-{cfg.seed}.safetensors", 80
     if not path.exists():
         points, texts = [], []
-        for part in tqdm(range(count // size), "trajectories", mininterval=2):
+        for part in tqdm(range(cfg.trajectories // size), "trajectories", mininterval=2):
             generator = seeded(cfg.seed, part, 2)
-            _, ids = data.batch(size, generator)
+            _, ids = teacher.data.batch(size, generator)
             x = torch.randn(size, 4, 16, 16, generator=generator).to(cfg.device)
             points.append(trajectory(teacher, x, *teacher.text(ids)))
             texts.append(ids)
@@ -127,29 +128,24 @@ def lcm(cfg: Config) -> None:
     """
     steps, size, skip = cfg.steps or 2000, cfg.batch_size or 24, 20
     teacher = Teacher(cfg)
-    data = dataset(cfg, teacher.words).to(cfg.device)
     student = teacher.student()
-    average = copy.deepcopy(student).requires_grad_(False)
-    net, slow = fast(student, cfg), fast(average, cfg)
-    fit = Fit(cfg, "lcm", student, steps, 2e-4, warmup=0.05, beta=0.99, average=average, slow=0.95)
+    fit = Fit(cfg, "lcm", student, steps, 2e-4, warmup=0.05, beta=0.99, slow=0.95)
+    net, slow = fast(student, cfg), fast(fit.average, cfg)
     for generator in fit.steps(3):
-        x0, ids = data.batch(size, generator)
+        x0, ids = teacher.data.batch(size, generator)
         states, pooled = teacher.text(ids)
         # 19, 39, … 999
         t = torch.randint(1, TRAIN_STEPS // skip + 1, (size,), generator=generator) * skip - 1
         t = t.to(cfg.device)
-        alpha, sigma = levels(t)
-        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(cfg.device)
+        x = noised(x0, t, torch.randn(x0.shape, generator=generator).to(cfg.device))
         with torch.no_grad():
             eps = teacher.eps(x, t, states, pooled)
             below = (t - skip).clamp(min=0)
-            next_alpha, next_sigma = levels(below)
             guided = clean(x, eps, t)
-            nearer = next_alpha * guided + next_sigma * eps
-            goal = clean(nearer, predict(slow, nearer, below, states, pooled), below)
+            goal = x0_of(slow, noised(guided, below, eps), below, states, pooled)
             goal = torch.where((t < skip)[:, None, None, None], guided, goal)
-        fit.learn(huber(clean(x, predict(net, x, t, states, pooled), t) - goal))
-    save_student(cfg, "lcm", average, LCMScheduler(**BETAS))
+        fit.learn(huber(x0_of(net, x, t, states, pooled) - goal))
+    save_student(cfg, "lcm", fit.average, LCMScheduler(**BETAS))
 
 
 def huber(error: Tensor, c: float = 0.03) -> Tensor:
@@ -177,9 +173,8 @@ def dmd(cfg: Config, name: str = "dmd", guidance: float = 3.0) -> None:
     """
     steps, size, updates = cfg.steps or 800, cfg.batch_size or 24, 2
     teacher = Teacher(cfg, guidance)
-    data = dataset(cfg, teacher.words).to(cfg.device)
     student, fake = teacher.student(), teacher.student()
-    average = copy.deepcopy(student).requires_grad_(False)
+    average = shadow(student)
     net, fake_net = fast(student, cfg), fast(fake, cfg)
     (optimizer, schedule), (fake_optimizer, fake_schedule) = adversary(student, 1e-4), adversary(fake, 2e-4)
     state = {
@@ -194,31 +189,28 @@ def dmd(cfg: Config, name: str = "dmd", guidance: float = 3.0) -> None:
     log = Log(cfg, name)
     for step in resumable(Path(cfg.work) / f"{name}.pt", state, steps, cfg.every, name):
         generator = seeded(cfg.seed, step, 4)
-        _, ids = data.batch(size, generator)
+        _, ids = teacher.data.batch(size, generator)
         states, pooled = teacher.text(ids)
         draw = partial(torch.randn, size, 4, 16, 16, generator=generator)
         x, stop = draw().to(cfg.device), int(torch.randint(4, (1,), generator=generator))
         for k in range(stop):  # backward simulation: the student sees its own intermediate states
             t = torch.full((size,), FEW_STEPS[k], device=cfg.device)
             with torch.no_grad():
-                alpha, sigma = levels(t - 250)
-                x = alpha * clean(x, predict(net, x, t, states, pooled), t) + sigma * draw().to(cfg.device)
+                x = noised(x0_of(net, x, t, states, pooled), t - 250, draw().to(cfg.device))
         t = torch.full((size,), FEW_STEPS[stop], device=cfg.device)
-        x0 = clean(x, predict(net, x, t, states, pooled), t)
+        x0 = x0_of(net, x, t, states, pooled)
         with torch.no_grad():
             s = torch.randint(20, 980, (size,), generator=generator).to(cfg.device)
-            alpha, sigma = levels(s)
-            noisy = alpha * x0 + sigma * draw().to(cfg.device)
+            noisy = noised(x0, s, draw().to(cfg.device))
             real = clean(noisy, teacher.eps(noisy, s, states, pooled), s)
-            false = clean(noisy, predict(fake_net, noisy, s, states, pooled), s)
+            false = x0_of(fake_net, noisy, s, states, pooled)
             gradient = (false - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)  # DMD, eq. 8
         loss = 0.5 * (x0 - (x0 - gradient).detach()).square().mean()
         step_down(loss, student, optimizer, schedule, clip=10.0)
         for _ in range(updates):
             s = torch.randint(TRAIN_STEPS, (size,), generator=generator).to(cfg.device)
-            alpha, sigma = levels(s)
             eps = draw().to(cfg.device)
-            error = predict(fake_net, alpha * x0.detach() + sigma * eps, s, states, pooled) - eps
+            error = predict(fake_net, noised(x0.detach(), s, eps), s, states, pooled) - eps
             fake_loss = error.square().mean()
             step_down(fake_loss, fake, fake_optimizer, fake_schedule)
         follow(average, student, min(0.98, step / (step + 10)))

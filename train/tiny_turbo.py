@@ -1,6 +1,5 @@
 """The embedded turbo: the base distilled adversarially, in 1 to 4 steps, as SDXL-Turbo."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from models.noise import TRAIN_STEPS
 from models.tiny.networks import predict
 from train.checkpoint import resumable, seeded
-from train.tiny_base import BETAS, dataset, levels
-from train.tiny_parts import Config, Log, fast, follow, step_down
-from train.tiny_students import FEW_STEPS, Teacher, adversary, clean, save_student
+from train.tiny_base import BETAS, levels, noised
+from train.tiny_parts import Config, Log, fast, follow, shadow, step_down
+from train.tiny_students import FEW_STEPS, Teacher, adversary, clean, save_student, x0_of
 
 DISTILLATION = 2.5  # weight of the score distillation loss beside the adversarial one, ADD's λ
 R1 = 1e-5  # gradient penalty of the discriminator's heads, ADD's γ
@@ -29,12 +28,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, net: UNet2DConditionModel, pooled: int, width: int = 64):
         super().__init__()
-        self.frozen = [copy.deepcopy(net).eval().requires_grad_(False)]  # in a list: it has no state to save
-        blocks = [*self.frozen[0].down_blocks, self.frozen[0].mid_block]
+        frozen = shadow(net).eval()
+        self.frozen = [frozen]  # in a list: it has no state to save
         self.seen: list[Tensor] = []
-        for block in blocks:
+        for block in (*frozen.down_blocks, frozen.mid_block):
             block.register_forward_hook(self._keep)
-        channels = [*self.frozen[0].config.block_out_channels, self.frozen[0].config.block_out_channels[-1]]
+        channels = [*frozen.config.block_out_channels, frozen.config.block_out_channels[-1]]
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(size, width, 3, padding=1),
@@ -83,47 +82,49 @@ def turbo(cfg: Config) -> None:
     steps, size = cfg.steps or 1000, cfg.batch_size or 24
     torch.manual_seed(cfg.seed)
     teacher = Teacher(cfg)
-    data = dataset(cfg, teacher.words).to(cfg.device)
     student = teacher.student()
-    average = copy.deepcopy(student).requires_grad_(False)
+    average = shadow(student)
     judge = Discriminator(teacher.unet, teacher.pipe.text_encoder_2.config.projection_dim).to(cfg.device)
     net = fast(student, cfg)
-    (optimizer, schedule), (heads, heads_schedule) = (
-        adversary(student, 1e-4),
-        adversary(judge, 3e-4, warmup=10),
-    )
+    optimizer, schedule = adversary(student, 1e-4)
+    heads, heads_schedule = adversary(judge, 3e-4, warmup=10)
     state = {
-        **{"student": student, "average": average, "judge": judge, "optimizer": optimizer, "heads": heads},
-        **{"schedule": schedule, "heads_schedule": heads_schedule},
+        "student": student,
+        "average": average,
+        "judge": judge,
+        "optimizer": optimizer,
+        "heads": heads,
+        "schedule": schedule,
+        "heads_schedule": heads_schedule,
     }
     log = Log(cfg, "turbo")
     levels_seen = torch.tensor(FEW_STEPS, device=cfg.device)
     for step in resumable(Path(cfg.work) / "turbo.pt", state, steps, cfg.every, "turbo"):
         generator = seeded(cfg.seed, step, 6)
-        real, ids = data.batch(size, generator)
+        real, ids = teacher.data.batch(size, generator)
         states, pooled = teacher.text(ids)
         noises = torch.randn(4, *real.shape, generator=generator).to(cfg.device)
         t = levels_seen[torch.randint(4, (size,), generator=generator)]
-        alpha, sigma = levels(t)
-        x = torch.where((t == FEW_STEPS[0])[:, None, None, None], noises[0], alpha * real + sigma * noises[0])
-        fake = clean(x, predict(net, x, t, states, pooled), t)
+        first = (t == FEW_STEPS[0])[:, None, None, None]
+        x = torch.where(first, noises[0], noised(real, t, noises[0]))
+        fake = x0_of(net, x, t, states, pooled)
 
         judged = torch.randint(20, 600, (size,), generator=generator).to(cfg.device)
-        alpha, sigma = levels(judged)
-        logits = judge(judge.features(alpha * fake + sigma * noises[1], judged, states, pooled), pooled)
+        logits = judge(judge.features(noised(fake, judged, noises[1]), judged, states, pooled), pooled)
         adversarial = -sum(logit.mean() for logit in logits) / len(logits)
         s = torch.randint(20, TRAIN_STEPS - 20, (size,), generator=generator).to(cfg.device)
         with torch.no_grad():
-            weight, sigma = levels(s)
-            noisy = weight * fake + sigma * noises[2]
+            noisy = noised(fake, s, noises[2])
             goal = clean(noisy, teacher.eps(noisy, s, states, pooled), s)
-        distillation = (weight * (fake - goal).square()).mean()
+            alpha, _ = levels(s)
+        distillation = (alpha * (fake - goal).square()).mean()
         step_down(adversarial + DISTILLATION * distillation, student, optimizer, schedule)
 
         with torch.no_grad():
-            alpha, sigma = levels(judged)
-            seen_fake = judge.features(alpha * fake.detach() + sigma * noises[3], judged, states, pooled)
-            seen_real = judge.features(alpha * real + sigma * noises[3], judged, states, pooled)
+            seen_fake, seen_real = (
+                judge.features(noised(x0, judged, noises[3]), judged, states, pooled)
+                for x0 in (fake.detach(), real)
+            )
         hinge, penalty = judged_apart(judge, seen_real, seen_fake, pooled)
         step_down(hinge + R1 * penalty, judge, heads, heads_schedule)
         follow(average, student, min(0.98, step / (step + 10)))

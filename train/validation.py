@@ -1,5 +1,6 @@
 """A control in training: pictures of it, and how it acts on other members of its family."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,38 +33,19 @@ def pictures(
     return torch.stack(columns, 1)
 
 
-def strip(
-    family: Family,
-    member: Member,
-    prompt: Prompts,
-    seeds: list[int],
-    control: str,
-    scales: list[float],
-    path: Path,
-) -> Path:
-    """Writes a picture of an attached control: seeds in rows, scales in columns. Returns its path."""
-    shown = pictures(family, member, prompt, seeds, control, scales)
-    return sheet([(f"seed {seed}", scales, row) for seed, row in zip(seeds, shown, strict=True)], path)
-
-
-def overview(
-    family: Family,
-    member: Member,
-    prompt: Prompts,
-    seeds: list[int],
-    names: list[str],
-    scales: list[float],
-    path: Path,
-) -> Path:
-    """Writes one picture of several attached controls: a row each, the scales of every seed in columns.
-
-    Returns its path.
+def strip(family: Family, member: Member, prompt: Prompts, cfg, names: Sequence[str], path: Path) -> None:
+    """Writes a picture of attached controls: of one, its seeds in rows and its scales in columns; of several,
+    a row each, the scales of every seed in columns.
     """
-    rows = [
-        (name, scales * len(seeds), pictures(family, member, prompt, seeds, name, scales).flatten(0, 1))
-        for name in names
-    ]
-    return sheet(rows, path)
+    seeds, scales = cfg.sample_seeds, cfg.sample_scales
+    shown = [pictures(family, member, prompt, seeds, name, scales) for name in names]
+    if len(names) == 1:
+        rows = [(f"seed {seed}", scales, row) for seed, row in zip(seeds, shown[0], strict=True)]
+    else:
+        rows = [
+            (name, scales * len(seeds), grid.flatten(0, 1)) for name, grid in zip(names, shown, strict=True)
+        ]
+    sheet(rows, path)
 
 
 def watched_by(cfg, card: FamilyCard) -> list[str]:
@@ -102,8 +84,8 @@ class Watch:
         with strength(net):
             plain = self.score(self.source)
         with strength(net, {control.card.name: 1.0}):
-            here = self.effect(plain, self.score(self.source))
-        found = {f"effect/{self.source.name}": float(here[..., -1].mean())}
+            at_source = self.effect(plain, self.score(self.source))
+        values = {f"effect/{self.source.name}": float(at_source[..., -1].mean())}
         for member in self.others:
             shared = member.denoiser.net is net  # as of a base with its LoRA students
             with (
@@ -111,11 +93,11 @@ class Watch:
                 if shared
                 else fused(member.denoiser.net, control, 1.0, self.family.card.name)
             ):
-                there = self.effect(self.plain[member.name], self.score(member))
-            kept = retention.retention(here, there, SCALES)
-            found[f"effect/{member.name}"] = float(there[..., -1].mean())
-            found |= {f"retention/{member.name}/{end}": value for end, value in kept.items()}
-        return found
+                at_member = self.effect(self.plain[member.name], self.score(member))
+            retained = retention.retention(at_source, at_member, SCALES)
+            values[f"effect/{member.name}"] = float(at_member[..., -1].mean())
+            values |= {f"retention/{member.name}/{end}": value for end, value in retained.items()}
+        return values
 
     def score(self, member: Member) -> np.ndarray:
         """How much more the images are the positive than the negative description, (P, S)."""

@@ -171,6 +171,16 @@ def overlaps(controls: list[Control]) -> list[dict]:
     return cells
 
 
+def concept(card: Card) -> str:
+    """What a control is of: its two descriptions, whichever way round; of SliderSpace's directions their
+    prompt, one for all of them; else its name.
+    """
+    words = [card.recipe.get(key) for key in ("positive", "negative")]
+    if all(words):
+        return " | ".join(sorted(words))
+    return f"directions of {card.recipe.get('prompt')}" if card.recipe.get("component") else card.name
+
+
 def _concept(card: Card) -> tuple:
     words = (card.recipe.get("positive"), card.recipe.get("negative"))
     return words if all(words) else (card.name,)

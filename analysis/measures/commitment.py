@@ -1,4 +1,4 @@
-"""The numbers of a trace: how far x0 is from the final image, when that is little, what it begins and
+"""The numbers of a trace: how far x0 is from the final image, when that stays little, what it begins and
 abandons, where a control acts.
 """
 
@@ -54,16 +54,26 @@ def estimate(values: np.ndarray) -> list[dict]:
 
 def committed(cfg: Settings, own: dict, unit: dict[str, float]) -> dict:
     """How far x0 is from the final image at each step, in units of how far two seeds of the base are apart;
-    when that is little.
+    from when on that stays little.
+
+    own: features (P, S, T, d) by evaluator, and t (T,). left: the share of images that had been within the
+    tolerance and left it again; their commitment is the return after which they stay.
     """
-    found: dict = {"distance": {}, "commitment": {}}
+    numbers: dict = {"distance": {}, "commitment": {}}
     for name, one in unit.items():
         far = between(name, own[name], own[name][:, :, -1:]) / one  # (P, S, T)
-        first = (far <= cfg.tolerance).argmax(-1)  # (P, S)
-        found["distance"][name] = estimate(far)
-        share, t = estimate(np.stack([(first + 1) / far.shape[-1], own["t"][first]], -1))
-        found["commitment"][name] = {"share": share, "t": t}
-    return found
+        first = staying(far <= cfg.tolerance)  # (P, S)
+        left = (far <= cfg.tolerance).argmax(-1) < first
+        numbers["distance"][name] = estimate(far)
+        values = estimate(np.stack([(first + 1) / far.shape[-1], own["t"][first], left], -1))
+        numbers["commitment"][name] = dict(zip(("share", "t", "left"), values, strict=True))
+    return numbers
+
+
+def staying(within: np.ndarray) -> np.ndarray:
+    """The first step from which all are true to the end, (…, T) -> (…,); the last step where none is."""
+    until_end = np.logical_and.accumulate(within[..., ::-1], -1)[..., ::-1]
+    return np.where(until_end[..., -1], until_end.argmax(-1), within.shape[-1] - 1)
 
 
 def abandoned(

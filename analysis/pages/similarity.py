@@ -7,10 +7,12 @@ from pathlib import Path
 from markupsafe import Markup
 
 from analysis.pages import charts, html
-from analysis.pages.words import DASH, number, ranged, side
+from analysis.pages.words import DASH, counted, number, ranged, side, small
 from analysis.results import is_file
 
 INPUTS = {"forced": "same inputs", "own": "own trajectories"}
+BASELINE = "which student"  # the mean retention there of other concepts' controls
+LEVEL = 0.05  # of the family-wise p
 Cells = list[dict]
 
 
@@ -37,7 +39,8 @@ def render(results: dict, folder: Path) -> str:
         retentions={(p["evaluator"], p["control"], p["target"]): p["retention"] for p in of(cells, "point")},
         readers=list(dict.fromkeys(p["evaluator"] for p in of(cells, "point"))),
         overlaps=overlaps(of(cells, "overlap")),
-        predictors=predictors(of(cells, "predictor")),
+        predictions=of(cells, "prediction"),
+        predictors=predictors(cells),
         plots=plots(cells),
     )
 
@@ -181,41 +184,56 @@ def stitch_sentence(c: dict) -> str:
 
 
 def predictor_sentences(cells: Cells) -> list[str]:
-    """Per evaluator how many predictors can be told from none, and the one whose line foretells left-out
-    controls best.
+    """Per evaluator, whether anything that was measured beforehand foretells retention."""
+    return [
+        predictor_sentence(c, of(cells, "predictor", evaluator=c["evaluator"]))
+        for c in of(cells, "prediction")
+    ]
+
+
+def predictor_sentence(c: dict, predictors: Cells) -> str:
+    """What foretells retention by one evaluator, or that nothing does; c: of all predictors together."""
+    known = [p for p in predictors if p["p_family_wise"] is not None]
+    if not known:
+        return f"By {c['evaluator']} too few controls have a retention to say whether anything foretells it."
+    over = f"retention by {c['evaluator']} ({extent(c)})"
+    alone = f"{BASELINE} it is, alone, has R² {number(c['r2_cross_validated'])}"
+    if sure := [p for p in known if foretells(p)]:
+        return f"What foretells {over}: {'; '.join(map(evidence, sure))}; {alone}."
+    strongest = min(known, key=lambda p: p["p_family_wise"])
+    best = max(known, key=lambda p: _or_infinite(p["r2_cross_validated"], -math.inf))
+    also = "" if best is strongest else f", the best on a concept left out is {evidence(best)}"
+    first = f"of {len(known)} numbers the strongest is {evidence(strongest)}"
+    return f"Nothing foretells {over}: {first}{also}; {alone}."
+
+
+def foretells(c: dict) -> bool:
+    """Whether a predictor may be said to foretell retention: its rank correlation is not chance among so
+    many, and on a concept left out its line is of use, and of more than knowing the target alone.
     """
-    sentences = []
-    for evaluator_name in dict.fromkeys(c["evaluator"] for c in of(cells, "predictor")):
-        ours = [
-            c
-            for c in of(cells, "predictor", evaluator=evaluator_name)
-            if c["r2_without_one"]["value"] is not None
-        ]
-        if not ours:
-            sentences.append(
-                f"By {evaluator_name} there are too few controls with a retention to say what predicts it."
-            )
-            continue
-        best, sure = best_of(ours), [c for c in ours if c["spearman"]["low"] * c["spearman"]["high"] > 0]
-        robust = best["r2_without_one"]["value"]
-        use = "" if robust > 0 else ", so none foretells a control that it has not seen"
-        sentences.append(
-            f"What predicts retention by {evaluator_name} ({best['points']} points of only "
-            f"{best['controls']} controls): {len(sure)} of "
-            f"{len(ours)} numbers have a rank correlation whose interval leaves out 0; the best for an "
-            f"unseen control is "
-            f"“{best['predictor']}”, Spearman {ranged(best['spearman'])}, R² "
-            f"{number(best['r2_cross_validated'])}, "
-            f"and {number(robust)} when {best['r2_without_one']['without']} is not there{use}."
-        )
-    return sentences
+    p, r2 = c["p_family_wise"], c["r2_cross_validated"]
+    return p is not None and r2 is not None and p < LEVEL and r2 > max(0.0, c["r2_which_student"] or 0.0)
+
+
+def evidence(c: dict) -> str:
+    """A predictor with the numbers that decide whether it foretells."""
+    return (
+        f"“{c['predictor']}”, Spearman {ranged(c['spearman'])}, family-wise p {small(c['p_family_wise'])}, "
+        f"R² {number(c['r2_cross_validated'])}"
+    )
+
+
+def extent(c: dict) -> str:
+    """Of how much all predictors are judged."""
+    concepts = counted(len(c["concepts"]), "concept")
+    return f"{counted(c['points'], 'point')}, {counted(c['controls'], 'control')}, {concepts}"
 
 
 def best_of(predictors: Cells) -> dict:
-    """The predictor with the best cross-validated R², which it does not owe to a single control."""
-    return max(
+    """The predictor of the lowest family-wise p; of equal ones that of the best R² on concepts left out."""
+    return min(
         predictors,
-        key=lambda c: -math.inf if c["r2_without_one"]["value"] is None else c["r2_without_one"]["value"],
+        key=lambda c: (_or_infinite(c["p_family_wise"]), -_or_infinite(c["r2_cross_validated"], -math.inf)),
     )
 
 
@@ -319,21 +337,36 @@ def overlaps(pairs: Cells) -> dict | None:
 
 
 def predictors(cells: Cells) -> list[list[str]]:
-    """A row per predictor and evaluator."""
+    """A row per predictor, and one of the baseline below each evaluator's."""
+    rows = []
+    for name in dict.fromkeys(c["evaluator"] for c in of(cells, "predictor")):
+        rows += [predictor_row(c) for c in of(cells, "predictor", evaluator=name)]
+        for c in of(cells, "prediction", evaluator=name):
+            known = f"{c['points']} / {c['controls']}"
+            r2 = [number(c["r2_cross_validated"]), DASH, lowest(c)]
+            rows.append([BASELINE, name, known, DASH, DASH, *r2, DASH, DASH])
+    return rows
+
+
+def predictor_row(c: dict) -> list[str]:
     return [
-        [
-            c["predictor"],
-            c["evaluator"],
-            f"{c['points']} / {c['controls']}",
-            ranged(c["spearman"]),
-            ranged(c["pearson"]),
-            f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} "
-            f"({c['without_one']['most'] or DASH})",
-            number(c["r2_cross_validated"]),
-            f"{number(c['r2_without_one']['value'])} ({c['r2_without_one']['without'] or DASH})",
-        ]
-        for c in cells
+        c["predictor"],
+        c["evaluator"],
+        f"{c['points']} / {c['controls']}",
+        ranged(c["spearman"]),
+        small(c["p_family_wise"]),
+        number(c["r2_cross_validated"]),
+        number(c["r2_which_student"]),
+        lowest(c),
+        ranged(c["pearson"]),
+        f"{number(c['without_one']['low'])} … {number(c['without_one']['high'])} "
+        f"({c['without_one']['most'] or DASH})",
     ]
+
+
+def lowest(c: dict) -> str:
+    """The lowest R² without one concept, and which."""
+    return f"{number(c['r2_without_one']['value'])} ({c['r2_without_one']['without'] or DASH})"
 
 
 def point(p: dict, predictor: str, target: int) -> dict:
@@ -344,7 +377,7 @@ def point(p: dict, predictor: str, target: int) -> dict:
 
 
 def plots(cells: Cells) -> dict[str, Markup]:
-    """Retention over the best predictor, by each evaluator."""
+    """Retention over the predictor of the lowest p, by each evaluator."""
     drawn = {}
     for evaluator in dict.fromkeys(c["evaluator"] for c in of(cells, "predictor")):
         best = best_of(of(cells, "predictor", evaluator=evaluator))["predictor"]
@@ -356,5 +389,5 @@ def plots(cells: Cells) -> dict[str, Markup]:
     return drawn
 
 
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
+def _or_infinite(value: float | None, infinite: float = math.inf) -> float:
+    return infinite if value is None else value

@@ -60,7 +60,7 @@ def findings(cells: list[dict], base: str, tolerance: float, control: str) -> li
             f"by {name} after {shown(w['share'], 2)} of the steps, at t {shown(w['t'], 0)}"
             for name, w in cell["commitment"].items()
         )
-        lines.append(f"{label(cell)} commits (within {tolerance:g}) {when}.")
+        lines.append(f"{label(cell)} commits (stays within {tolerance:g}) {when}.")
         if control and "control" in cell:
             half = "; ".join(
                 f"by {name} at t {shown(e['half']['t'], 0)}" for name, e in cell["control"].items()

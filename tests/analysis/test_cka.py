@@ -190,6 +190,124 @@ def test_correlations_are_those_of_scipy():
     assert prediction.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-12)
 
 
+TARGETS = ("base", "dmd", "lcm", "lightning")
+NAMES = tuple(f"number {k}" for k in range(10))
+
+
+def rows_of(rng: np.random.Generator, true: float = 0.0, students: float = 1.0) -> list[dict]:
+    """Points as the shipped controls make them: 14 controls of the base and one of each student, on the three
+    other members. Predictors and retentions each go with the target and with the control, and with each
+    other only by `true`, the weight of the first predictor; students: how much goes with the target.
+    """
+    sources = ["base"] * 14 + list(TARGETS[1:])
+    loads = [students * rng.normal(size=(4, width)) for width in (len(NAMES), 1)]
+    rows = []
+    for k, source in enumerate(sources):
+        own = [rng.normal(size=len(NAMES)), rng.normal(size=1)]
+        for t, target in enumerate(TARGETS):
+            x, (y,) = (
+                load[t] + one + 0.5 * rng.normal(size=len(one)) for load, one in zip(loads, own, strict=True)
+            )
+            if target != source:
+                about = {"control": f"c{k}", "source": source, "target": target, "concept": f"c{k}"}
+                y += true * (x[0] - loads[0][t, 0])
+                rows.append(about | {"retention": y} | dict(zip(NAMES, x, strict=True)))
+    return rows
+
+
+def test_whole_controls_change_places_with_those_of_their_source_and_targets():
+    rows = rows_of(np.random.default_rng(10))
+    del rows[1]  # c0 has no retention on lcm: no other control can stand for it
+    orders = prediction.permuted(rows, 50)
+    moved = set()
+    for order in orders:
+        assert sorted(order) == list(range(len(rows)))
+        assert all(rows[at]["target"] == rows[to]["target"] for at, to in enumerate(order))
+        givers = {}
+        for at, to in enumerate(order):
+            givers.setdefault(rows[at]["control"], set()).add(rows[to]["control"])
+        assert all(len(names) == 1 for names in givers.values())  # a row of retentions stays whole
+        moved |= {name for name, names in givers.items() if names != {name}}
+    assert moved == {f"c{k}" for k in range(1, 14)}
+
+
+def test_of_many_numbers_that_foretell_nothing_one_in_twenty_families_is_called_by_chance():
+    """Although rows of one control are alike, and both sides go with the target."""
+    rng, families = np.random.default_rng(11), 800
+    lowest = []
+    for k in range(families):
+        p = prediction.family_wise(rows_of(rng), NAMES, draws=99, seed=k)
+        lowest.append(min(p.values()))
+    error = np.mean(np.array(lowest) <= 0.05)
+    assert 0.035 <= error <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / families)  # two standard errors of this count
+
+
+def test_a_number_that_goes_with_retention_is_called_among_nine_that_do_not():
+    rng = np.random.default_rng(12)
+    families = [prediction.family_wise(rows_of(rng, 2.0, students=0.5), NAMES, 99, k) for k in range(100)]
+    others = [min(p[name] for name in NAMES[1:]) for p in families]
+    assert np.mean([p[NAMES[0]] <= 0.05 for p in families]) >= 0.8
+    assert np.mean(np.array(others) <= 0.05) <= 0.1
+
+
+def test_family_wise_p_is_that_of_the_largest_correlation_in_every_permutation():
+    rows, names = rows_of(np.random.default_rng(13), true=0.5), NAMES[:3]
+    for row in rows[:4]:
+        row[names[1]] = None  # a predictor without a value at some points
+    y = np.array([row["retention"] for row in rows])
+    known = {name: [k for k, row in enumerate(rows) if row[name] is not None] for name in names}
+
+    def sizes(order: np.ndarray) -> list[float]:
+        return [
+            abs(stats.spearmanr([rows[k][name] for k in known[name]], y[order][known[name]])[0])
+            for name in names
+        ]
+
+    ours = sizes(np.arange(len(rows)))
+    largest = [max(ours), *(max(sizes(order)) for order in prediction.permuted(rows, 99, seed=5))]
+    p = prediction.family_wise(rows, names, 99, seed=5)
+    for name, size in zip(names, ours, strict=True):
+        assert p[name] == pytest.approx(np.mean(np.array(largest) >= size - 1e-9))
+    assert prediction.family_wise(rows[:9], names, 99) == dict.fromkeys(names)  # three controls
+
+
+def test_knowing_the_student_is_the_mean_of_the_other_concepts_there():
+    targets, groups = np.tile(["dmd", "lcm", "tcd"], 5), np.repeat(list("abcde"), 3)
+    there = {"dmd": 0.2, "lcm": 1.0, "tcd": 0.6}
+    y = np.array([there[target] for target in targets])
+    assert prediction.r2_cross_validated(targets, y, groups, prediction.by_mean) == pytest.approx(1)
+    rng = np.random.default_rng(14)
+    noisy = y + rng.normal(size=15)
+    missed = blind = 0.0
+    for group in "abcde":
+        out = groups == group
+        for target, value in zip(targets[out], noisy[out], strict=True):
+            missed += (value - noisy[~out & (targets == target)].mean()) ** 2
+            blind += (value - noisy[~out].mean()) ** 2
+    found = prediction.r2_cross_validated(targets, noisy, groups, prediction.by_mean)
+    assert found == pytest.approx(1 - missed / blind)
+    assert prediction.by_mean(targets, y, np.array(["xl"]))[0] == pytest.approx(y.mean())
+
+
+def test_a_twin_in_the_training_set_does_not_leak():
+    """Two controls of one concept, far out and alike, hold a line up that says nothing of other concepts."""
+    rng = np.random.default_rng(15)
+    rows = [row for row in rows_of(rng) if row["source"] == "base"]
+    for row in rows:
+        row |= dict.fromkeys(prediction.PREDICTORS, row[NAMES[0]])
+        if row["control"] in ("c3", "c4"):
+            row |= {"retention": 30 + row["retention"]} | dict.fromkeys(
+                prediction.PREDICTORS, 50 + row[NAMES[0]]
+            )
+    _, alone, *_ = prediction.predictors(rows, "clip", draws=20)
+    for row in rows:
+        row["concept"] = row["concept"].replace("c4", "c3")
+    family, twins, *_ = prediction.predictors(rows, "clip", draws=20)
+    assert alone["r2_cross_validated"] > 0.9 and twins["r2_cross_validated"] < 0.2
+    assert family["concepts"][3] == "c3 and 1 more" and len(family["concepts"]) == 13
+    assert family["controls"] == family["permuted"] == 14
+
+
 def test_a_line_foretells_what_is_linear_and_nothing_else():
     rng, groups = np.random.default_rng(7), np.repeat(np.arange(10), 3).astype(str)
     x = rng.normal(size=30)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from support.synthetic import Keys, undocumented
 from analysis import similarity
 from analysis.images import activations
 from analysis.images.activations import Measure, Pair, Site, chunks, forced, nearest
+from analysis.images.directions import concept
 from analysis.measures import prediction
 from analysis.pages import similarity as similarity_page
 from configs import ROOT, merge
+from controls import formats
 from models import families
 from models.families import Family
 from models.sampler import Stage
@@ -92,7 +95,14 @@ def test_the_record(run):
     assert (
         pair["layers"] == 0 and pair["cosine"] == 0 and not pair["same"]
     )  # smile leaves cross-attention to crayon
-    assert len(similarity_page.of(found, "point")) == 3
+    kept = similarity_page.of(found, "point")
+    assert [point["concept"] for point in kept[:2]] == [
+        "portrait of a person, frowning | portrait of a person, smiling"
+    ] * 2
+    assert len(kept) == 3 and kept[2]["concept"] == "crayon portrait of a person | portrait of a person"
+    (together,) = similarity_page.of(found, "prediction")
+    assert together["concepts"] == ["smile", "crayon"] and together["points"] == 3
+    assert together["p_family_wise"] is None and together["permuted"] == 0  # their targets differ
     assert {c["points"] for c in similarity_page.of(found, "predictor")} == {3}
     assert all(
         c["spearman"]["value"] is None for c in similarity_page.of(found, "predictor")
@@ -254,13 +264,55 @@ def test_chunks_cover_every_image_once_with_its_own_seed():
 
 def test_points_join_two_records_and_leave_out_what_is_undefined(run):
     transfer = json.loads((run.parent / "transfer/results.json").read_text())["cells"]
-    rows = prediction.points(cells(run), transfer)["clip"]
-    assert [(r["control"], r["target"], r["retention"]) for r in rows] == [
-        ("smile", "tiny/dmd", 0.9),
-        ("smile", "tiny/lcm", 1.0),
-        ("crayon", "tiny/dmd", 0.1),
+    rows = prediction.points(cells(run), transfer, {"smile": "mood", "crayon": "style"})["clip"]
+    assert [(r["control"], r["concept"], r["target"], r["retention"]) for r in rows] == [
+        ("smile", "mood", "tiny/dmd", 0.9),
+        ("smile", "mood", "tiny/lcm", 1.0),
+        ("crayon", "style", "tiny/dmd", 0.1),
     ]
     assert all(set(prediction.PREDICTORS) <= row.keys() for row in rows)
+
+
+def test_controls_of_one_concept_are_those_of_the_same_words_and_the_directions_of_one_prompt():
+    names = ("smile", "smile-dmd", "eyes", "eyes-image", "age", "space-1", "space-8", "crayon")
+    cards = [formats.load(f"controls/tiny/{name}.safetensors").card for name in names]
+    kinds = [concept(card) for card in cards]
+    assert kinds[0] == kinds[1] and kinds[2] == kinds[3] and kinds[5] == kinds[6] and len(set(kinds)) == 5
+    around = {**cards[0].recipe, **dict(zip(("positive", "negative"), ("frown", "smile"), strict=True))}
+    back = {**around, "positive": "smile", "negative": "frown"}
+    assert concept(replace(cards[0], recipe=around)) == concept(replace(cards[0], recipe=back))
+    assert concept(replace(cards[0], recipe={})) == "smile"
+
+
+@pytest.mark.parametrize(
+    ("p", "r2", "student", "claimed"),
+    [
+        (0.04, 0.3, 0.1, True),
+        (0.05, 0.3, 0.1, False),
+        (0.04, 0.1, 0.1, False),  # no better than which student it is
+        (0.04, -0.1, -0.2, False),  # worse than the mean
+        (0.04, 0.1, -0.2, True),
+        (0.04, None, None, False),  # fewer than four concepts
+        (None, None, None, False),
+    ],
+)
+def test_only_what_is_not_chance_and_beats_the_baseline_is_said_to_foretell(p, r2, student, claimed):
+    known = {"evaluator": "clip", "points": 51, "controls": 17, "concepts": ["age"], "p_family_wise": p}
+    known["r2_without_one"] = {"value": None, "without": None}
+    value = {"value": 0.6, "low": 0.4, "high": 0.7}
+    number = {"predictor": "gain", "spearman": value, "pearson": value, "r2_cross_validated": r2}
+    number |= {"r2_which_student": student, "without_one": {"low": 0.1, "high": 0.5, "most": "age"}}
+    found = [
+        {"what": "prediction", **known, "r2_cross_validated": student},
+        {"what": "predictor", **known, **number},
+    ]
+    assert similarity_page.foretells(found[1]) == claimed
+    (sentence,) = similarity_page.predictor_sentences(found)
+    begins = "What foretells retention by clip" if claimed else "Nothing foretells retention by clip"
+    assert sentence.startswith(begins if p else "By clip too few controls")
+    assert p is None or f"p {p:.3f}" in sentence and "which student it is, alone, has R²" in sentence
+    rows = similarity_page.predictors(found)
+    assert [row[0] for row in rows] == ["gain", "which student"] and len(rows[0]) == len(rows[1])
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_record(run, results):
             assert len(c["distance"][name]) == len(c["steps"]) == len(c["control"][name]["effect"])
             assert c["distance"][name][-1] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-6)
             assert 0 < c["commitment"][name]["share"]["value"] <= 1
+            assert 0 <= c["commitment"][name]["left"]["value"] <= 1
         assert c["abandoned"]["evaluator"] == "probe" and 0 <= c["abandoned"]["falls"]["value"] <= 1
         assert len(c["control"]["probe"]["parts"]) == (2 if c["plan"] != "hybrid(1)" else 0)
 
@@ -142,18 +143,34 @@ def test_bands_cut_every_member_s_run_alike():
     assert [trace.bands for trace in traces_of(cfg, [("dmd", "student")], False)] == [()]
 
 
-def test_commitment_is_the_first_step_within_the_tolerance():
-    """Features that come nearer to the last one in known steps; the unit is 10."""
-    cfg, steps = Config(tolerance=0.25), np.array([8.0, 4.0, 2.0, 0.0])
-    found = committed(
-        cfg,
-        {"probe": steps.reshape(1, 1, 4, 1).repeat(2, 0), "t": np.array([999.0, 749, 499, 249])},
-        {"probe": 10.0},
-    )
-    assert [p["value"] for p in found["distance"]["probe"]] == pytest.approx([0.8, 0.4, 0.2, 0])
-    assert found["commitment"]["probe"] == {
-        key: dict.fromkeys(("value", "low", "high"), at) for key, at in (("share", 0.75), ("t", 499))
+@pytest.mark.parametrize(
+    ("steps", "share", "t", "left"),
+    [
+        ([8.0, 4.0, 2.0, 0.0], 0.75, 499, 0),
+        ([8.0, 2.0, 4.0, 0.0], 1.0, 249, 1),  # within the tolerance once, and out again
+        ([2.0, 4.0, 2.0, 0.0], 0.75, 499, 1),
+        ([2.0, 2.5, 1.0, 0.0], 0.25, 999, 0),
+    ],
+)
+def test_commitment_is_the_step_from_which_x0_stays_within_the_tolerance(steps, share, t, left):
+    """Features at known distances from the last one, in prompts (P = 2) alike; the unit is 10."""
+    features, levels = np.reshape(steps, (1, 1, 4, 1)).repeat(2, 0), np.array([999.0, 749, 499, 249])
+    measured = committed(Config(tolerance=0.25), {"probe": features, "t": levels}, {"probe": 10.0})
+    assert [p["value"] for p in measured["distance"]["probe"]] == pytest.approx([x / 10 for x in steps])
+    values = {"share": share, "t": t, "left": left}
+    assert measured["commitment"]["probe"] == {
+        key: dict.fromkeys(("value", "low", "high"), value) for key, value in values.items()
     }
+
+
+def test_images_that_leave_the_tolerance_are_counted():
+    """One of two images of each prompt comes near, leaves and comes back."""
+    steps = np.array([[8.0, 2.0, 4.0, 0.0], [8.0, 2.0, 1.0, 0.0]])
+    features = np.tile(steps[None, ..., None], (2, 1, 1, 1))  # (P, S, T, 1)
+    own = {"probe": features, "t": np.array([999.0, 749, 499, 249])}
+    found = committed(Config(tolerance=0.25), own, {"probe": 10.0})["commitment"]["probe"]
+    assert found["left"]["value"] == 0.5 and found["share"]["value"] == pytest.approx((1.0 + 0.5) / 2)
+    assert found["t"]["value"] == pytest.approx((249 + 749) / 2)
 
 
 class Reader:

@@ -9,14 +9,15 @@ from analysis import bench
 from configs import merge
 from models.architectures import ARCHITECTURES
 from train import dry_run
-from train.bench import memory, prior
+from train.bench import prior
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, gradient_checkpointing):
-    net, its, cfg = network(), ARCHITECTURES["sdxl"], memory.Config(layers="full")
-    real = allocated(lambda: dry_run.update(net, its, cfg, (4, 8, 8), "vp", gradient_checkpointing), tmp_path)
-    seen = dry_run.follow(network().to("meta"), its, cfg, (4, 8, 8), "vp", gradient_checkpointing)
+    net, control = network(), {"layers": "full", "gradient_checkpointing": gradient_checkpointing}
+    size = dry_run.Step(ARCHITECTURES["sdxl"], "vp", (4, 8, 8), 1, **control)
+    real = allocated(lambda: dry_run.update(net, size), tmp_path)
+    seen = dry_run.follow(network().to("meta"), size)
     assert seen["peak"] - seen["network"] == pytest.approx(real, rel=0.05)
 
 

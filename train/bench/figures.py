@@ -2,9 +2,10 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
-from configs import ROOT, UserError, replacing
+from configs import ROOT, UserError, replacing, versions
 
 RECORD = ROOT / "bench/gpu.json"  # of a GPU alone
 PAGE = ROOT / "docs/families.md"
@@ -19,6 +20,18 @@ def read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no file {path}; make gpu writes it")
     return json.loads(path.read_text())
+
+
+def write(path: Path, record: dict) -> None:
+    """A record into its file, whole or not at all."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_cells(cfg, cells: list | dict) -> None:
+    """What a bench has measured into out/results.json, with its config and what ran."""
+    record = {"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": cells}
+    write(Path(cfg.out) / "results.json", record)
 
 
 def markdown(results: dict) -> str:

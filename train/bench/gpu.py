@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from configs import ROOT, UserError, command, entry, list_of, replacing, versions
+from configs import ROOT, UserError, command, entry, list_of, versions
 from train.bench import figures, memory, sdxl, students
 from train.bench.figures import RECORD
 from train.bench.sdxl import Row, Rows
@@ -74,8 +74,7 @@ def main(cfg: Config) -> Path:
 
     def keep(part: str, measured: dict) -> None:
         results["parts"][part] = measured
-        with replacing(path) as new:
-            new.write_text(json.dumps(results, indent=1) + "\n")
+        figures.write(path, results)
 
     end, run = time.time() + 60 * cfg.minutes, elsewhere if cfg.apart else here
     for k, part in enumerate(cfg.parts):
@@ -100,17 +99,17 @@ def check(cfg: Config) -> Path:
 
 def hardware() -> dict[str, str | float | int | None]:
     """The GPU, its driver and what torch was made for; None for what is not there."""
-    seen = {"gpu": None, "memory_gb": None, "driver": None, "cuda": torch.version.cuda}
-    seen["cpus"] = os.cpu_count()
+    device = {"gpu": None, "memory_gb": None, "driver": None}
+    device |= {"cuda": torch.version.cuda, "cpus": os.cpu_count()}
     if torch.cuda.is_available():
         # not by torch, which would hold some of the memory that the parts are to have
-        asked = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-        seen["gpu"] = "a CUDA device without nvidia-smi"
+        query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+        device["gpu"] = "a CUDA device without nvidia-smi"
         with suppress(OSError, subprocess.SubprocessError, ValueError):
-            answer = subprocess.run(["nvidia-smi", *asked], capture_output=True, text=True, timeout=20)
+            answer = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20)
             name, mebibytes, driver = answer.stdout.partition("\n")[0].split(", ")
-            seen |= {"gpu": name, "memory_gb": round(float(mebibytes) * 2**20 / 1e9, 1), "driver": driver}
-    return seen
+            device |= {"gpu": name, "memory_gb": round(float(mebibytes) * 2**20 / 1e9, 1), "driver": driver}
+    return device
 
 
 # how a part is run
@@ -145,15 +144,19 @@ def elsewhere(cfg: Config, part: str, seconds: float, keep: Keep) -> None:
 def here(cfg: Config, part: str, seconds: float, keep: Keep) -> None:
     """A part in this process. A row that fails says why; one that cannot begin in time is left out."""
     start, measured = time.time(), {"seconds": 0.0, "error": None, "rows": {}}
+
+    def keep_so_far() -> None:
+        measured["seconds"] = round(time.time() - start, 1)
+        keep(part, measured)
+
     try:
         for name, measure in PARTS[part][1](cfg):
             late = time.time() - start > seconds
             measured["rows"][name] = {"error": "left out: its time was over"} if late else guarded(measure)
-            measured["seconds"] = round(time.time() - start, 1)
-            keep(part, measured)
+            keep_so_far()
     except Exception as error:  # whatever it is, the other parts still have something to say
         measured["error"] = one_line(error)
-    keep(part, {**measured, "seconds": round(time.time() - start, 1)})
+    keep_so_far()
 
 
 def guarded(measure: Callable[[], Row]) -> Row:

@@ -5,20 +5,20 @@ device; make gpu measures the same. Network in bf16, control and optimizer in fp
 that are trained on come on top. Writes runs/bench-memory/results.json.
 """
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import product
 
 import torch
 from torch import nn
 
-from configs import ROOT, UserError, entry, list_of, replacing, versions
+from configs import UserError, entry, list_of
 from configs.screen import show_table
 from models.architectures import ARCHITECTURES
 from models.families import Family
 from models.quantized import KINDS, check, inside, quantize, quantized
-from train.bench.sdxl import Row, Rows, clocked, now, peak_gb
-from train.dry_run import follow, training
+from train.bench.figures import write_cells
+from train.bench.sdxl import Row, Rows, clocked, now, peak_gb, published, random_unet
+from train.dry_run import Step, follow, training
 
 SDXL = ARCHITECTURES["sdxl"]
 
@@ -35,42 +35,44 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Follows a step of every size with and without checkpointing, prints the table."""
-    cases = [
-        (size_px, gradient_checkpointing)
-        for size_px in cfg.sizes_px
-        for gradient_checkpointing in (False, True)
-    ]
-    net = unet("meta")
-    found = []
-    for size_px, gradient_checkpointing in cases:
-        seen = follow(net, SDXL, cfg, latent(size_px), "vp", gradient_checkpointing)
-        found.append({"size_px": size_px, "gradient_checkpointing": gradient_checkpointing, **seen})
-    for row in found:
-        row["nf4"] = round(row["peak"] - saved(net))
-    with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(
-            json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": found}, indent=1)
-            + "\n"
-        )
-    show(found)
+    net, cells = unet("meta"), []
+    for case in cases(cfg.sizes_px, [cfg.batch_size]):
+        size = case.step(8, rank=cfg.rank, layers=cfg.layers, scope=cfg.scope)
+        about = {"size_px": case.size_px, "gradient_checkpointing": case.gradient_checkpointing}
+        cells.append(about | follow(net, size))
+    for cell in cells:
+        cell["nf4"] = round(cell["peak"] - saved(net))
+    write_cells(cfg, cells)
+    show(cells)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step of some size."""
+
+    size_px: int
+    batch_size: int
+    gradient_checkpointing: bool
+
+    def __str__(self) -> str:
+        checkpointing = ", checkpointing" if self.gradient_checkpointing else ""
+        return f"{self.size_px} px, batch {self.batch_size}{checkpointing}"
+
+    def step(self, factor: int, **control) -> Step:
+        """The same for a network whose latents are so many times smaller than its images."""
+        side = self.size_px // factor
+        control["gradient_checkpointing"] = self.gradient_checkpointing
+        return Step(SDXL, "vp", (4, side, side), self.batch_size, **control)
+
+
+def cases(sizes_px: list[int], batches: list[int]) -> list[Case]:
+    """Every size with every batch, without checkpointing and with it."""
+    return [Case(*case) for case in product(sizes_px, batches, (False, True))]
 
 
 def unet(device: str) -> nn.Module:
-    """SDXL's U-Net as a family holds it on a GPU, with random weights."""
-    from diffusers import (
-        UNet2DConditionModel,
-    )  # not above, for configs quietens diffusers before it is imported
-
-    published = json.loads((ROOT / "models/published.json").read_text())
-    with torch.device(device):
-        net = UNet2DConditionModel.from_config(published["sdxl"]["unet"])
-    net = net.to(torch.bfloat16, memory_format=torch.channels_last)
-    return net.eval().requires_grad_(False)
-
-
-def latent(size_px: int) -> tuple[int, int, int]:
-    """The shape of a latent of SDXL's VAE."""
-    return 4, size_px // 8, size_px // 8
+    """SDXL's, with random weights."""
+    return random_unet(published()["unet"], device)
 
 
 def saved(net: nn.Module) -> float:
@@ -87,20 +89,15 @@ def steps(sizes_px: list[int], batches: list[int], kind: str, repeats: int) -> R
     sizes_px: empty = the size of the network's images, and half of it. kind: of packing; empty = none.
     """
     net, side, factor = subject()
-    cases = [
-        (size_px, batch_size, gradient_checkpointing)
-        for size_px in sizes_px or (side // 2, side)
-        for batch_size in batches
-        for gradient_checkpointing in (False, True)
-    ]
-    for case in cases:
-        yield label(*case), lambda case=case: measured(net, factor, repeats, *case)
+    sizes = cases(sizes_px or [side // 2, side], batches)
+    for case in sizes:
+        yield str(case), lambda case=case: measured(net, factor, repeats, case)
     if kind:
         yield f"packing in {kind}", lambda: packing(net, kind)
-        for case in cases:
-            yield f"{label(*case)}, {kind}", lambda case=case: measured(net, factor, repeats, *case, True)
-    for case in cases:
-        yield f"{label(*case)}, forecast", lambda case=case: forecast(net, factor, *case)
+        for case in sizes:
+            yield f"{case}, {kind}", lambda case=case: measured(net, factor, repeats, case, packed=True)
+    for case in sizes:
+        yield f"{case}, forecast", lambda case=case: forecast(net, factor, case)
 
 
 def subject() -> tuple[nn.Module, int, int]:
@@ -110,41 +107,20 @@ def subject() -> tuple[nn.Module, int, int]:
     return Family("tiny").member("base").denoiser.net, 64, 4
 
 
-def label(size_px: int, batch_size: int, gradient_checkpointing: bool) -> str:
-    return f"{size_px} px, batch {batch_size}{', checkpointing' if gradient_checkpointing else ''}"
-
-
-def measured(
-    net: nn.Module,
-    factor: int,
-    repeats: int,
-    size_px: int,
-    batch_size: int,
-    gradient_checkpointing: bool,
-    packed=False,
-) -> Row:
+def measured(net: nn.Module, factor: int, repeats: int, case: Case, packed: bool = False) -> Row:
     """Seconds of a step, and the most memory that was held. Raises UserError where packing has failed."""
     if packed and not quantized(net):
         raise UserError("the network is not packed")
-    shape = (4, size_px // factor, size_px // factor)
-    with training(net, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing) as step:
+    with training(net, case.step(factor)) as step:
         (seconds, _), peak = clocked(step, [], repeats), peak_gb()
-    case = {"size_px": size_px, "batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
-    return {**case, "seconds": seconds, "peak_gb": peak}
+    return {**asdict(case), "seconds": seconds, "peak_gb": peak}
 
 
-def forecast(net: nn.Module, factor: int, size_px: int, batch_size: int, gradient_checkpointing: bool) -> Row:
+def forecast(net: nn.Module, factor: int, case: Case) -> Row:
     """The same by a network without weights on `meta`."""
     with torch.device("meta"):
         blank = type(net).from_config(net.config).to(net.dtype).eval().requires_grad_(False)
-    shape = (4, size_px // factor, size_px // factor)
-    seen = follow(blank, SDXL, Config(batch_size=batch_size), shape, "vp", gradient_checkpointing)
-    return {
-        "size_px": size_px,
-        "batch_size": batch_size,
-        "gradient_checkpointing": gradient_checkpointing,
-        "peak_gb": seen["peak"] / 1e9,
-    }
+    return {**asdict(case), "peak_gb": follow(blank, case.step(factor))["peak"] / 1e9}
 
 
 def packing(net: nn.Module, kind: str) -> Row:

@@ -6,14 +6,12 @@ term, and draws held-out captions in the student's own few steps, without and wi
 runs/bench-prior/results.json.
 """
 
-import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-from configs import entry, list_of, merge, replacing, versions
+from configs import entry, list_of, merge
 from configs.screen import show_table
 from controls import formats
 from controls.lora import Control, fused
@@ -23,6 +21,7 @@ from models.tiny import world
 from models.tiny.certificate import checks
 from models.tiny.faces import claims, styled
 from train import lora
+from train.bench.figures import write_cells
 
 SEED = 555  # of the held-out captions, as in the family's certificate
 BLOCKS = 6  # parts of the images, each of which gives a distance; their spread gives its error
@@ -42,8 +41,10 @@ def main(cfg: Config) -> None:
     """Trains once per weight, measures the student before and after, prints the table."""
     rows = {"before": judge(cfg, None)}
     for prior in cfg.priors:
-        words = {"name": f"prior-{prior:g}".replace(".", "_"), "prior": prior, "member": cfg.member}
-        words |= {
+        words = {
+            "name": f"prior-{prior:g}".replace(".", "_"),
+            "prior": prior,
+            "member": cfg.member,
             "steps": cfg.steps,
             "out": cfg.out,
             "sample_every": 0,
@@ -52,9 +53,7 @@ def main(cfg: Config) -> None:
         }
         path = lora.main(merge(lora.Config, cfg.config, words))
         rows[f"after, prior {prior:g}"] = judge(cfg, formats.load(path))
-    record = {"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}
-    with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(json.dumps(record, indent=1) + "\n")
+    write_cells(cfg, rows)
     show(rows)
 
 
@@ -68,11 +67,7 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
     recipe, (name, member_name) = merge(lora.Config, cfg.config), split(cfg.member)
     family = Family(name)
     member, clip, probe = family.member(member_name), Clip(family.card.clip), Attributes(family.card.probe)
-    texts, people, found = (
-        world.captions(world.faces(cfg.images, SEED), SEED),
-        world.faces(cfg.images, SEED + 1),
-        {},
-    )
+    texts, people = world.captions(world.faces(cfg.images, SEED), SEED), world.faces(cfg.images, SEED + 1)
     cases = {
         "without token": (texts, people),
         "with token": (
@@ -80,6 +75,7 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
             [styled(face, recipe.data.partition(":")[2]) for face in people],
         ),
     }
+    measures = {}
     for case, (prompts, true) in cases.items():
         with fused(member.denoiser.net, control, 1.0, name) if control else nullcontext():
             images = family.draw(member, prompts, list(range(cfg.images)))
@@ -92,11 +88,11 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
             np.array_split(clip.features(world.to_unit(world.pictures(true))), BLOCKS),
             strict=True,
         )
-        found[case] = {
+        measures[case] = {
             "obeys": with_error(obeyed),
             "distance": with_error([distance(*pair) for pair in pairs]),
         }
-    return found
+    return measures
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,22 +5,21 @@ Trains the same slider by both, for the same steps, and by the fast one for the 
 Writes runs/bench/results.json.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from configs import entry, merge, replacing, versions
+from configs import entry, merge
 from configs.screen import show_table
 from controls import formats, retention
 from controls.effect import change
 from controls.lora import fused
 from models.evaluators import load_evaluators
-from models.families import Family, card, split
+from models.families import Family
 from train import slider
+from train.bench.figures import write_cells
 
 SCALES = np.array([-1.0, 0.0, 1.0])
 
@@ -41,11 +40,7 @@ def main(cfg: Config) -> None:
     rows = {"fast": fast, "published": published, "fast, same time": longer}
     for row in rows.values():
         row["effect"] = effects(cfg, row.pop("control"))
-    with replacing(Path(cfg.out) / "results.json") as new:
-        new.write_text(
-            json.dumps({"schema": 1, "config": asdict(cfg), "versions": versions(), "cells": rows}, indent=1)
-            + "\n"
-        )
+    write_cells(cfg, rows)
     show(rows)
 
 
@@ -70,36 +65,36 @@ def train(cfg: Config, recipe: str, steps: int) -> dict:
         "overwrite=true",
         "wandb=disabled",
     ]
+    trained = merge(slider.Config, cfg.config, words)
     hook, start = torch.nn.modules.module.register_module_forward_pre_hook(count), time.time()
     try:
-        path = slider.main(merge(slider.Config, cfg.config, words))
+        path = slider.main(trained)
     finally:
         hook.remove()
-    seconds, asked = time.time() - start, merge(slider.Config, cfg.config)
-    batch_size = asked.batch_size or card(split(asked.member)[0]).batch_size
-    return {"control": str(path), "steps": steps, "seconds": seconds, "nfe": counted / steps / batch_size}
+    seconds = time.time() - start
+    nfe = counted / steps / trained.batch_size  # by now the card's where it was 0
+    return {"control": str(path), "steps": steps, "seconds": seconds, "nfe": nfe}
 
 
 def effects(cfg: Config, path: str) -> dict:
     """The slope on the member it was trained on, with its interval, by each evaluator."""
     control = formats.load(path)
     family = Family(control.card.family)
-    member, words = (
-        family.member(control.card.member),
-        (control.card.recipe["positive"], control.card.recipe["negative"]),
-    )
+    member, recipe = family.member(control.card.member), control.card.recipe
     texts = [prompt for prompt in family.card.prompts for _ in range(cfg.seeds)]
     evaluators, images = load_evaluators(family.card), []
     for scale in SCALES:
         with fused(member.denoiser.net, control, float(scale), family.card.name):
             images.append(family.draw(member, texts, [5000 + k for k in range(len(texts))]))
-    found = {}
+    slopes = {}
     for name, evaluator in evaluators.items():
-        score = np.stack(
-            [evaluator.score(evaluator.features(one), *words).reshape(-1, cfg.seeds) for one in images], -1
-        )
-        found[name] = retention.estimate(change(score, 1), SCALES)["slope"]
-    return found
+        scores = [
+            evaluator.score(evaluator.features(drawn), recipe["positive"], recipe["negative"])
+            for drawn in images
+        ]
+        score = np.stack([values.reshape(-1, cfg.seeds) for values in scores], -1)
+        slopes[name] = retention.estimate(change(score, 1), SCALES)["slope"]
+    return slopes
 
 
 def show(rows: dict[str, dict]) -> None:

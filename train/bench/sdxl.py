@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from configs import ROOT, entry, replacing, versions
+from configs import ROOT, entry, versions
 from configs.screen import show_table
 from models.families import Family
 from models.offload import compiled
 from models.plans import hybrid
 from models.sampler import Member, Plan, alone, draw_noise, finish
-from train.bench.figures import STAND_IN
+from train.bench.figures import STAND_IN, write
 
 TEXT = "portrait of a person"
 WORDS = ROOT / "models/tiny/weights/base/tokenizer"  # any tokenizer does for random weights
@@ -48,8 +48,7 @@ def main(cfg: Config) -> Path:
         "config": asdict(cfg),
     }
     path = Path(cfg.out) / "results.json"
-    with replacing(path) as new:
-        new.write_text(json.dumps(results, indent=1) + "\n")
+    write(path, results)
     show(results)
     return path
 
@@ -62,7 +61,7 @@ def subject() -> Family:
     """SDXL at full size on a GPU; the embedded family where there is none."""
     if not torch.cuda.is_available():
         return Family("tiny")
-    return random_sdxl(json.loads((ROOT / "models/published.json").read_text())["sdxl"], "cuda")
+    return random_sdxl(published(), "cuda")
 
 
 def random_sdxl(configs: dict[str, dict], device: str, dtype: torch.dtype = torch.bfloat16) -> Family:
@@ -70,21 +69,35 @@ def random_sdxl(configs: dict[str, dict], device: str, dtype: torch.dtype = torc
 
     configs: those of unet, vae, text_encoder and text_encoder_2. Nothing is read from the Hub.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     family, words = Family("sdxl", device, dtype), CLIPTokenizer.from_pretrained(WORDS, model_max_length=77)
+    net = random_unet(configs["unet"], device, dtype)
     with torch.device(device):
-        net = UNet2DConditionModel.from_config(configs["unet"]).to(dtype, memory_format=torch.channels_last)
         vae = AutoencoderKL.from_config(configs["vae"])
         one = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])).to(dtype)
         two = CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"])).to(dtype)
-    for part in (net, vae, one, two):
+    for part in (vae, one, two):
         part.eval().requires_grad_(False)
     pipe = StableDiffusionXLPipeline(vae, one, two, words, words, None, DDIMScheduler(**BETAS))
     pipe.set_progress_bar_config(disable=True)
     family.use(pipe, {"base": net, "dmd2": net})
     return family
+
+
+def random_unet(config: dict, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A U-Net as a family holds it on a GPU, with random weights."""
+    from diffusers import UNet2DConditionModel  # here, for configs quietens diffusers before it is imported
+
+    with torch.device(device):
+        net = UNet2DConditionModel.from_config(config)
+    return net.to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def published() -> dict[str, dict]:
+    """The published configs of SDXL's parts."""
+    return json.loads((ROOT / "models/published.json").read_text())["sdxl"]
 
 
 def base_and_student(family: Family, steps: int = 0) -> tuple[Member, Member]:

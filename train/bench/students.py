@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from configs import ROOT, merge
+from configs import ROOT
 from train import tiny_parts, tiny_students
 from train.bench.sdxl import Row, Rows, now
-
-SMALL = {"faces": 80, "trajectories": 80}  # data for a few steps
 
 
 def rows(names: list[str], steps: int, batch_size: int | None, compile: bool) -> Rows:
@@ -27,17 +25,15 @@ def taught(name: str, steps: int, batch_size: int | None, compile: bool) -> Row:
     device, marks = "cuda" if torch.cuda.is_available() else "cpu", []
     with tempfile.TemporaryDirectory() as folder:  # with a copy of the base: no shipped student is replaced
         shutil.copytree(ROOT / tiny_parts.WEIGHTS / "base", Path(folder) / "weights/base")
-        cfg = merge(
-            tiny_parts.Config,
-            SMALL
-            | {
-                "steps": steps,
-                "batch_size": batch_size,
-                "compile": compile,
-                "device": device,
-                "work": f"{folder}/work",
-                "weights": f"{folder}/weights",
-            },
+        cfg = tiny_parts.Config(
+            steps,
+            batch_size,
+            compile=compile,
+            device=device,
+            work=f"{folder}/work",
+            weights=f"{folder}/weights",
+            faces=80,
+            trajectories=80,  # data for a few steps
         )
         start, hook = now(), register_optimizer_step_post_hook(lambda *_: marks.append(now()))
         try:
