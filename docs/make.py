@@ -119,7 +119,7 @@ def pages() -> dict[Path, str]:
     written = {
         README: {"table": short_table},
         DOCS / "results.md": {"transfer": transfer_table, "trace": trace_table, "plans": plan_table},
-        DOCS / "families.md": {"sizes": sizes, "gpu": figures.docs, "members": members},
+        DOCS / "families.md": {"sizes": sizes, "full": full_size, "gpu": figures.docs, "members": members},
         DOCS / "commands.md": {"commands": commands},
     }
     texts = {}
@@ -173,6 +173,18 @@ def sizes() -> str:
         for family in family_cards()
     ]
     return markdown(heads, rows)
+
+
+def full_size() -> str:
+    """What commands took at SDXL's full size beside what their plans said."""
+    rows = []
+    for part, its in record("full-size").items():
+        forecast, outside = its["forecast_gb"], its["outside"]
+        off = "" if forecast is None else f"{forecast:.1f} ({100 * (forecast / its['gb'] - 1):+.0f} %)"
+        rows.append(
+            [part, its["device"], f"{its['gb']:.1f}", off, "" if outside is None else f"{outside:.1f} %"]
+        )
+    return markdown(["part", "on", "GB at the fullest", "GB forecast", "outside the networks"], rows)
 
 
 def members() -> str:
