@@ -63,7 +63,7 @@ READING = {  # what one evaluator says of a cell of a transfer
     "effect": Filled(POINT),
     "slope": INTERVAL,
     "retention": INTERVAL,
-    "negative": Null({"retention": INTERVAL, "differs": bool}),
+    "below_zero": Null({"retention": INTERVAL, "differs": bool}),
     "slope_retention": INTERVAL,
     "of_words": INTERVAL,
     "p": {"reversed": P, "dead": P, "equivalence": P, "difference": P},

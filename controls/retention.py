@@ -9,7 +9,7 @@ import numpy as np
 from scipy.interpolate import make_interp_spline
 from scipy.special import stdtrit
 
-from controls.intervals import LEVEL, UNDEFINED, below, centre, difference, equivalence, mean, units
+from controls.intervals import LEVEL, UNDEFINED, below, centre, difference, equivalence, mean, ratio, units
 
 DEAD = 0.2  # a retention below is as good as none
 WEAK = 0.1  # of what the words themselves achieve: a control that does less on its own source has no effect
@@ -64,6 +64,18 @@ def tests(source: np.ndarray, target: np.ndarray) -> dict[str, float]:
         "equivalence": equivalence(target, source),
         "difference": difference(target, source),
     }
+
+
+def slope_retention(
+    source: np.ndarray, target: np.ndarray, scales: np.ndarray, inside: np.ndarray | None = None
+) -> dict:
+    """How much of the source's slope is left on the target: the small-signal number beside the headline's.
+
+    source, target: (P, S, K), same prompts, seeds and scales; `inside` is the source's `window` unless given.
+    All None where the interval of the source's slope contains 0.
+    """
+    below, above = slopes(source, target, scales, inside)
+    return ratio(above, below)
 
 
 def slopes(

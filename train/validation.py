@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from configs import UserError
-from controls import retention
+from controls import intervals
 from controls.effect import change
 from controls.lora import Control, fused, strength
 from controls.show import sheet
@@ -17,7 +17,6 @@ from models.families import Family, FamilyCard, split
 from models.prompts import Prompts
 from models.sampler import Member
 
-SCALES = np.array([0.0, 1.0])  # at which others are watched
 SEEDS = 2  # images per prompt
 
 
@@ -94,7 +93,7 @@ class Watch:
                 else fused(member.denoiser.net, control, 1.0, self.family.card.name)
             ):
                 at_member = self.effect(self.plain[member.name], self.score(member))
-            retained = retention.retention(at_source, at_member, SCALES)
+            retained = intervals.ratio(*(intervals.units(at[..., -1]) for at in (at_member, at_source)))
             values[f"effect/{member.name}"] = float(at_member[..., -1].mean())
             values |= {f"retention/{member.name}/{end}": value for end, value in retained.items()}
         return values

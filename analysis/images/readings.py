@@ -132,8 +132,8 @@ class Measurement:
             "window": inside.tolist(),
             **retention.estimate(there, scales, inside),
             "retention": share,
-            "negative": self.negative(evaluator_name, subject, target),
-            "slope_retention": intervals.ratio(above, below),
+            "below_zero": self.below_zero(evaluator_name, subject, target),
+            "slope_retention": retention.slope_retention(source, there, scales, inside),
             "p": {claim: {"p": value} for claim, value in p.items()},
             "of_words": self.of_words(evaluator_name, subject, target, there[..., column]),
             "matched_scale": matched,
@@ -146,7 +146,7 @@ class Measurement:
             "references": self.compared(evaluator_name, subject, target, below, above),
         }
 
-    def negative(self, evaluator_name: str, subject: Subject, target: str) -> dict | None:
+    def below_zero(self, evaluator_name: str, subject: Subject, target: str) -> dict | None:
         """The retention on the other side of 0, and whether it differs from that on this side, by the prompts
         that have both; None for a control that is not dialled below 0.
         """

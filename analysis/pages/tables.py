@@ -10,7 +10,7 @@ from configs import replacing
 # columns of the table of cells, in threes: value, low, high; and where they stand in a reading
 INTERVALS = {
     "retention": "retention",
-    "negative side": "negative.retention",
+    "retention below 0": "below_zero.retention",
     "slope retention": "slope_retention",
     "slope": "slope",
     "share of words": "of_words",
@@ -22,7 +22,7 @@ INTERVALS = {
     "normalised": "references.normalised",
 }
 NUMBERS = {
-    "sides differ": "negative.differs",
+    "signs differ": "below_zero.differs",
     "most reached": "matched_scale.reach.share",
     "p of equivalence": "p.equivalence.p_holm",
     "p of a difference": "p.difference.p_holm",

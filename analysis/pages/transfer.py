@@ -160,7 +160,7 @@ def reading_numbers(cell: dict, reading: dict) -> dict[str, str]:
         "slope": ranged(reading["slope"], 3),
         "retention": ranged(reading["retention"]),
         "verdict": role,
-        "negative side": negative(reading["negative"]),
+        "retention below 0": below_zero(reading["below_zero"]),
         "slope retention": ranged(reading["slope_retention"]),
         "share of words": ranged(reading["of_words"]),
         **{f"p {claim}": small(tested["p_holm"]) for claim, tested in reading["p"].items()},
@@ -181,7 +181,7 @@ def reading_numbers(cell: dict, reading: dict) -> dict[str, str]:
     }
 
 
-def negative(side: dict | None) -> str:
+def below_zero(side: dict | None) -> str:
     """The retention below 0, marked where it differs from that above."""
     if side is None:
         return words.DASH

@@ -181,7 +181,7 @@ def headline(cell: dict) -> str:
 
 def finding(cell: dict) -> str:
     """What was found: "kept on dmd at 0.93 [0.88, 0.98]"; with the other side of 0 where that differs."""
-    other = cell["negative"]
+    other = cell["below_zero"]
     beside = f", below 0 {ranged(other['retention'])}" if other and other["differs"] else ""
     return f"{cell['verdict']} on {where(cell)} at {ranged(cell['retention'])}{beside}"
 

@@ -55,7 +55,7 @@ def cell(results: dict, student: str, plan: str) -> dict:
 
 
 def test_record(run, results):
-    assert results["schema"] == 2
+    assert results["schema"] == 3
     found = {(c["student"], c["plan"]) for c in results["cells"]}
     assert found == {("base", "base"), ("base", "base(4)"), ("dmd", "student"), ("dmd", "hybrid(1)")}
     for c in results["cells"]:

@@ -104,7 +104,7 @@ def test_undefined_and_unreached_numbers_are_dashes(made, folder):
     found = copy.deepcopy(made)
     empty = {"value": None, "low": None, "high": None}
     (folder / found["cells"][1]["picture"]).unlink()
-    found["cells"][1] |= {"clip_change_percent": None}
+    found["cells"][1] |= {"clip_change_percent": empty}
     unread = {"preservation_matched": None, "spread": None, "verdict": "undefined"}
     found["cells"][1]["readings"]["clip"] |= {
         "retention": empty,
@@ -142,6 +142,7 @@ def headline(verdict: str, **matched) -> str:
         "verdict": verdict,
         "scales": SCALES,
         "readings": {"clip": {"verdict": verdict}},
+        "below_zero": None,
         "retention": {"value": 0.93, "low": 0.88, "high": 0.98},
         "matched_scale": {"value": None, "low": None, "high": None, **matched},
     }
@@ -176,7 +177,10 @@ def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(made, cell
     assert words.members_of(cells) == [
         f"tiny/{t}" for t in ("base", "dmd", "lcm", "lightning", "base:few(4)")
     ]
-    assert words.tally(cells) == "Of 9 pairs of a control and another model: 3 kept, 3 weaker, 3 stronger."
+    assert (
+        words.tally(cells)
+        == "Of 9 pairs of a control and another model: 2 kept, 3 weaker, 3 stronger, 1 unclear."
+    )
     page = transfer.render({**made, "cells": cells}, folder)
     table = page[page.index('<table class="heat">') :].partition("</table>")[0]
     apart = re.findall(r'<td class="apart".*?</td>', table, re.S)
@@ -187,7 +191,7 @@ def test_what_is_for_comparison_only_stands_apart_and_gets_no_verdict(made, cell
 
 
 def test_bad_folders_are_one_line(tmp_path):
-    for text in (None, "{", "[]", '{"schema": 1, "cells": [1]}', '{"schema": 2, "cells": []}'):
+    for text in (None, "{", "[]", '{"schema": 1, "cells": [1]}', '{"schema": 3, "cells": []}'):
         if text is not None:
             (tmp_path / "results.json").write_text(text)
         with pytest.raises(configs.UserError, match=r"^[^\n]+$"):

@@ -16,6 +16,7 @@ from support import synthetic
 
 from analysis import dashboard, model_cards, report, results, wandb_log
 from analysis.images import readings
+from analysis.pages import tables
 from configs import UserError
 from configs.options import merge
 
@@ -39,7 +40,7 @@ def example(shape, text: str = "word"):
 
 def record(command: str, text: str = "word") -> dict:
     """A record of a command in which each part fits the others."""
-    found = {**example(results.SHAPES[command], text), "schema": 2, "recipe": command}
+    found = {**example(results.SHAPES[command], text), "schema": 3, "recipe": command}
     if command == "analysis.transfer":
         for cell, target in zip(found["cells"], (text, f"{text}/other"), strict=True):
             cell |= {
@@ -114,10 +115,10 @@ def test_the_report_draws_any_run_folder_and_nothing_in_it_is_more_than_text(
 
 BROKEN = {  # what is done to a record, and what the line says of it
     "analysis.transfer": [
-        (lambda r: r.pop("cells"), "no cells of schema 2"),
+        (lambda r: r.pop("cells"), "no cells of schema 3"),
         (lambda r: r["cells"][0].update(readings={}), "readings must be keys and values, at least one"),
-        (lambda r: r.update(cells=[]), "no cells of schema 2"),
-        (lambda r: r.update(schema=1), "no cells of schema 2"),
+        (lambda r: r.update(cells=[]), "no cells of schema 3"),
+        (lambda r: r.update(schema=1), "no cells of schema 3"),
         (lambda r: r.update(recipe="analysis.magic"), "made by 'analysis.magic'"),
         (lambda r: r["cells"].append(3), r"cells\[2\] must be keys and values; got 3"),
         (
@@ -337,7 +338,7 @@ def test_model_cards_hold_names_as_text(tmp_path, evil):
 
 
 def test_names_of_any_kind_get_tables_heat_maps_and_panels(evil):
-    columns, rows = wandb_log.cell_table(evil["cells"])
+    columns, rows = tables.of_cells(evil["cells"])
     assert (
         all(len(row) == len(columns) for row in rows)
         and wandb_log.heat_map(evil["cells"], "clip").width > 100

@@ -50,14 +50,14 @@ def run(tmp_path_factory):
         for c, t, v in kept
     ]
     (out / "transfer").mkdir()
-    (out / "transfer/results.json").write_text(json.dumps({"schema": 2, "cells": retained}))
+    (out / "transfer/results.json").write_text(json.dumps({"schema": 3, "cells": retained}))
     similarity.main(merge(similarity.Config, [*SMALL, CONTROLS, f"out={out}", f"transfer={out}/transfer"]))
     return out / "default"
 
 
 def cells(folder) -> list[dict]:
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == 2 and results["command"]
+    assert results["schema"] == 3 and results["command"]
     return results["cells"]
 
 

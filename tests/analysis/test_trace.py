@@ -50,7 +50,7 @@ def results(run):
 
 
 def test_record(run, results):
-    assert results["schema"] == 2
+    assert results["schema"] == 3
     assert [(c["student"], c["plan"]) for c in results["cells"]] == [
         ("base", "base"),
         ("dmd", "student"),

@@ -1,5 +1,6 @@
 """The main job, small, on the embedded family: its record, its continuation, its mistakes."""
 
+import csv
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,19 +18,23 @@ from support.commands import configured, launched, refused
 
 from analysis import transfer
 from analysis.images import cache
-from analysis.images.readings import floor_of, judge
+from analysis.images.design import cycled, looks_of
+from analysis.images.readings import by_text, judge
 from analysis.pages.words import led
-from analysis.session import Session
+from analysis.session import Session, balanced
 from configs import ROOT, UserError, merge
 from controls import formats
 from controls.lora import content
 from models import families
 from models.evaluators import Picture
+from models.promptsets import PromptSet
 
 SMALL = [
     "controls=[controls/tiny/smile-dmd.safetensors]",
     "targets=[dmd,lightning]",
     "seeds=2",
+    "max_prompts=2",
+    "rounds=1",
     "scales=[-1,0,1]",
     "wandb=disabled",
     "prompts=[portrait of a person,'portrait of a person, hat']",
@@ -50,11 +56,16 @@ CELL = {
     "seeds",
     "verdict",
     "references",
-    "equivalence",
-    "difference",
+    "p",
+    "below_zero",
+    "slope_retention",
+    "of_words",
+    "at",
+    "looks",
     "shape",
 }
-SETS = 3 * 3 + 3 + 2  # three targets at three scales, their floors, and second drawings of two
+# three targets at three scales, their floors, second drawings of two, and what the words do on these
+SETS = 3 * 3 + 3 + 2 + 2
 
 
 def measure(out, *words, cache=None) -> dict:
@@ -81,10 +92,10 @@ def run(tmp_path_factory):
 
 def test_record_and_page(run):
     out, results = run
-    assert results["schema"] == 2 and results["cost"]["drawn"] == 4 * SETS and results["cost"]["cached"] == 0
+    assert results["schema"] == 3 and results["cost"]["drawn"] == 4 * SETS and results["cost"]["cached"] == 0
     assert [cell["target"] for cell in results["cells"]] == ["tiny/dmd", "tiny/lightning", "tiny/base:few(4)"]
     for cell in results["cells"]:
-        assert cell.keys() >= CELL and len(cell["effect"]) == 3 and cell["images"] == 12
+        assert cell.keys() >= CELL and len(cell["effect"]) == 3 and cell["images"] == 4
         assert cell["effect"][1] == {"value": 0, "low": 0, "high": 0}
         assert (out / "default" / cell["picture"]).is_file() and list(cell["readings"]) == ["clip", "probe"]
     own = results["cells"][0]
@@ -104,7 +115,7 @@ def test_references(run):
 def test_a_ceiling_a_wrong_control_and_leakage(tmp_path, run):
     more = [f"controls/tiny/{name}.safetensors" for name in ("smile-dmd", "smile-lightning", "age")]
     results = measure(tmp_path, f"controls=[{','.join(more)}]", "targets=[lightning]", cache=run[0])
-    assert results["cost"]["cached"] == 4 * 12, "what smile-dmd needs was drawn before"
+    assert results["cost"]["cached"] == 4 * 14, "what smile-dmd needs was drawn before"
     smile, ceiling, age = (cell for cell in results["cells"] if cell["target"] == "tiny/lightning")
     assert (
         smile["references"]["ceiling"]["control"] == "smile-lightning"
@@ -189,9 +200,9 @@ def test_damaged_drawings_are_made_again_and_said(run, tmp_path, capsys):
     """A flipped bit, an emptied file and two files in each other's place change no number."""
     shutil.copytree(run[0] / "cache", tmp_path / "cache")
     cfg = merge(transfer.Config, [*SMALL, f"cache={tmp_path}/cache"])
-    drawings, subjects, targets = transfer.prepare(Session("analysis.transfer", cfg, ()))
-    jobs = transfer.jobs_of(cfg, subjects, targets)
-    flipped, emptied, *rest = sorted({path for job in jobs for path in drawings.files(job)})
+    every = transfer.prepare(Session("analysis.transfer", cfg, ())).all
+    files = {path for drawings, jobs in every for job in jobs for path in drawings.files(job)}
+    flipped, emptied, *rest = sorted(files)
     content = bytearray(flipped.read_bytes())
     content[-5] ^= 8
     flipped.write_bytes(content)
@@ -224,14 +235,13 @@ def test_a_control_called_as_the_floor_of_another_is_not_it(tmp_path):
         "targets=[dmd]",
         f"cache={tmp_path}/cache",
     ]
-    drawings, (smile, named), targets = transfer.prepare(
-        Session("analysis.transfer", merge(transfer.Config, words), ())
-    )
+    design = transfer.prepare(Session("analysis.transfer", merge(transfer.Config, words), ()))
+    drawings, (smile, named) = design.parts[0], design.subjects
     assert content(drawings.controls["random-smile", False]) == content(other)
     assert (
-        drawings.key(floor_of("dmd", smile))
+        drawings.key(smile.floor("dmd"))
         != drawings.key(cache.Job("dmd", named.name, 1.0))
-        != drawings.key(floor_of("dmd", named))
+        != drawings.key(named.floor("dmd"))
     )
 
 
@@ -311,7 +321,10 @@ def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_directio
         and told["cells"][0]["effect"][0]["value"] < 0 < told["cells"][0]["effect"][2]["value"]
     )
     alone = measure(tmp_path / "b", *words, cache=run[0])
-    assert alone["cells"][0]["effect"][2]["value"] > 0 and alone["cells"][0]["clip_change_percent"] is None
+    assert (
+        alone["cells"][0]["effect"][2]["value"] > 0
+        and alone["cells"][0]["clip_change_percent"]["value"] is None
+    )
     subject = measure(tmp_path / "c", *words, ends[0], cache=run[0])
     assert subject["cells"][0]["effect"][2]["value"] > 0
 
@@ -345,30 +358,96 @@ def test_the_plan_says_what_it_costs_and_draws_nothing(tmp_path, capsys):
         merge(transfer.Config, [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache", "dry_run=true"])
     )
     said = capsys.readouterr().out
-    assert f"to draw: {4 * SETS} images, {16 * SETS} network evaluations" in said
+    assert f"to draw: at most {4 * SETS} images, {16 * SETS} network evaluations" in said
     assert "minutes" in said and "2 prompts x 2 seeds: sees a retention that differs from 1 by" in said
+    assert "corrected for 1 cells and 1 looks" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_verdicts_are_corrected_over_the_cells_that_ask():
-    def reading(p):
-        retention = {"value": 1.0, "low": 0.9, "high": 1.1}
-        return {
-            "readings": {"clip": {"retention": retention, "equivalence": {"p": p}, "difference": {"p": 1.0}}}
-        }
+def reading(p: float, of_words: float | None = 0.5) -> dict:
+    """A retention of 1, equivalent with this p."""
+    claims = {"reversed": 1.0, "dead": 1.0, "equivalence": p, "difference": 1.0}
+    return {
+        "retention": {"value": 1.0, "low": 0.9, "high": 1.1},
+        "p": {claim: {"p": value} for claim, value in claims.items()},
+        "of_words": {"value": of_words, "low": None, "high": None},
+    }
 
-    cell = {"source": "a", "target": "b", "reference": False}
-    cells = [
-        {**cell, **reading(0.02)},
-        {**cell, **reading(0.04)},
-        {**cell, **reading(0.0), "target": "a"},
-        {**cell, **reading(0.03), "reference": True},
-    ]
-    judge(cells)
-    assert [led(c)["equivalence"]["p_holm"] for c in cells] == [0.04, 0.04, 0.0, 0.03]
-    assert [led(c)["verdict"] for c in cells] == ["kept", "kept", "kept", "kept"]
-    judge(cells := [{**cell, **reading(0.03)}, {**cell, **reading(0.04)}])
-    assert [led(c)["verdict"] for c in cells] == ["unclear", "unclear"]
+
+def judged(*cells: dict) -> list[dict]:
+    """Cells {"p": …} of one control, with the verdicts of the first evaluator."""
+    made = []
+    for cell in cells:
+        about = {"control": "one", "source": "a", "target": "b", "reference": False}
+        told = reading(cell.pop("p"), cell.pop("of_words", 0.5))
+        made.append({**about, **cell, "readings": {"clip": told}})
+    judge(made)
+    return list(map(led, made))
+
+
+def test_verdicts_are_corrected_over_the_cells_that_ask():
+    cells = judged({"p": 0.02}, {"p": 0.04}, {"p": 0.0, "target": "a"}, {"p": 0.03, "reference": True})
+    assert [cell["p"]["equivalence"]["p_holm"] for cell in cells] == [0.04, 0.04, 0.0, 0.03]
+    assert {cell["verdict"] for cell in cells} == {"kept"}
+    assert [cell["verdict"] for cell in judged({"p": 0.03}, {"p": 0.04})] == ["unclear", "unclear"]
+
+
+def test_a_control_that_does_next_to_nothing_on_its_source_has_no_verdict():
+    own = {"p": 0.0, "target": "a"}
+    assert [c["verdict"] for c in judged({"p": 0.0}, {**own, "of_words": 0.05})] == ["undefined"] * 2
+    assert [c["verdict"] for c in judged({"p": 0.0}, {**own, "of_words": None})] == ["kept"] * 2
+    other = {"p": 0.0, "control": "two"}
+    assert [c["verdict"] for c in judged(other, {**own, "of_words": 0.05})] == ["kept", "undefined"]
+
+
+def test_prompts_double_from_look_to_look():
+    looks, ends = looks_of(4, 96, 12)
+    assert (looks.prompts, looks.parts, ends) == ((12, 24, 48, 96), (1, 2, 3, 4), [12, 24, 48, 96])
+    assert looks.shares == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    looks, ends = looks_of(1, 96, 12)
+    assert (looks.prompts, looks.parts, looks.shares, ends) == ((96,), (2,), (1.0,), [12, 96])
+    looks, ends = looks_of(4, 3, 12)
+    assert looks.prompts == (1, 3) and ends == [1, 3] and sum(looks.shares) == pytest.approx(1)
+
+
+def test_prompts_come_again_with_other_seeds_and_count_once():
+    texts, numbers = cycled(PromptSet(["a", "b"]), 5, 2, 100)
+    assert texts == ["a", "b", "a", "b", "a"] and numbers == list(range(100, 110))
+    _, numbers = cycled(PromptSet(["a", "b"], [7, 30]), 4, 2, 100)
+    assert numbers == [7, 8, 30, 31, 9, 10, 32, 33]
+    assert by_text(np.array([1.0, 2.0, 3.0, 4.0, 8.0]), texts).tolist() == [4.0, 3.0]
+    assert by_text(np.array([1.0, 2.0]), ["a", "b"]).tolist() == [1.0, 2.0]
+
+
+def test_rounds_go_on_where_nothing_is_decided(tmp_path, run):
+    """The source and the undecided target alone; the same in one go or interrupted; the time is kept."""
+    words = ["rounds=2", "max_prompts=4", "prompts=[]", "references=false", "targets=[dmd,lcm,lightning]"]
+    whole = measure(tmp_path / "whole", *words)
+    own, lcm, lightning = whole["cells"]
+    assert own["looks"] == 0 and own["prompts"] == 2
+    for cell in (lcm, lightning):
+        assert cell["prompts"] == {1: 2, 2: 4}[cell["looks"]] and cell["images"] == 2 * cell["prompts"]
+        assert (cell["looks"] == 2) == (cell["verdict"] in ("unclear", "undefined")) or cell["looks"] == 2
+    short = measure(tmp_path / "short", *words, "minutes=0.0001")
+    assert {cell["looks"] for cell in short["cells"]} == {0, 1}
+    again = measure(tmp_path / "again", *words, cache=tmp_path / "whole")
+    assert again["cells"] == whole["cells"] and again["cost"]["drawn"] == 0
+
+
+def test_shares_are_of_the_same_cost():
+    jobs = [("base", 20.0)] * 5 + [("student", 4.0)] * 25
+    parts = balanced(jobs, lambda job: job[1], 2)
+    costs = [sum(cost for _, cost in part) for part in parts]
+    assert sorted(parts[0] + parts[1]) == sorted(jobs) and sum(costs) >= 0.9 * 2 * max(costs)
+
+
+def test_the_table_is_read_by_csv_and_latex(run):
+    rows = list(csv.DictReader((run[0] / "default/table.csv").open(encoding="utf-8")))
+    assert len(rows) == 3 * 2 and rows[2]["target"] == "tiny/lightning" and rows[2]["evaluator"] == "clip"
+    slope = run[1]["cells"][1]["slope"]
+    assert [float(rows[2][f"slope{end}"]) for end in ("", " low", " high")] == list(slope.values())
+    tex = (run[0] / "default/table.tex").read_text()
+    assert tex.count("&") == 2 * 2 and "smile-dmd" in tex and tex.startswith(r"\begin{tabular}{llr}")
 
 
 class Trap:
@@ -397,6 +476,11 @@ def bad_controls(folder):
         (["targets=['dmd:hybrid(9)']"], "0 … 4"),
         (["targets=['dmd:mixed(1)']"], "hybrid"),
         (["below=0"], "noise level"),
+        (["at=0"], "at is the scale"),
+        (["precision=-1"], "precision"),
+        (["rounds=0"], "rounds"),
+        (["max_prompts=0"], "max_prompts"),
+        (["minutes=-1"], "minutes"),
         (["batch_size=-1"], "batch_size must be"),
         (["negative=a frown", "controls=[controls/tiny/space-1.safetensors]"], "positive"),
         (["scales=[1,2]"], "0"),

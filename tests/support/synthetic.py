@@ -15,7 +15,7 @@ from configs import ROOT
 from controls import effect, intervals, retention
 
 SCALES = [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]
-ZERO = 2
+ZERO, AT = 2, 4  # where 0 and 1 stand among them
 TARGETS = {
     "base": 1.0,
     "dmd": 0.93,
@@ -67,9 +67,10 @@ def simulated(strength: float, seed: int) -> np.ndarray:
 def reading(source: np.ndarray, target: np.ndarray, on_source: bool) -> dict:
     """What one evaluator reads of a cell, with the keys that analysis.transfer writes."""
     inside = retention.window(source, SCALES)
-    below, above = retention.slopes(source, target, SCALES)
-    kept = intervals.ratio(above, below)
-    p_equal, p_differs = intervals.equivalence(above, below), intervals.difference(above, below)
+    below, above = (intervals.units(effect[..., AT]) for effect in (source, target))
+    under, beyond = (intervals.units(effect[..., 1]) for effect in (source, target))  # at scale -1
+    kept, p = intervals.ratio(above, below), retention.tests(below, above)
+    p_holm = {claim: min(1.0, 3 * value) for claim, value in p.items()}
 
     def share(factor):
         return intervals.ratio(factor * below + 0.002 * np.sin(np.arange(len(below))), below)
@@ -81,8 +82,13 @@ def reading(source: np.ndarray, target: np.ndarray, on_source: bool) -> dict:
         "window": inside.tolist(),
         **retention.estimate(target, SCALES, inside),
         "retention": kept,
-        "equivalence": {"p": p_equal, "p_holm": min(1.0, 3 * p_equal)},
-        "difference": {"p": p_differs, "p_holm": min(1.0, 3 * p_differs)},
+        "below_zero": {
+            "retention": intervals.ratio(beyond, under),
+            "differs": retention.differ((below, above), (under, beyond)),
+        },
+        "slope_retention": retention.slope_retention(source, target, SCALES),
+        "of_words": {"value": 0.6, "low": 0.5, "high": 0.7},
+        "p": {claim: {"p": p[claim], "p_holm": p_holm[claim]} for claim in p},
         "matched_scale": retention.matched_scale(source, target, SCALES),
         "shape": retention.shape(target, SCALES),
         "monotonicity": retention.monotonicity(target, SCALES),
@@ -100,8 +106,8 @@ def reading(source: np.ndarray, target: np.ndarray, on_source: bool) -> dict:
             "rerun": {"effect": {"value": 0.0, "low": 0.0, "high": 0.0}},
             "normalised": None if on_source else share(0.91),
         },
-        "spread": retention.spread(source, target, SCALES),
-        "verdict": retention.verdict(kept, p_equal, p_differs),
+        "spread": retention.spread(source[..., AT], target[..., AT]),
+        "verdict": retention.verdict(kept, p_holm),
     }
 
 
@@ -124,7 +130,9 @@ def cell(control: str, target: str) -> dict:
         "reference": target == "base:few(4)",
         "scales": SCALES,
         "readings": readings,
-        "clip_change_percent": 17.8,
+        "clip_change_percent": {"value": 17.8, "low": 12.1, "high": 23.5},
+        "at": 1.0,
+        "looks": 1,
         "images": 288,
         "prompts": 12,
         "seeds": 4,
@@ -161,7 +169,7 @@ def results(controls: Iterable[str] = CONTROLS) -> dict:
     """The record of these controls, as analysis.transfer writes it."""
     controls = list(controls)
     return {
-        "schema": 2,
+        "schema": 3,
         "recipe": "analysis.transfer",
         "command": "python -m analysis.transfer",
         "versions": {"torch": "2.13"},
@@ -174,6 +182,7 @@ def results(controls: Iterable[str] = CONTROLS) -> dict:
         },
         "evaluators": list(UNIT),
         "margin": [0.8, 1.25],
+        "prompts": [12],
         "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
         "cells": [cell(control, target) for control in controls for target in TARGETS],
         "leakage": leakage(controls),
