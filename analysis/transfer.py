@@ -21,7 +21,8 @@ from analysis import model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.design import Design, Subject, Words, cycled, looks_of
 from analysis.images.readings import Measurement
-from analysis.pages import rows, tables, words
+from analysis.pages import figures, rows, tables, words
+from analysis.pages import transfer as pages
 from analysis.session import Drawing, Session
 from configs import UserError, entry, list_of, releases
 from controls import formats, intervals, retention
@@ -206,6 +207,7 @@ def publish(session: Session, record: dict) -> Path:
     files = dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
     model_cards.write(record, session.folder)
     tables.write(record, session.folder)
+    figures.write(pages.charts_of(record), session.folder / "figures")
     print(f"{rows.LEGEND}\n{cost['drawn']} images drawn, {cost['cached']} known")
     says = words.tally(list(map(words.led, record["cells"])))
     page = session.publish(record, says, partial(wandb_log.track, controls=files), "+".join(files))

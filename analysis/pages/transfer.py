@@ -84,6 +84,17 @@ def facts(results: dict) -> dict[str, str]:
     }
 
 
+def charts_of(results: dict) -> dict[str, Markup | str]:
+    """The charts of the page by a name, for files of their own."""
+    cells, charts_by_name = list(map(words.led, results["cells"])), {}
+    for (control, _), group in words.groups(cells).items():
+        for evaluator in words.evaluators_of(group):
+            chart = dose_response(group, evaluator, words.members_of(cells))
+            charts_by_name[f"{control}-curves-{evaluator}"] = chart
+        charts_by_name[f"{control}-retention"] = retentions(group, results["margin"])
+    return charts_by_name
+
+
 def dose_response(group: list[dict], evaluator: str, members: list[str]) -> Markup | str:
     """The effect of one control over its scales, a curve per target; shaded where its slopes are taken."""
     cells = [c for c in group if evaluator in c["readings"]]
