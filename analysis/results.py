@@ -108,6 +108,9 @@ TRANSFER = {
             "clip_change_percent": NUMBER,
         }
     ),
+    "agreement": [
+        {"first": str, "second": str, "cells": int, "controls": int, "same": NUMBER, "kappa": INTERVAL}
+    ],
     "leakage": [{"evaluator": str, "target": str, "control": str, "attribute": str, "share": INTERVAL}],
 }
 STEPS = Filled({"t": float, "share": float})

@@ -17,6 +17,7 @@ import torch
 from analysis import model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.readings import Measurement, Subject, Words, floor_of, is_reference
+from analysis.measures import agreement
 from analysis.pages import words
 from analysis.session import Drawing, Session
 from configs import UserError, entry, list_of, releases
@@ -105,6 +106,7 @@ def main(cfg: Config) -> Path:
     drawings.remember_words()
     pictures(drawings, subjects, targets, cells, session.folder)
     about = {"evaluators": list(drawings.evaluators), "margin": list(intervals.MARGIN), "cost": cost}
+    about["agreement"] = agreement_of(cells)
     return publish(session, session.record(**about, cells=cells, leakage=leakage))
 
 
@@ -114,12 +116,20 @@ def publish(session: Session, results: dict) -> Path:
     files = dict(zip(formats.names(cfg.controls), map(formats.located, cfg.controls), strict=True))
     model_cards.write(results, session.folder)
     show(cells)
+    print(words.agreement(results["agreement"]))
     print(f"{cost['drawn']} images drawn, {cost['cached']} known")
     says = words.tally(list(map(words.led, cells)))
     page = session.publish(results, says, partial(wandb_log.track, controls=files), "+".join(files))
     for path in files.values() if cfg.write_card else ():
         model_cards.into_header(results, path)  # last, so that W&B's input is the file that training logged
     return page
+
+
+def agreement_of(cells: list[dict]) -> list[dict]:
+    """How far evaluators agree in the verdicts of the cells that ask about transfer, pair by pair."""
+    judged = [cell for cell in cells if words.is_verdict(cell)]
+    verdicts = {name: [c["readings"][name]["verdict"] for c in judged] for name in cells[0]["readings"]}
+    return agreement.pairs(verdicts, [cell["control"] for cell in judged])
 
 
 def plan(

@@ -18,6 +18,7 @@ from models.hashing import content
 from models.loading import available, file_of, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
+from models.tiny.geometry import Geometry
 from models.tokens import alike, cuts
 
 SAME = 1e-6  # between embeddings of unit length: rounding
@@ -327,6 +328,7 @@ EVALUATORS = {
     "clip": Clip,
     "siglip": Siglip,
     "probe": Attributes,
+    "geometry": Geometry,
     "dino": Dino,
     "dreamsim": DreamSim,
     "inception": Inception,
@@ -337,7 +339,8 @@ UNIT = (
     "dino",
     "dreamsim",
 )  # whose features are of unit length: their distance is 1 - cosine
-READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
+# those that can say how much a picture is what words describe
+READERS = ("clip", "siglip", "probe", "geometry")
 
 
 PACKAGED = {

@@ -53,7 +53,8 @@ def main(cfg: Config) -> Path | None:
         return dry_run.show(cfg, partial(cost, cfg))
     images, captions = pictures(cfg, card(split(cfg.member)[0]).size_px)
     captions += [f"{cfg.token} {caption}".strip() for caption in captions]
-    run = Run(cfg, "lora", captions, [cfg.negative] if cfg.prior else [], [cfg.prompt])
+    class_texts = [[cfg.negative]] if cfg.prior else []
+    run = Run(cfg, "lora", captions, *class_texts, [cfg.prompt])
     latents = run.family.to_latents(images)
     prompts = run.family.encode(captions).conditional()
     memory = Memory(cfg, run) if cfg.prior else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis import transfer
 from configs import ROOT
 from controls import effect, intervals, retention
 
@@ -160,6 +161,7 @@ def leakage(names: list[str]) -> list[dict]:
 def results(controls: Iterable[str] = CONTROLS) -> dict:
     """The record of these controls, as analysis.transfer writes it."""
     controls = list(controls)
+    cells = [cell(control, target) for control in controls for target in TARGETS]
     return {
         "schema": 2,
         "recipe": "analysis.transfer",
@@ -175,7 +177,8 @@ def results(controls: Iterable[str] = CONTROLS) -> dict:
         "evaluators": list(UNIT),
         "margin": [0.8, 1.25],
         "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
-        "cells": [cell(control, target) for control in controls for target in TARGETS],
+        "cells": cells,
+        "agreement": transfer.agreement_of(cells),
         "leakage": leakage(controls),
     }
 
