@@ -13,16 +13,22 @@ def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
     """Agreement of two judges' verdicts on the same cells beyond chance: 1 always, 0 as by chance.
 
     κ = (observed - expected) / (1 - expected), expected from how often each says each word (Cohen 1960). None
-    without cells, and where both say one and the same word throughout, for then chance agrees as well.
+    where one of them says a single word throughout, or nothing: it tells no cells apart, and κ would be 0
+    whatever the other says.
     """
     count, one, two = len(first), Counter(first), Counter(second)
+    if min(len(one), len(two)) < 2:
+        return None
     observed = sum(a == b for a, b in zip(first, second, strict=True)) * count
-    expected = sum(one[word] * two[word] for word in one)  # both times count², so that 1 is exactly 1
-    return None if expected == count**2 else (observed - expected) / (count**2 - expected)
+    expected = sum(one[word] * two[word] for word in one)  # both times count²
+    return (observed - expected) / (count**2 - expected)
 
 
 def interval(first: Sequence[str], second: Sequence[str], controls: Sequence[str]) -> dict:
-    """κ with a jackknife over controls, whose cells are alike; no ends where κ without one is not defined."""
+    """κ with a jackknife over controls, whose cells are alike, cut at -1 and 1.
+
+    No ends with fewer than three controls, nor where κ without one of them is not defined.
+    """
     value = kappa(first, second)
     if value is None:
         return dict(intervals.UNDEFINED)
@@ -31,7 +37,8 @@ def interval(first: Sequence[str], second: Sequence[str], controls: Sequence[str
         kept = [k for k, name in enumerate(controls) if name != control]
         left = kappa([first[k] for k in kept], [second[k] for k in kept])
         without.append(np.nan if left is None else left)
-    return intervals.jackknife(value, without)
+    found = intervals.jackknife(value, without)
+    return {end: None if x is None else min(max(x, -1.0), 1.0) for end, x in found.items()}
 
 
 def pairs(verdicts: dict[str, Sequence[str]], controls: Sequence[str]) -> list[dict]:

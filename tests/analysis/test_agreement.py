@@ -38,6 +38,7 @@ def test_kappa_is_one_zero_or_below():
 @pytest.mark.parametrize("words_", [[], ["kept"] * 5])
 def test_kappa_of_no_cells_or_one_word_is_not_defined(words_):
     assert agreement.kappa(words_, words_) is None
+    assert agreement.kappa(words_, ["kept", "dead", "weaker", "kept", "kept"][: len(words_)]) is None
     assert agreement.interval(words_, words_, ["smile"] * len(words_)) == {
         "value": None,
         "low": None,
@@ -46,7 +47,7 @@ def test_kappa_of_no_cells_or_one_word_is_not_defined(words_):
 
 
 def test_the_interval_is_a_jackknife_over_controls():
-    """Four controls of two cells each; without one of them κ is, by hand, 1/3, 1/3, 0 and 1."""
+    """Four controls of two cells each; without one of them κ is, by hand, 2/3 three times, and 1."""
     first = ["kept", "dead", "kept", "dead", "kept", "dead", "kept", "dead"]
     second = ["kept", "dead", "kept", "dead", "kept", "dead", "dead", "dead"]
     controls = ["smile", "smile", "age", "age", "eyes", "eyes", "crayon", "crayon"]
@@ -54,7 +55,8 @@ def test_the_interval_is_a_jackknife_over_controls():
     assert found["value"] == 0.75
     without = np.array([2 / 3, 2 / 3, 2 / 3, 1.0])
     error = np.sqrt(3 / 4 * ((without - without.mean()) ** 2).sum())
-    assert found["high"] - found["low"] == pytest.approx(2 * quantile(0.95, 3) * error)
+    assert found["low"] == pytest.approx(0.75 - quantile(0.95, 3) * error)
+    assert found["high"] == min(1.0, 0.75 + quantile(0.95, 3) * error)
     once = agreement.interval(first, second, ["smile"] * 8)
     assert once == {"value": 0.75, "low": None, "high": None}, "one control has no interval"
 
