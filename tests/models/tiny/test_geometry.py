@@ -12,6 +12,7 @@ import torch
 from analysis.images.cache import acting
 from configs import ROOT, UserError
 from controls import formats
+from models.evaluators import load_evaluators
 from models.families import Family
 from models.sampler import alone
 from models.tiny import faces, geometry, world
@@ -153,3 +154,20 @@ def test_shipped_sliders_move_their_own_score_on_a_student(evaluator):
         origin = {word: evaluator.score(0 * seen[0], *pair) for word, pair in words.items()}
         change = {word: (moved[word] - origin[word]).mean() for word in words}
         assert change[name] > 0.15 and abs(change["hat"]) < change[name] / 4
+
+
+def test_the_shipped_lora_of_keys_and_values_moves_its_own_source():
+    """At least .3 of what true watercolours differ by, by every evaluator; the word alone does nothing."""
+    family = Family("tiny", dtype=torch.float32)
+    base, texts, words = family.member("base"), family.card.prompts[:8], ("watercolour portrait", "portrait")
+    control = formats.load(ROOT / "controls/tiny/watercolour-kv.safetensors")
+    assert all(name.rsplit(".lora_")[0].endswith(("to_k", "to_v")) for name in control.tensors)
+    with acting(alone(base), control, 1.0, "tiny"):
+        drawn = family.draw(base, texts, list(range(8)))
+    plain = family.draw(base, texts, list(range(8)))
+    for evaluator in load_evaluators(family.card).values():
+        style, without, seen, before = (
+            evaluator.score(evaluator.features(images), *words).mean()
+            for images in (pictures(style="watercolour"), pictures(), drawn, plain)
+        )
+        assert seen - before > 0.3 * (style - without)
