@@ -114,6 +114,9 @@ TRANSFER = {
             "looks": int,
         }
     ),
+    "agreement": [
+        {"first": str, "second": str, "cells": int, "controls": int, "same": NUMBER, "kappa": INTERVAL}
+    ],
     "leakage": [{"evaluator": str, "target": str, "control": str, "attribute": str, "share": INTERVAL}],
 }
 STEPS = Filled({"t": float, "share": float})

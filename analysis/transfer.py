@@ -21,6 +21,7 @@ from analysis import model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
 from analysis.images.design import Design, Subject, Words, cycled, looks_of
 from analysis.images.readings import Measurement
+from analysis.measures import agreement
 from analysis.pages import figures, rows, tables, words
 from analysis.pages import transfer as pages
 from analysis.session import Drawing, Session
@@ -192,6 +193,7 @@ def recorded(session: Session, measurement: Measurement, work: Work) -> dict:
     record = session.record(
         evaluators=list(design.parts[0].evaluators),
         margin=list(intervals.MARGIN),
+        agreement=agreement_of(cells),
         prompts=list(design.looks.prompts),
         cost=cost,
         cells=cells,
@@ -201,6 +203,13 @@ def recorded(session: Session, measurement: Measurement, work: Work) -> dict:
     return record
 
 
+def agreement_of(cells: list[dict]) -> list[dict]:
+    """How far evaluators agree in the verdicts of the cells that ask about transfer, pair by pair."""
+    judged = [cell for cell in cells if words.is_verdict(cell)]
+    verdicts = {name: [c["readings"][name]["verdict"] for c in judged] for name in cells[0]["readings"]}
+    return agreement.pairs(verdicts, [cell["control"] for cell in judged])
+
+
 def publish(session: Session, record: dict) -> Path:
     """What goes with the record: tables, model cards, W&B."""
     cfg, cost = session.cfg, record["cost"]
@@ -208,7 +217,9 @@ def publish(session: Session, record: dict) -> Path:
     model_cards.write(record, session.folder)
     tables.write(record, session.folder)
     figures.write(pages.charts_of(record), session.folder / "figures")
-    print(f"{rows.LEGEND}\n{cost['drawn']} images drawn, {cost['cached']} known")
+    print(rows.LEGEND)
+    print(words.agreement(record["agreement"]))
+    print(f"{cost['drawn']} images drawn, {cost['cached']} known")
     says = words.tally(list(map(words.led, record["cells"])))
     page = session.publish(record, says, partial(wandb_log.track, controls=files), "+".join(files))
     for path in files.values() if cfg.write_card else ():

@@ -88,6 +88,7 @@ class FamilyCard:
     dreamsim: str = ""  # evaluator without words: kind of DreamSim (extra dreamsim), e.g. ensemble
     inception: str = ""  # evaluator without words: torch-fidelity's inception-v3-compat (extra inception)
     probe: str = ""  # evaluator: an attribute probe's folder, where the world's truth is known
+    geometry: str = ""  # evaluator without weights: what its hand-made measurements know, portraits
     prompts: list[str] = list_of(*PEOPLE)  # what controls are measured on by default
     # a file of further ones, a prompt per line, for measurements that need many
     more_prompts: str = "configs/prompts/people.txt"

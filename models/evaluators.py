@@ -18,6 +18,7 @@ from models.hashing import content
 from models.loading import available, file_of, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
+from models.tiny.geometry import Geometry
 from models.tokens import alike, cuts
 
 SAME = 1e-6  # between embeddings of unit length: rounding
@@ -321,12 +322,18 @@ EVALUATORS = {
     "clip": Clip,
     "siglip": Siglip,
     "probe": Attributes,
+    "geometry": Geometry,
     "dino": Dino,
     "dreamsim": DreamSim,
     "inception": Inception,
 }
 UNIT = ("clip", "siglip", "dino", "dreamsim")  # of unit length: their features' distance is 1 - cosine
-READERS = ("clip", "siglip", "probe")  # those that can say how much a picture is what words describe
+READERS = (
+    "clip",
+    "siglip",
+    "probe",
+    "geometry",
+)  # those that can say how much a picture is what words describe
 # parameters, and bytes that their packages fetch, about
 PACKAGED = {"dreamsim": (258e6, 1.3e9), "inception": (23.9e6, 95.6e6)}
 

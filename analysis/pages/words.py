@@ -243,5 +243,16 @@ def tally(cells: list[dict]) -> str:
     )
 
 
+def agreement(entries: list[dict]) -> str:
+    """How far evaluators agree, in one sentence; empty for one evaluator, or where nothing was judged."""
+    found = [
+        f"{e['first']} and {e['second']} in {100 * e['same']:.0f} % of {counted(e['cells'], 'cell')}, "
+        f"κ {'not defined' if e['kappa']['value'] is None else ranged(e['kappa'])}"
+        for e in entries
+        if e["cells"]
+    ]
+    return f"The evaluators give the same verdict: {'; '.join(found)}." if found else ""
+
+
 def _place(cell: dict) -> int:
     return 0 if is_own(cell) else 2 if cell["reference"] else 1

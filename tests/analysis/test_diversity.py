@@ -162,7 +162,8 @@ def test_without_a_loss_there_is_no_recovery():
 def test_what_is_kept_of_the_captions_does_not_grow_with_them():
     """Blocks of 16 go one by one into 8 tallies; after 80 blocks these hold what they held after 16."""
     family = Family("tiny", dtype=torch.float32)
-    judge = quality.Judge(load_evaluators(family.card), PROMPTS, lambda: iter(torch.rand(2, 8, 3, 64, 64)), 2)
+    evaluators = load_evaluators(family.card, names=["clip", "probe"])
+    judge = quality.Judge(evaluators, PROMPTS, lambda: iter(torch.rand(2, 8, 3, 64, 64)), 2)
     random, sizes, tallies = np.random.default_rng(0), [], [judge.tally() for _ in range(8)]
     for b in range(80):
         judge.add(

@@ -97,10 +97,15 @@ def test_record_and_page(run):
     for cell in results["cells"]:
         assert cell.keys() >= CELL and len(cell["effect"]) == 3 and cell["images"] == 4
         assert cell["effect"][1] == {"value": 0, "low": 0, "high": 0}
-        assert (out / "default" / cell["picture"]).is_file() and list(cell["readings"]) == ["clip", "probe"]
+        assert (out / "default" / cell["picture"]).is_file()
+        assert list(cell["readings"]) == ["clip", "probe", "geometry"]
     own = results["cells"][0]
     assert own["source"] == own["target"] and own["retention"]["value"] in (1.0, None)
-    assert "smile" in (out / "default/report.html").read_text()
+    (first, *_) = results["agreement"]
+    assert (first["first"], first["second"], len(results["agreement"])) == ("clip", "probe", 3)
+    assert first["cells"] == 1 and first["kappa"]["value"] is None, "one cell says nothing of chance"
+    page = (out / "default/report.html").read_text()
+    assert "smile" in page and words.agreement(results["agreement"]) in page
 
 
 def test_references(run):

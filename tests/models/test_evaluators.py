@@ -123,8 +123,9 @@ def test_the_card_and_the_caller_choose(cache):
     assert {name: type(evaluator) for name, evaluator in load_evaluators(card("tiny")).items()}.keys() == {
         "clip",
         "probe",
+        "geometry",
     }
-    with pytest.raises(UserError, match="family tiny has no evaluator 'dino'; it has clip, probe"):
+    with pytest.raises(UserError, match="family tiny has no evaluator 'dino'; it has clip, probe, geometry"):
         load_evaluators(card("tiny"), names=["dino"])
     with pytest.raises(UserError, match="cannot load the evaluator nobody/nothing: it is not in the cache"):
         Clip("nobody/nothing").features(torch.zeros(1, 3, 8, 8))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis import transfer
 from configs import ROOT
 from controls import effect, intervals, retention
 
@@ -168,6 +169,7 @@ def leakage(names: list[str]) -> list[dict]:
 def results(controls: Iterable[str] = CONTROLS) -> dict:
     """The record of these controls, as analysis.transfer writes it."""
     controls = list(controls)
+    cells = [cell(control, target) for control in controls for target in TARGETS]
     return {
         "schema": 3,
         "recipe": "analysis.transfer",
@@ -184,7 +186,8 @@ def results(controls: Iterable[str] = CONTROLS) -> dict:
         "margin": [0.8, 1.25],
         "prompts": [12],
         "cost": {"drawn": 4320, "cached": 0, "seconds": 50.0},
-        "cells": [cell(control, target) for control in controls for target in TARGETS],
+        "cells": cells,
+        "agreement": transfer.agreement_of(cells),
         "leakage": leakage(controls),
     }
 

@@ -9,7 +9,9 @@ from controls import formats
 from controls.lora import attach, detach, strength
 from models.families import Family
 from models.sampler import alone, draw_noise, finish
+from models.tiny import world
 from models.tiny.evaluators import Probe, column
+from models.tiny.faces import styled
 
 WEIGHTS = ROOT / "models/tiny/weights"
 PROMPT = "portrait of a person, smiling, glasses"
@@ -119,3 +121,15 @@ def test_the_weights_stay_light():
     assert total <= 48e6
     unet = UNet2DConditionModel.from_pretrained(WEIGHTS / "base", subfolder="unet")
     assert 3e6 <= sum(p.numel() for p in unet.parameters()) <= 5e6
+
+
+@torch.no_grad()
+def test_which_styles_the_vae_can_draw(family):
+    """What no LoRA of a style can exceed: what the probe sees of its own pictures, encoded and decoded."""
+    people, probe = world.faces(32, 9), Probe.load(WEIGHTS / "probe")
+    kept = {}
+    for style in ("watercolour", "crayon"):
+        pictures = world.to_unit(world.pictures([styled(face, style) for face in people]))
+        back = family.decode(family.to_latents(pictures))
+        kept[style] = probe(back)[:, column(f"style {style}")].mean().item()
+    assert kept["watercolour"] > 0.9 and kept["crayon"] < 0.1
