@@ -37,10 +37,11 @@ from models.plans import PLANS
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
 # embedded family (LOG.md)
 TYPICAL = {"prompts": 0.1, "seeds": 0.6}
-NAMES = ["smile", "eyes-image", "watercolour", "space-1"]
+NAMES = ["smile", "eyes-image", "watercolour-kv", "space-1"]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales"}  # kind of control: the key that holds its scales; of others, scales
 PILOT = 900_000  # added to image seeds of the pilot, on which nothing is measured
+BASELINE = 10_000_000  # added to image seeds, once and more, for further images without a control
 FREE = (
     "wandb",
     "out",
@@ -84,6 +85,7 @@ class Config(Drawing):
     precision: float | None = None  # stop at a cell once its interval is within ± this; null = at its verdict
     minutes: float | None = None  # no new round that would end later than this; null = no limit
     seeds: int = 1  # images per prompt
+    baselines: int = 4  # images per prompt without a control: what the others are adjusted by; shared by all
     seed: int = 1000  # of the first image
     scales: list[float] = list_of(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0)  # of sliders and directions; must hold 0
     lora_scales: list[float] = list_of(0.0, 0.5, 1.0, 1.5)  # of LoRAs; likewise
@@ -288,12 +290,18 @@ def prepare(session: Session) -> Design:
         seeds = [number + aside for number in numbers[first * cfg.seeds : end * cfg.seeds]]
         return Drawings(family, drawn, evaluators, texts[first:end], seeds, cfg.below, Path(cfg.cache))
 
+    def further(drawings: Drawings) -> Drawings:
+        seeds = [number + BASELINE * k for number in drawings.numbers for k in range(1, more + 1)]
+        return Drawings(family, drawn, evaluators, drawings.texts, seeds, cfg.below, Path(cfg.cache))
+
+    more = max(0, -(-cfg.baselines // cfg.seeds) - 1)
     parts = [part(first, end) for first, end in pairwise([0, *ends])]
     for subject in subjects:
         for evaluator in evaluators.values() if subject.words else ():
             evaluator.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
     targets = resolve(cfg, family.card)
-    return Design(subjects, targets, parts, part(0, ends[0], PILOT), looks, cfg.at, cfg.references)
+    pilot, plain = part(0, ends[0], PILOT), list(map(further, parts))
+    return Design(subjects, targets, parts, plain, pilot, looks, cfg.at, cfg.references)
 
 
 def check(cfg: Config) -> None:

@@ -13,6 +13,7 @@ from configs.errors import UserError, cut, quoted
 RANGES = {
     "gradient_accumulation_steps": (1, 1e4),
     "batch_size": (0, 1e5),
+    "baselines": (1, 1e4),
     "captions": (0, 1e6),
     "at": (0, 1e4),
     "curve_prompts": (1, 1e6),

@@ -31,6 +31,23 @@ def units(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, dtype=np.float64).mean(1)
 
 
+def adjusted(values: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Values (n, m) of independent units without what chance put into them: a regression estimator with a
+    known mean (Cochran 1977, sec. 7.1), as values whose mean and its error are those of the estimate.
+
+    chance: (n, k), for each unit how far something that goes with the values happened to be from what is
+    expected, so 0 in expectation; k of it are fitted, for which deviations are enlarged. Below 5 units a
+    fitted one the values themselves.
+    """
+    n, k = chance.shape
+    if n < 5 * (k + 1) - 3:
+        return values
+    fitted = np.linalg.lstsq(np.c_[np.ones(n), chance], values, rcond=None)[0]
+    rest = values - chance @ fitted[1:]
+    middle = rest.mean(0)
+    return middle + (rest - middle) * np.sqrt((n - 1) / (n - 1 - k) * (1 + k / n))
+
+
 def mean(values: np.ndarray, level: float = LEVEL) -> dict:
     """The mean of independent values (n,) with Student's interval; no interval for a single one."""
     middle, error, t = centre(np.asarray(values, dtype=np.float64), level)

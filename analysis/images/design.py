@@ -95,6 +95,7 @@ class Design:
     subjects: list[Subject]
     targets: list[str]
     parts: list[Drawings]  # of the prompts; the first with every scale
+    plain: list[Drawings]  # further images of each part's prompts, for what they are without a control
     pilot: Drawings  # images on which nothing is measured
     looks: Looks
     at: float  # the scale of the headline
@@ -120,7 +121,12 @@ class Design:
         if self.references:
             jobs += [subject.floor(target) for subject in self.subjects for target in self.targets]
             jobs += [Job(target, again=True) for target in self.targets if not is_reference(target)]
-        return [(self.pilot, [job for s in self.subjects for job in s.pilot]), (self.parts[0], jobs)]
+        plain = [Job(target) for s, target in self.pairs for target in (s.source, target)]
+        return [
+            (self.pilot, [job for s in self.subjects for job in s.pilot]),
+            (self.parts[0], jobs),
+            *([(self.plain[0], list(dict.fromkeys(plain)))] if self.plain[0].numbers else []),
+        ]
 
     def of_look(self, look: int, pairs: Sequence[Pair]) -> list[tuple[Drawings, list[Job]]]:
         """What a look at these cells needs beyond the looks before it: effects at one scale, on the source
@@ -132,8 +138,12 @@ class Design:
             for place in (subject.source, target)
             for job in subject.pair(place, self.at)
         ]
-        before = self.looks.parts[look - 1] if look else 1
-        return [(part, list(dict.fromkeys(jobs))) for part in self.parts[before : self.looks.parts[look]]]
+        plain = [Job(place) for subject, target in pairs for place in (subject.source, target)]
+        new = slice(self.looks.parts[look - 1] if look else 1, self.looks.parts[look])
+        kinds = ((self.parts, jobs), (self.plain, plain))
+        return [
+            (part, list(dict.fromkeys(kind))) for parts, kind in kinds for part in parts[new] if part.numbers
+        ]
 
     @property
     def all(self) -> list[tuple[Drawings, list[Job]]]:

@@ -57,17 +57,38 @@ class Measurement:
     def sides(
         self, evaluator_name: str, subject: Subject, target: str, scale: float, parts: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Effects at a scale on the source and on a target in the first parts, (n,) each, one per prompt."""
-        effects, texts = [], []
-        for drawings in self.design.parts[:parts]:
+        """Effects at a scale on the source and on a target in the first parts, (n,) each, one per prompt.
+
+        Adjusted for how much of what the control makes its images happened to hold without it, beside other
+        images of the same prompts: a face that smiles already cannot smile more.
+        """
+        effects, chance, texts = [], [], []
+        for drawings, plain in zip(self.design.parts[:parts], self.design.plain, strict=False):
             pair = [
                 change(self.score(evaluator_name, subject, subject.pair(place, scale), drawings), 0)[..., 1]
                 for place in (subject.source, target)
             ]
             effects.append(intervals.units(np.stack(pair, -1)))  # (P, 2)
+            chance.append(self.chance(evaluator_name, subject, target, drawings, plain))
             texts += drawings.texts
-        source, there = by_text(np.concatenate(effects), texts).T
-        return source, there
+        return tuple(
+            intervals.adjusted(*(by_text(np.concatenate(all), texts) for all in (effects, chance))).T
+        )
+
+    def chance(
+        self, evaluator_name: str, subject: Subject, target: str, drawings: Drawings, plain: Drawings
+    ) -> np.ndarray:
+        """How far the scores at 0 of each prompt's images are from those of all images of it, (P, 2) for the
+        source and the target; nothing where there are no others.
+        """
+        if not plain.numbers or is_reference(target):
+            return np.zeros((len(drawings.texts), 0))
+        places = [Job(place) for place in (subject.source, target)]
+        own, others = (  # (P, S, 2)
+            np.concatenate([self.score(evaluator_name, subject, [job], some) for job in places], 2)
+            for some in (drawings, plain)
+        )
+        return intervals.units(own) - intervals.units(np.concatenate([own, others], 1))
 
     def cells(self, targets: list[str]) -> list[dict]:
         """One per subject and target."""

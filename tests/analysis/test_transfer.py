@@ -20,6 +20,7 @@ from analysis import transfer
 from analysis.images import cache
 from analysis.images.design import cycled, looks_of
 from analysis.images.readings import by_text, judge
+from analysis.pages import words
 from analysis.pages.words import led
 from analysis.session import Session, balanced
 from configs import ROOT, UserError, merge
@@ -35,6 +36,7 @@ SMALL = [
     "seeds=2",
     "max_prompts=2",
     "rounds=1",
+    "baselines=1",
     "scales=[-1,0,1]",
     "wandb=disabled",
     "prompts=[portrait of a person,'portrait of a person, hat']",
@@ -426,7 +428,14 @@ def test_prompts_come_again_with_other_seeds_and_count_once():
 
 def test_rounds_go_on_where_nothing_is_decided(tmp_path, run):
     """The source and the undecided target alone; the same in one go or interrupted; the time is kept."""
-    words = ["rounds=2", "max_prompts=4", "prompts=[]", "references=false", "targets=[dmd,lcm,lightning]"]
+    words = [
+        "rounds=2",
+        "max_prompts=4",
+        "baselines=3",
+        "prompts=[]",
+        "references=false",
+        "targets=[dmd,lcm,lightning]",
+    ]
     whole = measure(tmp_path / "whole", *words)
     own, lcm, lightning = whole["cells"]
     assert own["looks"] == 0 and own["prompts"] == 2

@@ -331,6 +331,36 @@ def test_a_table_makes_a_false_claim_in_at_most_5_of_100_cases(kept, false):
     assert wrong / tables <= 0.05
 
 
+@pytest.mark.parametrize("n", [12, 48])
+def test_what_images_hold_already_is_adjusted_for(n):
+    """Where a control can add only what is not there yet: narrower intervals, the same truth, covered."""
+    random, plain, narrow = np.random.default_rng(23), [], []
+    for _ in range(1500):
+        held = random.beta(0.5, 0.5, size=(2, n, 4))  # of source and target: four images of each prompt
+        noise = 0.1 * random.normal(size=(2, n))
+        effects = (np.array([[1.0], [0.8]]) * (1 - held[..., 0]) + noise).T
+        adjusted = intervals.adjusted(effects, (held[..., 0] - held.mean(-1)).T)
+        for found, values in ((plain, effects), (narrow, adjusted)):
+            found.append(intervals.ratio(values[:, 1], values[:, 0]))
+
+    def covering(found):
+        return np.mean([f["low"] <= 0.8 <= f["high"] for f in found])
+
+    def width(found):
+        return np.median([f["high"] - f["low"] for f in found])
+
+    plain, narrow = ([f for f in found if f["value"] is not None] for found in (plain, narrow))
+    assert 0.93 <= covering(narrow) <= 0.97 and width(narrow) < 0.75 * width(plain)
+    assert np.median([f["value"] for f in narrow]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_few_units_are_not_adjusted():
+    values, chance = np.arange(8.0).reshape(4, 2), np.ones((4, 2))
+    assert intervals.adjusted(values, chance) is values
+    constant = intervals.adjusted(np.random.default_rng(0).normal(size=(12, 2)), np.zeros((12, 0)))
+    assert constant.shape == (12, 2)
+
+
 def test_rounds_save_images_where_a_verdict_is_easy():
     random = np.random.default_rng(17)
     assert np.mean([rounds(random, 0.4)[2] for _ in range(200)]) < 0.7 * LOOKS[-1]
