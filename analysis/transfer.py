@@ -37,7 +37,7 @@ from models.plans import PLANS
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
 # embedded family (LOG.md)
 TYPICAL = {"prompts": 0.1, "seeds": 0.6}
-NAMES = ["smile", "eyes-image", "watercolour-kv", "space-1"]
+NAMES = ["smile", "watercolour-kv", "space-1"]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales"}  # kind of control: the key that holds its scales; of others, scales
 PILOT = 900_000  # added to image seeds of the pilot, on which nothing is measured
@@ -81,7 +81,7 @@ class Config(Drawing):
     at: float = 1.0  # the scale at which controls will be used: retention is the ratio of effects there
     max_prompts: int = 96  # prompts at the most; where there are fewer, they come again with other seeds
     rounds: int = 4  # each doubles the prompts, until max_prompts; 1 = all prompts at once, a fixed design
-    curve_prompts: int = 12  # the first so many are drawn at every scale, for curves
+    curve_prompts: int = 8  # the first so many are drawn at every scale, for curves
     precision: float | None = None  # stop at a cell once its interval is within ± this; null = at its verdict
     minutes: float | None = None  # no new round that would end later than this; null = no limit
     seeds: int = 1  # images per prompt
@@ -120,19 +120,33 @@ def rounds(session: Session, design: Design) -> dict:
     record, on the first process.
     """
     cfg, work, measurement = session.cfg, Work(session, design), Measurement(design)
-    undecided, record, table = design.pairs, {}, rows.Rows([target for _, target in design.pairs])
+    undecided, table = design.pairs, rows.Rows([target for _, target in design.pairs])
+    work.do(design.start(), "start")
     for look in range(len(design.looks.parts)):
-        todo = [*([] if look else design.first()), *design.of_look(look, undecided)]
+        todo = design.of_look(look, undecided)
         if look and not (undecided and session.accelerator.shared(work.ends_within(todo, cfg.minutes))):
             break
         work.do(todo, f"round {look + 1}")
         undecided = measurement.look(undecided, cfg.precision)
-        if session.first:
-            record = recorded(session, measurement, work)
-            table.show(record["cells"], {subject.name for subject, _ in undecided})
-    if session.first:
-        table.show(record["cells"], set())
-        design.parts[0].remember_words()
+        going = {subject.name for subject, _ in undecided}
+        finish(session, measurement, work, table, [s for s in design.subjects if s.name not in going])
+    work.do(design.beside(), "references")
+    measurement.beside = cfg.references
+    record = finish(session, measurement, work, table, design.subjects)
+    design.parts[0].remember_words()
+    return record
+
+
+def finish(
+    session: Session, measurement: Measurement, work: "Work", table: rows.Rows, subjects: list[Subject]
+) -> dict:
+    """Draws the curves of controls that are decided, and says what was found of all such; returns the record."""
+    work.do(measurement.design.curves(subjects), "curves")
+    measurement.finish(subjects)
+    if not (session.first and measurement.finished):
+        return {}
+    record = recorded(session, measurement, work)
+    table.show(record["cells"])
     return record
 
 
@@ -153,6 +167,7 @@ class Work:
     def __init__(self, session: Session, design: Design):
         self.session, self.texts = session, design.texts
         self.drawn = self.known = 0  # images
+        self.asked: set[str] = set()  # keys of drawings
         self.evaluations, self.seconds = 0.0, 0.0
 
     def missing(self, todo: list[tuple[Drawings, list[Job]]]) -> list[Task]:
@@ -176,12 +191,14 @@ class Work:
         mine = self.session.share(tasks, self.cost)
         if mine:
             family.encode_all(self.texts)
-        for task in one_by_one(mine, family, label, not self.session.first):
+        for task in one_by_one(mine, family, label, not (self.session.first and mine)):
             task.drawings.make(task.job)
         self.session.accelerator.wait_for_everyone()
+        new = {part.key(job): len(part.numbers) for part, jobs in todo for job in jobs}
         images = sum(len(task.drawings.numbers) for task in tasks)
-        every = sum(len(part.numbers) * len({part.key(job) for job in jobs}) for part, jobs in todo)
-        self.drawn, self.known = self.drawn + images, self.known + every - images
+        self.known += sum(count for key, count in new.items() if key not in self.asked) - images
+        self.asked |= new.keys()
+        self.drawn += images
         self.evaluations += sum(map(self.cost, tasks))
         self.seconds += time.time() - start
 
@@ -189,8 +206,8 @@ class Work:
 def recorded(session: Session, measurement: Measurement, work: Work) -> dict:
     """The record and its page, as far as they are known."""
     design = measurement.design
-    cells, leakage = measurement.cells(design.targets), measurement.leakage(design.targets)
-    pictures(design, cells, session.folder)
+    cells, leakage = measurement.cells(), measurement.leakage()
+    pictures(measurement, cells, session.folder)
     cost = {"drawn": work.drawn, "cached": work.known, "seconds": round(work.seconds, 1)}
     record = session.record(
         evaluators=list(design.parts[0].evaluators),
@@ -412,13 +429,13 @@ def fit(session: Session, design: Design) -> None:
         plan_of(session.bare, target)
 
 
-def pictures(design: Design, cells: list[dict], folder: Path) -> None:
+def pictures(measurement: Measurement, cells: list[dict], folder: Path) -> None:
     """The sheets that cells name, and one overview per control, of the first part's images."""
-    cells, drawings = iter(cells), design.parts[0]
-    for subject in design.subjects:
+    cells, drawings = iter(cells), measurement.drawings
+    for subject in measurement.finished:
         sheets = {
             target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)])
-            for target in design.targets
+            for target in measurement.targets
         }
         for sheet in sheets.values():
             wandb_log.picture(sheet, folder / next(cells)["picture"])

@@ -9,7 +9,18 @@ import numpy as np
 from scipy.interpolate import make_interp_spline
 from scipy.special import stdtrit
 
-from controls.intervals import LEVEL, UNDEFINED, below, centre, difference, equivalence, mean, ratio, units
+from controls.intervals import (
+    LEVEL,
+    UNDEFINED,
+    below,
+    centre,
+    difference,
+    equivalence,
+    mean,
+    ratio,
+    units,
+    within,
+)
 
 DEAD = 0.2  # a retention below is as good as none
 WEAK = 0.1  # of what the words themselves achieve: a control that does less on its own source has no effect
@@ -258,8 +269,11 @@ def verdict(retention: dict, p: dict[str, float]) -> str:
 
 
 def decided(word: str, retention: dict) -> bool:
-    """Whether more images would change no verdict: one is reached, and `weaker` is not on its way to dead."""
-    return word not in ("unclear", "undefined") and not (word == "weaker" and retention["low"] <= DEAD)
+    """Whether more images would hardly change a verdict: one is reached, and `weaker` is not on its way to
+    dead, or known well enough.
+    """
+    dying = word == "weaker" and retention["value"] < DEAD and not within(retention, DEAD / 2)
+    return word not in ("unclear", "undefined") and not dying
 
 
 def _checked(scales: np.ndarray, *effects: np.ndarray) -> np.ndarray:

@@ -111,22 +111,32 @@ class Design:
             if target != subject.source and not is_reference(target)
         ]
 
-    def first(self) -> list[tuple[Drawings, list[Job]]]:
-        """The pilot and the first part: curves, what words achieve by themselves, references."""
+    @property
+    def members(self) -> list[str]:
+        """The targets that controls are judged on, sources among them."""
+        return [target for target in self.targets if not is_reference(target)]
+
+    def start(self) -> list[tuple[Drawings, list[Job]]]:
+        """The pilot: what tells where controls without words move images."""
+        return [(self.pilot, [job for subject in self.subjects for job in subject.pilot])]
+
+    def curves(self, subjects: Sequence[Subject]) -> list[tuple[Drawings, list[Job]]]:
+        """The first part at every scale of these controls, and what their words achieve by themselves."""
         jobs = []
-        for subject in self.subjects:
-            places = dict.fromkeys([subject.source, *self.targets])
-            jobs += [job for target in places for job in subject.jobs(target)]
-            jobs += [job for target in places if not is_reference(target) for job in subject.said(target)]
-        if self.references:
-            jobs += [subject.floor(target) for subject in self.subjects for target in self.targets]
-            jobs += [Job(target, again=True) for target in self.targets if not is_reference(target)]
-        plain = [Job(target) for s, target in self.pairs for target in (s.source, target)]
-        return [
-            (self.pilot, [job for s in self.subjects for job in s.pilot]),
-            (self.parts[0], jobs),
-            *([(self.plain[0], list(dict.fromkeys(plain)))] if self.plain[0].numbers else []),
-        ]
+        for subject in subjects:
+            places = dict.fromkeys([subject.source, *self.members])
+            jobs += [job for target in places for job in [*subject.jobs(target), *subject.said(target)]]
+        return [(self.parts[0], jobs)]
+
+    def beside(self) -> list[tuple[Drawings, list[Job]]]:
+        """What retentions are compared with: drawn last, since no verdict waits for it."""
+        if not self.references:
+            return []
+        jobs = [subject.floor(target) for subject in self.subjects for target in self.targets]
+        jobs += [Job(target, again=True) for target in self.members]
+        others = [target for target in self.targets if is_reference(target)]
+        jobs += [job for subject in self.subjects for target in others for job in subject.jobs(target)]
+        return [(self.parts[0], jobs)]
 
     def of_look(self, look: int, pairs: Sequence[Pair]) -> list[tuple[Drawings, list[Job]]]:
         """What a look at these cells needs beyond the looks before it: effects at one scale, on the source
@@ -139,7 +149,7 @@ class Design:
             for job in subject.pair(place, self.at)
         ]
         plain = [Job(place) for subject, target in pairs for place in (subject.source, target)]
-        new = slice(self.looks.parts[look - 1] if look else 1, self.looks.parts[look])
+        new = slice(self.looks.parts[look - 1] if look else 0, self.looks.parts[look])
         kinds = ((self.parts, jobs), (self.plain, plain))
         return [
             (part, list(dict.fromkeys(kind))) for parts, kind in kinds for part in parts[new] if part.numbers
@@ -148,8 +158,9 @@ class Design:
     @property
     def all(self) -> list[tuple[Drawings, list[Job]]]:
         """All that may have to be drawn."""
-        later = [self.of_look(look, self.pairs) for look in range(len(self.looks.parts))]
-        return [*self.first(), *(jobs for look in later for jobs in look)]
+        looks = [self.of_look(look, self.pairs) for look in range(len(self.looks.parts))]
+        drawn = [jobs for look in looks for jobs in look]
+        return [*self.start(), *drawn, *self.curves(self.subjects), *self.beside()]
 
     @property
     def texts(self) -> list[str]:

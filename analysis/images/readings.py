@@ -24,6 +24,8 @@ class Measurement:
         self.design, self.drawings, self.subjects = design, design.parts[0], design.subjects
         self.features: dict[tuple, np.ndarray] = {}
         self.looked: dict[tuple[str, str], int] = {}  # looks that a cell (control, target) has had
+        self.finished: list[Subject] = []  # whose curves are drawn, in the order of the design
+        self.beside = False  # whether what retentions are compared with is drawn
 
     def look(self, pairs: Sequence[Pair], precision: float | None = None) -> list[Pair]:
         """Takes one more look at these cells; returns those that are undecided still, and whose interval is
@@ -90,9 +92,19 @@ class Measurement:
         )
         return intervals.units(own) - intervals.units(np.concatenate([own, others], 1))
 
-    def cells(self, targets: list[str]) -> list[dict]:
+    def finish(self, subjects: Sequence[Subject]) -> None:
+        """Says that the curves of these are drawn."""
+        there = {subject.name for subject in (*self.finished, *subjects)}
+        self.finished = [subject for subject in self.subjects if subject.name in there]
+
+    @property
+    def targets(self) -> list[str]:
+        """The targets that are drawn until now."""
+        return self.design.targets if self.beside else self.design.members
+
+    def cells(self) -> list[dict]:
         """One per subject and target."""
-        cells = [self.cell(subject, target) for subject in self.subjects for target in targets]
+        cells = [self.cell(subject, target) for subject in self.finished for target in self.targets]
         judge(cells)
         return cells
 
@@ -193,7 +205,7 @@ class Measurement:
         one per independent unit.
         """
         found = dict.fromkeys(("floor", "ceiling", "wrong", "rerun", "normalised"))
-        if not self.design.references:
+        if not self.beside:
             return found
 
         def at(slopes):
@@ -218,10 +230,10 @@ class Measurement:
             found["rerun"] = {"effect": intervals.mean(intervals.units(change(score, 0)[..., 1]))}
         return found
 
-    def leakage(self, targets: list[str]) -> list[dict]:
+    def leakage(self) -> list[dict]:
         """How much each control moves what each other is for, per target and evaluator; 1 = as much."""
         different: dict[Words, Subject] = {}
-        for subject in self.subjects:
+        for subject in self.finished:
             different.setdefault(subject.words, subject)
         owners = [subject for words, subject in different.items() if words]
         return [
@@ -234,11 +246,10 @@ class Measurement:
                 "share": intervals.ratio(slopes, own),
             }
             for evaluator_name in self.drawings.evaluators
-            for target in targets
-            if not is_reference(target)
+            for target in self.design.members
             for owner in owners
             for own in [self.small_slopes(evaluator_name, owner, target, owner.words)]
-            for subject in self.subjects
+            for subject in self.finished
             for slopes in [self.small_slopes(evaluator_name, subject, target, owner.words)]
         ]
 
@@ -336,7 +347,7 @@ def judge(cells: list[dict]) -> None:
 def is_weak(cell: dict, reading: dict) -> bool:
     """Whether a reading of a control on its own source shows hardly any effect."""
     share = reading["of_words"]["value"]
-    return cell["source"] == cell["target"] and share is not None and share < retention.WEAK
+    return cell["source"] == cell["target"] and share is not None and abs(share) < retention.WEAK
 
 
 def at_match(

@@ -1,12 +1,12 @@
 """The table that is printed while a transfer is measured: a row per control as soon as it is decided."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from analysis.pages import words
 from analysis.pages.words import MARKS, brackets, number
 
 WIDTH = 100  # columns of a row at the most
-NAME, SOURCE = 16, 10  # of them for the control, and for the member it was trained on
+NAME, SOURCE = 15, 7  # of them for the control, and for the member it was trained on
 LEGEND = "  ".join(f"{mark} {word}" for word, mark in MARKS.items()) + "  × the scale to use"
 
 
@@ -17,17 +17,20 @@ class Rows:
         """targets: those that any control is judged on."""
         self.targets, self.printed = list(dict.fromkeys(targets)), set()
 
-    def show(self, cells: list[dict], undecided: Collection[str]) -> None:
-        """Prints the controls that are decided and were not yet; the heads before the first."""
+    def show(self, cells: list[dict]) -> None:
+        """Prints the controls that were not printed yet; the heads before the first."""
         for (control, source), group in words.groups(list(map(words.led, cells))).items():
             judged = [cell for cell in group if words.is_verdict(cell)]
-            if control in undecided or (control, source) in self.printed or not judged:
+            if (control, source) in self.printed or not judged:
                 continue
             if not self.printed:
-                print(line("control", "from", [words.short(target) for target in self.targets]))
+                print(line("control", "from", [words.short(target) for target in self.targets]), flush=True)
             self.printed.add((control, source))
             texts = {cell["target"].partition("/")[2]: text(cell, len(self.targets)) for cell in judged}
-            print(line(control, words.short(source), [texts.get(target, "") for target in self.targets]))
+            print(
+                line(control, words.short(source), [texts.get(target, "") for target in self.targets]),
+                flush=True,
+            )
 
 
 def text(cell: dict, beside: int) -> str:
