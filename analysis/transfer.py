@@ -140,7 +140,7 @@ def rounds(session: Session, design: Design) -> dict:
 def finish(
     session: Session, measurement: Measurement, work: "Work", table: rows.Rows, subjects: list[Subject]
 ) -> dict:
-    """Draws the curves of controls that are decided, and says what was found of all such; returns the record."""
+    """Draws curves of controls that are decided; says what was found of all that have them; the record."""
     work.do(measurement.design.curves(subjects), "curves")
     measurement.finish(subjects)
     if not (session.first and measurement.finished):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import configs  # noqa: E402
 from analysis import results  # noqa: E402
-from analysis.pages.words import number, ranged  # noqa: E402
+from analysis.pages.words import number, percent, ranged  # noqa: E402
 from configs.options import usage  # noqa: E402
 from models import cards  # noqa: E402
 from models.loading import source  # noqa: E402
@@ -41,7 +41,12 @@ COMMANDS = {  # module: how it is called
     "models.budget": "python -m models.budget",
 }
 KEPT = {  # of a record: what the pages tell, everything else stays in the run's own folder
-    "analysis.transfer": {"readings": {"retention", "verdict", "matched_scale", "references"}},
+    "analysis.transfer": {
+        "readings": {
+            *("retention", "below_zero", "slope_retention", "of_words"),
+            *("verdict", "matched_scale", "references"),
+        }
+    },
     "analysis.trace": {"commitment", "abandoned"},
     "analysis.diversity": {"diversity", "of_base", "gain", "recovery", "agreement_gain", "quality"},
 }
@@ -54,13 +59,14 @@ ABOUT = {
     "scales",
     "prompts",
     "seeds",
+    "looks",
     "images",
     "clip_change_percent",
     "student",
     "plan",
     "nfe",
 }
-SHOWN = ("smile", "age", "watercolour", "crayon", "space-1")  # rows of README's table
+SHOWN = ("smile", "age", "watercolour", "watercolour-kv", "space-1")  # rows of README's table
 
 
 def main(folders: list[str]) -> None:
@@ -80,7 +86,10 @@ def take(folder: Path) -> None:
     cells = [slim(cell, KEPT[command]) for cell in record["cells"]]
     kept = {
         key: record[key]
-        for key in ("schema", "recipe", "command", "created", "versions", "evaluators", "margin")
+        for key in (
+            *("schema", "recipe", "command", "created", "versions"),
+            *("evaluators", "margin", "prompts", "agreement"),
+        )
         if key in record
     }
     where = ("out=", "cache=", "wandb=", "transfer=")  # words that change no number
@@ -202,7 +211,9 @@ def members() -> str:
 def made(kept: dict) -> str:
     """The command, the day and the design of a record."""
     cell, torch = kept["cells"][0], kept.get("versions", {}).get("torch", "?")
-    design = f"{cell['prompts']} prompts × {cell['seeds']} seeds"
+    rounds = kept.get("prompts")
+    prompts = f"{rounds[0]} to {rounds[-1]} prompts" if rounds else f"{cell['prompts']} prompts"
+    design = f"{prompts} × {cell['seeds']} seeds"
     return f"`{kept['command']}`, {kept['created'][:10]}, torch {torch}: {design}.\n\n"
 
 
@@ -246,8 +257,7 @@ def transfer_table() -> str:
 
 def lines(cell: dict) -> Iterator[str]:
     """What stands in a cell of the transfer table, line by line."""
-    change = cell["clip_change_percent"]
-    change_text = f"{change:+.1f} %".replace("-", "−") if change is not None else "–"
+    change_text = percent(cell["clip_change_percent"])
     if cell["source"] == cell["target"]:
         yield from ("source", change_text)
         return
@@ -258,6 +268,9 @@ def lines(cell: dict) -> Iterator[str]:
     for name, reading in others:
         verdict = "" if cell["reference"] else reading["verdict"]
         yield f"{name} {number(reading['retention']['value'])} {verdict}".strip()
+    if first["below_zero"]:
+        differs = " differs" if first["below_zero"]["differs"] else ""
+        yield f"below 0 {number(first['below_zero']['retention']['value'])}{differs}"
     yield f"{matched(first['matched_scale'])}, {change_text}"
     shares = {name: (first["references"].get(name) or {}).get("share") for name in ("floor", "ceiling")}
     if any(shares.values()):
