@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from configs import UserError, folders, tracking
+from configs import UserError, folders, note, tracking
 from models.families import DTYPES, fast_dtype
 
 # what `accelerate launch` says in the environment: ways to cut a network in pieces, which nothing here does
@@ -60,6 +60,8 @@ def start(cfg: Any, free: tuple[str, ...] | None = None) -> Processes:
         folders.look(cfg, free)  # before the processes meet, so that none has claimed it yet
     device = "cpu" if _cpu() else torch.accelerator.current_accelerator().type
     heed(os.environ, cfg, device)
+    if device == "cpu":
+        crowded()
     found = Processes(cpu=_cpu(), mixed_precision="no")  # what was heeded is ours from here on
     atexit.register(_part)
     if (
@@ -109,6 +111,16 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
         raise UserError(
             f"accelerate's gradient_accumulation_steps={steps} is not heeded; trainers have "
             f"gradient_accumulation_steps={batches}"
+        )
+
+
+def crowded() -> None:
+    """Says when other work keeps cores busy on which this process's threads would wait for each other."""
+    load, cores, threads = os.getloadavg()[0], len(os.sched_getaffinity(0)), torch.get_num_threads()
+    if threads > 1 and load + threads > cores + 1:
+        note(
+            f"other work keeps {min(load, cores):.1f} of {cores} cores busy; beside it {threads} threads can "
+            f"be many times slower than one: OMP_NUM_THREADS=1 python -m …"
         )
 
 

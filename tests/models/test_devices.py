@@ -157,3 +157,14 @@ def test_processes_begin_and_end_together(tmp_path, what, codes, says):
 def test_the_mean_of_one_process_is_its_own():
     gradients = [torch.ones(2), torch.zeros(3)]
     assert devices.Processes(cpu=True).mean(gradients) is gradients
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "said"), [(2.0, 2, True), (0.3, 2, False), (1.6, 2, True), (5.0, 1, False)]
+)
+def test_other_work_on_the_machine_is_said(monkeypatch, capsys, load, threads, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    devices.crowded()
+    assert ("OMP_NUM_THREADS=1" in "".join(capsys.readouterr())) == said
