@@ -121,7 +121,8 @@ def rounds(session: Session, design: Design) -> dict:
     """
     cfg, work, measurement = session.cfg, Work(session, design), Measurement(design)
     undecided, table = design.pairs, rows.Rows([target for _, target in design.pairs])
-    work.do(design.start(), "start")
+    fixed = len(design.looks.parts) == 1  # all at once, so that each network is loaded once
+    work.do(design.all if fixed else design.start(), "transfer" if fixed else "start")
     for look in range(len(design.looks.parts)):
         todo = design.of_look(look, undecided)
         if look and not (undecided and session.accelerator.shared(work.ends_within(todo, cfg.minutes))):
@@ -171,7 +172,8 @@ class Work:
         self.evaluations, self.seconds = 0.0, 0.0
 
     def missing(self, todo: list[tuple[Drawings, list[Job]]]) -> list[Task]:
-        return [Task(part, job) for part, jobs in todo for job in part.missing(jobs)]
+        tasks = [Task(part, job) for part, jobs in todo for job in part.missing(jobs)]
+        return list({task.drawings.key(task.job): task for task in tasks}.values())
 
     def cost(self, task: Task) -> float:
         """Network evaluations."""

@@ -72,9 +72,8 @@ def test_a_file_of_the_paper_runs_on_the_embedded_family(name, data, tmp_path):
         assert [cell["target"] for cell in cells[:2]] == ["tiny/base", "tiny/dmd"] and any(
             e["value"] for e in next(iter(cells[1]["readings"].values()))["effect"]
         )
-        assert (cells[1]["clip_change_percent"] is None) == (
-            name == "t1-car"
-        )  # without words there is no score
+        if name == "t1-car":  # without words there is no score
+            assert cells[1]["clip_change_percent"]["value"] is None
     if command is diversity:
         assert [cell["plan"] for cell in cells] == cfg.plans
     if name == "t3":

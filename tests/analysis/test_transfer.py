@@ -457,9 +457,9 @@ def test_shares_are_of_the_same_cost():
 
 def test_the_table_is_read_by_csv_and_latex(run):
     rows = list(csv.DictReader((run[0] / "default/table.csv").open(encoding="utf-8")))
-    assert len(rows) == 3 * 2 and rows[2]["target"] == "tiny/lightning" and rows[2]["evaluator"] == "clip"
+    assert len(rows) == 3 * 3 and rows[3]["target"] == "tiny/lightning" and rows[3]["evaluator"] == "clip"
     slope = run[1]["cells"][1]["slope"]
-    assert [float(rows[2][f"slope{end}"]) for end in ("", " low", " high")] == list(slope.values())
+    assert [float(rows[3][f"slope{end}"]) for end in ("", " low", " high")] == list(slope.values())
     tex = (run[0] / "default/table.tex").read_text()
     assert tex.count("&") == 2 * 2 and "smile-dmd" in tex and tex.startswith(r"\begin{tabular}{llr}")
 
