@@ -148,6 +148,16 @@ def matched_scale(source: np.ndarray, target: np.ndarray, scales: np.ndarray) ->
     }
 
 
+def height(kept: float | None, source: np.ndarray, target: np.ndarray) -> float:
+    """By what a target's curve, known from few prompts, is to be multiplied to have the retention that many
+    prompts show at one scale: the few give a curve its shape, the many its height.
+
+    source, target: effects (P, S) of the few at that scale. 1 where either retention is none or not positive.
+    """
+    few = target.mean() / source.mean() if source.mean() else 0.0
+    return kept / few if kept is not None and kept > 0 and few > 0 else 1.0
+
+
 def crossing(grid: np.ndarray, gap: np.ndarray) -> float | None:
     """The place nearest to 1 at which a gap (G,) on a grid (G,) passes through 0, between points on a line;
     None where it never does.

@@ -153,14 +153,15 @@ class Measurement:
         source, there = (self.effect(evaluator_name, subject, place) for place in (subject.source, target))
         inside = retention.window(source, scales)
         below, above = retention.slopes(source, there, scales, inside)
-        matched = retention.matched_scale(source, there, scales)
+        share, p = self.claims(evaluator_name, subject, target)
+        column = subject.scales.index(self.design.at)
+        height = retention.height(share["value"], source[..., column], there[..., column])
+        matched = retention.matched_scale(source, height * there, scales)
         kept = {
             place: preservation(self.rest(evaluator_name, subject, place), zero)
             for place in {subject.source, target}
         }
         shape, own = retention.shape(there, scales), target == subject.source
-        share, p = self.claims(evaluator_name, subject, target)
-        column = subject.scales.index(self.design.at)
         return {
             "window": inside.tolist(),
             **retention.estimate(there, scales, inside),
@@ -196,6 +197,8 @@ class Measurement:
         if subject.words is None or is_reference(target):
             return dict(intervals.UNDEFINED)
         said = change(self.score(evaluator_name, subject, [Job(target), *subject.said(target)]), 0)
+        if said.mean() <= 0:  # words that a model does not know are no measure
+            return dict(intervals.UNDEFINED)
         return intervals.ratio(intervals.units(effect), intervals.units(said[..., 1]))
 
     def compared(

@@ -53,12 +53,9 @@ def lead(cells: list[dict]) -> str:
 
 def images(cells: list[dict]) -> str:
     """How many images the cells are made of."""
-    counts = sorted({(c["prompts"], c["seeds"], len(c["scales"])) for c in cells})
-    each = " or ".join(
-        f"{words.counted(prompts, 'prompt')} × {words.counted(seeds, 'seed')} × {scales} scales"
-        for prompts, seeds, scales in counts
-    )
-    return f"{each} per control and model, {sum(c['images'] for c in cells)} images in all."
+    counts = sorted({c["prompts"] for c in cells})
+    prompts = f"{counts[0]} to {counts[-1]} prompts" if counts[1:] else words.counted(counts[0], "prompt")
+    return f"{prompts} × {words.counted(cells[0]['seeds'], 'seed')} per control and model."
 
 
 def rows(results: dict, folder: Path) -> str:

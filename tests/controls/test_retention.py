@@ -192,6 +192,13 @@ def test_the_matched_scale_of_a_source_is_1_also_where_its_curve_comes_back():
     assert retention.matched_scale(hump, hump, SCALES)["value"] == pytest.approx(1)
 
 
+def test_many_prompts_give_a_curve_its_height():
+    source, target = line(1.0)[..., 4], line(0.5)[..., 4]
+    assert retention.height(1.0, source, target) == pytest.approx(2)
+    assert retention.height(None, source, target) == retention.height(-0.1, source, target) == 1
+    assert retention.height(1.0, source, -target) == retention.height(1.0, 0 * source, target) == 1
+
+
 def test_matched_scale_out_of_reach_is_none():
     weak = retention.matched_scale(line(1), line(0.3), SCALES)
     assert weak == {**intervals.UNDEFINED, "reach": {"share": pytest.approx(0.6), "scale": 2.0}}
