@@ -282,7 +282,7 @@ def decided(word: str, retention: dict) -> bool:
     """Whether more images would hardly change a verdict: one is reached, and `weaker` is not on its way to
     dead, or known well enough.
     """
-    dying = word == "weaker" and retention["value"] < DEAD and not within(retention, DEAD / 2)
+    dying = word == "weaker" and retention["low"] <= DEAD and not within(retention, DEAD / 2)
     return word not in ("unclear", "undefined") and not dying
 
 

@@ -265,7 +265,8 @@ def test_dead_is_no_acceptance_of_a_null():
 
 def test_weaker_is_looked_at_until_it_is_not_dead():
     assert not retention.decided("weaker", {"value": 0.1, "low": -0.1, "high": 0.3})
-    assert retention.decided("weaker", {"value": 0.4, "low": 0.1, "high": 0.7})
+    assert not retention.decided("weaker", {"value": 0.4, "low": 0.1, "high": 0.7})
+    assert retention.decided("weaker", {"value": 0.4, "low": 0.3, "high": 0.5})
     assert retention.decided("weaker", {"value": 0.19, "low": 0.1, "high": 0.28})
     assert retention.decided("dead", {"value": 0.0, "low": -0.1, "high": 0.1})
     assert not retention.decided("unclear", {"value": 1.0, "low": 0.5, "high": 1.5})
