@@ -21,10 +21,16 @@ COCO = "case_number,prompt,evaluation_seed\n" + "".join(
     f'{k},"portrait of a person",{k * 7}\n' for k in range(50)
 )
 SMALL = {  # file: what makes it small
-    "t1": (transfer, [*CONTROLS, PORTRAITS, "batch_size=16"]),
+    "t1": (transfer, [*CONTROLS, PORTRAITS, "max_prompts=2", "batch_size=16"]),
     "t1-car": (
         transfer,
-        ["controls=[controls/tiny/space-1.safetensors]", "targets=[base,dmd]", "seeds=2", PORTRAITS],
+        [
+            "controls=[controls/tiny/space-1.safetensors]",
+            "targets=[base,dmd]",
+            "seeds=2",
+            "max_prompts=2",
+            PORTRAITS,
+        ],
     ),
     "t2": (diversity, [*BRIEF, PORTRAITS]),
     "t3": (

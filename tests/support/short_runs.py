@@ -22,6 +22,8 @@ ANALYSES = [
             "controls=[controls/tiny/smile.safetensors,controls/tiny/space-1.safetensors]",
             "targets=[dmd]",
             "seeds=2",
+            "rounds=1",
+            "max_prompts=2",
         ],
     ),
     (
@@ -30,6 +32,8 @@ ANALYSES = [
             "controls=[controls/tiny/smile.safetensors]",
             "targets=[dmd]",
             "seeds=2",
+            "rounds=1",
+            "max_prompts=2",
             "scales=[0,1]",
             "below=2.0",
             "references=false",
