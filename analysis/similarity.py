@@ -93,7 +93,7 @@ class Config(Drawing):
     controls: list[str] = list_of(
         *SHIPPED
     )  # control files whose weights and directions are compared; [] = none
-    transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions may be foretold
+    transfer: str = "runs/transfer/all"  # a run of analysis.transfer, whose retentions are to be predicted
     seeds: int = 16  # images per prompt
     seed: int = 1000  # the first image seed, and that of permutations
     # parts (each resnet, attention, transformer block), blocks (whole down, mid, up blocks)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.noise import TRAIN_STEPS
 from models.prompts import Prompts
 
-# network, x, t, prompts in its dtype, guidance it is told
+# network, x, t, prompts in its dtype, guidance it is given
 Call = Callable[[nn.Module, Tensor, float, Prompts, float | None], Tensor]
 # pipeline, texts, negative texts or None, size_px, device, further options of encode_prompt
 Encode = Callable[..., Prompts]
@@ -54,14 +54,14 @@ class Architecture:
 
 def call_unet(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
     """Stable Diffusion 1 and 2; SDXL: also pooled text and sizes."""
-    added, told = None, {}
+    added, embedded = None, {}
     if prompts.pooled is not None:
         added = {"text_embeds": prompts.pooled, "time_ids": prompts.size}
-    if guidance is not None:  # told to a U-Net with time_cond_proj_dim
+    if guidance is not None:  # given to a U-Net with time_cond_proj_dim
         features = guidance_features(guidance, net.config.time_cond_proj_dim, len(x))
-        told = {"timestep_cond": features.to(x)}
+        embedded = {"timestep_cond": features.to(x)}
     clock = torch.tensor(t, device=x.device)
-    return net(x, clock, prompts.tokens, added_cond_kwargs=added, **told).sample
+    return net(x, clock, prompts.tokens, added_cond_kwargs=added, **embedded).sample
 
 
 def call_pixart(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: float | None) -> Tensor:
@@ -92,7 +92,7 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
     places = torch.zeros(height, width, 3, device=x.device, dtype=x.dtype)
     places[..., 1] += torch.arange(height, device=x.device)[:, None]
     places[..., 2] += torch.arange(width, device=x.device)
-    told = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
+    strength = torch.full((len(x),), guidance or 0.0, device=x.device) if net.config.guidance_embeds else None
     out = net(
         pack(x),
         encoder_hidden_states=prompts.tokens,
@@ -100,7 +100,7 @@ def call_flux(net: nn.Module, x: Tensor, t: float, prompts: Prompts, guidance: f
         timestep=_clock(x, t) / TRAIN_STEPS,
         img_ids=places.flatten(0, 1),
         txt_ids=torch.zeros(prompts.tokens.shape[1], 3, device=x.device, dtype=x.dtype),
-        guidance=told,
+        guidance=strength,
     )
     return unpack(out.sample, height, width)
 

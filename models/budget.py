@@ -180,8 +180,8 @@ def unweighted(
     its = ARCHITECTURES[architecture]
     with init_empty_weights():
         net = torch.nn.Module.to(its.network.from_config(json.loads(values)), "meta", dtype)
-    x, told = torch.zeros(1, *shape, device="meta", dtype=dtype), blank(its, net).to(dtype)
-    return net, torch.no_grad()(partial(its.call, net, x, 500.0, told, None))
+    x, prompts = torch.zeros(1, *shape, device="meta", dtype=dtype), blank(its, net).to(dtype)
+    return net, torch.no_grad()(partial(its.call, net, x, 500.0, prompts, None))
 
 
 def pace(device: torch.device, dtype: torch.dtype) -> float:

@@ -182,13 +182,13 @@ class Family:
         wanted = list(zip(texts, negative or [None] * len(texts), strict=True))
         new = [pair for pair in dict.fromkeys(wanted) if pair not in self._encoded]
         if new:
-            found = self._encode([text for text, _ in new], negative and [away for _, away in new])
-            found = found.to("cpu", torch.float32)
-            if found.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
+            encoded = self._encode([text for text, _ in new], negative and [away for _, away in new])
+            encoded = encoded.to("cpu", torch.float32)
+            if encoded.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
                 self._encoded = {
                     pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded
                 }
-            self._encoded |= {pair: found[[row]] for row, pair in enumerate(new)}
+            self._encoded |= {pair: encoded[[row]] for row, pair in enumerate(new)}
         return stacked([self._encoded[pair] for pair in wanted]).to(self.device)
 
     def _encode(self, texts: list[str], negative: list[str] | None) -> Prompts:

@@ -142,3 +142,15 @@ def test_the_embedded_students(elsewhere, tmp_path, monkeypatch, name):
     }
     getattr(tiny_students, name)(merge(Config, words))
     assert (tmp_path / f"{name}.jsonl").exists()
+
+
+def test_a_tensor_that_stays_behind_is_found(elsewhere):
+    """What these tests are for: noise on the CPU in a network that is not."""
+    family = Family("tiny", DEVICE)
+    plan = alone(family.member("dmd"))
+    prompts = family.encode(["portrait of a person"] * 2)
+    behind = draw_noise([1, 2], family.latent_shape, plan.steps, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="device|meta"):
+        finish(plan, behind, prompts)
+    there = draw_noise([1, 2], family.latent_shape, plan.steps, DEVICE)
+    assert finish(plan, there, prompts).device == DEVICE

@@ -137,12 +137,12 @@ def load(path: str | Path) -> Control:
             f"{cut(path)} has no card: its header lacks 'card', which says what it is, its rank and its "
             f"alpha; {how}"
         )
-    found = {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()}
-    control = Control(card, found)
+    weights = {name.partition(".")[2]: real(name, tensor) for name, tensor in tensors.items()}
+    control = Control(card, weights)
     layers = control.layers
-    halves = {layer: [found.get(layer + half) for half in HALVES] for layer in layers}
+    halves = {layer: [weights.get(layer + half) for half in HALVES] for layer in layers}
     odd = [layer for layer in layers if not paired(*halves[layer]) or len(halves[layer][0]) != card.rank]
-    if odd or len(found) < len(tensors):
+    if odd or len(weights) < len(tensors):
         first = cut(odd[0]) if odd else "one that is there twice"
         raise UserError(
             f"{cut(path)}: {len(odd) or 'some'} of {len(layers)} layers are no pair of the card's rank "

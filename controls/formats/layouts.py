@@ -343,28 +343,28 @@ def _by_tables(
     net: nn.Module, stacks: tuple[tuple[str, str, dict[str, str]], ...], outside: dict[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """The names in tables as above whose layers are all in this network."""
-    spots, found = named_layers(net), {theirs: (ours,) for theirs, ours in outside.items()}
+    spots, names = named_layers(net), {theirs: (ours,) for theirs, ours in outside.items()}
     for theirs, ours, inside in stacks:
         for k in range(len(getattr(net, ours, []))):
             for name, parts in inside.items():
-                found[f"{theirs}.{k}.{name}"] = tuple(f"{ours}.{k}.{part}" for part in parts.split())
-    return {theirs: layers for theirs, layers in found.items() if all(layer in spots for layer in layers)}
+                names[f"{theirs}.{k}.{name}"] = tuple(f"{ours}.{k}.{part}" for part in parts.split())
+    return {theirs: layers for theirs, layers in names.items() if all(layer in spots for layer in layers)}
 
 
 def _zimage(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of Z-Image's own code, which fuses queries, keys and values."""
-    spots, found = named_layers(net), {}
+    spots, names = named_layers(net), {}
     if "all_x_embedder.2-1" not in spots:
         return {}
     for layer in spots:
         if layer.endswith(".attention.to_q"):
             stem = layer.removesuffix(".to_q")
-            found[f"{stem}.qkv"] = tuple(f"{stem}.{part}" for part in PROJECTIONS[:3])
-            found[f"{stem}.out"] = (f"{stem}.to_out.0",)
+            names[f"{stem}.qkv"] = tuple(f"{stem}.{part}" for part in PROJECTIONS[:3])
+            names[f"{stem}.out"] = (f"{stem}.to_out.0",)
         for ours, theirs in (("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer")):
             if layer == ours or layer.startswith(f"{ours}."):
-                found[theirs + layer.removeprefix(ours)] = (layer,)
-    return found
+                names[theirs + layer.removeprefix(ours)] = (layer,)
+    return names
 
 
 def _processors(net: nn.Module) -> dict[str, tuple[str, ...]]:

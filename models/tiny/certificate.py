@@ -145,10 +145,10 @@ def clip_scores() -> dict[str, float]:
     """
     clip, people = Clip(str(HERE / "weights/clip")), world.faces(1000, 557)
     seen = torch.from_numpy(clip.features(world.to_unit(world.pictures(people))))
-    told = torch.from_numpy(clip.texts(world.captions(people, 557, keep=1.0)))
+    texts = torch.from_numpy(clip.texts(world.captions(people, 557, keep=1.0)))
     hits = [
         (a @ b.T).argmax(1) == torch.arange(len(a))
-        for a, b in zip(seen.split(100), told.split(100), strict=True)
+        for a, b in zip(seen.split(100), texts.split(100), strict=True)
     ]
     scores = {"retrieval among 100": torch.cat(hits).float().mean().item()}
     pairs = {

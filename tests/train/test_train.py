@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support.commands import configured, refused
 
 from configs import ROOT, UserError, merge
+from controls import formats
 from models.families import Family
 from models.sampler import Denoiser, draw_noise
 from train import lora, slider
@@ -330,3 +331,11 @@ def test_the_command_itself_exits_with_2():
     done = subprocess.run([sys.executable, "train/tiny.py", "unet"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "vae" in done.stderr
+
+
+def test_a_lora_trains_without_its_prior_term(tmp_path):
+    """The default: no class of pictures is encoded, for none is kept."""
+    words = ["steps=1", "images=4", "batch_size=2", "sample_seeds=[1]", "sample_scales=[0,1]"]
+    assert lora.Config().prior == 0
+    path = lora.main(merge(lora.Config, [*words, "wandb=disabled", f"out={tmp_path}"]))
+    assert any((weight != 0).any() for name, weight in formats.load(path).tensors.items() if "lora_B" in name)
