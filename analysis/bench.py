@@ -24,7 +24,7 @@ from configs.screen import show_table
 from models.sampler import Plan
 
 PARTS = ("network", "VAE", "evaluators")
-SAME = ("family", "targets", "prompts", "seeds", "evaluators", "dtype", "quantize")  # as analysis.transfer
+SAME = ("family", "targets", "prompts", "max_prompts", "seeds", "evaluators", "dtype", "quantize")
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Config:
     control: str = "controls/tiny/smile.safetensors"  # the control
     targets: list[str] = list_of()  # members, or plans as analysis.transfer takes them; empty = all members
     prompts: list[str] = list_of()  # as analysis.transfer takes them; empty = the family card's prompts
+    max_prompts: int = 8  # drawn at once, with all their seeds
     seeds: int = 4  # images per prompt
     evaluators: list[str] = list_of()  # of the family's card; empty = all that read words
     dtype: str = "auto"  # of the networks: auto (bf16 on a GPU, fp32 on a CPU), bf16, fp32
@@ -46,10 +47,10 @@ def main(cfg: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = {key: getattr(cfg, key) for key in SAME}
         words |= {"controls": [cfg.control], "cache": folder, "out": folder, "references": False}
-        session = Session("analysis.transfer", merge(transfer.Config, words), ())
-        drawings, (subject,), targets = transfer.prepare(session)
+        design = transfer.prepare(Session("analysis.transfer", merge(transfer.Config, words), ()))
+        drawings, (subject,) = design.parts[0], design.subjects
         drawings.family.encode_all(drawings.texts)
-        for target in targets:
+        for target in design.targets:
             drawings.family.keep(())
             spent, count = drawn(drawings, Job(target, subject.name, 1.0), cfg.rounds), len(drawings.numbers)
             total += spent

@@ -32,8 +32,9 @@ TRAINERS = [
     (lora, ["images=4", "prior=1", "prior_images=2"]),
     (sliderspace, ["directions=2", "trajectories=3"]),
 ]
+FEW = ["rounds=1", "max_prompts=2", "references=false"]
 ANALYSES = [
-    (transfer, [f"controls=[{SMILE}]", "targets=[dmd]", "seeds=2", "scales=[0,1]", "references=false"]),
+    (transfer, [f"controls=[{SMILE}]", "targets=[dmd]", "seeds=2", "scales=[0,1]", *FEW]),
     (trace, ["students=[dmd]", "plans=[hybrid(1)]", "seeds=2", "bands=[500]"]),
     (diversity, ["students=[dmd]", "plans=[hybrid(1)]", "seeds=3", "captions=0"]),
     (similarity, ["targets=[dmd]", "seeds=2", f"controls=[{SMILE}]", "neighbours=2", "draws=5"]),
@@ -100,7 +101,7 @@ def drawn(device: str) -> dict[str, torch.Tensor]:
 def test_plans_images_and_features(device):
     here, there = drawn("cpu"), drawn(device)
     worst = {name: (here[name] - there[name]).abs().max().item() for name in here}
-    assert len(worst) == 9 and max(worst.values()) < 1e-3, worst
+    assert len(worst) == 10 and max(worst.values()) < 1e-3, worst
 
 
 @pytest.mark.parametrize("device", [GPU, "cpu"])

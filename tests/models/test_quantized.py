@@ -276,6 +276,8 @@ TRANSFER = [
     "references=false",
     "wandb=disabled",
     "prompts=[portrait of a person,'portrait of a person, hat']",
+    "rounds=1",
+    "max_prompts=2",
 ]
 
 
@@ -315,10 +317,10 @@ def test_drawings_of_packed_networks_are_never_taken_for_others(drawn, monkeypat
     for words in ([], ["quantize=round"], ["quantize=nf4"]):
         cfg = merge(transfer.Config, [*TRANSFER, f"cache={drawn[0]}/cache", *words])
         monkeypatch.setattr(quantized, "find_spec", lambda name: True)
-        drawings, subjects, targets = transfer.prepare(Session("analysis.transfer", cfg, ()))
-        jobs = transfer.jobs_of(cfg, subjects, targets)
-        keys.append({drawings.key(job) for job in jobs})
-        assert bool(drawings.missing(jobs)) == bool(words)
+        session = Session("analysis.transfer", cfg, ())
+        design = transfer.prepare(session)
+        keys.append({part.key(job) for part, jobs in design.all for job in jobs})
+        assert bool(transfer.Work(session, design).missing(design.all)) == bool(words)
     assert len(set.union(*keys)) == sum(map(len, keys))
 
 

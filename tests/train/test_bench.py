@@ -44,7 +44,7 @@ def test_kernel_distance_by_its_definition():
 def test_the_share_outside_network_vae_and_evaluators_is_small_and_printed(capsys, monkeypatch, more):
     seen, drawn = [], bench.drawn
     monkeypatch.setattr(bench, "drawn", lambda *args: seen.append(drawn(*args)) or seen[-1])
-    words = ["targets=[dmd]", "seeds=2", "rounds=1", "prompts=[portrait of a person]", *more]
+    words = ["targets=[dmd]", "seeds=2", "rounds=1", "max_prompts=1", *more]
     bench.main(merge(bench.Config, words))
     (spent,) = seen
     assert all(spent[part] > 0 for part in bench.PARTS)
@@ -62,7 +62,7 @@ def test_the_clock_leaves_nothing_behind(monkeypatch):
         lambda drawings, plan: held.update(drawings=drawings, plan=plan) or clocked(drawings, plan),
     )
     bench.main(
-        merge(bench.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "prompts=[portrait of a person]"])
+        merge(bench.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "max_prompts=1"])
     )
     nets = [member.denoiser.net for member in held["plan"].members]
     for module in [*nets, held["drawings"].family.pipe.vae.decoder]:
