@@ -195,7 +195,8 @@ def training(net: nn.Module, size: Step) -> Iterator[Callable[[], None]]:
     average, optimizer = [weight.detach().clone() for weight in weights], torch.optim.AdamW(weights, 1e-3)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    with torch.device("cpu"):  # older torch makes the count of steps on the default device, and reads it
+        optimizer.step()
     optimizer.zero_grad()
     x = torch.zeros((size.batch_size, *size.shape), device=net.device)
     conditioning = blank(size.architecture, net, size.batch_size)

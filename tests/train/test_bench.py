@@ -61,9 +61,7 @@ def test_the_clock_leaves_nothing_behind(monkeypatch):
         "clocked",
         lambda drawings, plan: held.update(drawings=drawings, plan=plan) or clocked(drawings, plan),
     )
-    bench.main(
-        merge(bench.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "max_prompts=1"])
-    )
+    bench.main(merge(bench.Config, ["targets=[dmd]", "seeds=1", "rounds=1", "max_prompts=1"]))
     nets = [member.denoiser.net for member in held["plan"].members]
     for module in [*nets, held["drawings"].family.pipe.vae.decoder]:
         assert not module._forward_hooks and not module._forward_pre_hooks

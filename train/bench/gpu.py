@@ -218,7 +218,7 @@ def tested(files: list[str]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-m", "gpu"]
-        words += [f"--junitxml={report}", *files]
+        words += ["-o", "addopts=--import-mode=importlib", f"--junitxml={report}", *files]  # in one process
         ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         if not report.is_file():
             raise UserError(f"pytest: exit code {ran.returncode}: {(ran.stderr or ran.stdout)[-120:]}")
