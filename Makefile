@@ -40,7 +40,7 @@ bench-memory: ## memory of a training step on SDXL's U-Net, estimated
 bench-sdxl: ## SDXL at full size with random weights on a GPU: seconds per image, memory, beside diffusers
 	python train/bench/sdxl.py
 
-gpu: ## all that only a GPU can show, in at most 9 minutes, into bench/gpu.json; needs no network
+gpu: ## all that only a GPU can show, in at most 9 minutes, into docs/records/gpu.json; needs no network
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" python train/bench/gpu.py
 
 paper: ## the paper's tables and figures on SDXL, PixArt and SD 2.1: a GPU, the extras dreamsim and inception, data/ (see configs/paper), days

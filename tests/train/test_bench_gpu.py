@@ -115,7 +115,7 @@ def test_the_hardware_is_named(monkeypatch, tmp_path, answer, gpu_name, gb):
 def test_what_a_gpu_measured_is_never_replaced_without_one(tmp_path):
     assert gpu.check(config(tmp_path, out="")) == ROOT / "runs/bench-gpu/gpu.json"
     with pytest.raises(UserError, match="there is none here"):
-        gpu.check(config(tmp_path, out=str(ROOT / "bench/gpu.json")))
+        gpu.check(config(tmp_path, out=str(ROOT / "docs/records/gpu.json")))
     with pytest.raises(UserError, match="no part 'coffee'; there are pictures, training"):
         gpu.check(config(tmp_path, parts=["coffee"]))
 

@@ -1,4 +1,4 @@
-"""What bench/gpu.json says, as Markdown: all figures, and the word of docs/families.md on them."""
+"""What docs/records/gpu.json says, as Markdown: all figures, and the word of docs/families.md on them."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs import ROOT, UserError, replacing, versions
 
-RECORD = ROOT / "bench/gpu.json"  # of a GPU alone
+RECORD = ROOT / "docs/records/gpu.json"  # of a GPU alone
 PAGE = ROOT / "docs/families.md"
 BLOCK = re.compile(r"(<!-- gpu -->\n).*?(\n<!-- /gpu -->)", re.S)  # the page's place for it
 STAND_IN = "no GPU: the embedded family on the CPU stands in"
@@ -86,7 +86,7 @@ def cell(key: str, value: float | int | str | bool | None) -> str:
 def docs() -> str:
     """The page's word on it: that it has not run on a GPU, or the figures."""
     if not RECORD.is_file():
-        return f"{WHAT}.\n**It has not run on a GPU yet**, so that there is no `bench/gpu.json`."
+        return f"{WHAT}.\n**It has not run on a GPU yet**, so that there is no `docs/records/gpu.json`."
     return f"{WHAT}.\n\n<details><summary>The figures</summary>\n\n{markdown(read(RECORD))}\n\n</details>"
 
 

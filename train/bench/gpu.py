@@ -1,4 +1,4 @@
-"""Measures all that only a GPU can show, into bench/gpu.json: python train/bench/gpu.py [key=value ...]
+"""Measures all that only a GPU can show, into docs/records/gpu.json: python train/bench/gpu.py [key=value …]
 
 Or make gpu. At most 9 minutes on one H100. Needs torch for CUDA and the packages of pyproject.toml, those of
 the extra dev for the tests and nf4, and the project's folder on PYTHONPATH where it is not installed. Needs
@@ -50,7 +50,7 @@ class Config:
     tests: list[str] = list_of("tests/test_gpu.py")  # whose tests marked gpu are run
     show: bool = False  # --show: print the file and measure nothing
     docs: bool = False  # --docs: write into docs/families.md what the file says, and measure nothing
-    out: str = ""  # the file; empty = bench/gpu.json, without a GPU runs/bench-gpu/gpu.json
+    out: str = ""  # the file; empty = docs/records/gpu.json, without a GPU runs/bench-gpu/gpu.json
 
 
 def main(cfg: Config) -> Path:
@@ -93,7 +93,7 @@ def check(cfg: Config) -> Path:
     shipped = torch.cuda.is_available() or cfg.show
     path = Path(cfg.out) if cfg.out else (RECORD if shipped else ROOT / "runs/bench-gpu/gpu.json")
     if path.resolve() == RECORD.resolve() and not shipped:
-        raise UserError("bench/gpu.json is for what a GPU measured, and there is none here; leave out= away")
+        raise UserError(f"{RECORD.name} is for what a GPU measured, and there is none here; leave out= away")
     return path
 
 
