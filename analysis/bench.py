@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from analysis import transfer
-from analysis.images.cache import Drawings, Job
+from analysis.images.cache import Drawings, Job, make
 from analysis.session import Session
 from configs import entry, list_of, merge
 from configs.screen import show_table
@@ -65,14 +65,14 @@ def main(cfg: Config) -> None:
 def drawn(drawings: Drawings, job: Job, rounds: int) -> Counter[str]:
     """Seconds of a drawing, whole and by part, in the round in which the least of it was outside."""
     plan, found = drawings.plan(job.target), []
-    drawings.make(job)  # what is prepared once is prepared now
+    make([drawings], job)  # what is prepared once is prepared now
     for _ in range(rounds):
         for path in drawings.files(job):
             path.unlink(missing_ok=True)
         drawings.whole.clear()
         with clocked(drawings, plan) as spent:
             start = now(drawings.family.device)
-            drawings.make(job)
+            make([drawings], job)
             spent["whole"] = now(drawings.family.device) - start
         found.append(spent)
     return min(found, key=outside)

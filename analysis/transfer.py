@@ -9,6 +9,7 @@ Prompts come in rounds: after each, cells whose verdict is decided are left, the
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from analysis import model_cards, results, wandb_log
-from analysis.images.cache import Drawings, Job, in_turn, one_by_one, plan_of
+from analysis.images.cache import Drawings, Job, in_turn, make, one_by_one, plan_of
 from analysis.images.design import Design, Subject, Words, cycled, looks_of
 from analysis.images.readings import Measurement
 from analysis.measures import agreement
@@ -40,6 +41,7 @@ TYPICAL = {"prompts": 0.1, "seeds": 0.6}
 NAMES = ["smile", "watercolour-kv", "space-1"]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
 SCALES = {"lora": "lora_scales"}  # kind of control: the key that holds its scales; of others, scales
+PILOT_PROMPTS = 12  # at the most
 PILOT = 900_000  # added to image seeds of the pilot, on which nothing is measured
 BASELINE = 10_000_000  # added to image seeds, once and more, for further images without a control
 FREE = (
@@ -80,8 +82,8 @@ class Config(Drawing):
     references: bool = True
     at: float = 1.0  # the scale at which controls will be used: retention is the ratio of effects there
     max_prompts: int = 96  # prompts at the most; where there are fewer, they come again with other seeds
-    rounds: int = 4  # each doubles the prompts, until max_prompts; 1 = all prompts at once, a fixed design
-    curve_prompts: int = 8  # the first so many are drawn at every scale, for curves
+    rounds: int = 3  # each doubles the prompts, until max_prompts; 1 = all prompts at once, a fixed design
+    curve_prompts: int = 6  # the first so many are drawn at every scale, for curves
     precision: float | None = None  # stop at a cell once its interval is within ± this; null = at its verdict
     minutes: float | None = None  # no new round that would end later than this; null = no limit
     seeds: int = 1  # images per prompt
@@ -152,14 +154,31 @@ def finish(
 
 
 class Task(NamedTuple):
-    """One drawing to be made."""
+    """A job to be done on some parts of the prompts."""
 
-    drawings: Drawings
+    parts: tuple[Drawings, ...]
     job: Job
 
     @property
     def target(self) -> str:
         return self.job.target
+
+    @property
+    def images(self) -> int:
+        return sum(len(part.numbers) for part in self.parts)
+
+
+def together(tasks: list[Task], most: int) -> list[Task]:
+    """The same with parts of one job in one task, as long as all its images fit into a batch."""
+    found: dict[tuple[Job, int], Task] = {}
+    full: Counter[Job] = Counter()
+    for task in tasks:
+        key = task.job, full[task.job]
+        if key in found and found[key].images + task.images > most:
+            full[task.job] += 1
+            key = task.job, full[task.job]
+        found[key] = Task((*found[key].parts, *task.parts), task.job) if key in found else task
+    return list(found.values())
 
 
 class Work:
@@ -172,12 +191,12 @@ class Work:
         self.evaluations, self.seconds = 0.0, 0.0
 
     def missing(self, todo: list[tuple[Drawings, list[Job]]]) -> list[Task]:
-        tasks = [Task(part, job) for part, jobs in todo for job in part.missing(jobs)]
-        return list({task.drawings.key(task.job): task for task in tasks}.values())
+        tasks = [Task((part,), job) for part, jobs in todo for job in part.missing(jobs)]
+        return list({task.parts[0].key(task.job): task for task in tasks}.values())
 
     def cost(self, task: Task) -> float:
         """Network evaluations."""
-        return len(task.drawings.numbers) * plan_of(self.session.bare, task.target).nfe
+        return task.images * plan_of(self.session.bare, task.target).nfe
 
     def ends_within(self, todo: list[tuple[Drawings, list[Job]]], minutes: float | None) -> bool:
         """Whether these drawings will be there before the run is so old, at the pace until now."""
@@ -190,14 +209,14 @@ class Work:
         """Makes what is missing of these."""
         start, family = time.time(), self.session.family
         tasks = in_turn(self.missing(todo), family.card)
-        mine = self.session.share(tasks, self.cost)
+        mine = together(self.session.share(tasks, self.cost), family.drawing.size)
         if mine:
             family.encode_all(self.texts)
         for task in one_by_one(mine, family, label, not (self.session.first and mine)):
-            task.drawings.make(task.job)
+            make(task.parts, task.job)
         self.session.accelerator.wait_for_everyone()
         new = {part.key(job): len(part.numbers) for part, jobs in todo for job in jobs}
-        images = sum(len(task.drawings.numbers) for task in tasks)
+        images = sum(task.images for task in tasks)
         self.known += sum(count for key, count in new.items() if key not in self.asked) - images
         self.asked |= new.keys()
         self.drawn += images
@@ -267,10 +286,11 @@ def plan(session: Session, design: Design) -> Path:
             f"of cases, corrected for {len(design.pairs)} cells and {len(looks.prompts)} looks ({whence})"
         )
     tasks, controls = work.missing(design.all), design.parts[0].controls.values()
-    images, asked = sum(len(task.drawings.numbers) for task in tasks), sum(map(work.cost, tasks))
+    images, asked = sum(task.images for task in tasks), sum(map(work.cost, tasks))
     print(f"to draw: at most {images} images, {asked:.0f} network evaluations; known already: the rest")
     if tasks:
-        counts = [len(task.drawings.numbers) for task in tasks]
+        tasks = in_turn(together(tasks, session.family.drawing.size), session.family.card)
+        counts = [task.images for task in tasks]
         session.forecast(tasks, counts, max(counts), [c.tensors for c in controls], apart=True)
     return session.folder
 
@@ -319,7 +339,8 @@ def prepare(session: Session) -> Design:
         for evaluator in evaluators.values() if subject.words else ():
             evaluator.direction(*subject.words)  # words that an evaluator cannot tell apart are an error
     targets = resolve(cfg, family.card)
-    pilot, plain = part(0, ends[0], PILOT), list(map(further, parts))
+    pilot = part(0, min(PILOT_PROMPTS, looks.prompts[0]), PILOT)
+    plain = list(map(further, parts))
     return Design(subjects, targets, parts, plain, pilot, looks, cfg.at, cfg.references)
 
 

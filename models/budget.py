@@ -184,6 +184,7 @@ def unweighted(
     return net, torch.no_grad()(partial(its.call, net, x, 500.0, prompts, None))
 
 
+@cache
 def pace(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second that a network may reach on a device: half of what a large product
     of matrices does.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -116,10 +117,13 @@ def heed(settings: dict[str, str], cfg: Any, device: str) -> None:
 
 def crowded() -> None:
     """Says when other work keeps cores busy on which this process's threads would wait for each other."""
-    load, cores, threads = os.getloadavg()[0], len(os.sched_getaffinity(0)), torch.get_num_threads()
-    if threads > 1 and load + threads > cores + 1:
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    if threads == 1:
+        return
+    busy = psutil.cpu_percent(0.2) / 100 * psutil.cpu_count()  # while this process sleeps
+    if busy + threads > cores + 0.5:
         note(
-            f"other work keeps {min(load, cores):.1f} of {cores} cores busy; beside it {threads} threads can "
+            f"other work keeps {min(busy, cores):.1f} of {cores} cores busy; beside it {threads} threads can "
             f"be many times slower than one: OMP_NUM_THREADS=1 python -m …"
         )
 

@@ -1,5 +1,6 @@
 """Loading: from what a card says to networks and pipelines, and every failure in one line."""
 
+import gc
 import hashlib
 import json
 import warnings
@@ -39,8 +40,16 @@ def place(repo: str) -> str:
     return str(ROOT / repo) if (ROOT / repo).is_dir() else repo
 
 
+@cache
+def settle() -> None:
+    """What is imported is never garbage: it need not be looked through each time that networks go."""
+    gc.collect()
+    gc.freeze()
+
+
 def fetch(kind, repo: str, revision: str | None = None, **options):
     """from_pretrained of a folder of the project or a repo of the Hub; raises UserError."""
+    settle()  # the first time, nothing is loaded yet
     for library in ("diffusers", "transformers"):
         import_module(f"{library}.utils.logging").disable_progress_bar()
     with one_line(repo):

@@ -9,3 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+LONG = ("test_dry_run", "test_paper", "test_train", "test_transfer", "test_real_families", "test_similarity")
+
+
+def pytest_collection_modifyitems(items):
+    """Long modules first, so that no process waits for another in the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)

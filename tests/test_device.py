@@ -25,7 +25,7 @@ DEVICE = torch.device("meta")
 ARGUMENTS = {
     "k": "1",
     "[n]": "4",
-    "n": "8",
+    "n": "3",
     "guidance": "2",
     "low,high": "0,800",
     "s,[k]": "0.6,1",

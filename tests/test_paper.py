@@ -16,6 +16,7 @@ CONTROLS = [
     "controls=[controls/tiny/smile.safetensors,controls/tiny/watercolour.safetensors]",
     "targets=[base,dmd]",
     "seeds=2",
+    "baselines=1",
 ]
 COCO = "case_number,prompt,evaluation_seed\n" + "".join(
     f'{k},"portrait of a person",{k * 7}\n' for k in range(50)
@@ -28,6 +29,8 @@ SMALL = {  # file: what makes it small
             "controls=[controls/tiny/space-1.safetensors]",
             "targets=[base,dmd]",
             "seeds=2",
+            "baselines=1",
+            "references=false",
             "max_prompts=2",
             PORTRAITS,
         ],

@@ -7,9 +7,10 @@ first one's step nearest in noise level stands for it. Always the conditional br
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from math import atan2
 
 import numpy as np
@@ -23,7 +24,7 @@ from configs import UserError
 from controls import intervals
 from controls.lora import Control, fused
 from controls.overlap import change
-from models.architectures import blank
+from models import budget
 from models.blocks import blocks, recording
 from models.families import Family
 from models.noise import Noise
@@ -232,16 +233,17 @@ def sums(family: Family, name: str, measure: Measure) -> float:
     Per block, step and kind of inputs `cka.Alignment` has three times four matrices of channels x
     channels.
     """
-    member, its = family.member(name), family.architecture
-    net = torch.nn.Module.to(member.denoiser.net, "meta", family.dtype)
-    conditioning, x = (
-        blank(its, net).to(family.dtype),
-        torch.zeros(1, *family.latent_shape, device="meta").to(family.dtype),
-    )
-    with recording(net, blocks(net, measure.kind), 1) as seen, torch.device("meta"):
-        its.call(net, x, 500.0, conditioning, None)
-    sizes = [activation.shape[1] * measure.grid**2 for activation in seen.values()]
-    return 3.0 * 4 * 8 * sum(size**2 for size in sizes) * 2 * len(member.levels)
+    sizes = [count * measure.grid**2 for count in channels(measure.kind, *budget.about(family.card, name))]
+    return 3.0 * 4 * 8 * sum(size**2 for size in sizes) * 2 * len(family.member(name).levels)
+
+
+@cache
+def channels(kind: str, *about: Hashable) -> list[int]:
+    """Of each block's activations; about: what an evaluation depends on."""
+    net, evaluate = budget.unweighted(*about, torch.bfloat16)
+    with recording(net, blocks(net, kind), 1) as seen, torch.device("meta"):
+        evaluate()
+    return [activation.shape[1] for activation in seen.values()]
 
 
 def shared_blocks(first: Member, second: Member, kind: str) -> list[str]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -167,68 +168,6 @@ class Drawings:
         """What is kept in a file. Raises UserError where it was damaged after it was seen to be whole."""
         return store.load(path, path.stem)
 
-    @torch.no_grad()
-    def make(self, job: Job) -> None:
-        """Draws what is not yet drawn, and reads its missing features; an image is decoded once."""
-        new = not self.there(self.path(job))
-        latents = self.latents(job) if new else self.read(self.path(job))["latents"].to(self.family.device)
-        blind = [
-            evaluator_name
-            for evaluator_name in self.evaluators
-            if not self.there(self.path(job, evaluator_name))
-        ]
-        shown = set(range(0, len(latents), self.seeds)[:SHOWN]) if new else set()
-
-        def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            """The pictures to show among these, and what every evaluator sees."""
-            images = self.family.decode(latents[rows])
-            pictures = [
-                ((images[k] + 1) * 127.5).round().to(torch.uint8)
-                for k, row in enumerate(rows.tolist())
-                if row in shown
-            ]
-            return pictures, [
-                torch.from_numpy(self.evaluators[evaluator_name].features(images)) for evaluator_name in blind
-            ]
-
-        pictures, features = zip(*self.family.drawing.of(seen, len(latents)), strict=True)
-        features = {
-            evaluator_name: torch.cat(parts)
-            for evaluator_name, parts in zip(blind, zip(*features, strict=True), strict=True)
-        }
-        for evaluator_name, found in features.items():
-            if not torch.isfinite(found).all():
-                raise UserError(
-                    f"{evaluator_name} sees numbers that are not finite in the images of "
-                    f"{self.words_of(job)}: its weights are damaged"
-                )
-        if new:
-            self.keep(
-                self.path(job),
-                latents=latents,
-                pictures=torch.stack([one for part in pictures for one in part]),
-            )
-        for evaluator_name, found in features.items():
-            self.keep(self.path(job, evaluator_name), features=found)
-
-    def latents(self, job: Job) -> Tensor:
-        """The finished latents of a job, (P · S, C, H, W)."""
-        family, shape, texts = self.family, self.family.latent_shape, self.told(job)
-        control = self.controls[job.control, job.random] if job.control is not None and job.scale else None
-        # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
-        holds = None if self.below is None else lambda level: level.ratio < self.below
-        with acting(self.plan(job.target), control, job.scale, family.card.name, holds) as plan:
-
-            def drawn(rows: Tensor) -> Tensor:
-                noise = draw_noise([self.numbers[row] for row in rows], shape, plan.steps, family.device)
-                return finish(plan, noise, family.encode([texts[row // self.seeds] for row in rows]))
-
-            found = torch.cat(family.drawing.of(drawn, len(self.numbers)))
-        if not torch.isfinite(found).all():
-            culprit = next(filter(None, map(broken, plan.members)), "a smaller scale, or dtype=fp32, may do")
-            raise UserError(f"the images of {self.words_of(job)} are not finite: {culprit}")
-        return found
-
     def told(self, job: Job) -> list[str]:
         """The texts of a job's images, (P,)."""
         return [f"{text}, {job.words}" for text in self.texts] if job.words else self.texts
@@ -244,6 +183,10 @@ class Drawings:
         """What a target means. Raises UserError as `plan_of`."""
         return plan_of(self.family, target)
 
+    def shown(self) -> range:
+        """The images that pictures show."""
+        return range(0, len(self.numbers), self.seeds)[:SHOWN]
+
     def features(self, job: Job, evaluator_name: str) -> np.ndarray:
         """What an evaluator sees, (P, S, d)."""
         found = self.read(self.path(job, evaluator_name))["features"].double().numpy()
@@ -252,6 +195,79 @@ class Drawings:
     def pictures(self, job: Job) -> Tensor:
         """The images to show, uint8 (n, 3, H, W)."""
         return self.read(self.path(job))["pictures"]
+
+
+@torch.no_grad()
+def make(parts: Sequence[Drawings], job: Job) -> None:
+    """Draws what is not yet drawn of a job, parts of one measurement in common batches, and reads their
+    missing features; an image is decoded once.
+    """
+    family, evaluators = parts[0].family, parts[0].evaluators
+    new = [part for part in parts if not part.there(part.path(job))]
+    drawn = dict(zip(new, latents(new, job), strict=True)) if new else {}
+    found = [
+        drawn[part] if part in drawn else part.read(part.path(job))["latents"].to(family.device)
+        for part in parts
+    ]
+    blind = [name for name in evaluators if not all(part.there(part.path(job, name)) for part in parts)]
+    whole, sizes = torch.cat(found), [len(one) for one in found]
+    starts = dict(zip(parts, accumulate(sizes, initial=0), strict=False))
+    shown = {starts[part] + row for part in new for row in part.shown()}
+
+    def seen(rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The pictures to show among these, and what every evaluator sees."""
+        images = family.decode(whole[rows])
+        pictures = [
+            ((images[k] + 1) * 127.5).round().to(torch.uint8)
+            for k, row in enumerate(rows.tolist())
+            if row in shown
+        ]
+        return pictures, [torch.from_numpy(evaluators[name].features(images)) for name in blind]
+
+    pictures, features = zip(*family.drawing.of(seen, len(whole)), strict=True)
+    features = {
+        name: torch.cat(batches) for name, batches in zip(blind, zip(*features, strict=True), strict=True)
+    }
+    for name, values in features.items():
+        if not torch.isfinite(values).all():
+            raise UserError(
+                f"{name} sees numbers that are not finite in the images of {parts[0].words_of(job)}: its "
+                f"weights are damaged"
+            )
+    pictures = iter([one for batch in pictures for one in batch])
+    for part in new:
+        its = torch.stack([next(pictures) for _ in part.shown()])
+        part.keep(part.path(job), latents=drawn[part], pictures=its)
+    for name, values in features.items():
+        for part, its in zip(parts, values.split(sizes), strict=True):
+            part.keep(part.path(job, name), features=its)
+
+
+def latents(parts: Sequence[Drawings], job: Job) -> tuple[Tensor, ...]:
+    """The finished latents of a job's images, for each part (P · S, C, H, W)."""
+    one = parts[0]
+    family, shape = one.family, one.family.latent_shape
+    control = one.controls[job.control, job.random] if job.control is not None and job.scale else None
+    asked = [
+        (number, text)
+        for part in parts
+        for k, text in enumerate(part.told(job))
+        for number in part.numbers[k * part.seeds : (k + 1) * part.seeds]
+    ]
+    # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
+    holds = None if one.below is None else lambda level: level.ratio < one.below
+    with acting(one.plan(job.target), control, job.scale, family.card.name, holds) as plan:
+
+        def drawn(rows: Tensor) -> Tensor:
+            numbers, texts = zip(*[asked[row] for row in rows], strict=True)
+            noise = draw_noise(numbers, shape, plan.steps, family.device)
+            return finish(plan, noise, family.encode(list(texts)))
+
+        found = torch.cat(family.drawing.of(drawn, len(asked)))
+    if not torch.isfinite(found).all():
+        culprit = next(filter(None, map(broken, plan.members)), "a smaller scale, or dtype=fp32, may do")
+        raise UserError(f"the images of {one.words_of(job)} are not finite: {culprit}")
+    return found.split([len(part.numbers) for part in parts])
 
 
 def plan_of(family: Family, target: str) -> Plan:

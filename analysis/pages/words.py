@@ -247,11 +247,19 @@ def agreement(entries: list[dict]) -> str:
     """How far evaluators agree, in one sentence; empty for one evaluator, or where nothing was judged."""
     found = [
         f"{e['first']} and {e['second']} in {100 * e['same']:.0f} % of {counted(e['cells'], 'cell')}, "
-        f"κ {'not defined' if e['kappa']['value'] is None else ranged(e['kappa'])}"
+        f"{_kappa(e['kappa'])}"
         for e in entries
         if e["cells"]
     ]
     return f"The evaluators give the same verdict: {'; '.join(found)}." if found else ""
+
+
+def _kappa(interval: dict) -> str:
+    """κ, unless the cells are too few to tell it."""
+    if interval["value"] is None:
+        return "κ not defined"
+    told = interval["low"] is not None and interval["high"] - interval["low"] < 1
+    return f"κ {ranged(interval)}" if told else "too few for κ"
 
 
 def _place(cell: dict) -> int:

@@ -78,9 +78,10 @@ def test_the_sentence_says_every_pair():
     entry = {"cells": 12, "controls": 4, "same": 0.75}
     sure = {**entry, "first": "clip", "second": "probe", "kappa": {"value": 0.6, "low": 0.31, "high": 0.89}}
     none = {**entry, "first": "clip", "second": "dino", "kappa": {"value": None, "low": None, "high": None}}
-    assert words.agreement([sure, none]) == (
+    wide = {**entry, "first": "dino", "second": "probe", "kappa": {"value": 0.6, "low": -0.4, "high": 1.0}}
+    assert words.agreement([sure, none, wide]) == (
         "The evaluators give the same verdict: clip and probe in 75 % of 12 cells, κ 0.60 [0.31, 0.89]; "
-        "clip and dino in 75 % of 12 cells, κ not defined."
+        "clip and dino in 75 % of 12 cells, κ not defined; dino and probe in 75 % of 12 cells, too few for κ."
     )
     assert words.agreement([]) == ""
     assert words.agreement([{**none, "cells": 0, "same": None}]) == ""

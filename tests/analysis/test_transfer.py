@@ -140,18 +140,18 @@ def test_a_ceiling_a_wrong_control_and_leakage(tmp_path, run):
 
 
 def test_a_killed_run_continues_to_the_same_numbers(tmp_path, run, monkeypatch):
-    original, made = cache.Drawings.make, []
+    original, made = transfer.make, []
 
-    def dies(self, job):
+    def dies(parts, job):
         if len(made) == 5:
             raise KeyboardInterrupt
         made.append(job)
-        original(self, job)
+        original(parts, job)
 
-    monkeypatch.setattr(cache.Drawings, "make", dies)
+    monkeypatch.setattr(transfer, "make", dies)
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path)
-    monkeypatch.setattr(cache.Drawings, "make", original)
+    monkeypatch.setattr(transfer, "make", original)
     results = measure(tmp_path)
     assert (
         results["cost"]["cached"] == 4 * 5
@@ -164,14 +164,14 @@ def test_a_second_run_draws_nothing_and_an_evaluator_more_draws_no_image(run, mo
     out, first = run
     for path in (out / "cache").rglob("*-probe-*"):
         path.unlink()
-    monkeypatch.setattr(cache.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(cache, "latents", lambda *_: pytest.fail("drawn again"))
     assert measure(out)["cells"] == first["cells"]
 
 
 def test_starting_afresh_leaves_the_drawings_that_runs_share(run, monkeypatch):
     out, first = run
     (out / "default/mine.txt").write_text("of the run before")
-    monkeypatch.setattr(cache.Drawings, "latents", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(cache, "latents", lambda *_: pytest.fail("drawn again"))
     assert measure(out, "overwrite=true")["cost"]["drawn"] == 0
     assert not (out / "default/mine.txt").exists()
 
@@ -257,7 +257,7 @@ def test_one_network_at_a_time(tmp_path, monkeypatch):
     nothing stays.
     """
     alive, most, loaded = weakref.WeakSet(), [], []
-    network, make = families.network, cache.Drawings.make
+    network, make = families.network, transfer.make
 
     def counted(card, name, *args):
         found = network(card, name, *args)
@@ -265,13 +265,13 @@ def test_one_network_at_a_time(tmp_path, monkeypatch):
         loaded.append(name)
         return found
 
-    def made(drawings, job):
-        make(drawings, job)
+    def made(parts, job):
+        make(parts, job)
         most.append(len(alive))
-        assert not drawings.family.encoders()
+        assert not parts[0].family.encoders()
 
     monkeypatch.setattr(families, "network", counted)
-    monkeypatch.setattr(cache.Drawings, "make", made)
+    monkeypatch.setattr(transfer, "make", made)
     words = ["targets=[dmd,dmd:hybrid(1),lcm,lightning]", "seeds=1", "scales=[0,1]", "references=false"]
     measure(tmp_path, *words)
     assert (

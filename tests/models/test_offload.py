@@ -182,7 +182,7 @@ def test_a_control_in_the_weights_travels_with_them():
 
 
 TRAINERS = {
-    slider: ["trajectories=2", "watch=[tiny/dmd]", "watch_every=4", "watch_prompts=1"],
+    slider: ["trajectories=2", "watch=[tiny/lcm]", "watch_every=4", "watch_prompts=1"],
     image_slider: [],
     lora: ["images=4", "prior=1"],
     sliderspace: ["directions=2", "trajectories=4"],
@@ -221,7 +221,14 @@ def test_text_encoders_are_gone_when_a_trainer_s_network_comes(trainer, tmp_path
     assert when.count(("parts", False)) == 1 and ("parts", True) not in when
 
 
-SMALL = ["steps=4", "sample_seeds=[1]", "sample_scales=[0,1]", "save_every=2", "wandb=disabled"]
+SMALL = [
+    "member=tiny/dmd",
+    "steps=4",
+    "sample_seeds=[1]",
+    "sample_scales=[0,1]",
+    "save_every=2",
+    "wandb=disabled",
+]
 
 
 def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkeypatch):
@@ -232,7 +239,7 @@ def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkey
         "trajectories=3",
         "ema=0.5",
         "sample_every=1",
-        "watch=[tiny/dmd]",
+        "watch=[tiny/lcm]",
         "watch_every=2",
         "watch_prompts=1",
     ]

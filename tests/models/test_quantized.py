@@ -200,6 +200,7 @@ def test_loading_asks_for_the_whole_on_the_cpu_and_for_less_on_the_device(kind, 
 
 
 SMALL = [
+    "member=tiny/dmd",
     "steps=3",
     "batch_size=2",
     "trajectories=3",
@@ -229,7 +230,7 @@ def test_a_slider_trained_on_it_is_one_of_the_whole_network(kind, slid, tmp_path
         for c in (packed, slid)
     )
     assert torch.cosine_similarity(ours, theirs, dim=0) > (0.5 if kind == "nf4" else 0.9)
-    with fused(Family("tiny").member("base").denoiser.net, packed, 1.0, "tiny"):
+    with fused(Family("tiny").member("dmd").denoiser.net, packed, 1.0, "tiny"):
         pass
 
 
@@ -237,14 +238,14 @@ def test_what_is_watched_is_whole(monkeypatch, tmp_path):
     monkeypatch.setitem(KINDS, "round", ROUND)
     words = [
         "quantize=round",
-        "watch=[tiny/dmd]",
+        "watch=[tiny/lcm]",
         "watch_every=1",
         "watch_prompts=1",
         "steps=1",
         f"out={tmp_path}",
     ]
-    slider.main(merge(slider.Config, [*SMALL, *words]))  # where dmd was quantised too, `applied` would refuse
-    assert "retention/tiny/dmd/value" in (tmp_path / "smile/watch.jsonl").read_text()
+    slider.main(merge(slider.Config, [*SMALL, *words]))  # where lcm was quantised too, `applied` would refuse
+    assert "retention/tiny/lcm/value" in (tmp_path / "smile/watch.jsonl").read_text()
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ from configs import ROOT, UserError, merge
 from controls import formats
 from models.families import Family
 from models.sampler import Denoiser, draw_noise
-from train import lora, slider
+from train import lora, slider, tiny
 from train.checkpoint import resumable, seeded
 from train.run import Run
 
 SMALL = [
+    "member=tiny/dmd",  # in 4 steps without guidance
     "steps=6",
     "batch_size=2",
     "trajectories=3",
@@ -279,11 +280,11 @@ def test_watching_measures_other_members_and_changes_nothing(tmp_path, monkeypat
         original(self, step)
 
     monkeypatch.setattr(Run, "descend", spy)
-    watched = trained(tmp_path, "watch=[tiny/dmd]", "watch_every=3", "watch_prompts=2", "sample_every=3")
+    watched = trained(tmp_path, "watch=[tiny/lcm]", "watch_every=3", "watch_prompts=2", "sample_every=3")
     assert same(watched, whole)
     first, second = map(json.loads, (tmp_path / "smile/watch.jsonl").read_text().splitlines())
     assert (
-        {"step", "effect/tiny/base", "effect/tiny/dmd", "retention/tiny/dmd/low"}
+        {"step", "effect/tiny/dmd", "effect/tiny/lcm", "retention/tiny/lcm/low"}
         <= first.keys()
         == second.keys()
     )
@@ -328,9 +329,16 @@ def test_bad_input_is_one_line_and_exit_code_2(module, word, says, tmp_path):
 
 
 def test_the_command_itself_exits_with_2():
-    done = subprocess.run([sys.executable, "train/tiny.py", "unet"], cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-m", "analysis.report", "nowhere"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "vae" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_a_part_that_there_is_not_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "unet"])
+    with pytest.raises(UserError, match="vae, base"):
+        tiny.main()
 
 
 def test_a_lora_trains_without_its_prior_term(tmp_path):
