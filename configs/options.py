@@ -58,10 +58,13 @@ def merge(schema: type[T], *layers: dict | list[str] | str | Path) -> T:
     """
     config = OmegaConf.structured(schema)
     for layer in layers:
-        # one word of a dotlist at a time, so that the message can name it
-        for part in layer if isinstance(layer, list) else [layer]:
-            with _one_line("" if isinstance(part, dict) else f"{cut(str(part), 100)}: "):
-                config = OmegaConf.merge(config, _read(part, schema, isinstance(layer, list)))
+        parts, words = (layer, True) if isinstance(layer, list) else ([layer], False)
+        try:
+            config = OmegaConf.merge(config, *(_read(part, schema, words) for part in parts))
+        except Exception:  # again one by one, so that the message can name the word
+            for part in parts:
+                with _one_line("" if isinstance(part, dict) else f"{cut(str(part), 100)}: "):
+                    config = OmegaConf.merge(config, _read(part, schema, words))
     with _one_line():
         found = OmegaConf.to_object(config)
     check(found)

@@ -5,7 +5,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import indent
@@ -38,14 +39,19 @@ def command() -> str:
     return " ".join(["python", name, shlex.join(sys.argv[1:])]).rstrip()
 
 
+@cache
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def versions() -> dict[str, str]:
     """The versions of the packages that numbers depend on, and the project's git commit."""
     found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found |= _packages()
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],

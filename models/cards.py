@@ -1,7 +1,9 @@
 """Cards: what a family and its members are, as typed YAML."""
 
+import copy
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -102,7 +104,14 @@ class FamilyCard:
 def card(name: str) -> FamilyCard:
     """A family's card by name, or by the path of a YAML. Raises UserError with the names there are."""
     path = _path(name)
-    found = merge(FamilyCard, *_layers(path))
+    layers = _layers(path)
+    return copy.deepcopy(_card(path, *((layer, layer.read_bytes()) for layer in layers)))
+
+
+@cache
+def _card(path: Path, *layers: tuple[Path, bytes]) -> FamilyCard:
+    """The same, by the cards that it extends and their contents."""
+    found = merge(FamilyCard, *(layer for layer, _ in layers))
     for name in (found.name, *found.members):  # they name folders, and members stand before a plan's colon
         plain_name(name, f"{path}: name")
         if ":" in name:
@@ -166,17 +175,18 @@ def _path(name: str) -> Path:
 def _layers(path: Path) -> list[Path]:
     """The cards that a card extends, the first one first, and itself last."""
     found = [path]
-    while above := _extends(found[0]):
+    while above := _extends(found[0].read_bytes()):
         found.insert(0, _path(above))
         if len(found) > 9:
             raise UserError(f"{path} extends itself: {above}")
     return found
 
 
-def _extends(path: Path) -> str:
+@cache
+def _extends(text: bytes) -> str:
     """What a card extends; nothing for a broken one, of which `merge` says more."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return ""
     above = found.get("extends") if isinstance(found, dict) else ""
