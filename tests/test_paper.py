@@ -22,7 +22,7 @@ COCO = "case_number,prompt,evaluation_seed\n" + "".join(
     f'{k},"portrait of a person",{k * 7}\n' for k in range(50)
 )
 SMALL = {  # file: what makes it small
-    "t1": (transfer, [*CONTROLS, PORTRAITS, "max_prompts=2", "batch_size=16"]),
+    "t1": (transfer, [*CONTROLS, PORTRAITS, "max_prompts=2", "scales=[0,1]", "lora_scales=[0,1]"]),
     "t1-car": (
         transfer,
         [

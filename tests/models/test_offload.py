@@ -236,9 +236,9 @@ def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkey
     words = [
         *SMALL,
         "batch_size=2",
-        "trajectories=3",
+        "trajectories=2",
         "ema=0.5",
-        "sample_every=1",
+        "sample_every=2",
         "watch=[tiny/lcm]",
         "watch_every=2",
         "watch_prompts=1",

@@ -69,13 +69,13 @@ def test_a_bare_family_knows_shapes_and_costs():
 
 @pytest.mark.parametrize("kind", ["fast", "published", "watched"])
 def test_a_sliders_evaluations_are_those_it_makes(kind, tmp_path, capsys):
-    watched = ["watch=[tiny/base]", "watch_every=5", "watch_prompts=1", "sample_every=5"]
+    watched = ["watch=[tiny/lcm]", "watch_every=5", "watch_prompts=1", "sample_every=5"]
     words = [
         *(watched if kind == "watched" else ["sample_every=0"]),
         f"recipe={'published' if kind == 'published' else 'fast'}",
         "member=tiny/dmd",
-        "trajectories=4",
-        "steps=12",
+        "trajectories=3",
+        "steps=11",
         "batch_size=2",
         "wandb=disabled",
     ]
