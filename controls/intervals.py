@@ -64,7 +64,7 @@ def ratio(above: np.ndarray, below: np.ndarray, level: float = LEVEL, positive: 
     n, (a, _, t), (b, error, _) = len(below), centre(above, level), centre(below, level)
     if not abs(b) > t * error:
         return _interval(a / b if positive and b else np.nan, np.nan, np.nan)
-    aa, bb, ab = (t**2 * np.cov(above, below)[i] / n if n > 1 else 0.0 for i in ((0, 0), (1, 1), (0, 1)))
+    (aa, ab), (_, bb) = t**2 * np.cov(above, below) / n if n > 1 else np.zeros((2, 2))
     middle, span = a * b - ab, b**2 - bb
     root = np.sqrt(max(middle**2 - span * (a**2 - aa), 0.0))
     return _interval(a / b, (middle - root) / span, (middle + root) / span)

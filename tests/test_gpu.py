@@ -32,7 +32,7 @@ TRAINERS = [
     (lora, ["images=4", "prior=1", "prior_images=2"]),
     (sliderspace, ["directions=2", "trajectories=3"]),
 ]
-FEW = ["rounds=1", "max_prompts=2", "references=false"]
+FEW = ["rounds=1", "max_prompts=2", "baselines=1", "references=false"]
 ANALYSES = [
     (transfer, [f"controls=[{SMILE}]", "targets=[dmd]", "seeds=2", "scales=[0,1]", *FEW]),
     (trace, ["students=[dmd]", "plans=[hybrid(1)]", "seeds=2", "bands=[500]"]),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from PIL import Image
+from support.short_runs import QUICK
 
 from analysis import diversity, trace, transfer
 from configs import ROOT, merge
@@ -66,12 +67,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_file_of_the_paper_runs_on_the_embedded_family(name, data, tmp_path):
     command, words = SMALL[name]
-    words = [
-        "family=tiny",
-        *(word.replace("DATA", str(data)) for word in words),
-        "wandb=disabled",
-        f"out={tmp_path}",
-    ]
+    words = [QUICK, *(word.replace("DATA", str(data)) for word in words), "wandb=disabled", f"out={tmp_path}"]
     words += [f"cache={tmp_path}/cache"] if command is transfer else []
     cfg = merge(command.Config, ROOT / f"configs/paper/{name}.yaml", words)
     page = command.main(cfg)

@@ -431,7 +431,7 @@ def test_rounds_go_on_where_nothing_is_decided(tmp_path, run):
     words = [
         "rounds=2",
         "max_prompts=4",
-        "baselines=3",
+        "baselines=2",
         "prompts=[]",
         "references=false",
         "targets=[dmd,lcm,lightning]",

@@ -279,6 +279,7 @@ TRANSFER = [
     "prompts=[portrait of a person,'portrait of a person, hat']",
     "rounds=1",
     "max_prompts=2",
+    "baselines=1",
 ]
 
 

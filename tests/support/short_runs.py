@@ -1,8 +1,11 @@
 """Every command on the embedded family, as short as it gets."""
 
+from pathlib import Path
+
 from analysis import diversity, similarity, trace, transfer
 from train import image_slider, lora, slider, sliderspace
 
+QUICK = f"family={Path(__file__).with_name('quick.yaml')}"
 PROMPTS = "prompts=[portrait of a person,'portrait of a person, hat']"
 TRAINERS = [
     (
@@ -24,6 +27,7 @@ ANALYSES = [
             "seeds=2",
             "rounds=1",
             "max_prompts=2",
+            "baselines=1",
         ],
     ),
     (
@@ -34,6 +38,7 @@ ANALYSES = [
             "seeds=2",
             "rounds=1",
             "max_prompts=2",
+            "baselines=1",
             "scales=[0,1]",
             "below=2.0",
             "references=false",

@@ -48,6 +48,7 @@ def test_transfer_measures_it_without_words(folder, tmp_path):
         "seeds=2",
         "rounds=1",
         "max_prompts=2",
+        "baselines=1",
         "scales=[-1,0,1]",
         "references=false",
         "wandb=disabled",
