@@ -3,7 +3,10 @@
 Tests run in two processes (pytest-xdist), a thread each: networks so small keep no more threads busy.
 """
 
+import gc
 import os
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -16,3 +19,10 @@ LONG = ("test_dry_run", "test_paper", "test_train", "test_transfer", "test_real_
 def pytest_collection_modifyitems(items):
     """Long modules first, so that no process waits for another in the end."""
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled():
+    """What is imported by now is never garbage: networks that go are looked for among less."""
+    gc.collect()
+    gc.freeze()
