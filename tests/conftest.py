@@ -13,6 +13,8 @@ os.environ["WANDB_MODE"] = "disabled"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
+gc.set_threshold(50_000, 20, 20)  # networks that go are collected where they go
+
 LONG = ("test_dry_run", "test_paper", "test_train", "test_transfer", "test_real_families", "test_similarity")
 
 
