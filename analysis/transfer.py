@@ -9,7 +9,6 @@ Prompts come in rounds: after each, cells whose verdict is decided are left, the
 """
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -170,15 +169,16 @@ class Task(NamedTuple):
 
 def together(tasks: list[Task], most: int) -> list[Task]:
     """The same with parts of one job in one task, as long as all its images fit into a batch."""
-    found: dict[tuple[Job, int], Task] = {}
-    full: Counter[Job] = Counter()
+    merged: list[Task] = []
+    last: dict[Job, int] = {}  # where a job's last task stands
     for task in tasks:
-        key = task.job, full[task.job]
-        if key in found and found[key].images + task.images > most:
-            full[task.job] += 1
-            key = task.job, full[task.job]
-        found[key] = Task((*found[key].parts, *task.parts), task.job) if key in found else task
-    return list(found.values())
+        k = last.get(task.job)
+        if k is not None and merged[k].images + task.images <= most:
+            merged[k] = Task((*merged[k].parts, *task.parts), task.job)
+        else:
+            last[task.job] = len(merged)
+            merged.append(task)
+    return merged
 
 
 class Work:

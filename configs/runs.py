@@ -41,11 +41,11 @@ def command() -> str:
 
 @cache
 def _packages() -> dict[str, str]:
-    found = {}
+    installed = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            installed[name] = version(name)
+    return installed
 
 
 def versions() -> dict[str, str]:

@@ -238,12 +238,12 @@ def sums(family: Family, name: str, measure: Measure) -> float:
 
 
 @cache
-def channels(kind: str, *about: Hashable) -> list[int]:
+def channels(kind: str, *about: Hashable) -> tuple[int, ...]:
     """Of each block's activations; about: what an evaluation depends on."""
     net, evaluate = budget.unweighted(*about, torch.bfloat16)
     with recording(net, blocks(net, kind), 1) as seen, torch.device("meta"):
         evaluate()
-    return [activation.shape[1] for activation in seen.values()]
+    return tuple(activation.shape[1] for activation in seen.values())
 
 
 def shared_blocks(first: Member, second: Member, kind: str) -> list[str]:

@@ -205,12 +205,14 @@ def make(parts: Sequence[Drawings], job: Job) -> None:
     family, evaluators = parts[0].family, parts[0].evaluators
     new = [part for part in parts if not part.there(part.path(job))]
     drawn = dict(zip(new, latents(new, job), strict=True)) if new else {}
-    found = [
-        drawn[part] if part in drawn else part.read(part.path(job))["latents"].to(family.device)
-        for part in parts
-    ]
+    whole = torch.cat(
+        [
+            drawn[part] if part in drawn else part.read(part.path(job))["latents"].to(family.device)
+            for part in parts
+        ]
+    )
     blind = [name for name in evaluators if not all(part.there(part.path(job, name)) for part in parts)]
-    whole, sizes = torch.cat(found), [len(one) for one in found]
+    sizes = [len(part.numbers) for part in parts]
     starts = dict(zip(parts, accumulate(sizes, initial=0), strict=False))
     shown = {starts[part] + row for part in new for row in part.shown()}
 
@@ -236,38 +238,38 @@ def make(parts: Sequence[Drawings], job: Job) -> None:
             )
     pictures = iter([one for batch in pictures for one in batch])
     for part in new:
-        its = torch.stack([next(pictures) for _ in part.shown()])
-        part.keep(part.path(job), latents=drawn[part], pictures=its)
+        shown_here = torch.stack([next(pictures) for _ in part.shown()])
+        part.keep(part.path(job), latents=drawn[part], pictures=shown_here)
     for name, values in features.items():
-        for part, its in zip(parts, values.split(sizes), strict=True):
-            part.keep(part.path(job, name), features=its)
+        for part, rows in zip(parts, values.split(sizes), strict=True):
+            part.keep(part.path(job, name), features=rows)
 
 
 def latents(parts: Sequence[Drawings], job: Job) -> tuple[Tensor, ...]:
     """The finished latents of a job's images, for each part (P · S, C, H, W)."""
-    one = parts[0]
-    family, shape = one.family, one.family.latent_shape
-    control = one.controls[job.control, job.random] if job.control is not None and job.scale else None
-    asked = [
+    first = parts[0]
+    family, shape = first.family, first.family.latent_shape
+    control = first.controls[job.control, job.random] if job.control is not None and job.scale else None
+    images = [
         (number, text)
         for part in parts
         for k, text in enumerate(part.told(job))
         for number in part.numbers[k * part.seeds : (k + 1) * part.seeds]
     ]
     # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
-    holds = None if one.below is None else lambda level: level.ratio < one.below
-    with acting(one.plan(job.target), control, job.scale, family.card.name, holds) as plan:
+    holds = None if first.below is None else lambda level: level.ratio < first.below
+    with acting(first.plan(job.target), control, job.scale, family.card.name, holds) as plan:
 
         def drawn(rows: Tensor) -> Tensor:
-            numbers, texts = zip(*[asked[row] for row in rows], strict=True)
+            numbers, texts = zip(*[images[row] for row in rows], strict=True)
             noise = draw_noise(numbers, shape, plan.steps, family.device)
             return finish(plan, noise, family.encode(list(texts)))
 
-        found = torch.cat(family.drawing.of(drawn, len(asked)))
-    if not torch.isfinite(found).all():
+        finished = torch.cat(family.drawing.of(drawn, len(images)))
+    if not torch.isfinite(finished).all():
         culprit = next(filter(None, map(broken, plan.members)), "a smaller scale, or dtype=fp32, may do")
-        raise UserError(f"the images of {one.words_of(job)} are not finite: {culprit}")
-    return found.split([len(part.numbers) for part in parts])
+        raise UserError(f"the images of {first.words_of(job)} are not finite: {culprit}")
+    return finished.split([len(part.numbers) for part in parts])
 
 
 def plan_of(family: Family, target: str) -> Plan:

@@ -81,7 +81,8 @@ def test_the_sentence_says_every_pair():
     wide = {**entry, "first": "dino", "second": "probe", "kappa": {"value": 0.6, "low": -0.4, "high": 1.0}}
     assert words.agreement([sure, none, wide]) == (
         "The evaluators give the same verdict: clip and probe in 75 % of 12 cells, κ 0.60 [0.31, 0.89]; "
-        "clip and dino in 75 % of 12 cells, κ not defined; dino and probe in 75 % of 12 cells, too few for κ."
+        "clip and dino in 75 % of 12 cells, κ not defined; "
+        "dino and probe in 75 % of 12 cells, too few for κ."
     )
     assert words.agreement([]) == ""
     assert words.agreement([{**none, "cells": 0, "same": None}]) == ""

@@ -1,9 +1,10 @@
-"""Measures all that only a GPU can show, into docs/records/gpu.json: python train/bench/gpu.py [key=value …]
+"""Measures all that only a GPU can show: python train/bench/gpu.py [key=value ...], or make gpu.
 
-Or make gpu. At most 9 minutes on one H100. Needs torch for CUDA and the packages of pyproject.toml, those of
-the extra dev for the tests and nf4, and the project's folder on PYTHONPATH where it is not installed. Needs
-no network and no weights but the embedded family's, for SDXL's are random. Without a GPU the embedded family
-stands in, and the file goes to runs/. --show prints the file; --docs writes it into docs/families.md.
+Into docs/records/gpu.json, in at most 9 minutes on one H100. Needs torch for CUDA and the packages of
+pyproject.toml, those of the extra dev for the tests and nf4, and the project's folder on PYTHONPATH where it
+is not installed. Needs no network and no weights but the embedded family's, for SDXL's are random. Without a
+GPU the embedded family stands in, and the file goes to runs/. --show prints the file; --docs writes it into
+docs/families.md.
 """
 
 import json
