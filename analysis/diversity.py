@@ -1,10 +1,13 @@
 """Where variety is lost and how to get it back: python -m analysis.diversity [config=FILE] [key=value ...]
 
-Without arguments: the base and the students of `tiny`, a few plans each, small; some minutes on a CPU.
-configs/diversity/full.yaml is the whole table.
+Without arguments: the base and the students of `tiny`, alone and as hybrids, 24 prompts x 8 seeds; two
+minutes on a CPU. --dry-run says the smallest change that it can see. configs/diversity/full.yaml is the whole
+table.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,34 +18,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.images import sheets, store
-from analysis.images.cache import plan_of, ways
+from analysis.images.cache import acting, plan_of, ways
 from analysis.images.quality import Judge, against
+from analysis.measures import variety
 from analysis.measures.image_sets import Spread
-from analysis.pages.diversity import findings, fronts
+from analysis.pages.diversity import findings, fronts, pick, said
 from analysis.pages.words import number, shown
 from analysis.session import Drawing, Session, Way
 from configs import UserError, entry, list_of, releases, tracking
 from configs.screen import show_table
-from controls import intervals
+from controls import formats, intervals, retention
+from controls.lora import Control, fits
 from controls.picture_grid import picture_grid
 from models.evaluators import UNIT, Evaluator
 from models.families import Family
+from models.noise import ALL
 from models.promptsets import PromptSet
 from models.sampler import Plan, draw_noise, finish, sample
 
-FEW = [
-    "base",
-    "base(4)",
-    "student",
-    "hybrid(1)",
-    "hybrid(2)",
-    "late(1)",
-    "skip(1)",
-    "renoised(1)",
-    "guided(1)",
-    "cads(0.2)",
-    "delta(0.8)",
-]
+FEW = ["base", "student", "hybrid(1)", "hybrid(2)"]
+# of a change, in shares of the base's variety, between prompts and between seeds: root mean squares over the
+# plans of the default on the embedded family (LOG.md)
+TYPICAL = {"prompts": 0.05, "seeds": 0.4}
+TOGETHER = 48  # images that one file is of, so that a prompt's few seeds are not drawn alone
 SHOWN = 8  # images of a prompt that the picture shows
 BLOCKS = 8  # groups of captions that the jackknife of the quality numbers leaves out
 BLOCK_SIZE = 64  # captions drawn and held at once, at most
@@ -63,11 +61,14 @@ FREE = (
 class Config(Drawing):
     name: str = "default"  # of the run folder
     students: list[str] = list_of()  # members to compare with the base; empty = all of the family
-    plans: list[str] = list_of(*FEW)  # as models/sampler.py writes them; base and student are always there
-    seeds: int = 5  # images per prompt, at least 3
+    # as models/plans.py writes them; base and student are always there, so is teacher where a card says its
+    # guidance
+    plans: list[str] = list_of(*FEW)
+    max_prompts: int = 24  # where no prompts are given: the card's and further ones of its, so many
+    seeds: int = 8  # images per prompt, at least 3
     seed: int = 2000  # the first image seed
     # images of the quality numbers (Fréchet, Inception-style, precision …), one per caption; 0 = none
-    captions: int = 48
+    captions: int = 0
     evaluators: list[str] = list_of()  # of the family's card, clip among them; empty = all that read words
     # what those are told, as prompts; empty = the reference's own, else prompts
     captions_from: list[str] = list_of()
@@ -76,18 +77,19 @@ class Config(Drawing):
     # classes of the Inception-style score, told apart by CLIP; empty = the card's prompts
     labels: list[str] = list_of()
     neighbours: int = 5  # k of precision, recall, density and coverage
+    control: str = ""  # a control file that the plan adapted(scale[,above][,below]) puts on the student
     out: str = "runs/diversity"  # the run is written to out/name
 
 
 @dataclass(frozen=True)
 class Part(Way):
-    """A part of what one plan draws: prompt-0, prompt-1, … or block-0, block-1, … of the captions."""
+    """A part of what one plan draws: prompts-0, … a few prompts each; block-0, … of the captions."""
 
     part: str
 
     @property
     def file(self) -> str:
-        return f"features/{self.student}/{self.plan}/{self.part}.safetensors"
+        return f"{self.place}/{self.part}.safetensors"
 
 
 @releases
@@ -95,54 +97,97 @@ def main(cfg: Config) -> Path:
     """Draws, measures, prints the table and returns the path of the report."""
     session = Session("analysis.diversity", cfg, FREE)
     check(cfg)
-    seeds = session.prompts().numbers(cfg.seeds, cfg.seed)
+    seeds = session.prompts(cfg.max_prompts).numbers(cfg.seeds, cfg.seed)
     cfg.labels = cfg.labels or session.family.card.prompts
-    plans = ways(cfg.plans, cfg.students, session.bare)
+    plans = ways_of(cfg, session.bare)
+    control = loaded(session, plans) if cfg.control else None
     if cfg.dry_run:
-        return plan(session, plans)
-    captions, real = against(
-        session.family.card, cfg.reference, cfg.captions_from, cfg.prompts, cfg.captions, cfg.neighbours
-    )
+        return plan(session, plans, control)
+    told = cfg.captions_from, cfg.prompts, cfg.captions
+    captions, real = against(session.family.card, cfg.reference, *told, cfg.neighbours)
     judge = Judge(session.evaluators, cfg.labels, real, cfg.neighbours) if captions.texts else None
     session.claim()
-    parts = [Part(*way, name) for way in plans for name in names_of(cfg.prompts, captions.texts)]
+    parts = [Part(*way, name) for way in plans for name in names_of(cfg, captions.texts)]
     texts = [] if captions.texts else cfg.prompts  # captions are too many to be kept
-    session.draw(parts, texts, partial(drawn, session, captions, seeds), "diversity")
+    session.draw(parts, texts, partial(drawn, session, control, captions, seeds), "diversity")
     if not session.first:
         return session.folder / "report.html"
     return publish(session, cells_of(session, plans, judge, blocks_of(captions.texts)), seeds)
 
 
-def plan(session: Session, plans: list[tuple[str, str]]) -> Path:
-    """Says what will be drawn, and what that takes."""
-    cfg, images = session.cfg, len(session.cfg.prompts) * session.cfg.seeds + session.cfg.captions
+def loaded(session: Session, plans: list[tuple[str, str]]) -> Control:
+    """The run's control. Raises UserError for one that misfits a student."""
+    control = formats.load(session.cfg.control)
+    for student in dict.fromkeys(student for student, _ in plans):
+        fits(session.bare.member(student).denoiser.net, control, session.family.card.name)
+    return control
+
+
+def ways_of(cfg: Config, family: Family) -> list[tuple[str, str]]:
+    """Every (student, plan) that is drawn, among them the base at the guidance that was distilled into a
+    student, where that is known and another than its own.
+    """
+    members, base = family.card.members, family.card.base
+    found = []
+    for student, plan in ways(cfg.plans, cfg.students, family):
+        distilled = members[student].teacher_guidance
+        if plan == "student" and distilled and members[base].guidance not in (None, distilled):
+            found.append((student, "teacher"))
+        found.append((student, plan))
+    return sorted(dict.fromkeys(found), key=lambda way: list(members).index(way[0]))
+
+
+def plan(session: Session, plans: list[tuple[str, str]], control: Control | None) -> Path:
+    """Says what will be drawn, what that takes, and which change can be seen."""
+    cfg, prompts = session.cfg, len(session.cfg.prompts)
+    images, claims = prompts * cfg.seeds + cfg.captions, max(1, 2 * len(plans) - 2)
     print(f"{len(plans)} ways to draw, {images} images each")
-    most = max(cfg.seeds, cfg.captions)
-    ways = [Way(*way) for way in plans]
-    session.forecast(ways, [images] * len(ways), most, [], reading=bool(cfg.captions))
+    for count in (prompts, 2 * prompts):
+        least = retention.detectable(count, cfg.seeds, TYPICAL, (1 - intervals.LEVEL) / claims)
+        print(
+            f"{count} prompts x {cfg.seeds} seeds: sees a change of {100 * least:.0f} % of the base's "
+            f"variety in 80 % of cases, corrected for {claims} claims (spread as on the embedded family)"
+        )
+    most = max(group_size(cfg.seeds) * cfg.seeds, cfg.captions)
+    ways, controls = [Way(*way) for way in plans], [control.tensors] if control else []
+    session.forecast(ways, [images] * len(ways), most, controls, reading=bool(cfg.captions))
     return session.folder
 
 
 def publish(session: Session, cells: list[dict], seeds: list[int]) -> Path:
     """The record, its page, its table."""
     base, folder = session.family.card.base, session.folder
-    pictures(seeds[: min(SHOWN, session.cfg.seeds)], cells, folder)
+    pictures(seeds[: min(SHOWN, session.cfg.seeds)], cells, base, folder)
     results = session.record(
-        evaluators=list(session.evaluators), base=base, fronts=fronts(cells, base), cells=cells
+        evaluators=list(session.evaluators),
+        base=base,
+        margin=variety.MARGIN,
+        fronts=fronts(cells, base),
+        cells=cells,
     )
     show(cells)
     students = [name for name in dict.fromkeys(cell["student"] for cell in cells) if name != base]
-    says = findings(cells, students[0], base)[0] if students else f"{base} alone"
-    return session.publish(results, says, track, session.family.card.name)
+    first = list(session.evaluators)[:1]
+    says = [line for student in students for line in findings(cells, student, base, first)]
+    return session.publish(results, "\n".join(says or [f"{base} alone"]), track, session.family.card.name)
 
 
-def drawn(session: Session, captions: PromptSet, seeds: list[int], part: Part) -> dict[str, Tensor]:
+def drawn(
+    session: Session, control: Control | None, captions: PromptSet, seeds: list[int], part: Part
+) -> dict[str, Tensor]:
     """What one part holds."""
     kind, _, index = part.part.partition("-")
-    make = partial(variety, numbers=seeds) if kind == "prompt" else partial(captioned, captions=captions)
-    return make(
-        session.cfg, session.family, plan_of(session.family, part.target), session.evaluators, int(index)
-    )
+    make = partial(spread, numbers=seeds) if kind == "prompts" else partial(captioned, captions=captions)
+    with adapted(session.family, plan_of(session.family, part.target), control) as plan:
+        return make(session.cfg, session.family, plan, session.evaluators, int(index))
+
+
+def adapted(family: Family, plan: Plan, control: Control | None) -> AbstractContextManager[Plan]:
+    """The plan with the control that it asks for."""
+    if plan.adapter is None:
+        return nullcontext(plan)
+    scale, band = plan.adapter.scale, plan.adapter.band
+    return acting(plan, control, scale, family.card.name, None if band == ALL else band.__contains__)
 
 
 def check(cfg: Config) -> None:
@@ -158,45 +203,61 @@ def check(cfg: Config) -> None:
             f"captions must be 0 or at least {BLOCKS * max(2, cfg.neighbours)}; got {cfg.captions}"
         )
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
+    if bool(cfg.control) != any(text.startswith("adapted(") for text in cfg.plans):
+        raise UserError("a plan adapted(scale) goes with control=FILE, and a control with such a plan")
+
+
+def group_size(seeds: int) -> int:
+    """How many prompts' images are drawn together."""
+    return max(1, TOGETHER // seeds)
 
 
 @torch.no_grad()
-def variety(
-    cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], p: int, numbers: list[int]
+def spread(
+    cfg: Config, family: Family, plan: Plan, evaluators: dict[str, Evaluator], g: int, numbers: list[int]
 ) -> dict[str, Tensor]:
-    """How far apart the seeds of one prompt are at each step: numbers and a few pictures."""
-    word, seeds = evaluators["clip"].texts([cfg.prompts[p]])[0], numbers[p * cfg.seeds :][: cfg.seeds]
+    """How far apart the seeds of each prompt of a group are at each step: (prompts, T, 3) per evaluator;
+    vendi and agreement (prompts, T), t (T,); of the first group a few pictures.
+    """
+    size = group_size(cfg.seeds)
+    prompts = cfg.prompts[g * size :][:size]
+    texts = [prompt for prompt in prompts for _ in range(cfg.seeds)]
+    seeds, words = numbers[g * size * cfg.seeds :][: len(texts)], evaluators["clip"].texts(prompts)
 
-    def seen(rows: Tensor) -> tuple[list[dict[str, np.ndarray]], Tensor]:
+    def seen(rows: Tensor) -> tuple[Tensor, list[dict[str, np.ndarray]], Tensor]:
         """Features of x0 at each step, of the finished image at the last, and the small finished pictures."""
         noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
         features = []
-        for step in sample(plan, noise, family.encode([cfg.prompts[p]] * len(rows))):
+        for step in sample(plan, noise, family.encode([texts[row] for row in rows])):
             images = family.decode(step.after if step.index + 1 == plan.steps else step.x0)
             features.append({name: evaluator.features(images) for name, evaluator in evaluators.items()})
-        return features, sheets.thumbs(images)
+        return rows, features, sheets.thumbs(images)
 
-    spreads = {
-        name: [Spread("cosine" if name in UNIT else "squared") for _ in range(plan.steps)]
+    spreads = [
+        {
+            name: [Spread("cosine" if name in UNIT else "squared") for _ in range(plan.steps)]
+            for name in evaluators
+        }
+        for _ in prompts
+    ]
+    agrees, pictures = np.zeros((len(prompts), plan.steps)), []
+    for rows, batch, thumbs in family.drawing.of(seen, len(texts)):
+        pictures.append(thumbs)
+        of = rows.numpy() // cfg.seeds
+        for p in np.unique(of):
+            for t, features in enumerate(batch):
+                agrees[p, t] += (features["clip"][of == p] @ words[p]).sum() / cfg.seeds
+                for name, values in features.items():
+                    spreads[p][name][t].add(values[of == p])
+    tensors = {
+        name: torch.tensor([[list(s.distance().values()) for s in each[name]] for each in spreads]).double()
         for name in evaluators
     }
-    agrees, pictures = np.zeros(plan.steps), []
-    for batch, thumbs in family.drawing.of(seen, cfg.seeds):
-        pictures.append(thumbs)
-        for t, features in enumerate(batch):
-            agrees[t] += (features["clip"] @ word).sum() / cfg.seeds
-            for name, values in features.items():
-                spreads[name][t].add(values)
-    tensors = {
-        name: torch.tensor([list(s.distance().values()) for s in spread], dtype=torch.float64)
-        for name, spread in spreads.items()
-    }
-    tensors["vendi"] = torch.tensor([s.vendi() for s in spreads["clip"]], dtype=torch.float64)
+    tensors["vendi"] = torch.tensor([[s.vendi() for s in each["clip"]] for each in spreads]).double()
     tensors["agreement"] = torch.from_numpy(100 * agrees)
-    tensors["t"] = torch.tensor(
-        [level.t for stage in plan.stages for level in stage.levels], dtype=torch.float64
-    )
-    tensors["pictures"] = torch.cat(pictures)[:SHOWN]
+    tensors["t"] = torch.tensor([level.t for stage in plan.stages for level in stage.levels]).double()
+    if g == 0:
+        tensors["pictures"] = torch.cat(pictures)[: min(SHOWN, cfg.seeds)]
     return tensors
 
 
@@ -209,11 +270,10 @@ def captioned(
     """
     rows = slice(b, None, blocks_of(captions.texts))
     texts, seeds = captions.texts[rows], captions.numbers(1, cfg.seed + 500_000)[rows]
-    denoisers = {id(member.denoiser): member.denoiser for member in plan.members}.values()
 
-    def drawn(rows: Tensor) -> tuple[dict[str, Tensor], float, int]:
-        """Features of a batch, its seconds and its evaluations per image."""
-        start, before = time.perf_counter(), sum(denoiser.nfe for denoiser in denoisers)
+    def drawn(rows: Tensor) -> tuple[dict[str, Tensor], float]:
+        """Features of a batch, and its seconds."""
+        start = time.perf_counter()
         noise = draw_noise([seeds[row] for row in rows], family.latent_shape, plan.steps, family.device)
         images = family.decode(finish(plan, noise, family.encode([texts[row] for row in rows])))
         seconds = time.perf_counter() - start
@@ -221,21 +281,20 @@ def captioned(
             name: torch.from_numpy(evaluator.features(images)).float()
             for name, evaluator in evaluators.items()
         }
-        return features, seconds, sum(denoiser.nfe for denoiser in denoisers) - before
+        return features, seconds
 
-    features, seconds, nfe = zip(*family.drawing.of(drawn, len(texts)), strict=True)
-    words = torch.from_numpy(evaluators["clip"].texts(texts)).float()
-    cost = torch.tensor([sum(seconds) / len(texts), np.mean(nfe)], dtype=torch.float64)
+    features, seconds = zip(*family.drawing.of(drawn, len(texts)), strict=True)
     return {
         **{name: torch.cat([part[name] for part in features]) for name in evaluators},
-        "words": words,
-        "cost": cost,
+        "words": torch.from_numpy(evaluators["clip"].texts(texts)).float(),
+        "cost": torch.tensor(sum(seconds) / len(texts), dtype=torch.float64),
     }
 
 
-def names_of(prompts: list[str], captions: list[str]) -> list[str]:
+def names_of(cfg: Config, captions: list[str]) -> list[str]:
     """What the parts of a plan are called."""
-    return [f"prompt-{p}" for p in range(len(prompts))] + [f"block-{b}" for b in range(blocks_of(captions))]
+    groups = -(-len(cfg.prompts) // group_size(cfg.seeds))
+    return [f"prompts-{g}" for g in range(groups)] + [f"block-{b}" for b in range(blocks_of(captions))]
 
 
 def blocks_of(texts: list[str]) -> int:
@@ -251,10 +310,43 @@ def cells_of(session: Session, plans: list, judge: Judge | None, blocks: int) ->
     read = {key: gather(cfg, *key, names, folder) for key in plans}
     cells, base = [], read[session.family.card.base, "base"]
     for (student, plan), values in tqdm(read.items(), "numbers", unit="cell"):
-        numbers = summary(cfg, values, base, read.get((student, "student")), names)
+        alone, teacher = (read.get((student, name)) for name in ("student", "teacher"))
+        numbers = summary(cfg, values, base, alone, names)
         quality = scored(judge, student, plan, blocks, folder) if judge else {}
-        cells.append({"student": student, "plan": plan, **numbers, **quality})
+        way = plan_of(session.bare, Way(student, plan).target)
+        own = way.nfe_by_member[f"{session.family.card.name}/{student}"]
+        cell = {"student": student, "plan": plan, "nfe": way.nfe, "nfe_student": own, **numbers, **quality}
+        if plan == "student":
+            cell["teacher_guidance"] = session.family.card.members[student].teacher_guidance
+            cell["shares"] = shares(base, teacher, alone, names) if teacher else None
+        cells.append(cell)
+    for name in names:
+        claims = list(claimed(cells, read, base, name))
+        judged = variety.judged([of for *_, of in claims])
+        for (cell, beside, _), found in zip(claims, judged, strict=True):
+            cell.setdefault("claims", {}).setdefault(beside, {})[name] = found
     return cells
+
+
+def shares(base: dict, teacher: dict, student: dict, names: list[str]) -> dict[str, dict]:
+    """What a student's loss is made of, by evaluator."""
+    return {name: variety.shares(*(final(of, name) for of in (base, teacher, student))) for name in names}
+
+
+def claimed(cells: list[dict], read: dict, base: dict, name: str) -> Iterator[tuple[dict, str, tuple]]:
+    """What is claimed of each plan beside the base, and of each of a student's plans beside the student."""
+    for cell in cells:
+        own = final(read[cell["student"], cell["plan"]], name)
+        if cell["plan"] != "base":
+            yield cell, "base", (own, final(base, name), final(base, name))
+        student = read.get((cell["student"], "student"))
+        if student and cell["plan"] != "student":
+            yield cell, "student", (own, final(student, name), final(base, name))
+
+
+def final(values: dict, name: str) -> np.ndarray:
+    """The diversity of the finished images, (P,)."""
+    return values[name][:, -1, 0]
 
 
 def kept(folder: Path, part: Part) -> dict[str, Tensor]:
@@ -264,9 +356,10 @@ def kept(folder: Path, part: Part) -> dict[str, Tensor]:
 
 def gather(cfg: Config, student: str, plan: str, evaluators: list[str], folder: Path) -> dict:
     """All prompts of a plan: per evaluator (P, T, 3), vendi and agreement (P, T), t (T,)."""
-    files = [kept(folder, Part(student, plan, f"prompt-{p}")) for p in range(len(cfg.prompts))]
+    files = [kept(folder, Part(student, plan, name)) for name in names_of(cfg, [])]
+    keys = (*evaluators, "vendi", "agreement")
     return {
-        **{key: np.stack([f[key].numpy() for f in files]) for key in (*evaluators, "vendi", "agreement")},
+        **{key: np.concatenate([file[key].numpy() for file in files]) for key in keys},
         "t": files[0]["t"].numpy(),
     }
 
@@ -304,21 +397,16 @@ def compared(own: dict, base: dict, student: dict | None, evaluators: list[str])
     for name in evaluators:
         for key, t in against_base.items():
             numbers[key][name] = intervals.ratio(own[name][:, t, 0], base[name][:, t, 0], positive=True)
-        last = [plan[name][:, -1, 0] for plan in (own, base, student) if plan]
+        last = [final(plan, name) for plan in (own, base, student) if plan]
         numbers["gain"][name] = intervals.mean(last[0] - last[2]) if student else None
-        numbers["recovery"][name] = recovery(*last) if student else None
-    gain = intervals.mean(own["agreement"][:, -1] - student["agreement"][:, -1]) if student else None
-    return {**numbers, "agreement_gain": gain}
-
-
-def recovery(own: np.ndarray, base: np.ndarray, student: np.ndarray) -> dict:
-    """(plan - student) / (base - student) over the same prompts (P,): 0 at the student, 1 at the base;
-    undefined without a loss.
-    """
-    lost = intervals.mean(base - student)
-    if lost["low"] is None or lost["low"] <= 0:
-        return dict(intervals.UNDEFINED)
-    return intervals.ratio(own - student, base - student)
+        # 0 at the student, 1 at the base
+        numbers["recovery"][name] = variety.part(last[0], last[2], *last[1:]) if student else None
+    agrees = [plan["agreement"][:, -1] for plan in (own, base, student) if plan]
+    return {
+        **numbers,
+        "agreement_gain": intervals.mean(agrees[0] - agrees[2]) if student else None,
+        "agreement_of_base": intervals.ratio(agrees[0], agrees[1]),
+    }
 
 
 def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> dict:
@@ -332,48 +420,55 @@ def scored(judge: Judge, student: str, plan: str, blocks: int, folder: Path) -> 
         judge.add(tallies[b % BLOCKS], block)
         costs.append(block["cost"])
         images += len(block["words"])
-    seconds, nfe = np.median(costs, 0).tolist()
-    return {"quality": judge.jackknife(tallies), "seconds": seconds, "nfe": nfe, "captions": images}
+    return {"quality": judge.jackknife(tallies), "seconds": float(np.median(costs)), "captions": images}
 
 
-def pictures(seeds: list[int], cells: list[dict], folder: Path) -> None:
-    """One sheet per student: its plans in rows, the seeds of the first prompt in columns."""
+def pictures(seeds: list[int], cells: list[dict], base: str, folder: Path) -> None:
+    """One sheet per member: the base and its plans in rows, the seeds of the first prompt in columns."""
     for student in dict.fromkeys(c["student"] for c in cells):
-        plans = [c["plan"] for c in cells if c["student"] == student]
-        drawn = {plan: list(kept(folder, Part(student, plan, "prompt-0"))["pictures"]) for plan in plans}
-        rows = [(plan, list(map(str, seeds)), row) for plan, row in drawn.items()]
+        own = [(student, c["plan"]) for c in cells if c["student"] == student]
+        ways = {(base, "base"): base} | {way: way[1] for way in own if way[1] != "base"}
+        if alone := pick(cells, student, "student"):
+            guidance = alone["teacher_guidance"] or 0
+            ways |= {(student, "student"): student}
+            ways |= {way: f"{base} at guidance {guidance:g}" for way in own if way[1] == "teacher"}
+        drawn = {way: list(kept(folder, Part(*way, "prompts-0"))["pictures"]) for way in ways}
+        rows = [(ways[way], list(map(str, seeds)), row) for way, row in drawn.items()]
         picture_grid(rows, folder / f"images/{student}.png", rows[0][2][0].shape[-1])
 
 
 def show(cells: list[dict]) -> None:
     """Prints a row per plan."""
-    title = "Diversity (mean pairwise distance over seeds) [95 %], share of the loss recovered, cost"
+    title = (
+        "Diversity as a share of the base's (mean distance of two seeds) [95 %], and of the loss recovered"
+    )
     show_table(title, list(map(row, cells)))
 
 
 def row(cell: dict) -> dict[str, str]:
     """One plan's numbers by the head they stand under."""
     texts = {"student": cell["student"], "plan": cell["plan"]}
-    for name, over_steps in cell["diversity"].items():
-        texts[f"by {name}"] = shown(over_steps[-1])
-        texts[f"recovery, {name}"] = shown(cell["recovery"][name], 2)
-    frechet = cell.get("quality", {}).get("frechet_clip")
+    for name, share in cell["of_base"].items():
+        texts[f"by {name}"] = f"{shown(share, 2)} {said(cell, name)}" if said(cell, name) else "1"
+    recovered = next(iter(cell["recovery"].values()))
+    texts["recovered"] = shown(recovered, 2) if cell["plan"] not in ("base", "student") else ""
     texts["agreement"] = number(cell["agreement"]["value"], 1)
-    texts["Fréchet"] = number(frechet and frechet["value"], 3)
-    texts["nfe"] = f"{cell['nfe']:g}" if "nfe" in cell else ""
-    texts["ms"] = number(1000 * cell["seconds"], 0) if "seconds" in cell else ""
-    return texts
+    if frechet := cell.get("quality", {}).get("frechet_clip"):
+        texts |= {"Fréchet": number(frechet["value"], 3), "ms": number(1000 * cell["seconds"], 0)}
+    return {**texts, "nfe": f"{cell['nfe']:g}"}
 
 
 def track(results: dict, folder: Path, tracker: tracking.Tracker) -> None:
     """Logs a table, the key figures, the sheets, and the record as an artifact of type results."""
     cells = results["cells"]
-    columns = ["student", "plan", "diversity", "low", "high", "recovery", "agreement", "nfe", "seconds"]
+    columns = ["student", "plan", "diversity", "low", "high", "of base", "verdict", "recovery", "agreement"]
+    columns += ["nfe", "seconds"]
     rows, finals = [], {}
     for c in cells:
         final, recovered = c["diversity"]["clip"][-1], c["recovery"]["clip"] or {}
-        cost = c["agreement"]["value"], c.get("nfe"), c.get("seconds")
-        rows.append([c["student"], c["plan"], *final.values(), recovered.get("value"), *cost])
+        share = c["of_base"]["clip"]["value"], said(c, "clip")
+        cost = c["agreement"]["value"], c["nfe"], c.get("seconds")
+        rows.append([c["student"], c["plan"], *final.values(), *share, recovered.get("value"), *cost])
         finals[f"diversity/clip/{c['student']}/{c['plan']}"] = final["value"]
     tracker.table("diversity/plans", columns, rows)
     tracker.log(finals)

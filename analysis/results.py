@@ -106,6 +106,7 @@ TRANSFER = {
             "hash": str,
             "reference": bool,
             "below": NUMBER,
+            "above": NUMBER,
             "positive": str,
             "negative": str,
             "picture": str,
@@ -157,11 +158,13 @@ TRACE = {
     ),
 }
 PER_NAME = Each(Null(INTERVAL))
+SAID = {"verdict": str, "p": {"difference": float, "equivalence": float}, "prompts_needed": Null(int)}
 DIVERSITY = {
     **ABOUT,
     "config": {},
     "evaluators": Filled(str),
     "base": str,
+    "margin": float,
     "fronts": Each([str]),
     "cells": Filled(
         {
@@ -177,9 +180,14 @@ DIVERSITY = {
             "gain": PER_NAME,
             "recovery": PER_NAME,
             "agreement_gain": Null(INTERVAL),
+            "agreement_of_base": INTERVAL,
+            "claims": Maybe({"base": Maybe(Each(SAID)), "student": Maybe(Each(SAID))}),
+            "teacher_guidance": Maybe(NUMBER),
+            "shares": Maybe(Null(Each({"guidance": INTERVAL, "distillation": INTERVAL}))),
             "quality": Maybe(PER_NAME),
             "seconds": Maybe(float),
-            "nfe": Maybe(float),
+            "nfe": float,
+            "nfe_student": int,
             **COUNTED,
         }
     ),

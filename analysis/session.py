@@ -15,7 +15,7 @@ from analysis import report, wandb_log
 from analysis.images import store
 from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of
 from configs import UserError, list_of, tracking
-from models import budget, devices, forecast, promptsets
+from models import budget, devices, forecast, plans, promptsets
 from models.evaluators import Evaluator, chosen, load_evaluators
 from models.families import DTYPES, Family, Memory
 from models.forecast import Moment
@@ -45,6 +45,11 @@ class Way:
 
     student: str
     plan: str
+
+    @property
+    def place(self) -> str:
+        """The folder of its files in a run's."""
+        return f"features-{plans.VERSION}/{self.student}/{self.plan}"
 
     @property
     def target(self) -> str:
@@ -105,8 +110,8 @@ class Session:
         """Prints what drawing these ways, so many images each, asks of the networks, and memory at its
         fullest.
         """
-        plans = [plan_of(self.family, way.target) for way in ways]
-        calls = budget.nfe_by_member(zip(plans, images, strict=True))
+        each = [plan_of(self.family, way.target) for way in ways]
+        calls = budget.nfe_by_member(zip(each, images, strict=True))
         turns = in_memory(in_turn(ways, self.family.card), self.family.card)
         names = self.evaluator_names
         self.say(calls, names, lambda: forecast.drawing(self.family, turns, at_once, controls, names, **how))

@@ -27,7 +27,7 @@ from controls.lora import Control, fits
 from controls.picture_grid import picture_grid
 from models.evaluators import READERS, Evaluator
 from models.families import Family
-from models.noise import Noise
+from models.noise import ALL, Band, Noise
 from models.sampler import draw_noise, sample
 
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step
@@ -63,6 +63,8 @@ class Config(Drawing):
     threshold: float = 0.5
     control: str = "controls/tiny/smile.safetensors"  # a control file whose effect is followed; empty = none
     scale: float = 1.0  # of the control
+    above: float | None = None  # the control acts only at noise levels with sigma / alpha above this
+    below: float | None = None  # and below this
     # of the family's card: clip, siglip, probe, …; empty = all that read words
     evaluators: list[str] = list_of()
     positive: str = ""  # what the control makes; empty = what its card says
@@ -83,7 +85,7 @@ class Trace(Way):
     @property
     def file(self) -> str:
         state = "on" if self.bands is None else "-".join(map(str, self.bands)) or "off"
-        return f"features/{self.student}/{self.plan}/{state}.safetensors"
+        return f"{self.place}/{state}.safetensors"
 
 
 @releases
@@ -151,6 +153,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"bands must be falling noise levels t, such as 875, 625, 375; got {cfg.bands}")
     for text in cfg.concepts:
         concept(text)
+    Band.of(cfg.above, cfg.below)
     cfg.plans = list(dict.fromkeys(["base", "student", *(text.replace(" ", "") for text in cfg.plans)]))
 
 
@@ -202,7 +205,10 @@ def drawn(session: Session, control: Control | None, seeds: list[int], trace: Tr
     cfg, family, plan = session.cfg, session.family, plan_of(session.family, trace.target)
     texts = [prompt for prompt in cfg.prompts for _ in range(cfg.seeds)]
     whole, levels = not trace.bands, [level for stage in plan.stages for level in stage.levels]
-    holds = None if trace.bands is None else lambda level: band(cfg, level) in trace.bands
+    within = Band.of(cfg.above, cfg.below)
+
+    def holds(level: Noise) -> bool:
+        return level in within and (trace.bands is None or band(cfg, level) in trace.bands)
 
     def seen(rows: Tensor) -> dict[str, Tensor]:
         kept = [r for r, row in enumerate(rows) if row % cfg.seeds == 0 and row // cfg.seeds < cfg.shown]
@@ -220,7 +226,9 @@ def drawn(session: Session, control: Control | None, seeds: list[int], trace: Tr
                 steps["x"].append(sheets.thumbs(family.decode(step.x[kept])))
         return {name: torch.stack(parts, 1) for name, parts in steps.items()}
 
-    with acting(plan, control if trace.bands != () else None, cfg.scale, family.card.name, holds) as plan:
+    everywhere = trace.bands is None and within == ALL
+    acts = control if trace.bands != () else None
+    with acting(plan, acts, cfg.scale, family.card.name, None if everywhere else holds) as plan:
         batches = family.drawing.of(seen, len(texts))
     names = dict.fromkeys(name for batch in batches for name in batch)
     tensors = {name: torch.cat([batch[name] for batch in batches if name in batch]) for name in names}

@@ -32,6 +32,7 @@ from controls.picture_grid import picture_grid, scale_heads
 from models.evaluators import load_evaluators
 from models.families import Family, FamilyCard
 from models.loading import skeleton
+from models.noise import Band
 from models.plans import PLANS
 
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
@@ -90,9 +91,9 @@ class Config(Drawing):
     seed: int = 1000  # of the first image
     scales: list[float] = list_of(-2.0, -1.0, 0.0, 0.5, 1.0, 2.0)  # of sliders and directions; must hold 0
     lora_scales: list[float] = list_of(0.0, 0.5, 1.0, 1.5)  # of LoRAs; likewise
-    # controls act only at noise levels with sigma / alpha below this, which preserves structure; null = at
-    # all
-    below: float | None = None
+    # controls act only at noise levels with sigma / alpha above this, which changes the layout; null = at all
+    above: float | None = None
+    below: float | None = None  # and below this, which preserves it
     # of the family's card: clip, siglip, probe, …; empty = all that read words
     evaluators: list[str] = list_of()
     positive: str = ""  # what a control makes; empty = what its card says
@@ -325,13 +326,15 @@ def prepare(session: Session) -> Design:
     looks, ends = looks_of(cfg.rounds, cfg.max_prompts, cfg.curve_prompts)
     texts, numbers = cycled(session.prompts(cfg.max_prompts), cfg.max_prompts, cfg.seeds, cfg.seed)
 
+    band = Band.of(cfg.above, cfg.below)
+
     def part(first: int, end: int, aside: int = 0) -> Drawings:
         seeds = [number + aside for number in numbers[first * cfg.seeds : end * cfg.seeds]]
-        return Drawings(family, drawn, evaluators, texts[first:end], seeds, cfg.below, Path(cfg.cache))
+        return Drawings(family, drawn, evaluators, texts[first:end], seeds, band, Path(cfg.cache))
 
     def further(drawings: Drawings) -> Drawings:
         seeds = [number + BASELINE * k for number in drawings.numbers for k in range(1, more + 1)]
-        return Drawings(family, drawn, evaluators, drawings.texts, seeds, cfg.below, Path(cfg.cache))
+        return Drawings(family, drawn, evaluators, drawings.texts, seeds, band, Path(cfg.cache))
 
     more = max(0, -(-cfg.baselines // cfg.seeds) - 1)
     parts = [part(first, end) for first, end in pairwise([0, *ends])]
@@ -357,8 +360,7 @@ def check(cfg: Config) -> None:
         raise UserError(
             f"precision is half the width of an interval, above 0, e.g. 0.1; got {cfg.precision:g}"
         )
-    if cfg.below is not None and cfg.below <= 0:
-        raise UserError(f"below is a noise level, sigma / alpha above 0, e.g. 2.0; got {cfg.below}")
+    Band.of(cfg.above, cfg.below)
 
 
 def read(cfg: Config, family: Family) -> list[Control]:

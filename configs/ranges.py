@@ -65,6 +65,8 @@ RANGES = {
     "ema": (0, 1),
     "eta": (0, 1),
     "guidance": (0, 1e3),
+    "teacher_guidance": (0, 1e3),
+    "above": (0, 1e6),
     "guidance_embedding": (-1, 1e4),
     "lora_scales": (-1e4, 1e4),
     "prior": (0, 1e6),
@@ -81,7 +83,7 @@ RANGES = {
     "weights": (-1e4, 1e4),
     "minutes": (0, 1e4),
 }
-GUIDED = ("guidance", "denoise_guidance")
+GUIDED = ("guidance", "denoise_guidance", "teacher_guidance")
 TWO_MEANINGS = (
     "guidance 0 means conditional only in pipelines and unconditional in formulas; write 1 (or "
     "null) for conditional only"

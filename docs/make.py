@@ -20,6 +20,7 @@ import configs  # noqa: E402
 from analysis import results  # noqa: E402
 from analysis.pages.words import number, percent, ranged  # noqa: E402
 from configs.options import usage  # noqa: E402
+from docs.claims import claims  # noqa: E402
 from models import cards  # noqa: E402
 from models.loading import source  # noqa: E402
 from train.bench import figures  # noqa: E402
@@ -48,7 +49,10 @@ KEPT = {  # of a record: what the pages tell, everything else stays in the run's
         }
     },
     "analysis.trace": {"commitment", "abandoned"},
-    "analysis.diversity": {"diversity", "of_base", "gain", "recovery", "agreement_gain", "quality"},
+    "analysis.diversity": {
+        *("diversity", "of_base", "gain", "recovery", "claims", "shares", "teacher_guidance"),
+        *("agreement_gain", "agreement_of_base", "quality"),
+    },
 }
 ABOUT = {
     "control",
@@ -65,6 +69,17 @@ ABOUT = {
     "student",
     "plan",
     "nfe",
+    "seconds",
+}
+VARIETY = {  # rows of README's other table
+    "teacher": "",
+    "student": "",
+    "hybrid(1)": "`hybrid(1)`: the base's weights in its first step, the paper's",
+    "hybrid(2)": "`hybrid(2)`: in two",
+    "hybrid(3)": "`hybrid(3)`: in three",
+    "late(1)": "`late(1)`: in the last",
+    "skip(1)": "`skip(1)`: its first step left out",
+    "cads(0.1)": "`cads(0.1)`: noise on its prompts",
 }
 SHOWN = ("smile", "age", "watercolour", "watercolour-kv", "space-1")  # rows of README's table
 
@@ -126,8 +141,14 @@ def rounded(value: Any) -> Any:
 def pages() -> dict[Path, str]:
     """Path to text of every page that holds blocks. Raises UserError for a block that a page lacks."""
     written = {
-        README: {"table": short_table},
-        DOCS / "results.md": {"transfer": transfer_table, "trace": trace_table, "plans": plan_table},
+        README: {"table": short_table, "variety": short_variety},
+        DOCS / "results.md": {
+            "claims": lambda: markdown(*claims(record)),
+            "transfer": transfer_table,
+            "trace": trace_table,
+            "losses": losses,
+            "plans": plan_table,
+        },
         DOCS / "families.md": {"sizes": sizes, "full": full_size, "gpu": figures.docs, "members": members},
         DOCS / "commands.md": {"commands": commands},
     }
@@ -212,7 +233,8 @@ def made(kept: dict) -> str:
     """The command, the day and the design of a record."""
     cell, torch = kept["cells"][0], kept.get("versions", {}).get("torch", "?")
     rounds = kept.get("prompts")
-    prompts = f"{rounds[0]} to {rounds[-1]} prompts" if rounds else f"{cell['prompts']} prompts"
+    looks = bool(rounds) and isinstance(rounds[0], int)
+    prompts = f"{rounds[0]} to {rounds[-1]} prompts" if looks else f"{cell['prompts']} prompts"
     design = f"{prompts} × {cell['seeds']} seeds"
     return f"`{kept['command']}`, {kept['created'][:10]}, torch {torch}: {design}.\n\n"
 
@@ -232,6 +254,19 @@ def short_table() -> str:
     return markdown(
         ["trained on the base", *(f"on {student.partition('/')[2]}" for student in students)], rows
     )
+
+
+def short_variety() -> str:
+    """README's table: what brings the variety of the student that collapses back."""
+    cells = {cell["plan"]: cell for cell in record("diversity-full")["cells"]}
+    names = VARIETY | {"student": cells["student"]["student"]}
+    names["teacher"] = f"the base at guidance {cells['student']['teacher_guidance']:g}"
+    rows = []
+    for plan, name in names.items():
+        cell = cells[plan]
+        by = (said(cell, "base", cell["of_base"], evaluator) for evaluator in ("clip", "probe"))
+        rows.append([name, f"{cell['nfe']:g}", *by, number(cell["agreement_of_base"]["value"])])
+    return markdown(["", "evaluations", "of the base's variety, by CLIP", "by the probe", "obedience"], rows)
 
 
 def brief(cell: dict) -> str:
@@ -300,14 +335,8 @@ def trace_table() -> str:
 def plan_table() -> str:
     """Every run of analysis.diversity that was kept: students and plans in rows."""
     heads = [
-        "student",
-        "plan",
-        "nfe",
-        "distance",
-        "gain on the student",
-        "recovery",
-        "gain in agreement",
-        "Fréchet distance",
+        *("student", "plan", "nfe", "of the base's, by CLIP", "by the probe", "recovered, by CLIP"),
+        *("by the probe", "gain in agreement", "Fréchet distance"),
     ]
     parts = []
     for path in sorted(RECORDS.glob("diversity-*.json")):
@@ -317,18 +346,40 @@ def plan_table() -> str:
 
 
 def plan_row(cell: dict) -> list[str]:
-    nfe = f"{cell['nfe']:g}" if "nfe" in cell else "–"
     frechet = (cell.get("quality") or {}).get("frechet_clip")
-    by_clip = [(cell["diversity"], 3), (cell["gain"], 3), (cell["recovery"], 2)]
-    values = [interval(numbers.get("clip"), digits) for numbers, digits in by_clip]
+    alone = cell["plan"] in ("base", "student")
     return [
-        cell["student"],
-        cell["plan"],
-        nfe,
-        *values,
-        interval(cell.get("agreement_gain"), 1),
-        interval(frechet, 3),
+        *(cell["student"], cell["plan"], f"{cell['nfe']:g}"),
+        *(said(cell, "base", cell["of_base"], name) for name in ("clip", "probe")),
+        *("–" if alone else said(cell, "student", cell["recovery"], name) for name in ("clip", "probe")),
+        *(interval(cell.get("agreement_gain"), 1), interval(frechet, 3)),
     ]
+
+
+def said(cell: dict, beside: str, values: dict, name: str) -> str:
+    """A number of a plan beside the base or its student, with the verdict on the difference."""
+    claims = (cell.get("claims") or {}).get(beside)
+    return f"{interval(values.get(name), 2)} {claims[name]['verdict']}" if claims else "–"
+
+
+def losses() -> str:
+    """What each student's loss of variety is made of, of every run of analysis.diversity that was kept."""
+    heads = [
+        "student",
+        "guidance distilled in",
+        "by",
+        "of the base's",
+        "share of guidance",
+        "of distillation",
+    ]
+    rows = {}
+    for kept in (record(path.stem) for path in sorted(RECORDS.glob("diversity-*.json"))):
+        for cell in kept["cells"]:
+            for name, parts in ((cell.get("shares") or {}) if cell["plan"] == "student" else {}).items():
+                shares = [interval(parts[key], 2) for key in ("guidance", "distillation")]
+                about = [cell["student"], f"{cell['teacher_guidance']:g}", name]
+                rows[cell["student"], name] = [*about, said(cell, "base", cell["of_base"], name), *shares]
+    return markdown(heads, list(rows.values()))
 
 
 def interval(value: dict | None, digits: int) -> str:

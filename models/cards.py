@@ -58,6 +58,8 @@ class MemberCard:
     guidance: float | None = None  # classifier-free guidance; null = conditional only
     # what the network itself is told: LCM the guidance scale minus one, Flux the scale
     guidance_embedding: float | None = None
+    # classifier-free guidance of the base while this student was distilled from it; null = unknown
+    teacher_guidance: float | None = None
     # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
     final: Literal["clean", "first"] = "clean"
     start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)

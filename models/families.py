@@ -330,6 +330,7 @@ class Family:
             noise_schedule=member.noise_schedule,
             eta=ancestral if member.ancestral else member.eta,
             guidance=member.guidance,
+            teacher_guidance=member.teacher_guidance,
             final=CLEAN if member.final == "clean" else NOISE_SCHEDULES[member.noise_schedule][0](0),
             start=member.start,
             shifted=partial(self._flow, member) if member.noise_schedule == "flow" else None,

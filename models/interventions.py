@@ -32,6 +32,28 @@ def derived(own: Tensor, shape: tuple[int, ...], salt: int = 0) -> Tensor:
     return torch.stack(rows).to(own)
 
 
+def common(own: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One noise that all images share, (B, *shape)."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own).expand(len(own), *shape)
+
+
+@dataclass(frozen=True)
+class Some:
+    """A share of the images, each told by its own initial noise; of many images about that share."""
+
+    share: float
+
+    def __call__(self, own: Tensor) -> Tensor:
+        """Which of them, (B,)."""
+        words = [row.cpu().contiguous().numpy().tobytes() for row in own]
+        return torch.tensor([zlib.crc32(word, 1) < self.share * 2**32 for word in words], device=own.device)
+
+
+def unprompted(prompts: Prompts, level: Noise, own: Tensor) -> Prompts:
+    """The network is told what stands for no prompt: zeros for SDXL, else the empty text."""
+    return replace(prompts.negative, negative=prompts.negative)
+
+
 @dataclass(frozen=True)
 class Pink:
     """Initial noise with power 1 / f^exponent instead of flat, of unit variance; 0 is white, 2 is brown."""

@@ -32,6 +32,31 @@ class Noise:
 CLEAN = Noise(0.0, 1.0, 0.0)
 
 
+@dataclass(frozen=True)
+class Band:
+    """The noise levels above < sigma / alpha < below; early ones decide the layout, late ones the details."""
+
+    above: float = 0.0
+    below: float = math.inf
+
+    @classmethod
+    def of(cls, above: float | None, below: float | None) -> "Band":
+        """None = no bound. Raises UserError where nothing lies between them."""
+        band = cls(above or 0.0, math.inf if below is None else below)
+        if not 0 <= band.above < band.below:
+            raise UserError(
+                f"above and below are noise levels, sigma / alpha, with 0 <= above < below, e.g. 2.0; got "
+                f"{above} and {below}"
+            )
+        return band
+
+    def __contains__(self, level: Noise) -> bool:
+        return self.above < level.ratio and (level.ratio < self.below or math.isinf(self.below))
+
+
+ALL = Band()
+
+
 # first and last beta, and the power of them that is spaced evenly: scaled_linear of Stable Diffusion, linear
 # of DDPM and PixArt
 BETAS = {"vp": (0.00085, 0.012, 0.5), "vp-linear": (0.0001, 0.02, 1.0)}

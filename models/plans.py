@@ -11,22 +11,49 @@ from dataclasses import replace
 
 from configs import UserError
 from configs.ranges import TWO_MEANINGS
-from models.interventions import CADS, Pink, WeightInterpolation
-from models.noise import TRAIN_STEPS, Noise
-from models.sampler import Member, Mix, Plan, Stage, alone
+from models.interventions import CADS, Pink, Some, WeightInterpolation, common, derived, unprompted
+from models.noise import TRAIN_STEPS, Band, Noise
+from models.sampler import Adapter, Member, Mix, Plan, Stage, alone
+
+VERSION = 2  # raised when a name comes to mean other images
 
 
-def hybrid(base: Member, student: Member, k: int = 1) -> Plan:
-    """The base on the student's first k noise levels, the student after them (the paper's diversity
-    distillation).
+def swapped(base: Member, student: Member, guidance: float | None = None, eta: float | None = None) -> Member:
+    """The base's weights in the student's exact inference conditions: its eta, start and end, and without
+    guidance.
+
+    guidance, eta: others than these; guidance 1 is none.
     """
-    return _two(f"hybrid({k})", base, student.levels[: _count(k, student)], student, student.levels[k:])
+    if guidance == 0:
+        raise UserError(f"guidance 0: {TWO_MEANINGS}")
+    if eta is not None and not 0 <= eta <= 1:
+        raise UserError(f"eta must be from 0 to 1, the share of fresh noise in an update; got {eta:g}")
+    eta = student.eta if eta is None else eta
+    guidance = None if guidance == 1 else guidance
+    return replace(base, guidance=guidance, eta=eta, start=student.start, final=student.final)
+
+
+def hybrid(
+    base: Member, student: Member, k: int = 1, guidance: float | None = None, eta: float | None = None
+) -> Plan:
+    """The student's loop with the base's weights in its first k steps (the paper's diversity distillation,
+    Algorithm 1).
+    """
+    first = swapped(base, student, guidance, eta)
+    return _two(
+        _with("hybrid", k, guidance, eta),
+        first,
+        student.levels[: _count(k, student)],
+        student,
+        student.levels[k:],
+    )
 
 
 def late(base: Member, student: Member, k: int = 1) -> Plan:
-    """The student first, the base on the last k levels."""
+    """The student's loop with the base's weights in its last k steps."""
     cut = len(student.levels) - _count(k, student)
-    return _two(f"late({k})", student, student.levels[:cut], base, student.levels[cut:])
+    last = swapped(base, student)
+    return _two(f"late({k})", student, student.levels[:cut], last, student.levels[cut:])
 
 
 def skip(student: Member, k: int = 1) -> Plan:
@@ -39,40 +66,38 @@ def skip(student: Member, k: int = 1) -> Plan:
 
 
 def only(base: Member, student: Member, k: int = 1) -> Plan:
-    """The base in step k alone, counted from 1, the student in all others: where do the two differ?"""
-    return _changed(f"only({k})", student, Stage.of(base, student.levels[_which(k, student) :][:1]), k)
-
-
-def renoised(base: Member, student: Member, k: int = 1) -> Plan:
-    """As hybrid, but the base's updates add as much fresh noise as the student's: only its x0 is taken,
-    nothing of its eps.
-    """
-    return replace(hybrid(replace(base, eta=student.eta), student, k), name=f"renoised({k})")
-
-
-def guided(base: Member, student: Member, guidance: float) -> Plan:
-    """hybrid(1) with another guidance in the base's step; 1 is none, and one evaluation less."""
-    if guidance == 0:
-        raise UserError(f"guided(0): {TWO_MEANINGS}")
-    other = replace(base, guidance=None if guidance == 1 else guidance)
-    return replace(hybrid(other, student, 1), name=f"guided({guidance:g})")
+    """The student's loop with the base's weights in step k alone, counted from 1: where do the two differ?"""
+    stage = Stage.of(swapped(base, student), student.levels[_which(k, student) :][:1])
+    return _changed(f"only({k})", student, stage, k)
 
 
 def schedule(base: Member, student: Member, n: int) -> Plan:
-    """The base on an n-step schedule of its own down to the student's second level, the student from there:
-    hybrid(1) in finer steps.
-    """
+    """hybrid(1) in finer steps: the base on n steps of its own down to the student's second level."""
     if len(student.levels) < 2:
         raise UserError(
             f"schedule({n}) needs a student of at least 2 steps; {student.name} has {len(student.levels)}"
         )
     own = [level for level in base.in_steps(n) if level.ratio > student.levels[1].ratio]
-    return _two(f"schedule({n})", base, own, student, student.levels[1:])
+    return _two(f"schedule({n})", swapped(base, student), own, student, student.levels[1:])
 
 
 def shorter(base: Member, n: int) -> Plan:
     """The base alone, in n steps."""
     return Plan(f"base({n})", (Stage(base, base.in_steps(n)),))
+
+
+def teacher(base: Member, student: Member) -> Plan:
+    """The base at the guidance that was distilled into the student: what the student was to become.
+
+    Raises UserError where the card does not say it.
+    """
+    if student.teacher_guidance is None or base.guidance is None:
+        raise UserError(
+            f"teacher needs a guided base and the guidance that was distilled into {student.name}: "
+            f"teacher_guidance on its card"
+        )
+    guidance = None if student.teacher_guidance == 1 else student.teacher_guidance
+    return replace(alone(replace(base, guidance=guidance)), name="teacher")
 
 
 def interval(base: Member, low: float, high: float) -> Plan:
@@ -94,6 +119,33 @@ def mixed(name: str, student: Member, mix: Mix) -> Plan:
     with skip and hybrid.
     """
     return _changed(f"{name}({mix.keep:g})", student, Stage(student, student.levels[:1], mix=mix), 1)
+
+
+def alike(student: Member, share: float) -> Plan:
+    """The student with one first x0 in common for a share of the images: a known dose of collapse.
+
+    Of all pairs of a prompt's images share² are then as far apart as those of alike(1), the others as before.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"alike(share) needs a share of the images from 0 to 1; got {share:g}")
+    mix = Mix(0.0, student, common, Some(share))
+    return _changed(f"alike({share:g})", student, Stage(student, student.levels[:1], mix=mix), 1)
+
+
+def without_prompt(student: Member, k: int = 1) -> Plan:
+    """The student, told its prompt only after its first k steps."""
+    early, rest = student.levels[: _count(k, student)], student.levels[k:]
+    stages = [
+        Stage(student, early, conditioning=unprompted) if early else None,
+        Stage(student, rest) if rest else None,
+    ]
+    return Plan(f"unprompted({k})", tuple(stage for stage in stages if stage))
+
+
+def adapted(student: Member, scale: float, above: float | None = None, below: float | None = None) -> Plan:
+    """The student with the run's control at a scale, at noise levels above < sigma / alpha < below alone."""
+    adapter = Adapter(scale, Band.of(above, below))
+    return replace(alone(student), name=_with("adapted", scale, above, below), adapter=adapter)
 
 
 def pink(student: Member, exponent: float) -> Plan:
@@ -138,18 +190,20 @@ def few(member: Member, steps: int) -> Plan:
 PLANS: dict[str, tuple[str, Callable[..., Plan]]] = {
     "base": ("[n]", lambda base, _, n=None: alone(base) if n is None else shorter(base, n)),
     "student": ("", lambda _, student: alone(student)),
-    "hybrid": ("k", hybrid),
+    "hybrid": ("k,[guidance],[eta]", hybrid),
     "late": ("k", late),
     "skip": ("k", lambda _, student, k: skip(student, k)),
     "few": ("n", lambda _, member, n: few(member, n)),
     "only": ("k", only),
-    "renoised": ("k", renoised),
-    "guided": ("guidance", guided),
     "schedule": ("n", schedule),
+    "teacher": ("", teacher),
     "interval": ("low,high", lambda base, _, low, high: interval(base, low, high)),
     "attenuate": ("keep", lambda _, student, keep: mixed("attenuate", student, Mix(keep))),
-    "other": ("keep", lambda _, student, keep: mixed("other", student, Mix(keep, student, another=True))),
-    "blend": ("keep", lambda base, student, keep: mixed("blend", student, Mix(keep, base))),
+    "other": ("keep", lambda _, student, keep: mixed("other", student, Mix(keep, student, derived))),
+    "blend": ("keep", lambda base, student, keep: mixed("blend", student, Mix(keep, swapped(base, student)))),
+    "alike": ("share", lambda _, student, share: alike(student, share)),
+    "unprompted": ("k", lambda _, student, k: without_prompt(student, k)),
+    "adapted": ("scale,[above],[below]", lambda _, student, *how: adapted(student, *how)),
     "pink": ("exponent", lambda _, student, exponent: pink(student, exponent)),
     "cads": ("scale", lambda _, student, scale: cads(student, scale)),
     "delta": ("s,[k]", delta),
@@ -193,6 +247,11 @@ def named(text: str, base: Member, student: Member) -> Plan:
         if abs(value) > most:
             raise UserError(f"no plan {text[:60]!r}: {name.strip('[]')} must be from -{most} to {most}")
     return make(base, student, *values)
+
+
+def _with(name: str, *values: float | None) -> str:
+    """A plan's name with its arguments."""
+    return f"{name}({','.join(f'{value:g}' for value in values if value is not None)})"
 
 
 def _written(name: str) -> str:

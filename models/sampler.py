@@ -11,8 +11,7 @@ from torch import Tensor
 
 from configs import UserError
 from models.denoiser import Denoiser
-from models.interventions import derived
-from models.noise import CLEAN, NOISE_SCHEDULES, Noise, timesteps, to_eps
+from models.noise import CLEAN, NOISE_SCHEDULES, Band, Noise, timesteps, to_eps
 from models.prompts import Prompts
 
 Eta = float | Callable[[Noise, Noise], float]
@@ -31,6 +30,9 @@ class Member:
     final: Noise = CLEAN  # where the last update goes
     start: str = "unit"  # the first x is eps ("unit": DDIM, LCM) or sigma eps ("sigma": Euler trailing)
     shifted: Callable[[int], tuple[Noise, ...]] | None = None  # a flow's own schedule of so many steps
+    teacher_guidance: float | None = (
+        None  # of the base when this member was distilled from it; None = unknown
+    )
 
     def in_steps(self, steps: int, spacing: str = "trailing") -> tuple[Noise, ...]:
         """The levels of another number of steps; flows know no spacing but their own."""
@@ -51,7 +53,11 @@ class Mix:
 
     keep: float
     beside: "Member | None" = None  # who else is asked; None = nobody, x0 fades
-    another: bool = False  # asked about another seed's initial noise, so only a first step can do this
+    # (own noise, shape) -> the initial noise that it is asked about, so only a first step can do this; None =
+    # the same x
+    another: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None
+    # own noise (B, C, H, W) -> (B,) which images this happens to; None = all
+    some: Callable[[Tensor], Tensor] | None = None
 
     def __call__(
         self, x0: Tensor, x: Tensor, now: Noise, conditioning: Prompts, own: Tensor, noise_schedule: str
@@ -61,18 +67,20 @@ class Mix:
         """
         if self.beside is None:
             return self.keep * x0
+        keep = self.keep
+        if self.some:
+            keep = torch.where(self.some(own), keep, 1.0).to(x0)[:, None, None, None]
         there = (
             now
             if self.beside.noise_schedule == noise_schedule
             else NOISE_SCHEDULES[self.beside.noise_schedule][1](now.ratio)
         )
         if self.another:
-            x = derived(own, tuple(x.shape[1:])) * (there.sigma if self.beside.start == "sigma" else 1.0)
+            x = self.another(own, tuple(x.shape[1:])) * (there.sigma if self.beside.start == "sigma" else 1.0)
         else:
             x = x * (there.alpha / now.alpha)  # the same eps in both schedules
-        return self.keep * x0 + (1 - self.keep) * self.beside.denoiser(
-            x, there, conditioning, self.beside.guidance
-        )
+        seen = self.beside.denoiser(x, there, conditioning, self.beside.guidance)
+        return keep * x0 + (1 - keep) * seen
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,21 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A control's part in a plan: its scale, and the noise levels at which it acts."""
+
+    scale: float
+    band: Band
+
+
+@dataclass(frozen=True)
 class Plan:
     """Stages end to end, and where they start and finish."""
 
     name: str
     stages: tuple[Stage, ...]
     start: Callable[[Tensor], Tensor] | None = None  # what is made of the initial noise (B, C, H, W)
+    adapter: "Adapter | None" = None  # a control that belongs to it, whose file the run names
 
     @property
     def steps(self) -> int:

@@ -28,7 +28,8 @@ ARGUMENTS = {
     "k": "1",
     "[n]": "4",
     "n": "3",
-    "guidance": "2",
+    "k,[guidance],[eta]": "1,2,0.5",
+    "scale,[above],[below]": "1,2",
     "low,high": "0,800",
     "s,[k]": "0.6,1",
 }  # of plans; of others one half

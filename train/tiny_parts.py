@@ -21,6 +21,8 @@ class Config:
     seed: int = 0  # of weights, data and noise
     faces: int = 20000  # portraits in the training set
     trajectories: int = 1280  # of the teacher, which lightning learns from; a multiple of 80
+    # guidance of dmd's teacher, for a student work/dmd-g… beside the family's own; null = dmd itself
+    teacher_guidance: float | None = None
     every: int = 250  # steps between checkpoints
     threads: int = 0  # CPU threads; 0 = all
     # torch.compile the networks: about twice as fast, after minutes of compiling; needs a C++ compiler

@@ -171,6 +171,9 @@ def dmd(cfg: Config, name: str = "dmd", guidance: float = 3.0) -> None:
 
     guidance: of the teacher, which the student has distilled in.
     """
+    beside = name == "dmd" and cfg.teacher_guidance is not None  # a student that is not shipped
+    if beside:
+        name, guidance = f"dmd-g{cfg.teacher_guidance:g}", cfg.teacher_guidance
     steps, size, updates = cfg.steps or 800, cfg.batch_size or 24, 2
     teacher = Teacher(cfg, guidance)
     student, fake = teacher.student(), teacher.student()
@@ -215,10 +218,14 @@ def dmd(cfg: Config, name: str = "dmd", guidance: float = 3.0) -> None:
             step_down(fake_loss, fake, fake_optimizer, fake_schedule)
         follow(average, student, min(0.98, step / (step + 10)))
         log(step, gradient=gradient.abs().mean(), fake=fake_loss)
-    save_student(cfg, name, average, LCMScheduler(**BETAS))
+    save_student(cfg, name, average, LCMScheduler(**BETAS), cfg.work if beside else "")
 
 
-def save_student(cfg: Config, name: str, unet, scheduler) -> None:
-    """A student as it is published: a U-Net folder with its scheduler config, fp16."""
-    copy.deepcopy(unet).half().save_pretrained(Path(cfg.weights) / name)
-    scheduler.save_pretrained(Path(cfg.weights) / name / "scheduler")
+def save_student(cfg: Config, name: str, unet, scheduler, folder: str = "") -> None:
+    """A student as it is published: a U-Net folder with its scheduler config, fp16.
+
+    folder: where it goes; empty = to the weights of the family.
+    """
+    path = Path(folder or cfg.weights) / name
+    copy.deepcopy(unet).half().save_pretrained(path)
+    scheduler.save_pretrained(path / "scheduler")

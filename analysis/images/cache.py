@@ -7,6 +7,7 @@ seeds. It does not depend on the batch, on the process that drew it and on the r
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from tqdm import tqdm
 from analysis.images import store
 from configs import UserError, note
 from controls.lora import Control, beside, content, fusing
+from models import plans
 from models.evaluators import Evaluator
 from models.families import Family, FamilyCard
 from models.hashing import identity
 from models.interventions import WeightInterpolation
-from models.noise import Noise
-from models.plans import named
+from models.noise import ALL, Band, Noise
 from models.quantized import weights
 from models.sampler import Member, Plan, alone, draw_noise, during, finish
 
@@ -62,14 +63,14 @@ class Drawings:
         evaluators: dict[str, Evaluator],
         texts: list[str],
         numbers: list[int],
-        below: float | None,
+        band: Band,
         folder: Path,
     ):
         """controls: by (name, whether it is the random one of that control's norms). texts: P prompts.
 
         numbers: (P · S), the seed of each image, prompt by prompt.
         """
-        self.family, self.controls, self.evaluators, self.below = family, controls, evaluators, below
+        self.family, self.controls, self.evaluators, self.band = family, controls, evaluators, band
         self.texts, self.numbers, self.seeds = texts, numbers, len(numbers) // len(texts)
         self.folder = Path(folder)
         self.contents = {key: content(control) for key, control in controls.items()}
@@ -97,6 +98,7 @@ class Drawings:
             packed
             | ({"beside": True} if acts and plan.startswith("delta(") else {})
             | ({"words": job.words} if job.words else {})
+            | ({"plans": plans.VERSION} if plan else {})
             | {
                 "version": VERSION,
                 "target": job.target,
@@ -104,10 +106,20 @@ class Drawings:
                 "prompts": self.texts,
                 "seeds": self.numbers,
                 "members": [identity(card, name) for name in ([member, card.base] if plan else [member])],
-                "control": [self.contents[job.control, job.random], job.scale, self.below] if acts else None,
+                "control": [self.contents[job.control, job.random], job.scale, *self.within]
+                if acts
+                else None,
                 "dtype": str(self.family.dtype),
             }
         )
+
+    @property
+    def within(self) -> list[float | None]:
+        """The noise levels at which controls act, as keys have written them: below, then above where there
+        is one.
+        """
+        above, below = self.band.above, self.band.below
+        return [None if math.isinf(below) else below, *([above] if above else [])]
 
     def path(self, job: Job, evaluator_name: str = "") -> Path:
         """Where a job's latents are, or its features by one evaluator."""
@@ -257,7 +269,7 @@ def latents(parts: Sequence[Drawings], job: Job) -> tuple[Tensor, ...]:
         for number in part.numbers[k * part.seeds : (k + 1) * part.seeds]
     ]
     # late levels alone leave the structure that early ones decide (Gandikota et al. 2023, sec. 5; SDEdit)
-    holds = None if first.below is None else lambda level: level.ratio < first.below
+    holds = None if first.band == ALL else first.band.__contains__
     with acting(first.plan(job.target), control, job.scale, family.card.name, holds) as plan:
 
         def drawn(rows: Tensor) -> Tensor:
@@ -277,10 +289,10 @@ def plan_of(family: Family, target: str) -> Plan:
     member, _, plan = target.partition(":")
     if not plan:
         return alone(family.member(member))
-    return named(plan, family.member(family.card.base), family.member(member))
+    return plans.named(plan, family.member(family.card.base), family.member(member))
 
 
-def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[tuple[str, str]]:
+def ways(names: Sequence[str], students: Sequence[str], family: Family) -> list[tuple[str, str]]:
     """Every (student, plan) that a run draws; plans of the base alone stand once, under the base's name.
     students: empty = all.
 
@@ -290,11 +302,10 @@ def ways(plans: Sequence[str], students: Sequence[str], family: Family) -> list[
     if base in students:
         raise UserError(f"{base} is the base itself; students are {', '.join(others)}")
     found = {}
-    for plan in plans:
+    for plan in names:
         for name in students or others:
-            named(
-                plan, family.member(base), family.member(name)
-            )  # a mistake is said now, not after an hour of drawing
+            # a mistake is said now, not after an hour of drawing
+            plans.named(plan, family.member(base), family.member(name))
             found[base if plan.split("(")[0] in OF_THE_BASE else name, plan] = None
     return list(found)
 

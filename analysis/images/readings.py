@@ -3,6 +3,7 @@ leaks onto others.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -122,7 +123,8 @@ class Measurement:
             "reference": is_reference(target),
             "at": self.design.at,
             "scales": subject.scales,
-            "below": self.drawings.below,
+            "below": None if math.isinf(self.drawings.band.below) else self.drawings.band.below,
+            "above": self.drawings.band.above or None,
             "readings": {
                 evaluator_name: self.reading(evaluator_name, subject, target)
                 for evaluator_name in self.drawings.evaluators

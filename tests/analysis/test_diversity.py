@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from support.commands import configured, launched, refused
+from support.short_runs import QUICK
 from support.synthetic import Keys, undocumented
 
 from analysis import diversity, report
-from analysis.diversity import Config, recovery
+from analysis.diversity import Config
 from analysis.images import quality
+from analysis.measures import variety
 from analysis.measures.image_sets import diversity as whole
 from analysis.pages import diversity as diversity_page
 from configs import ROOT, UserError, merge
@@ -24,6 +26,7 @@ from models.families import Family, card
 from models.plans import named
 from models.sampler import draw_noise, finish
 
+QUICK_CARD = QUICK.removeprefix("family=")
 PROMPTS = ["portrait of a person", "portrait of a person, hat"]
 SMALL = [
     "prompts=[portrait of a person,'portrait of a person, hat']",
@@ -70,7 +73,7 @@ def test_record(run, results):
 
 
 def test_what_an_image_costs_is_counted(results):
-    costs = {"base": 20, "base(4)": 8, "student": 4, "hybrid(1)": 5}
+    costs = {"base": 20, "base(4)": 8, "student": 4, "hybrid(1)": 4}
     assert {c["plan"]: c["nfe"] for c in results["cells"]} == costs
 
 
@@ -87,12 +90,18 @@ def test_the_ends_of_recovery_and_of_the_share_of_the_base(results):
     assert cell(results, "base", "base(4)")["recovery"]["clip"] is None  # no student takes part in it
 
 
-def test_the_first_step_of_a_hybrid_is_the_base_s(results):
-    base, hybrid = cell(results, "base", "base"), cell(results, "dmd", "hybrid(1)")
-    for name in ("clip", "probe"):
-        assert hybrid["diversity"][name][0]["value"] == pytest.approx(
-            base["diversity"][name][0]["value"], rel=1e-5
-        )
+def test_the_first_step_of_a_hybrid_is_the_base_s_without_guidance(results):
+    """What base(4) sees first, but for its guidance."""
+    family = Family("tiny", dtype=torch.float32)
+    base, evaluator = family.member("base"), load_evaluators(family.card)["clip"]
+    with torch.no_grad():
+        noise = draw_noise([2000, 2001, 2002], family.latent_shape, 0)[:, 0]
+        x0 = base.denoiser(noise, base.levels[0], family.encode(PROMPTS[:1] * 3))
+    first = whole(evaluator.features(family.decode(x0)))["value"]
+    guided = cell(results, "base", "base")["diversity"]["clip"][0]["value"]
+    hybrid = cell(results, "dmd", "hybrid(1)")
+    assert hybrid["diversity"]["clip"][0]["value"] != pytest.approx(guided, rel=1e-2)
+    assert hybrid["steps"][0]["t"] == base.levels[0].t and first > 0
 
 
 def test_the_numbers_are_those_of_the_images(results):
@@ -111,14 +120,73 @@ def test_the_numbers_are_those_of_the_images(results):
 
 
 def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, results):
-    for lost in ("dmd/student/prompt-1", "base/base(4)/block-3"):
-        (run / f"features/{lost}.safetensors").unlink()
+    for lost in ("dmd/student/prompts-0", "base/base(4)/block-3"):
+        (run / f"features-2/{lost}.safetensors").unlink()
     diversity.main(merge(Config, [*SMALL, f"out={run.parent}", "plans=[hybrid(1),base(4),skip(1)]"]))
     after = json.loads((run / "results.json").read_text())
     assert cell(after, "dmd", "skip(1)")["nfe"] == 3
     for before in results["cells"]:
         now = cell(after, before["student"], before["plan"])
-        assert all(now[key] == before[key] for key in before if key != "seconds")
+        changed = ("seconds", "claims")  # which are corrected for the number of plans
+        assert all(now[key] == before[key] for key in before if key not in changed)
+
+
+def test_the_loss_of_a_student_of_strong_guidance_has_two_shares(tmp_path):
+    """The base at the guidance that was distilled in is drawn unasked, once the card says another than its
+    own.
+    """
+    words = ["captions=0", "seeds=4", "students=[dmd,dmd8]", "plans=[]", "max_prompts=4", "wandb=disabled"]
+    page = diversity.main(merge(Config, [*words, f"out={tmp_path}", f"family={QUICK_CARD}"]))
+    results = json.loads((page.parent / "results.json").read_text())
+    found = [(c["student"], c["plan"]) for c in results["cells"]]
+    assert found == [("base", "base"), ("dmd", "student"), ("dmd8", "teacher"), ("dmd8", "student")]
+    alone, guided = cell(results, "dmd8", "student"), cell(results, "dmd8", "teacher")
+    assert alone["teacher_guidance"] == 8 and guided["nfe"] == 6 and len(guided["steps"]) == 3
+    assert guided["diversity"]["clip"] != cell(results, "base", "base")["diversity"]["clip"]
+    assert alone["shares"].keys() == {"clip", "probe", "geometry"}
+    assert cell(results, "dmd", "student")["shares"] is None  # its teacher had the base's own guidance
+    assert "guidance distilled in" in page.read_text() and "seconds" not in alone
+
+
+def test_a_known_dose_of_collapse_is_read_back_from_images(tmp_path):
+    """alike(.6): .36 of all pairs lose what they lose in alike(1), within the intervals."""
+    plans = ["student", "alike(0.6)", "alike(1)"]
+    words = [
+        *("students=[lightning]", f"plans={plans}", "seeds=8", "max_prompts=12", "captions=0"),
+        *("evaluators=[clip,probe]", "wandb=disabled", f"out={tmp_path}", f"family={QUICK_CARD}"),
+    ]
+    page = diversity.main(merge(Config, words))
+    cells = json.loads((page.parent / "results.json").read_text())["cells"]
+    by = {c["plan"]: c["per_prompt"] for c in cells}
+    for name in ("clip", "probe"):
+        plain, some, all = (np.array([row[name]["value"] for row in by[plan]]) for plan in plans)
+        dose = variety.part(plain, some, plain, all)
+        assert dose["low"] <= 0.36 <= dose["high"] and dose["high"] - dose["low"] < 0.6
+        assert dose["low"] > 0
+
+
+def test_a_control_acts_in_a_plan_where_it_says(tmp_path):
+    """adapted at no level and at scale 0 is the student; at all levels it is the student with the control."""
+    names = ["adapted(1)", "adapted(0)", "adapted(1,99)", "adapted(1,5)"]
+    words = [
+        *("students=[dmd]", f"plans={names}", "control=controls/tiny/smile.safetensors", "seeds=3"),
+        *("prompts=[portrait of a person]", "evaluators=[clip]", "captions=0", "wandb=disabled"),
+        *(f"out={tmp_path}", f"family={QUICK_CARD}"),
+    ]
+    page = diversity.main(merge(Config, words))
+    results = json.loads((page.parent / "results.json").read_text())
+    seen = {c["plan"]: c["diversity"]["clip"][-1]["value"] for c in results["cells"]}
+    assert seen["student"] == seen["adapted(0)"] == pytest.approx(seen["adapted(1,99)"], rel=1e-6)
+    assert len({round(seen[plan], 6) for plan in ("student", "adapted(1)", "adapted(1,5)")}) == 3
+
+
+def test_the_plan_says_the_smallest_change_that_it_sees(capsys):
+    diversity.main(merge(Config, [*SMALL, "prompts=[]", "dry_run=true"]))
+    said = re.findall(
+        r"(\d+) prompts x 3 seeds: sees a change of (\d+) % of the base", capsys.readouterr().out
+    )
+    (first, one), (second, two) = said
+    assert (first, second) == ("24", "48") and int(one) > int(two) > 5
 
 
 def test_every_logged_key_is_documented(run, results):
@@ -156,7 +224,7 @@ def test_the_front_holds_what_nothing_dominates():
 def test_without_a_loss_there_is_no_recovery():
     student = 1 + 0.1 * np.random.default_rng(0).normal(size=12)
     for base in (student, student - 0.3):  # nothing was lost; the student is the more diverse
-        assert recovery(student, base, student)["value"] is None
+        assert variety.part(student, student, base, student)["value"] is None
 
 
 def test_what_is_kept_of_the_captions_does_not_grow_with_them():
@@ -201,11 +269,13 @@ def test_pictures_of_a_folder(tmp_path):
     [
         (["sedes=3"], "seeds"),
         (["seeds=2"], "at least 3"),
-        (["students=[turbo]"], "lightning"),
+        (["students=[hyper]"], "lightning"),
         (["students=[sdxl/turbo]"], "sdxl/turbo"),
         (["students=[base]"], "base itself"),
         (["plans=[hybrid(5)]"], "0 … 4"),
-        (["plans=[magic(1)]"], "hybrid(k)"),
+        (["plans=[magic(1)]"], "hybrid(k[,guidance][,eta])"),
+        (["plans=[adapted(1)]"], "control=FILE"),
+        (["control=controls/tiny/smile.safetensors"], "adapted(scale)"),
         (["reference={}"], "holds no pictures"),
         (["captions=9"], "captions"),
         (["neighbours=0"], "neighbours"),

@@ -89,7 +89,7 @@ def test_the_record(run):
     ]
     assert ways[0]["to_up"]["clip"]["value"] == 0 and ways[2]["to_up"]["clip"]["value"] > 0
     directions = similarity_page.of(found, "direction")
-    assert len(directions) == 6 and all(len(c["cosine"]) == 4 for c in directions)
+    assert len(directions) == 2 * 5 and all(len(c["cosine"]) == 4 for c in directions)
     assert all(-1 <= i["value"] <= 1 for c in directions for i in c["cosine"])
     (pair,) = similarity_page.of(found, "overlap")
     assert (
@@ -322,7 +322,7 @@ def test_only_what_is_not_chance_and_beats_the_baseline_is_said_to_foretell(p, r
         (["seeds=1"], "seeds must be at least 2"),
         (["family=nowhere"], "tiny"),
         (["targets=[sdxl/turbo]"], "lightning"),
-        (["source=turbo"], "lightning"),
+        (["source=hyper"], "lightning"),
         (["targets=[base]"], "against itself"),
         (["neighbours=9", "prompts=[a,b,c]", "seeds=3"], "below the 9 samples"),
         (["prompts=[a]", "seeds=3", "neighbours=1"], "at least 4 samples"),

@@ -130,14 +130,14 @@ REFUSED = {
     slider: [
         "layers=ful",
         "scope=all",
-        "member=tiny/turbo",
+        "member=tiny/hyper",
         "member=nowhere/base",
         "optimizer=sgd",
         "lr_scheduler=cosign",
         "steps=0",
         "rank=0",
         "quantize=int3",
-        "watch=[tiny/turbo]",
+        "watch=[tiny/hyper]",
         "watch=[sdxl/base]",
         "sample_seeds=[]",
         "seed=18446744073709551616",
@@ -152,14 +152,14 @@ REFUSED = {
     sliderspace: ["directions=4000"],
     transfer: [
         "controls=[nowhere.safetensors]",
-        "targets=[turbo]",
+        "targets=[hyper]",
         "targets=[dmd:hybrid(9)]",
         "scales=[]",
         "evaluators=[x]",
     ],
-    trace: ["control=nowhere.safetensors", "plans=[hybrid]", "students=[turbo]", "bands=[]"],
+    trace: ["control=nowhere.safetensors", "plans=[hybrid]", "students=[hyper]", "bands=[]"],
     diversity: ["plans=[magic(1)]", "reference=nowhere"],
-    similarity: ["targets=[turbo]", "controls=[nowhere.safetensors]"],
+    similarity: ["targets=[hyper]", "controls=[nowhere.safetensors]"],
 }
 
 

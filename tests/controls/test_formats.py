@@ -463,7 +463,7 @@ def test_the_commands(tmp_path):
         (convert, [SMILE], "IN OUT"),
         (convert, [SMILE, "x", "fromat=kohya"], "format"),
         (show, [], "which controls"),
-        (show, [SMILE, "member=tiny/turbo"], "lightning"),
+        (show, [SMILE, "member=tiny/hyper"], "lightning"),
         (merge, [SMILE, SMILE, "x", "weights=[1]"], "as many weights"),
         (merge, [SMILE], "A B OUT"),
     ],

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from analysis.diversity import recovery
 from analysis.measures import cka
 from analysis.measures.image_sets import Moments, frechet
+from analysis.measures.variety import part
 from controls import intervals
 
 DESIGNS = [
@@ -91,7 +91,7 @@ def test_the_share_of_a_loss_that_is_recovered_covers(prompts):
     for _ in range(2000):
         student, lost = 1 + 0.1 * random.normal(size=prompts), 0.3 + 0.1 * random.normal(size=prompts)
         own = student + 0.6 * lost + 0.05 * random.normal(size=prompts)
-        found.append(recovery(own, student + lost, student))
+        found.append(part(own, student, student + lost, student))
     assert 0.93 <= share(found, 0.6) <= 0.97
 
 
@@ -137,7 +137,7 @@ def test_a_single_prompt_has_no_interval():
         "low": None,
         "high": None,
     }
-    assert recovery(np.array([1.0]), np.array([3.0]), np.array([0.0])) == intervals.UNDEFINED
+    assert part(np.array([1.0]), np.array([0.0]), np.array([3.0]), np.array([0.0])) == intervals.UNDEFINED
     assert intervals.jackknife(1.0, [0.5, 2.0]) == {"value": 1.0, "low": None, "high": None}
     assert intervals.equivalence(np.ones(1), np.ones(1)) == intervals.difference(np.ones(1), np.zeros(1)) == 1
 

@@ -9,9 +9,11 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 
 from configs import UserError
 from models.noise import (
+    ALL,
     CLEAN,
     NOISE_SCHEDULES,
     TRAIN_STEPS,
+    Band,
     Noise,
     ancestral,
     flow,
@@ -149,3 +151,17 @@ def test_ancestral_eta():
     up = math.sqrt(after.ratio**2 * (now.ratio**2 - after.ratio**2) / now.ratio**2)
     assert ancestral(now, after) * after.ratio == pytest.approx(up)
     assert ancestral(now, CLEAN) == 1 and ancestral(now, now) == 0 and ancestral(flow(1000), flow(500)) == 1
+
+
+def test_a_band_holds_the_levels_between_its_ends():
+    """Pure noise of a flow, whose sigma / alpha is infinite, too, where nothing bounds it from above."""
+    levels = [vp(999), vp(499), vp(99), flow(1000)]
+    assert [[level in band for level in levels] for band in (Band.of(1.0, None), Band.of(None, 1.0))] == [
+        [True, True, False, True],
+        [False, False, True, False],
+    ]
+    assert [level in Band.of(0.5, 3.0) for level in levels] == [False, True, False, False]
+    assert Band.of(None, None) == ALL and all(level in ALL for level in levels)
+    for above, below in ((2.0, 1.0), (-1.0, None), (None, 0.0)):
+        with pytest.raises(UserError, match="above < below"):
+            Band.of(above, below)

@@ -383,7 +383,7 @@ def test_an_image_slider_trains_on_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("data=nowhere", "tiny:ATTRIBUTE"), ("data=tiny:nose", "smile"), ("member=tiny/turbo", "dmd")],
+    [("data=nowhere", "tiny:ATTRIBUTE"), ("data=tiny:nose", "smile"), ("member=tiny/hyper", "dmd")],
 )
 def test_bad_input_is_one_line_and_exit_code_2(word, says, tmp_path):
     refused(configured(image_slider, [*SHORT, word, f"out={tmp_path}"]), says)

@@ -15,7 +15,7 @@ from models.families import Family
 from models.interventions import CADS, Pink, WeightInterpolation, derived
 from models.lora_student import Delta
 from models.noise import vp
-from models.plans import PLANS, named
+from models.plans import PLANS, named, swapped
 from models.sampler import Denoiser, Plan, Stage, alone, draw_noise, during, finish, sample
 
 TEXTS = ["portrait of a person, glasses, brown hair", "portrait of a person, hat, purple background"]
@@ -49,21 +49,24 @@ COSTS = {  # plan: evaluations of the base of 10 steps with guidance, and of the
     "base(4)": (8, 0),
     "student": (0, 4),
     "hybrid(0)": (0, 4),
-    "hybrid(1)": (2, 3),
-    "hybrid(4)": (8, 0),
-    "late(1)": (2, 3),
+    "hybrid(1)": (1, 3),
+    "hybrid(2,5)": (4, 2),
+    "hybrid(1,1,.5)": (1, 3),
+    "hybrid(4)": (4, 0),
+    "late(1)": (1, 3),
     "skip(1)": (0, 3),
-    "only(2)": (2, 3),
-    "renoised(1)": (2, 3),
-    "guided(1)": (1, 3),
-    "guided(5)": (2, 3),
-    "schedule(8)": (4, 3),
+    "only(2)": (1, 3),
+    "schedule(8)": (2, 3),
     "interval(0,500)": (15, 0),
     "attenuate(.5)": (0, 4),
     "other(.5)": (0, 5),
-    "blend(.5)": (2, 4),
+    "blend(.5)": (1, 4),
     "pink(.5)": (0, 4),
     "few(3)": (0, 3),
+    "teacher": (20, 0),
+    "alike(.5)": (0, 5),
+    "unprompted(2)": (0, 4),
+    "adapted(1)": (0, 4),
     "cads(.2)": (0, 4),
     "delta(.8)": (0, 4),
     "delta(.8,1)": (0, 4),
@@ -76,11 +79,14 @@ SAME = {
     "delta(1)": "student",
     "delta(1,2)": "student",
     "skip(0)": "student",
+    "alike(0)": "student",
+    "unprompted(0)": "student",
     "only(1)": "hybrid(1)",
     "only(4)": "late(1)",
-    "guided(3)": "hybrid(1)",
+    "hybrid(1,1)": "hybrid(1)",
+    "hybrid(0,5,0)": "student",
     "schedule(4)": "hybrid(1)",
-    "blend(0)": "renoised(1)",
+    "blend(0)": "hybrid(1)",
     "hybrid(4)": "late(4)",
     "interval(0,999)": "base",
     "base(10)": "base",
@@ -88,7 +94,9 @@ SAME = {
 DIFFERENT = [
     "hybrid(2)",
     "only(3)",
-    "guided(1)",
+    "hybrid(1)",
+    "hybrid(1,5)",
+    "hybrid(1,1,.5)",
     "attenuate(.5)",
     "other(.5)",
     "blend(.5)",
@@ -98,6 +106,8 @@ DIFFERENT = [
     "delta(0,1)",
     "skip(1)",
     "schedule(8)",
+    "alike(1)",
+    "unprompted(1)",
 ]
 NONE = {
     "only(0)": "1 … 4",
@@ -105,7 +115,8 @@ NONE = {
     "delta(1,9)": "1 … 4",
     "hybrid(1.5)": "whole numbers",
     "hybrid(5)": "0 … 4",
-    "hybrid(1,2)": r"hybrid\(k\)",
+    "hybrid(1,2,.5,4)": r"hybrid\(k\[,guidance\]\[,eta\]\)",
+    "hybrid(1,3,2)": "eta must be from 0 to 1",
     "delta(x)": r"delta\(s\[,k\]\)",
     "cads()": r"cads\(scale\)",
     "pink(nan)": "pink",
@@ -123,7 +134,11 @@ NONE = {
     "hybrid(99999999)": "k must be",
     "few(0)": "1 … 1000",
     "few(99999999)": "n must be",
-    "guided(0)": "conditional only",
+    "hybrid(1,0)": "conditional only",
+    "alike(1.5)": "from 0 to 1",
+    "unprompted(5)": "0 … 4",
+    "adapted(1,5,2)": "above < below",
+    "adapted()": r"adapted\(scale\[,above\]\[,below\]\)",
     "x" * 999: "no plan",
 }
 
@@ -162,7 +177,7 @@ def test_the_line_between_them_is_straight():
     def first(text):
         return next(iter(sample(named(text, *toys()), draw_noise([3], (4, 8, 8), 4), prompts(1)))).after
 
-    for name, end in (("blend", "renoised(1)"), ("attenuate", "attenuate(0)")):
+    for name, end in (("blend", "hybrid(1)"), ("attenuate", "attenuate(0)")):
         assert torch.allclose(first(f"{name}(.25)"), 0.25 * first("student") + 0.75 * first(end), atol=1e-5)
 
 
@@ -267,7 +282,7 @@ def test_the_swap_computes_once_and_gives_back(tiny):
 def test_hybrid_of_none_is_the_student_and_of_all_the_base(tiny, pair):
     base, student = pair
     assert torch.equal(latents(tiny, named("hybrid(0)", *pair)), latents(tiny, alone(student)))
-    path = Plan("the base on the student's levels", (Stage.of(base, student.levels),))
+    path = Plan("the base in the student's loop", (Stage.of(swapped(base, student), student.levels),))
     assert torch.equal(latents(tiny, named("hybrid(4)", *pair)), latents(tiny, path))
 
 

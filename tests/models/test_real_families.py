@@ -26,7 +26,8 @@ from controls.lora import attach, detach, fused, strength
 from models.cards import CARDS, card
 from models.families import Family
 from models.loading import source
-from models.sampler import alone, draw_noise, finish
+from models.plans import hybrid
+from models.sampler import alone, draw_noise, finish, sample
 from train import slider
 
 TEXTS, SEEDS = ["a cat on a chair", "two dogs"], [5, 17]
@@ -212,7 +213,7 @@ def theirs(pipe, family: Family, name: str, cache, **more) -> torch.Tensor:
 
 def test_every_member_has_its_published_use():
     assert set(PUBLISHED) == {f"{name}/{member}" for name, member in MEMBERS}
-    assert {path.stem for path in CARDS.glob("*.yaml")} == {*NAMES, "tiny"}
+    assert {path.stem for path in CARDS.glob("*.yaml")} == {*NAMES, "tiny", "tiny-teachers"}
 
 
 def slow(values, when) -> list:
@@ -262,6 +263,34 @@ def test_an_image_is_the_same_alone_and_in_a_batch(families, name):
     with torch.no_grad():
         both, alone_ = finish(alone(base), noise, told), finish(alone(base), noise[1:], told[[1]])
     assert (alone_[0] - both[1]).abs().max() < 1e-4 * max(1, both.abs().max())
+
+
+STUDENTS = [  # those distilled: without guidance
+    (name, member)
+    for name, member in MEMBERS
+    if member != card(name).base and card(name).members[member].guidance is None
+]
+
+
+@pytest.mark.parametrize(("name", "member"), slow(STUDENTS, lambda pair: pair[1].endswith(TWINS)))
+def test_a_hybrid_asks_the_base_k_times_and_the_student_else(families, name, member):
+    """Whatever the family: one evaluation a step, the base's without guidance, by the base's own network."""
+    family = families(name)
+    base, student = family.member(family.card.base), family.member(member)
+    told, steps = family.encode(TEXTS), len(student.levels)
+    for k in range(min(steps, 2) + 1):
+        plan = hybrid(base, student, k)
+        asked = base.denoiser.nfe, student.denoiser.nfe
+        noise = draw_noise(SEEDS, family.latent_shape, steps)
+        with torch.no_grad():
+            first = next(iter(sample(plan, noise, told)))
+            drawn = finish(plan, noise, told)
+        asked = base.denoiser.nfe - asked[0] - bool(k), student.denoiser.nfe - asked[1] - (not k)
+        assert asked == (k, steps - k) and plan.nfe == steps and drawn.isfinite().all()
+        if k:
+            with torch.no_grad():
+                x0 = base.denoiser(first.x, first.noise, told.conditional())
+            assert torch.equal(first.x0, x0) and first.noise.ratio == student.levels[0].ratio
 
 
 # students that are a LoRA over the base

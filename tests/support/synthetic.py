@@ -140,6 +140,7 @@ def cell(control: str, target: str) -> dict:
         "positive": "person, smiling",
         "negative": "person, sad",
         "below": None,
+        "above": None,
         "picture": f"images/{number}/{target.replace(':', '-')}.png",
     }
 

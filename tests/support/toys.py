@@ -24,7 +24,8 @@ class Echo(torch.nn.Module):
 
 def toys(eta: float = 1.0, start: str = "unit") -> tuple[Member, Member]:
     base = Member("toy/base", Denoiser(Echo(0.9)), levels_of("vp", "trailing", 10), guidance=3.0)
-    return base, Member("toy/student", Denoiser(Echo(0.6)), LEVELS, eta=eta, start=start)
+    student = Member("toy/student", Denoiser(Echo(0.6)), LEVELS, eta=eta, start=start, teacher_guidance=8.0)
+    return base, student
 
 
 def prompts(batch: int = 2) -> Prompts:

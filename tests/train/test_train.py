@@ -311,7 +311,7 @@ def test_the_average_lags_behind(tmp_path, whole):
         (slider, "stepz=3", "steps"),
         (slider, "steps=many", "steps"),
         (slider, "member=nowhere/base", "tiny"),
-        (slider, "member=tiny/turbo", "lightning"),
+        (slider, "member=tiny/hyper", "lightning"),
         (slider, "layers=everything", "noxattn"),
         (slider, "optimizer=sgd", "prodigy"),
         (slider, "lr_scheduler=cosign", "constant"),
