@@ -98,6 +98,7 @@ TRANSFER = {
         {
             "control": str,
             "source": str,
+            "adapted_from": str,
             "target": str,
             "scales": Filled(float),
             "readings": Filled(Each(READING)),

@@ -8,8 +8,12 @@ controls=[my.safetensors] family=sdxl positive="…" negative="…".
 Prompts come in rounds: after each, cells whose verdict is decided are left, the others go on.
 """
 
+import os
+import re
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +29,9 @@ from analysis.measures import agreement
 from analysis.pages import figures, rows, tables, words
 from analysis.pages import transfer as pages
 from analysis.session import Drawing, Session
-from configs import UserError, entry, list_of, releases
+from configs import ROOT, UserError, entry, list_of, releases
 from controls import formats, intervals, retention
-from controls.lora import Card, Control, fits, random_like
+from controls.lora import Card, Control, content, fits, random_like
 from controls.picture_grid import picture_grid, scale_heads
 from models.evaluators import load_evaluators
 from models.families import Family, FamilyCard
@@ -40,6 +44,8 @@ from models.plans import PLANS
 TYPICAL = {"prompts": 0.1, "seeds": 0.6}
 NAMES = ["smile", "watercolour-kv", "space-1"]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
+LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
+LOST = ("weaker", "dead", "reversed")  # verdicts after which a control can be adapted
 SCALES = {"lora": "lora_scales"}  # kind of control: the key that holds its scales; of others, scales
 PILOT_PROMPTS = 12  # at the most
 PILOT = 900_000  # added to image seeds of the pilot, on which nothing is measured
@@ -54,6 +60,7 @@ FREE = (
     "write_card",
     "controls",
     "encoders",
+    "adapt",
     "targets",
     "references",
     "evaluators",
@@ -98,6 +105,9 @@ class Config(Drawing):
     evaluators: list[str] = list_of()
     positive: str = ""  # what a control makes; empty = what its card says
     negative: str = ""  # what it departs from; empty = what its card says
+    # teach controls to the members on which they come out weaker, dead or reversed (train/adapt.py), and
+    # measure them again beside
+    adapt: bool = False
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name
@@ -114,6 +124,8 @@ def main(cfg: Config) -> Path:
     fit(session, design)
     session.claim()
     record = rounds(session, design)
+    if cfg.adapt and adapted_to(session, record):
+        record = rounds(session, prepare(session))
     return publish(session, record) if session.first else session.folder / "report.html"
 
 
@@ -151,6 +163,39 @@ def finish(
     record = recorded(session, measurement, work)
     table.show(record["cells"])
     return record
+
+
+def adapted_to(session: Session, record: dict) -> list[str]:
+    """Teaches controls to members that lose their effect, one after the other; the files, which are measured
+    from then on.
+    """
+    cfg, family = session.cfg, session.family
+    files, found = dict(zip(formats.names(cfg.controls), cfg.controls, strict=True)), []
+    lost = [
+        (cell["control"], cell["target"])
+        for cell in map(words.led, record.get("cells", []))
+        if words.is_verdict(cell) and cell["verdict"] in LOST and ":" not in cell["target"]
+    ]
+    lost = session.accelerator.shared(lost)
+    mine = session.share(lost)
+    for control, target in lost:
+        name = f"{control}-{target.rpartition('/')[2]}"
+        name += "-adapted" * (name in files)  # as one is called that was trained there
+        path = session.folder / "adapted" / name / "control.safetensors"
+        found.append(str(path))
+        if (control, target) in mine and not path.exists():
+            told = (f"control={files[control]}", f"member={cfg.family}/{target.rpartition('/')[2]}")
+            told += (f"name={name}", f"out={session.folder / 'adapted'}", f"wandb={cfg.wandb}")
+            told += (f"dtype={cfg.dtype}", f"source={cfg.family}/{cfg.source or family.card.base}")
+            print(f"adapting {control} to {target}")
+            # by itself, also where this is one of several processes
+            alone = {key: value for key, value in os.environ.items() if not LAUNCHED.match(key)}
+            run = subprocess.run([sys.executable, str(ROOT / "train/adapt.py"), *told], env=alone)
+            if run.returncode:
+                raise UserError(f"{control} could not be adapted to {target}: what went wrong stands above")
+    session.accelerator.wait_for_everyone()
+    cfg.controls += found
+    return found
 
 
 class Task(NamedTuple):
@@ -261,7 +306,8 @@ def publish(session: Session, record: dict) -> Path:
     print(rows.LEGEND)
     print(words.agreement(record["agreement"]))
     print(f"{cost['drawn']} images drawn, {cost['cached']} known")
-    says = words.tally(list(map(words.led, record["cells"])))
+    cells = list(map(words.led, record["cells"]))
+    says = "\n".join([words.tally(cells), *words.adapted(cells)])
     page = session.publish(record, says, partial(wandb_log.track, controls=files), "+".join(files))
     for path in files.values() if cfg.write_card else ():
         model_cards.into_header(record, path)  # last, so that W&B's input is the file that training logged
@@ -316,7 +362,9 @@ def prepare(session: Session) -> Design:
     """
     cfg, family = session.cfg, session.family
     controls = read(cfg, family)
-    subjects = [Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in controls]
+    subjects = linked(
+        [Subject(control, descriptions(cfg, control), scales_of(cfg, control)) for control in controls]
+    )
     evaluators = {}
     if not cfg.dry_run:
         evaluators = load_evaluators(family.card, family.device, cfg.evaluators, load_now=False)
@@ -345,6 +393,16 @@ def prepare(session: Session) -> Design:
     pilot = part(0, min(PILOT_PROMPTS, looks.prompts[0]), PILOT)
     plain = list(map(further, parts))
     return Design(subjects, targets, parts, plain, pilot, looks, cfg.at, cfg.references)
+
+
+def linked(subjects: list[Subject]) -> list[Subject]:
+    """The subjects, adapted ones with their originals where these are measured too."""
+    by_content = {content(subject.control): subject for subject in subjects}
+    origins = [(s.control.card.recipe.get("adapted_from") or {}).get("hash") for s in subjects]
+    return [
+        replace(subject, origin=by_content.get(origin)) if origin else subject
+        for subject, origin in zip(subjects, origins, strict=True)
+    ]
 
 
 def check(cfg: Config) -> None:
@@ -455,18 +513,28 @@ def fit(session: Session, design: Design) -> None:
 
 
 def pictures(measurement: Measurement, cells: list[dict], folder: Path) -> None:
-    """The sheets that cells name, and one overview per control, of the first part's images."""
+    """The sheets that cells name, and one overview per control, of the first part's images; what was adapted
+    from it stands below.
+    """
     cells, drawings = iter(cells), measurement.drawings
+    overviews: dict[str, list] = {}
     for subject in measurement.finished:
         sheets = {
             target: torch.stack([drawings.pictures(job) for job in subject.jobs(target)])
-            for target in measurement.targets
+            for target in measurement.of(subject)
         }
         for sheet in sheets.values():
             wandb_log.picture(sheet, folder / next(cells)["picture"])
         heads = scale_heads(subject.scales)
-        rows = [(target, heads, list(sheet[:, 0])) for target, sheet in sheets.items()]
-        picture_grid(rows, folder / f"images/{subject.name}/members.png", 2 * sheet.shape[-1])
+        if subject.origin:
+            sheets.pop(subject.source, None)
+        rows = [
+            (f"{target}, adapted" if subject.origin else target, heads, list(sheet[:, 0]))
+            for target, sheet in sheets.items()
+        ]
+        overviews.setdefault((subject.origin or subject).name, []).extend(rows)
+    for name, rows in overviews.items():
+        picture_grid(rows, folder / f"images/{name}/members.png", 2 * rows[0][2][0].shape[-1])
 
 
 if __name__ == "__main__":

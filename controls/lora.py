@@ -96,6 +96,24 @@ def create(
     _inject(net, name, tensors, rank, alpha, trainable=True)
 
 
+def continued(net: nn.Module, control: Control, name: str) -> None:
+    """Attaches a copy of a control that is trained further. Raises UserError as `attach` does."""
+    _check(net, control)
+    _inject(net, name, control.tensors, control.card.rank, control.card.alpha, trainable=True)
+
+
+def tie(net: nn.Module, other: nn.Module, name: str) -> None:
+    """Attaches to another network the control in training on this one: the same weights, which gather the
+    gradients of both.
+    """
+    layers = _layers(net, name)
+    first = next(iter(layers.values()))
+    _inject(other, name, extract(net, name), first.r[name], first.lora_alpha[name], trainable=True)
+    for spot, layer in _layers(other, name).items():
+        for half in ("lora_A", "lora_B"):
+            getattr(layer, half)[name].weight = getattr(layers[spot], half)[name].weight
+
+
 def attach(net: nn.Module, control: Control, name: str | None = None, family: str | None = None) -> str:
     """Puts a control in place, switched off and frozen, and returns the name it goes by (its card's, unless
     given).

@@ -31,6 +31,7 @@ COMMANDS = {  # module: how it is called
     "train.image_slider": "accelerate launch train/image_slider.py",
     "train.lora": "accelerate launch train/lora.py",
     "train.sliderspace": "accelerate launch train/sliderspace.py",
+    "train.adapt": "accelerate launch train/adapt.py",
     "analysis.transfer": "python -m analysis.transfer",
     "analysis.trace": "python -m analysis.trace",
     "analysis.diversity": "python -m analysis.diversity",
@@ -56,6 +57,7 @@ KEPT = {  # of a record: what the pages tell, everything else stays in the run's
 }
 ABOUT = {
     "control",
+    "adapted_from",
     "kind",
     "source",
     "target",
@@ -98,7 +100,7 @@ def take(folder: Path) -> None:
     """What the pages need of a run's record, into docs/records/<command>-<name>.json. Raises UserError."""
     record = results.read(folder)
     command = record["recipe"]
-    cells = [slim(cell, KEPT[command]) for cell in record["cells"]]
+    cells = [slim(cell, KEPT[command]) for cell in told(record["cells"])]
     kept = {
         key: record[key]
         for key in (
@@ -114,6 +116,16 @@ def take(folder: Path) -> None:
         new.write_text(
             json.dumps(rounded({**kept, "cells": cells}), ensure_ascii=False, allow_nan=False) + "\n"
         )
+
+
+def told(cells: list[dict]) -> list[dict]:
+    """All cells; where controls were adapted these alone, with their originals on the same targets."""
+    pairs = {(c["adapted_from"], c["target"]) for c in cells if c.get("adapted_from")}
+    return (
+        [c for c in cells if c.get("adapted_from") or (c.get("control"), c["target"]) in pairs]
+        if pairs
+        else cells
+    )
 
 
 def slim(cell: dict, wanted: set[str] | dict) -> dict:
@@ -141,10 +153,11 @@ def rounded(value: Any) -> Any:
 def pages() -> dict[Path, str]:
     """Path to text of every page that holds blocks. Raises UserError for a block that a page lacks."""
     written = {
-        README: {"table": short_table, "variety": short_variety},
+        README: {"table": short_table, "variety": short_variety, "adapted": short_adapted},
         DOCS / "results.md": {
             "claims": lambda: markdown(*claims(record)),
             "transfer": transfer_table,
+            "adapted": adapted_table,
             "trace": trace_table,
             "losses": losses,
             "plans": plan_table,
@@ -269,9 +282,39 @@ def short_variety() -> str:
     return markdown(["", "evaluations", "of the base's variety, by CLIP", "by the probe", "obedience"], rows)
 
 
-def brief(cell: dict) -> str:
+def adapted_pairs() -> list[tuple[dict, dict]]:
+    """What was adapted: the original's cell and the adapted control's, by control."""
+    cells = record("transfer-adapted")["cells"]
+    found = {(cell["control"], cell["target"]): cell for cell in cells}
+    return [
+        (found[cell["adapted_from"], cell["target"]], cell)
+        for cell in cells
+        if cell["adapted_from"] and cell["target"] != cell["source"]
+    ]
+
+
+def short_adapted() -> str:
+    """README's row: a control that did not survive, adapted to every student."""
+    pairs = [(before, after) for before, after in adapted_pairs() if before["control"] == "watercolour-kv"]
+    heads = [f"on {after['target'].partition('/')[2]}" for _, after in pairs]
+    return markdown(["", *heads], [["watercolour-kv, adapted", *(brief(after) for _, after in pairs)]])
+
+
+def adapted_table() -> str:
+    """Controls and members in rows: before and after, by every evaluator."""
+    names = list(adapted_pairs()[0][0]["readings"])
+    rows = []
+    for before, after in adapted_pairs():
+        each = [f"{brief(before, name)}<br>→ {brief(after, name)}" for name in names]
+        rows.append([before["control"], after["target"].partition("/")[2], *each])
+    return made(record("transfer-adapted")) + markdown(
+        ["control", "on", *(f"by {name}" for name in names)], rows
+    )
+
+
+def brief(cell: dict, name: str = "") -> str:
     """A retention with its interval and verdict."""
-    reading = next(iter(cell["readings"].values()))
+    reading = cell["readings"][name or next(iter(cell["readings"]))]
     return f"{ranged(reading['retention'])} {reading['verdict']}"
 
 

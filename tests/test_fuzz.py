@@ -31,7 +31,7 @@ from controls import convert, formats, info, merge, show
 from models import promptsets
 from models.cards import card
 from models.plans import PLANS, named
-from train import image_slider, lora, slider, sliderspace
+from train import adapt, image_slider, lora, slider, sliderspace
 from train.checkpoint import resumable, store
 from train.pictures import read as read_pictures
 
@@ -103,6 +103,7 @@ SCHEMAS = [
     lora.Config,
     image_slider.Config,
     sliderspace.Config,
+    adapt.Config,
     transfer.Config,
     trace.Config,
     diversity.Config,

@@ -5,7 +5,7 @@ torch's `meta` device.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Cost:
     learning: bool = False  # whether gradients pass the VAE
     controls: int = 1  # that a strip shows
     evaluators: tuple[str, ...] = ()  # that look at pictures
+    others: dict[str, float] = field(default_factory=dict)  # members held beside, and their evaluations
 
 
 def show(cfg: Training, cost_of: Callable[[Member], Cost]) -> None:
@@ -57,7 +58,7 @@ def show(cfg: Training, cost_of: Callable[[Member], Cost]) -> None:
     again = f"; {done} are done, what comes before the first is done again" if done else ""
     print(f"{cfg.name} on {cfg.member}: {left} steps of {latents} latents{again}")
     nfe = cost.before + cost.each * left * latents * (4 / 3 if cfg.gradient_checkpointing else 1)
-    calls = Counter({member: nfe}) + pictured(cfg, family, member, done, cost.controls)
+    calls = Counter({member: nfe}) + Counter(cost.others) + pictured(cfg, family, member, done, cost.controls)
     print(budget.forecast(card, calls, family.dtype, family.device, looking(cfg, card, cost)))
     net = nn.Module.to(bare.denoiser.net, "meta", family.dtype).requires_grad_(False)
     create(net, "control", cfg.layers, cfg.scope, cfg.rank)
@@ -120,7 +121,7 @@ def moments(
     vae, encoders = forecast.shared(card, dtype)
     nets = forecast.networks(card, [member], dtype, cfg.quantize)
     watched = [name for _, name in map(split, cfg.watch)]
-    others = forecast.networks(card, watched, dtype)
+    others = forecast.networks(card, [*watched, *cost.others], dtype)
     others = {name: size for name, size in others.items() if name not in nets}
     beside, aside = vae | others, nets | others  # the network; the VAE
     offloaded = cfg.memory.offload and family.device.type != "cpu"

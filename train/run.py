@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from configs import UserError, folders, list_of, plain_name, tracking, versions
 from controls import formats
-from controls.layers import targets
-from controls.lora import Card, Control, create, detach, extract, parameters
+from controls.layers import CUSTOM, targets
+from controls.lora import Card, Control, continued, create, detach, extract, parameters
 from models import devices, quantized
 from models.families import DTYPES, Family, Memory, card, split
 from models.hashing import fingerprint
@@ -95,9 +95,8 @@ class Run:
         self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype], cfg.memory)
         self.folder, self.main, self.losses = Path(cfg.out) / cfg.name, self.accelerator.is_main_process, []
         outline = Family(family, bare=True).member(self.member_name).denoiser.net
-        targets(
-            outline, cfg.layers, cfg.scope
-        )  # a mistake is said now, not after the runs that are trained on
+        if cfg.layers != CUSTOM:  # a mistake is said now, not after the runs that are trained on
+            targets(outline, cfg.layers, cfg.scope)
         texts += (watched_by(cfg, self.family.card),) if cfg.watch else ()
         for together in texts:
             self.family.encode(together)
@@ -117,18 +116,23 @@ class Run:
         return self.member.denoiser.net
 
     @contextmanager
-    def training(self, prompt: str, recipe: dict, names: Sequence[str] = ()) -> Iterator[None]:
+    def training(
+        self, prompt: str, recipe: dict, names: Sequence[str] = (), start: Control | None = None
+    ) -> Iterator[None]:
         """Attaches the fresh control, claims the folder, and gives both back. prompt: what strips draw;
         recipe: what the card remembers.
 
-        names: of several controls that are trained side by side, instead of the config's one.
+        names: of several controls that are trained side by side, instead of the config's one. start: a
+        control whose weights the training begins with.
         """
         cfg, self.names = self.cfg, names or [self.cfg.name]
         self.recipe = recipe | ({"quantize": cfg.quantize} if cfg.quantize else {})
         self.watched = Watch(cfg, self.family, self.member, recipe) if cfg.watch else None
         self.prompt = self.family.encode([prompt])
         self.family.forget_encoders()  # where there were too many texts to keep
-        for k, name in enumerate(self.names):
+        if start:
+            continued(self.net, start, cfg.name)
+        for k, name in enumerate(() if start else self.names):
             create(self.net, name, cfg.layers, cfg.scope, cfg.rank, cfg.alpha, cfg.seed + k)
         try:
             self.family.bring(self.net)  # or average and optimizer would be made where it waits
@@ -270,6 +274,12 @@ class Run:
             self.write(self.control(self.cfg.name), path)
             print(f"picture across scales: {self.draw(self.folder / 'samples/final.png')}")
         return path
+
+    def multiply(self, factor: float) -> None:
+        """Makes the control stronger, by its B."""
+        for weights in (self.weights, self.average):
+            for b in list(weights)[1::2]:
+                b.data *= factor
 
     def settle(self) -> None:
         """Puts the average in the weights' place."""

@@ -24,6 +24,7 @@ class Subject:
     control: Control
     words: Words
     scales: list[float]
+    origin: "Subject | None" = None  # what it was adapted from: the effect that it is to have is that one's
 
     @property
     def name(self) -> str:
@@ -31,14 +32,23 @@ class Subject:
 
     @property
     def source(self) -> str:
-        return self.control.card.member
+        return self.origin.source if self.origin else self.control.card.member
+
+    def asks(self, target: str) -> bool:
+        """Whether a target is of interest: of an adapted control its source and what it was adapted to."""
+        members = [name.rpartition("/")[2] for name in self.control.card.recipe.get("members", [])]
+        return not self.origin or target in (self.source, *members)
+
+    def acting(self, target: str) -> str:
+        """The control that acts on a target, by name: on its source an adapted one's original."""
+        return self.origin.name if self.origin and target == self.source else self.name
 
     def jobs(self, target: str) -> list[Job]:
-        return [Job(target, self.name, scale) for scale in self.scales]
+        return [Job(target, self.acting(target), scale) for scale in self.scales]
 
     def pair(self, target: str, scale: float) -> list[Job]:
         """What an effect at one scale is made of."""
-        return [Job(target, self.name, 0.0), Job(target, self.name, scale)]
+        return [Job(target, self.acting(target), 0.0), Job(target, self.acting(target), scale)]
 
     @property
     def pilot(self) -> list[Job]:
@@ -108,7 +118,7 @@ class Design:
             (subject, target)
             for subject in self.subjects
             for target in self.targets
-            if target != subject.source and not is_reference(target)
+            if target != subject.source and not is_reference(target) and subject.asks(target)
         ]
 
     @property
@@ -125,6 +135,7 @@ class Design:
         jobs = []
         for subject in subjects:
             places = dict.fromkeys([subject.source, *self.members])
+            places = filter(subject.asks, places)
             jobs += [job for target in places for job in [*subject.jobs(target), *subject.said(target)]]
         return [(self.parts[0], jobs)]
 
@@ -132,10 +143,11 @@ class Design:
         """What retentions are compared with: drawn last, since no verdict waits for it."""
         if not self.references:
             return []
+        originals = [subject for subject in self.subjects if not subject.origin]
         jobs = [subject.floor(target) for subject in self.subjects for target in self.targets]
         jobs += [Job(target, again=True) for target in self.members]
         others = [target for target in self.targets if is_reference(target)]
-        jobs += [job for subject in self.subjects for target in others for job in subject.jobs(target)]
+        jobs += [job for subject in originals for target in others for job in subject.jobs(target)]
         return [(self.parts[0], jobs)]
 
     def of_look(self, look: int, pairs: Sequence[Pair]) -> list[tuple[Drawings, list[Job]]]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -103,9 +104,13 @@ class Measurement:
         """The targets that are drawn until now."""
         return self.design.targets if self.beside else self.design.members
 
+    def of(self, subject: Subject) -> list[str]:
+        """The targets of a subject's cells."""
+        return [target for target in self.targets if subject.asks(target)]
+
     def cells(self) -> list[dict]:
         """One per subject and target."""
-        cells = [self.cell(subject, target) for subject in self.finished for target in self.targets]
+        cells = [self.cell(subject, target) for subject in self.finished for target in self.of(subject)]
         judge(cells)
         return cells
 
@@ -118,7 +123,8 @@ class Measurement:
             "control": card.name,
             "kind": card.kind,
             "hash": self.drawings.contents[card.name, False][:16],
-            "source": f"{card.family}/{card.member}",
+            "source": f"{card.family}/{subject.source}",
+            "adapted_from": subject.origin.name if subject.origin else "",
             "target": f"{card.family}/{target}",
             "reference": is_reference(target),
             "at": self.design.at,
@@ -218,13 +224,15 @@ class Measurement:
 
         floor = self.slopes(evaluator_name, subject, target, [Job(target), subject.floor(target)], [0.0, 1.0])
         found["floor"] = at(floor)
-        ceiling = next((s for s in self.subjects if twins(s, subject) and s.source == target), None)
+        trained = (s for s in self.subjects if twins(s, subject) and not s.origin)
+        ceiling = next((s for s in trained if s.source == target), None)
         if ceiling and target != subject.source:
             there, scales = self.effect(evaluator_name, ceiling, target), np.array(ceiling.scales)
             slopes = retention.slopes(there, there, scales)[0]
             found["ceiling"] = {"control": ceiling.name, **at(slopes)}
             found["normalised"] = intervals.ratio(above - floor, slopes - floor)
-        wrong = next((s for s in after(self.subjects, subject) if s.words and not twins(s, subject)), None)
+        others = (s for s in after(self.subjects, subject) if s.words and not s.origin)
+        wrong = next((s for s in others if not twins(s, subject)), None)
         if wrong and subject.words:
             found["wrong"] = {
                 "control": wrong.name,
@@ -238,7 +246,7 @@ class Measurement:
     def leakage(self) -> list[dict]:
         """How much each control moves what each other is for, per target and evaluator; 1 = as much."""
         different: dict[Words, Subject] = {}
-        for subject in self.finished:
+        for subject in (subject for subject in self.finished if not subject.origin):
             different.setdefault(subject.words, subject)
         owners = [subject for words, subject in different.items() if words]
         return [
@@ -255,6 +263,7 @@ class Measurement:
             for owner in owners
             for own in [self.small_slopes(evaluator_name, owner, target, owner.words)]
             for subject in self.finished
+            if subject.asks(target)
             for slopes in [self.small_slopes(evaluator_name, subject, target, owner.words)]
         ]
 
@@ -263,8 +272,8 @@ class Measurement:
         controls are compared.
         """
         scales = [scale for scale in subject.scales if abs(scale) <= 1]
-        jobs = [Job(target, subject.name, scale) for scale in scales]
-        return self.slopes(evaluator_name, Subject(subject.control, words, scales), target, jobs, scales)
+        own = replace(subject, words=words, scales=scales)
+        return self.slopes(evaluator_name, own, target, own.jobs(target), scales)
 
     def slopes(
         self, evaluator_name: str, subject: Subject, target: str, jobs: list[Job], scales: list[float]

@@ -24,6 +24,10 @@ def render(results: dict, folder: Path) -> str:
         results=results,
         cells=cells,
         groups=words.groups(cells),
+        adapted=words.adapted(cells),
+        adapted_of=lambda group: [
+            c for c in cells if c["adapted_from"] == group[0]["control"] and words.is_verdict(c)
+        ],
         members=words.members_of(cells),
         evaluators=words.evaluators_of(cells),
         home=cells[0]["source"],
@@ -45,7 +49,7 @@ def render(results: dict, folder: Path) -> str:
 
 
 def lead(cells: list[dict]) -> str:
-    controls = words.counted(len({c["control"] for c in cells}), "control")
+    controls = words.counted(len({c["control"] for c in cells if not c["adapted_from"]}), "control")
     members = words.counted(len({c["target"] for c in cells if words.is_verdict(c)}), "other model")
     sources = ", ".join(dict.fromkeys(c["source"] for c in cells))
     return f"{controls} trained on {sources}, tried on {members} without retraining. {images(cells)}"

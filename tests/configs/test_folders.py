@@ -19,17 +19,18 @@ from analysis import diversity, similarity, trace, transfer
 from configs import ROOT, UserError, claim, load, release, releases, replacing
 from configs.folders import LOCK, _born, digest, look
 from configs.runs import _writing
-from train import image_slider, lora, slider, sliderspace
+from train import adapt, image_slider, lora, slider, sliderspace
 
 COMMANDS = {
     module.__name__: module
-    for module in (slider, lora, image_slider, sliderspace, transfer, trace, diversity, similarity)
+    for module in (slider, lora, image_slider, sliderspace, adapt, transfer, trace, diversity, similarity)
 }
 CHEAP = {
     slider: ["trajectories=1"],
     lora: ["images=2"],
     image_slider: ["pairs=2"],
     sliderspace: ["trajectories=2", "directions=1"],
+    adapt: ["runs=1", "rounds=1"],
 }
 
 
@@ -150,6 +151,10 @@ REFUSED = {
     lora: ["layers=ful", "data=tiny:oil", "data=nowhere/at/all"],
     image_slider: ["data=tiny:nose", "data=nowhere"],
     sliderspace: ["directions=4000"],
+    adapt: [
+        *("control=nowhere.safetensors", "member=tiny/hyper", "members=[tiny/dmd,sdxl/dmd2]", "scales=[0,1]"),
+        *("member=sdxl/dmd2", "rounds=9999", "layers=ful", "prompts=[nowhere.txt]"),
+    ],
     transfer: [
         "controls=[nowhere.safetensors]",
         "targets=[hyper]",

@@ -13,9 +13,9 @@ import torch
 from analysis import diversity, similarity, trace, transfer
 from configs import ROOT, UserError, merge
 from models import devices
-from train import image_slider, lora, slider, sliderspace
+from train import adapt, image_slider, lora, slider, sliderspace
 
-COMMANDS = [slider, lora, image_slider, sliderspace, transfer, trace, diversity, similarity]
+COMMANDS = [slider, lora, image_slider, sliderspace, adapt, transfer, trace, diversity, similarity]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from models import budget, families, offload, quantized
 from models.families import Family, Memory
 from models.offload import Offloader, compiled
 from models.sampler import alone, draw_noise, finish
-from train import image_slider, lora, slider, sliderspace
+from train import adapt, image_slider, lora, slider, sliderspace
 
 TEXTS, SEEDS = ["portrait of a person, hat", "portrait of a person"], [1, 2]
 
@@ -186,6 +186,7 @@ TRAINERS = {
     image_slider: [],
     lora: ["images=4", "prior=1"],
     sliderspace: ["directions=2", "trajectories=4"],
+    adapt: ["runs=2", "rounds=1"],
 }
 
 

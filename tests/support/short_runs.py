@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from analysis import diversity, similarity, trace, transfer
-from train import image_slider, lora, slider, sliderspace
+from train import adapt, image_slider, lora, slider, sliderspace
 
 QUICK = f"family={Path(__file__).with_name('quick.yaml')}"
 PROMPTS = "prompts=[portrait of a person,'portrait of a person, hat']"
@@ -17,6 +17,7 @@ TRAINERS = [
     (lora, ["images=4", "prior=1", "prior_images=2"]),
     (image_slider, ["pairs=2"]),
     (sliderspace, ["directions=2", "trajectories=3"]),
+    (adapt, ["runs=2", "rounds=2", "prompts=[portrait of a person]", "batch_size=2"]),
 ]
 ANALYSES = [
     (

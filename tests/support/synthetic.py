@@ -141,6 +141,7 @@ def cell(control: str, target: str) -> dict:
         "negative": "person, sad",
         "below": None,
         "above": None,
+        "adapted_from": "",
         "picture": f"images/{number}/{target.replace(':', '-')}.png",
     }
 

@@ -1,0 +1,105 @@
+"""Controls that were adapted, beside their originals: what they are compared with, where they are shown."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.short_runs import QUICK
+
+from analysis import transfer
+from analysis.pages import words
+from configs import ROOT, UserError, merge
+from controls import formats
+from controls.lora import Control, content
+
+KV = ROOT / "controls/tiny/watercolour-kv.safetensors"
+SMALL = [
+    *(f"controls=[{KV}]", "targets=[base,dmd,lcm]", "rounds=1", "max_prompts=8", "baselines=1"),
+    *("references=false", "lora_scales=[0,1]", "evaluators=[clip,probe]", "wandb=disabled", QUICK),
+]
+
+
+def adapted(folder: Path, name: str = "watercolour-kv-dmd") -> Path:
+    """As train/adapt.py writes one: here the original, twice as strong."""
+    original = formats.load(KV)
+    origin = {"name": "watercolour-kv", "member": "tiny/base", "hash": content(original)}
+    recipe = {**original.card.recipe, "adapted_from": origin, "members": ["tiny/dmd"]}
+    card = replace(original.card, name=name, member="dmd", alpha=2 * original.card.alpha, recipe=recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    formats.save(Control(card, original.tensors), folder / "control.safetensors")
+    return folder / "control.safetensors"
+
+
+def measured(folder: Path, *more: str) -> dict:
+    cfg = merge(transfer.Config, [*SMALL, f"out={folder}", f"cache={folder}/cache", *more])
+    return json.loads((transfer.main(cfg).parent / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    return folder, measured(folder, f"controls=[{KV},{adapted(folder / 'theirs')}]")
+
+
+def test_an_adapted_control_is_compared_with_its_original_on_the_source(run):
+    cells = {(c["control"], c["target"]): c for c in run[1]["cells"]}
+    original, its = cells["watercolour-kv", "tiny/dmd"], cells["watercolour-kv-dmd", "tiny/dmd"]
+    assert (its["source"], its["adapted_from"], original["adapted_from"]) == (
+        "tiny/base",
+        "watercolour-kv",
+        "",
+    )
+    assert ("watercolour-kv-dmd", "tiny/lcm") not in cells, "it is asked about where it was adapted to"
+    sources = [cells[name, "tiny/base"]["readings"] for name in ("watercolour-kv", "watercolour-kv-dmd")]
+    for name in ("clip", "probe"):
+        assert sources[0][name]["effect"] == sources[1][name]["effect"], "the original's, for both"
+        before, after = (cell["readings"][name] for cell in (original, its))
+        share = after["effect"][-1]["value"] / sources[0][name]["effect"][-1]["value"]
+        assert after["retention"]["value"] in (None, pytest.approx(share, rel=0.3))
+        assert after["effect"][-1]["value"] != before["effect"][-1]["value"]
+
+
+def test_before_and_after_are_said_and_shown_under_one_dial(run):
+    folder, record = run
+    (line,) = words.adapted(list(map(words.led, record["cells"])))
+    assert line.startswith("watercolour-kv on dmd: ") and ", adapted " in line
+    page = (folder / "default/report.html").read_text()
+    assert line in page and "<b>dmd, adapted</b>" in page
+    assert (folder / "default/images/watercolour-kv/members.png").is_file()
+    assert words.adapted([c for c in map(words.led, record["cells"]) if c["adapted_from"]]) == []
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the trainer is asked for, which writes what is quickly made; every verdict is adapted."""
+    asked, run = [], subprocess.run
+
+    def trained(command, **how):
+        if not str(command[1]).endswith("train/adapt.py"):
+            return run(command, **how)
+        told = dict(word.split("=", 1) for word in command[2:])
+        asked.append((told["control"], told["member"].rpartition("/")[2], told["name"]))
+        assert not any(key.startswith(("RANK", "MASTER_")) for key in how["env"])
+        adapted(Path(told["out"]) / told["name"], told["name"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(transfer.subprocess, "run", trained)
+    monkeypatch.setattr(transfer, "LOST", (*transfer.LOST, "unclear", "kept", "stronger"))
+    return asked
+
+
+def test_controls_that_are_lost_are_adapted_and_measured_again(tmp_path, asked):
+    """By the trainer's own command, once: a second run finds the files."""
+    for _ in range(2):
+        record = measured(tmp_path, "targets=[base,dmd]", "adapt=true")
+        assert asked == [(str(KV), "dmd", "watercolour-kv-dmd")]
+        assert [c["control"] for c in record["cells"] if c["adapted_from"]] == ["watercolour-kv-dmd"] * 2
+
+
+def test_a_training_that_fails_is_one_line(tmp_path, asked, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(transfer.subprocess, "run", lambda command, **how: failed)
+    with pytest.raises(UserError, match="could not be adapted to tiny/dmd"):
+        measured(tmp_path, "targets=[base,dmd]", "adapt=true", "wandb=disabled")

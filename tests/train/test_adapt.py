@@ -1,0 +1,241 @@
+"""Controls taught to members that lose their effect: it comes back; a killed run goes on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from support import hub
+from torch.nn.modules.module import register_module_forward_hook
+
+from configs import ROOT, UserError, merge
+from controls import convert, formats
+from controls.layers import named_layers, targets
+from controls.lora import Card, Control, content, fused, shapes
+from models.cards import card
+from models.evaluators import load_evaluators
+from models.families import Family
+from models.loading import skeleton
+from train import adapt
+from train.adapt import Config, reached
+from train.run import Run
+
+KV = "controls/tiny/watercolour-kv.safetensors"
+TEXTS = ["portrait of a person", "portrait of a person, hat", "portrait of a person, long black hair"]
+SMALL = [
+    *(f"prompts={TEXTS}", "runs=6", "rounds=2", "steps=30", "batch_size=4", "save_every=5", "sample_every=0"),
+    *("sample_seeds=[1]", "compared=0", "wandb=disabled"),
+]
+
+
+def trained(folder, *words):
+    return formats.load(adapt.main(merge(Config, [*SMALL, f"out={folder}", *words])))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "JUDGED", 16)
+        return trained(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory):
+    """As it comes, not calibrated."""
+    return trained(tmp_path_factory.mktemp("loud"), "calibrate=false")
+
+
+def effect(control, member: str) -> float:
+    """By the probe, on texts and seeds that are not learnt on."""
+    family = Family("tiny", dtype=torch.float32)
+    probe, its = load_evaluators(family.card, names=["probe"])["probe"], family.member(member)
+    texts, words = family.card.prompts, ("watercolour portrait of a person", "portrait of a person")
+
+    def seen() -> np.ndarray:
+        images = family.draw(its, texts, [40 + k for k in range(len(texts))])
+        return probe.score(probe.features(images), *words)
+
+    plain = seen()
+    with fused(its.denoiser.net, control, 1.0):
+        return float((seen() - plain).mean())
+
+
+def test_the_effect_comes_back(whole):
+    """Of what the original does on its source, dmd has a fifth; adapted, most of it, and not twice."""
+    original = formats.load(KV)
+    there, before, after = effect(original, "base"), effect(original, "dmd"), effect(whole, "dmd")
+    assert before < 0.4 * there < 0.6 * there < after < 1.6 * there
+
+
+def test_the_file_is_one_like_the_original_and_says_where_it_comes_from(whole, tmp_path):
+    original = formats.load(KV)
+    assert whole.layers == original.layers and whole.card.rank == original.card.rank
+    assert whole.card.name == "watercolour-kv-dmd" and (whole.card.member, whole.card.kind) == ("dmd", "lora")
+    assert whole.card.recipe["adapted_from"] == {
+        "name": "watercolour-kv",
+        "member": "tiny/base",
+        "hash": content(original),
+    }
+    assert whole.card.recipe["positive"] == original.card.recipe["positive"]
+    formats.save(whole, tmp_path / "ours.safetensors")
+    kohya = tmp_path / "kohya.safetensors"
+    convert.main(tmp_path / "ours.safetensors", kohya, merge(convert.Config, ["format=kohya"]))
+    back = convert.opened(kohya, convert.Config())
+    for layer in whole.layers:
+        (a, b), (c, d) = whole.pair(layer), back.pair(layer)
+        assert torch.allclose(whole.factor() * b @ a, back.factor() * d @ c, atol=1e-6)
+
+
+@pytest.mark.parametrize("after", [16, 23])
+def test_a_killed_run_goes_on_bit_for_bit(loud, tmp_path, monkeypatch, after):
+    """Also where it is killed right after its runs were drawn anew, in step 15."""
+    left, descend = after, Run.descend
+
+    def dying(run, step):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        descend(run, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "descend", dying)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path, "calibrate=false")
+    again = trained(tmp_path, "calibrate=false")
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in loud.tensors.items())
+
+
+def test_one_file_for_two_members_has_the_gradients_of_both(tmp_path):
+    control = trained(tmp_path, "members=[tiny/dmd,tiny/lightning]", "calibrate=false")
+    assert control.card.name == "watercolour-kv-dmd-lightning"
+    assert control.card.recipe["members"] == ["tiny/dmd", "tiny/lightning"]
+    original = formats.load(KV)
+    for member in ("dmd", "lightning"):
+        assert effect(control, member) > 1.5 * effect(original, member)
+
+
+@pytest.mark.parametrize(
+    "more", [["calibrate=false"], ["compared=3", "calibrate=false", "members=[tiny/dmd,tiny/base]"]]
+)
+def test_what_is_asked_is_what_was_said(tmp_path, capsys, more):
+    words = [*SMALL, *more, "steps=6", f"out={tmp_path}"]
+    adapt.main(merge(Config, [*words, "dry_run=true"]))
+    line = re.search(r"network evaluations: (.*)", capsys.readouterr().out)[1]
+    said = sum(int(count) for count in re.findall(r"(\d+) of [\w-]+", line))
+    made = []
+
+    def count(module, args, output) -> None:
+        if type(module).__name__ == "UNet2DConditionModel":
+            made.append(len(output[0]) * (3 if output[0].requires_grad else 1))
+
+    hook = register_module_forward_hook(count)
+    try:
+        adapt.main(merge(Config, words))
+    finally:
+        hook.remove()
+    assert said == pytest.approx(sum(made), rel=0 if len(more) == 1 else 0.1)  # of a step's member, the mean
+
+
+def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
+    words = ["steps=4", "rounds=2", "calibrate=false"]
+    one = trained(tmp_path / "one", *words, "gradient_accumulation_steps=2")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29537"]
+    done = subprocess.run(
+        [*launch, "train/adapt.py", *SMALL, *words, f"out={tmp_path}/two"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    two = formats.load(tmp_path / "two/watercolour-kv-dmd/control.safetensors")
+    assert all(torch.allclose(two.tensors[name], tensor, atol=1e-4) for name, tensor in one.tensors.items())
+
+
+def test_what_it_has_brought_is_measured_on_other_prompts(tmp_path, capsys):
+    """Beside the original on the same images, whose shares are those that transfer finds."""
+    trained(tmp_path, "steps=4", "calibrate=false", "compared=12")
+    rows = json.loads((tmp_path / "watercolour-kv-dmd/shares.json").read_text())
+    assert [(row["member"], row["evaluator"]) for row in rows] == [
+        ("tiny/dmd", "clip"),
+        ("tiny/dmd", "probe"),
+        ("tiny/dmd", "geometry"),
+    ]
+    assert all(0 < row["original"]["value"] < 0.4 for row in rows[:2]) and "adapted" in rows[0]
+    assert "prompts not learnt on" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_control_without_words_is_compared_along_its_own_direction(tmp_path):
+    words = [f"control={ROOT}/controls/tiny/space-1.safetensors", "steps=2", "rounds=1", "compared=8"]
+    control = trained(tmp_path, *words, "calibrate=false", "member=tiny/lightning")
+    assert control.card.kind == "sliderspace" and control.card.recipe["scales"] == [-1.0, 1.0]
+    rows = json.loads((tmp_path / "space-1-lightning/shares.json").read_text())
+    assert rows[0]["original"]["value"] == pytest.approx(1, abs=0.5)
+
+
+def test_the_dose_that_is_right():
+    assert reached((0.5, 1.0, 1.5), [-1.0, -0.2, 0.2]) == pytest.approx(1.25)
+    assert reached((0.5, 1.0, 1.5), [0.1, 0.2, 0.4]) == 0.5  # too strong at all: the nearest
+    assert reached((0.5, 1.0, 1.5), [-0.4, -0.1, -0.2]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("members=[tiny/dmd,sdxl/dmd2]", "one family"),
+        ("scales=[0,1]", "nothing to teach"),
+        ("rounds=99", "1 … 30"),
+        ("control=nowhere.safetensors", "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(word, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        trained(tmp_path, word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_points_are_kept_beside_the_state(tmp_path):
+    trained(tmp_path, "steps=2", "rounds=2", "calibrate=false")
+    folder = tmp_path / "watercolour-kv-dmd"
+    assert {path.name for path in folder.glob("points-*")} == {"points-0.safetensors", "points-1.safetensors"}
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["step"] == 0
+
+
+def test_what_it_takes_on_sdxl_is_said_without_weights(tmp_path, monkeypatch, capsys):
+    """Evaluations of the student and of its source, both networks in memory."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.write_configs(tmp_path / "hub", "sdxl")
+    net = skeleton(card("sdxl"), "base")
+    named, tensors = named_layers(net), {}
+    for layer in targets(net, "xattn-strict", "lierla"):
+        a, b = shapes(named[layer], 4)
+        tensors |= {f"{layer}.lora_A.weight": torch.ones(a), f"{layer}.lora_B.weight": torch.ones(b)}
+    about = Card("lora", "style", "sdxl", "base", 4, 4.0, "xattn-strict", "lierla")
+    formats.save(Control(about, tensors), tmp_path / "style.safetensors")
+    words = [f"control={tmp_path}/style.safetensors", "member=sdxl/dmd2", "dry_run=true", "dtype=bf16"]
+    adapt.main(merge(Config, words))
+    said = capsys.readouterr().out
+    counted = {name: int(count) for count, name in re.findall(r"(\d+) of ([\w-]+)", said)}
+    points, looks = 24 * 2 * 3 * 4, 2 * (64 + 24)  # runs, scales, rounds, steps; images without and with it
+    assert counted["base"] == points * 2 * 2 + looks * 100 and counted["dmd2"] > points * 2
+    assert 10 < float(re.search(r"memory at the most: ([\d.]+) GB", said)[1]) < 60
+    assert re.search(r"base +2.57 +5.1 +5.1", said) and re.search(r"dmd2 +2.57 +5.1 +5.1", said)
+
+
+def test_between_two_families_of_one_architecture(tmp_path, capsys):
+    """As between two fine-tunes of a base: the source is loaded from its own family."""
+    words = ["member=tiny-teachers/lightning", "steps=2", "rounds=1", "calibrate=false", "compared=3"]
+    adapt.main(merge(Config, [*SMALL, *words, f"out={tmp_path}", "dry_run=true"]))
+    assert "lightning" in capsys.readouterr().out
+    control = trained(tmp_path, *words)
+    assert (control.card.family, control.card.member) == ("tiny-teachers", "lightning")
+    assert control.card.recipe["adapted_from"]["member"] == "tiny/base"
+    rows = json.loads((tmp_path / "watercolour-kv-lightning/shares.json").read_text())
+    assert {row["member"] for row in rows} == {"tiny-teachers/lightning"}

@@ -1,0 +1,399 @@
+"""Teaches a control to members on which its effect does not survive: accelerate launch train/adapt.py
+[config=FILE] [key=value ...]
+
+Without arguments: watercolour-kv, of which tiny/dmd keeps a fifth, for tiny/dmd. The student's x0 with the
+adapted control is to be its x0 without it, and the guided change that the original makes on its source at
+the same x. What is trained on are the student's own runs with the control as it is by then, drawn anew a few
+times.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs import UserError, entry, list_of, replacing
+from configs.screen import show_table
+from controls import formats
+from controls.layers import CUSTOM
+from controls.lora import Card, Control, content, detach, fits, fusing, strength, tie
+from models import promptsets
+from models.batches import Batches
+from models.cards import card, split
+from models.evaluators import load_evaluators
+from models.families import Family
+from models.loading import skeleton
+from models.noise import NOISE_SCHEDULES, Noise
+from models.prompts import Prompts
+from models.sampler import Member, alone, draw_noise, sample
+from train import dry_run
+from train.checkpoint import seeded
+from train.run import Run, Training
+from train.shares import Shares
+
+REMEMBERED = (
+    "members scales prompts runs rounds calibrate steps batch_size gradient_accumulation_steps "
+    "learning_rate seed"
+)
+KEPT = (
+    64  # prompts of the card's further ones that are learnt on, the last: measurements begin with the first
+)
+DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
+JUDGED = 64  # images of calibration
+
+
+@dataclass
+class Config(Training):
+    name: str = "auto"  # of the control, and of the run folder; auto = the original's and the member's
+    control: str = "controls/tiny/watercolour-kv.safetensors"  # the original, a control file of any layout
+    source: str = ""  # family/member that a file without a card of ours was trained on; empty = the base
+    member: str = "tiny/dmd"  # family/member that it is adapted to
+    members: list[str] = list_of()  # several of one family, for which one file is made; empty = member alone
+    rank: int = 0  # of the low-rank pairs; 0 = the original's
+    # layer set, see controls/layers.py; empty = the original's, and its weights to start from
+    layers: str = ""
+    scales: list[float] = list_of()  # at which it is taught; empty = -1 and 1, of a LoRA 0.5 and 1
+    # texts and files to learn on; empty = the last of the family's more_prompts
+    prompts: list[str] = list_of()
+    positive: str = ""  # what it makes, for the calibration; empty = what the original's card says
+    negative: str = ""  # what it departs from; empty = what the original's card says
+    runs: int = 24  # of each member at each scale, drawn in every round
+    rounds: int = 3  # in which the runs are drawn anew, with the control as it is by then
+    # last of all, the strength at which the effect is the original's, by the card's evaluators
+    calibrate: bool = True
+    compared: int = 24  # images on which the result is compared with the original at the end; 0 = none
+    steps: int = 180  # optimizer steps
+    learning_rate: float = 2e-3
+    out: str = "runs/adapt"  # the run is written to out/name
+
+
+def main(cfg: Config) -> Path | None:
+    """Trains and returns the path of the control."""
+    original = prepare(cfg)
+    if cfg.dry_run:
+        shown = replace(cfg, layers="full") if cfg.layers == CUSTOM else cfg  # no fewer than its own
+        return dry_run.show(shown, partial(cost, cfg, original))
+    run = Run(cfg, original.card.kind, cfg.prompts, *([held_out(cfg)] if cfg.compared else []))
+    same = (cfg.layers, cfg.rank) == (original.card.layers, original.card.rank)
+    with run.training(cfg.prompts[0], recipe(cfg, original), start=original if same else None):
+        lesson = Lesson(cfg, run, original)
+        with lesson.tied():
+            for step in run.steps():
+                lesson.begin(step)
+                for generator in run.parts(step):
+                    run.backward(lesson(generator))
+                run.descend(step)
+            if cfg.calibrate:
+                run.settle()
+                run.multiply(lesson.calibrated())
+            if cfg.compared:
+                told(run, lesson.compare())
+            return run.save()
+
+
+def told(run: Run, rows: list[dict]) -> None:
+    """Prints, keeps and logs what the adaptation has brought."""
+    if not run.main:
+        return
+    with replacing(run.folder / "shares.json") as new:
+        new.write_text(json.dumps(rows, indent=1) + "\n")
+    shown = [{**row, **{key: ranged(row[key]) for key in ("original", "adapted")}} for row in rows]
+    show_table("Share of the original's effect on its source [95 %], prompts not learnt on", shown)
+    finals = {
+        f"adapt/{row['member']}/{row['evaluator']}/{key}": row[key]["value"]
+        for row in rows
+        for key in ("original", "adapted")
+    }
+    run.tracker.summary({key: value for key, value in finals.items() if value is not None})
+
+
+def prepare(cfg: Config) -> Control:
+    """The original; what the config leaves open is filled in. Raises UserError for what does not fit."""
+    cfg.members = cfg.members or [cfg.member]
+    families = list(dict.fromkeys(split(member)[0] for member in cfg.members))
+    if len(families) > 1:
+        raise UserError(f"members are of one family, for which one file is made; got {', '.join(families)}")
+    cfg.member, own = cfg.members[0], card(families[0])
+    original = read(cfg, own.name)
+    about = original.card
+    if cfg.name == "auto":
+        cfg.name = "-".join([about.name, *(split(member)[1] for member in cfg.members)])
+    cfg.alpha = about.alpha / about.rank * (cfg.rank or about.rank)
+    cfg.rank, cfg.layers = cfg.rank or about.rank, cfg.layers or about.layers
+    cfg.scope = about.scope if cfg.layers == about.layers else cfg.scope
+    cfg.scales = cfg.scales or ([0.5, 1.0] if about.kind == "lora" else [-1.0, 1.0])
+    cfg.sample_scales = cfg.sample_scales if about.kind != "lora" else [0.0, 0.5, 1.0]
+    if 0 in cfg.scales:
+        raise UserError("scales are those at which the control is taught; at 0 there is nothing to teach")
+    more = [own.more_prompts] if own.more_prompts else own.prompts
+    cfg.prompts = promptsets.read(cfg.prompts).texts if cfg.prompts else promptsets.read(more).texts[-KEPT:]
+    if not 1 <= cfg.rounds <= cfg.steps:
+        raise UserError(f"rounds must be 1 … {cfg.steps}, the steps; got {cfg.rounds}")
+    bare = Family(families[0], bare=True)
+    for member in cfg.members:
+        fits(bare.member(split(member)[1]).denoiser.net, original)
+    words = {key: getattr(cfg, key) or about.recipe.get(key, "") for key in ("positive", "negative")}
+    cfg.positive, cfg.negative = words.values()
+    return original
+
+
+def read(cfg: Config, family: str) -> Control:
+    """The original control; one of another tool is taken to be of cfg.source."""
+    if formats.native(cfg.control):
+        return formats.load(cfg.control)
+    named, member = split(cfg.source) if cfg.source else (family, card(family).base)
+    own = Card("lora", formats.name(cfg.control), named, member, 0, 0.0, "full", "c3lier", {})
+    return formats.adopt(cfg.control, skeleton(card(named), member), own)
+
+
+def recipe(cfg: Config, original: Control) -> dict:
+    """What the card remembers: where it comes from, what it makes, how it was trained."""
+    about = original.card
+    origin = {"name": about.name, "member": f"{about.family}/{about.member}", "hash": content(original)}
+    words = {"positive": cfg.positive, "negative": cfg.negative} if cfg.positive else {}
+    return {"adapted_from": origin, **words, **cfg.settings(REMEMBERED)}
+
+
+def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
+    """Runs of the members and what they see there without the control; both sides of the source; the steps;
+    the images of calibration and comparison.
+    """
+    bare, about = Family(split(cfg.member)[0], bare=True), original.card
+    members = [bare.member(split(name)[1]) for name in cfg.members]
+    source = Family(about.family, bare=True).member(about.member)
+    runs = cfg.runs * len(cfg.scales)  # of a member, in a round
+    looks = {"source": 0, "member": 0}  # images
+    if cfg.calibrate:
+        looks = {"source": 2 * JUDGED, "member": (1 + len(DOSES)) * JUDGED}
+    if cfg.compared:
+        count = len(held_out(cfg))
+        looks = {"source": looks["source"] + 2 * count, "member": looks["member"] + 3 * count}
+    calls: Counter[str] = Counter()
+    for its in members:
+        name, steps, own = its.name.rpartition("/")[2], len(its.levels), evaluations(its)
+        calls[name] += cfg.rounds * runs * (alone(its).nfe + steps * own) + looks["member"] * alone(its).nfe
+        taught = cfg.rounds * runs * steps * 2 * evaluations(source)
+        if about.family == bare.card.name:
+            calls[about.member] += taught
+    if about.family == bare.card.name:
+        calls[about.member] += looks["source"] * alone(source).nfe
+    kept = 2 * runs * sum(len(its.levels) for its in members)
+    first = calls.pop(member.name.rpartition("/")[2])
+    each = 3 * sum(map(evaluations, members)) / len(members)
+    return dry_run.Cost(first, each, 4 * cfg.batch_size, kept, others=dict(calls))
+
+
+def evaluations(member: Member) -> int:
+    """Of its network, at one level."""
+    return 1 if member.guidance is None else 2
+
+
+class Lesson:
+    """What the members are to see where they go, and how far they are from it."""
+
+    def __init__(self, cfg: Config, run: Run, original: Control):
+        self.cfg, self.run, self.original, self.round = cfg, run, original, -1
+        self.members = [run.member, *(run.family.member(split(name)[1]) for name in cfg.members[1:])]
+        self.nets = list({id(member.denoiser.net): member.denoiser.net for member in self.members}.values())
+        about, family = original.card, run.family
+        if about.family != family.card.name:
+            family = Family(about.family, family.device, family.dtype, cfg.memory)
+        self.family, self.source = family, family.member(about.member)
+        self.told, self.source_told = run.family.encode(cfg.prompts), family.encode(cfg.prompts)
+        self.on = {scale: fusing(self.source.denoiser.net, original, scale) for scale in cfg.scales}
+        self.points: list[tuple] = []  # member, scale, level, prompts of x, x, goal, size of a change
+
+    @contextmanager
+    def tied(self) -> Iterator[None]:
+        """Inside, the same weights are in training on all members."""
+        others = [net for net in self.nets if net is not self.run.net]
+        try:
+            for net in others:
+                tie(self.run.net, net, self.cfg.name)
+            yield
+        finally:
+            for net in others:
+                detach(net)
+
+    @contextmanager
+    def at(self, scale: float) -> Iterator[None]:
+        """Inside, the control in training acts at a scale, 0 = not at all."""
+        with ExitStack() as stack:
+            for net in self.nets:
+                stack.enter_context(strength(net, {self.cfg.name: scale} if scale else {}))
+            yield
+
+    def begin(self, step: int) -> None:
+        """Before a step: at the first one of a round its runs are drawn, or read where they are already."""
+        cfg = self.cfg
+        now = min(step * cfg.rounds // cfg.steps, cfg.rounds - 1)
+        if now == self.round:
+            return
+        path = self.run.folder / f"points-{now}.safetensors"
+        if self.run.main and not path.exists():
+            with replacing(path) as new:
+                save_file(self.drawn(now), new)
+        self.run.accelerator.wait_for_everyone()
+        kept, device = load_file(path), self.run.family.device
+        self.round, self.points = now, []
+        for m, member in enumerate(self.members):
+            for k, scale in enumerate(cfg.scales):
+                which = kept[f"which-{m}-{k}"]
+                for t, level in enumerate(member.levels):
+                    point = (kept[f"{part}-{m}-{k}-{t}"].to(device) for part in ("x", "goal", "size"))
+                    self.points.append((member, scale, level, which, *point))
+
+    def drawn(self, now: int) -> dict[str, Tensor]:
+        """The runs of a round: at every step x, and the goal there, the member's own x0 and the change."""
+        cfg, found = self.cfg, {}
+        for m, member in enumerate(self.members):
+            for k, scale in enumerate(cfg.scales):
+                generator = seeded(cfg.seed, now, m, k)
+                which = torch.randint(len(cfg.prompts), (cfg.runs,), generator=generator)
+                seeds = torch.randint(2**62, (cfg.runs,), generator=generator).tolist()
+                seen = partial(self.seen, member, scale, which, seeds)
+                batches = zip(*Batches(2 * cfg.batch_size).of(seen, cfg.runs), strict=True)
+                x, plain, change = (torch.cat(part) for part in batches)  # (N, T, C, H, W)
+                found[f"which-{m}-{k}"] = which
+                for t in range(len(member.levels)):
+                    size = change[:, t].square().mean()
+                    parts = {"x": x[:, t], "goal": (plain + change)[:, t], "size": size}
+                    found |= {f"{name}-{m}-{k}-{t}": part.contiguous().cpu() for name, part in parts.items()}
+        return found
+
+    @torch.no_grad()
+    def seen(
+        self, member: Member, scale: float, which: Tensor, seeds: list[int], rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x of some runs under the control, what the member sees there without it, and what the original
+        changes of what its source sees there: (B, T, C, H, W) each.
+        """
+        family, told, theirs = self.run.family, self.told[which[rows]], self.source_told[which[rows]]
+        noise = draw_noise(
+            [seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device
+        )
+        with self.at(scale):
+            steps = list(sample(alone(member), noise, told))
+        with self.at(0):
+            plain = [member.denoiser(step.x, step.noise, told, member.guidance) for step in steps]
+            change = [self.change(step.x, step.noise, theirs, scale) for step in steps]
+        return tuple(torch.stack(part, 1) for part in ([step.x for step in steps], plain, change))
+
+    def change(self, x: Tensor, noise: Noise, told: Prompts, scale: float) -> Tensor:
+        """The guided change of the source's x0 by the original, at x of a member's noise schedule."""
+        source = self.source
+        there = noise
+        if noise not in source.levels:
+            there = NOISE_SCHEDULES[source.noise_schedule][1](noise.ratio)
+            x = x * (there.alpha / noise.alpha) if noise.alpha else x
+        without = source.denoiser(x, there, told, source.guidance)
+        with self.on[scale]():
+            return source.denoiser(x, there, told, source.guidance) - without
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """The loss at some points of one member, scale and step, in shares of the change that is taught."""
+        chosen = int(torch.randint(len(self.points), (1,), generator=generator))
+        member, scale, level, which, x, goal, size = self.points[chosen]
+        rows = torch.randint(len(x), (self.cfg.batch_size,), generator=generator)
+        with self.at(scale):
+            x0 = member.denoiser(x[rows], level, self.told[which[rows]], member.guidance)
+            return (x0 - goal[rows]).square().mean() / size.clamp_min(1e-12)
+
+    def shares(self, texts: list[str], seed: int) -> Shares:
+        """Measures on an image of each text what members have of the original's effect on its source."""
+        cfg, family = self.cfg, self.run.family
+        evaluators = load_evaluators(family.card, family.device)
+        shares = Shares(family, evaluators, (cfg.positive, cfg.negative), texts, seed)
+        shares.source(self.family, self.source, partial(self.at, 0), self.original_on(max(cfg.scales)))
+        return shares
+
+    def original_on(self, scale: float) -> Callable[[], AbstractContextManager]:
+        """What puts the original on its source, and nothing else."""
+
+        @contextmanager
+        def on() -> Iterator[None]:
+            with self.at(0), self.on[scale]():
+                yield
+
+        return on
+
+    def calibrated(self) -> float:
+        """The strength at which the effect on the members is the original's on its source: by the median of
+        all evaluators and members.
+        """
+        top = max(self.cfg.scales)
+        texts = [self.cfg.prompts[k % len(self.cfg.prompts)] for k in range(JUDGED)]
+        shares = self.shares(texts, 700_000)
+        plain = [shares.seen(member, partial(self.at, 0)) for member in self.members]
+
+        def off(dose: float) -> float:
+            """How far it is too strong there, as a logarithm."""
+            after = [shares.seen(member, partial(self.at, dose * top)) for member in self.members]
+            pairs = zip(plain, after, strict=True)
+            return float(np.median([log for pair in pairs for log in shares.middle(*pair)]))
+
+        found = {1.0: off(1.0)}
+        further = (
+            [dose for dose in DOSES if dose > 1] if found[1.0] < 0 else [d for d in DOSES[::-1] if d < 1]
+        )
+        for dose in further:  # away from 1 until it is too strong, or no longer
+            found[dose] = off(dose)
+            if (found[dose] < 0) != (found[1.0] < 0):
+                break
+        doses = sorted(found)
+        return reached(doses, [found[dose] for dose in doses])
+
+    def compare(self) -> list[dict]:
+        """What the members have of the effect with the original and with the control in training, on prompts
+        that are not learnt on.
+        """
+        cfg, top, rows = self.cfg, max(self.cfg.scales), []
+        shares = self.shares(held_out(cfg), 800_000)
+        for member in self.members:
+            plain = shares.seen(member, partial(self.at, 0))
+            with self.at(0):
+                original = fusing(member.denoiser.net, self.original, top)
+                before = shares.of(plain, shares.seen(member, original))
+            after = shares.of(plain, shares.seen(member, partial(self.at, top)))
+            rows += [
+                {"member": member.name, "evaluator": name, "original": before[name], "adapted": after[name]}
+                for name in plain
+            ]
+        return rows
+
+
+def held_out(cfg: Config) -> list[str]:
+    """The card's prompts and the first of its further ones, without those that are learnt on."""
+    its = card(split(cfg.member)[0])
+    more = promptsets.read([its.more_prompts]).texts if its.more_prompts else []
+    texts = [text for text in dict.fromkeys([*its.prompts, *more]) if text not in cfg.prompts]
+    return (texts or its.prompts)[: cfg.compared]
+
+
+def ranged(share: dict) -> str:
+    """A share with its interval, where it has one."""
+    value, *ends = ("–" if end is None else f"{end:.2f}" for end in share.values())
+    return f"{value} [{', '.join(ends)}]"
+
+
+def reached(doses: Sequence[float], logs: Sequence[float]) -> float:
+    """The first dose at which a curve of logarithms comes to 0, between the doses on a line; the one that
+    comes nearest where none does.
+    """
+    for (a, low), (b, high) in pairwise(zip(doses, logs, strict=True)):
+        if low <= 0 <= high and low < high:
+            return a + (b - a) * -low / (high - low)
+    return doses[int(np.argmin(np.abs(logs)))]
+
+
+if __name__ == "__main__":
+    entry(main, Config)

@@ -1,0 +1,71 @@
+"""Which share of a control's effect on its source other members have, on a few images: by every evaluator of
+the card that reads words.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from controls import intervals
+from controls.effect import own_direction
+from models.evaluators import Evaluator
+from models.families import Family
+from models.sampler import Member
+
+Acting = Callable[[], AbstractContextManager]
+Features = dict[str, np.ndarray]  # by evaluator, (n, d)
+
+
+class Shares:
+    """The effect of an original on its source, with which those on members are compared, image by image."""
+
+    def __init__(
+        self,
+        family: Family,
+        evaluators: dict[str, Evaluator],
+        words: tuple[str, str],
+        texts: Sequence[str],
+        seed: int,
+    ):
+        """family: of the members. words: what the control makes, and what it departs from; without them an
+        effect lies along the original's own direction. texts: one image each.
+        """
+        self.family, self.evaluators, self.words = family, evaluators, words
+        self.texts, self.seeds = list(texts), [seed + k for k in range(len(texts))]
+
+    def source(self, family: Family, member: Member, off: Acting, on: Acting) -> None:
+        """Draws the source of a family, without the original and with it."""
+        plain, edited = self.seen(member, off, family), self.seen(member, on, family)
+        # a direction that was fitted to an image always finds an effect in it: so on other images
+        self.rows = slice(None) if all(self.words) else slice(1, None, 2)
+        self.directions = {name: own_direction(plain[name][::2], edited[name][::2]) for name in plain}
+        self.own = self.effects(plain, edited)
+
+    def of(self, before: Features, after: Features) -> dict[str, dict]:
+        """The share that a member has, by evaluator, with intervals over images."""
+        found = self.effects(before, after)
+        return {name: intervals.ratio(effect, self.own[name]) for name, effect in found.items()}
+
+    def middle(self, before: Features, after: Features) -> list[float]:
+        """The logarithms of the shares, of each evaluator; nothing is a hundredth."""
+        found = self.effects(before, after)
+        shares = [effect.mean() / self.own[name].mean() for name, effect in found.items()]
+        return [float(np.log(max(share, 0.01))) for share in shares]
+
+    def effects(self, before: Features, after: Features) -> dict[str, np.ndarray]:
+        """What has changed, (n,), by evaluator."""
+        return {name: (self.score(name, after) - self.score(name, before))[self.rows] for name in before}
+
+    def score(self, name: str, features: Features) -> np.ndarray:
+        if all(self.words):
+            return self.evaluators[name].score(features[name], *self.words)
+        return features[name] @ self.directions[name]
+
+    @torch.no_grad()
+    def seen(self, member: Member, acting: Acting, family: Family | None = None) -> Features:
+        """The features of an image per text."""
+        with acting():
+            images = (family or self.family).draw(member, self.texts, self.seeds)
+        return {name: evaluator.features(images) for name, evaluator in self.evaluators.items()}
