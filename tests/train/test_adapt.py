@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from support import hub
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -21,6 +22,7 @@ from models.cards import card
 from models.evaluators import load_evaluators
 from models.families import Family
 from models.loading import skeleton
+from models.sampler import alone, draw_noise, finish
 from train import adapt
 from train.adapt import Config, reached
 from train.run import Run
@@ -239,3 +241,23 @@ def test_between_two_families_of_one_architecture(tmp_path, capsys):
     assert control.card.recipe["adapted_from"]["member"] == "tiny/base"
     rows = json.loads((tmp_path / "watercolour-kv-lightning/shares.json").read_text())
     assert {row["member"] for row in rows} == {"tiny-teachers/lightning"}
+
+
+def test_diffusers_own_loader_draws_what_we_draw_with_it(whole, tmp_path):
+    formats.save(whole, tmp_path / "control.safetensors")
+    weights = ROOT / "models/tiny/weights"
+    pipe = DiffusionPipeline.from_pretrained(
+        weights / "base",
+        unet=UNet2DConditionModel.from_pretrained(weights / "dmd"),
+        scheduler=LCMScheduler.from_pretrained(weights / "dmd", subfolder="scheduler"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "control.safetensors")
+    told = {"timesteps": [999, 749, 499, 249], "guidance_scale": 0, "height": 64, "width": 64}
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    theirs = pipe(TEXTS[:2], generator=generators, output_type="latent", **told).images
+    family = Family("tiny", dtype=torch.float32)
+    dmd, noise = family.member("dmd"), draw_noise([1, 2], family.latent_shape, 4)
+    with torch.no_grad(), fused(dmd.denoiser.net, whole, 1.0):
+        ours = finish(alone(dmd), noise, family.encode(TEXTS[:2]))
+    assert (theirs - ours).abs().max() < 2e-4
