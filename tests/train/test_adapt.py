@@ -123,7 +123,7 @@ def test_one_file_for_two_members_has_the_gradients_of_both(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [["calibrate=false"], ["compared=3", "calibrate=false", "members=[tiny/dmd,tiny/base]"]]
+    "more", [["calibrate=false"], ["compared=3", "calibrate=false", "members=[tiny/dmd,tiny/lcm]"]]
 )
 def test_what_is_asked_is_what_was_said(tmp_path, capsys, more):
     words = [*SMALL, *more, "steps=6", f"out={tmp_path}"]
