@@ -103,8 +103,8 @@ def main(cfg: Config) -> Path:
     control = loaded(session, plans) if cfg.control else None
     if cfg.dry_run:
         return plan(session, plans, control)
-    told = cfg.captions_from, cfg.prompts, cfg.captions
-    captions, real = against(session.family.card, cfg.reference, *told, cfg.neighbours)
+    texts = cfg.captions_from, cfg.prompts, cfg.captions
+    captions, real = against(session.family.card, cfg.reference, *texts, cfg.neighbours)
     judge = Judge(session.evaluators, cfg.labels, real, cfg.neighbours) if captions.texts else None
     session.claim()
     parts = [Part(*way, name) for way in plans for name in names_of(cfg, captions.texts)]
@@ -128,13 +128,13 @@ def ways_of(cfg: Config, family: Family) -> list[tuple[str, str]]:
     student, where that is known and another than its own.
     """
     members, base = family.card.members, family.card.base
-    found = []
+    drawn = []
     for student, plan in ways(cfg.plans, cfg.students, family):
         distilled = members[student].teacher_guidance
         if plan == "student" and distilled and members[base].guidance not in (None, distilled):
-            found.append((student, "teacher"))
-        found.append((student, plan))
-    return sorted(dict.fromkeys(found), key=lambda way: list(members).index(way[0]))
+            drawn.append((student, "teacher"))
+        drawn.append((student, plan))
+    return sorted(dict.fromkeys(drawn), key=lambda way: list(members).index(way[0]))
 
 
 def plan(session: Session, plans: list[tuple[str, str]], control: Control | None) -> Path:
@@ -323,8 +323,8 @@ def cells_of(session: Session, plans: list, judge: Judge | None, blocks: int) ->
     for name in names:
         claims = list(claimed(cells, read, base, name))
         judged = variety.judged([of for *_, of in claims])
-        for (cell, beside, _), found in zip(claims, judged, strict=True):
-            cell.setdefault("claims", {}).setdefault(beside, {})[name] = found
+        for (cell, beside, _), verdict in zip(claims, judged, strict=True):
+            cell.setdefault("claims", {}).setdefault(beside, {})[name] = verdict
     return cells
 
 

@@ -8,12 +8,8 @@ controls=[my.safetensors] family=sdxl positive="…" negative="…".
 Prompts come in rounds: after each, cells whose verdict is decided are left, the others go on.
 """
 
-import os
-import re
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,17 +17,17 @@ from typing import NamedTuple
 
 import torch
 
-from analysis import model_cards, results, wandb_log
+from analysis import adapting, model_cards, results, wandb_log
 from analysis.images.cache import Drawings, Job, in_turn, make, one_by_one, plan_of
-from analysis.images.design import Design, Subject, Words, cycled, looks_of
+from analysis.images.design import Design, Subject, Words, cycled, linked, looks_of
 from analysis.images.readings import Measurement
 from analysis.measures import agreement
 from analysis.pages import figures, rows, tables, words
 from analysis.pages import transfer as pages
 from analysis.session import Drawing, Session
-from configs import ROOT, UserError, entry, list_of, releases
+from configs import UserError, entry, list_of, releases
 from controls import formats, intervals, retention
-from controls.lora import Card, Control, content, fits, random_like
+from controls.lora import Card, Control, fits, random_like
 from controls.picture_grid import picture_grid, scale_heads
 from models.evaluators import load_evaluators
 from models.families import Family, FamilyCard
@@ -44,8 +40,6 @@ from models.plans import PLANS
 TYPICAL = {"prompts": 0.1, "seeds": 0.6}
 NAMES = ["smile", "watercolour-kv", "space-1"]
 SHIPPED = [f"controls/tiny/{name}.safetensors" for name in NAMES]
-LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
-LOST = ("weaker", "dead", "reversed")  # verdicts after which a control can be adapted
 SCALES = {"lora": "lora_scales"}  # kind of control: the key that holds its scales; of others, scales
 PILOT_PROMPTS = 12  # at the most
 PILOT = 900_000  # added to image seeds of the pilot, on which nothing is measured
@@ -124,7 +118,7 @@ def main(cfg: Config) -> Path:
     fit(session, design)
     session.claim()
     record = rounds(session, design)
-    if cfg.adapt and adapted_to(session, record):
+    if cfg.adapt and adapting.adapt(session, record):
         record = rounds(session, prepare(session))
     return publish(session, record) if session.first else session.folder / "report.html"
 
@@ -163,39 +157,6 @@ def finish(
     record = recorded(session, measurement, work)
     table.show(record["cells"])
     return record
-
-
-def adapted_to(session: Session, record: dict) -> list[str]:
-    """Teaches controls to members that lose their effect, one after the other; the files, which are measured
-    from then on.
-    """
-    cfg, family = session.cfg, session.family
-    files, found = dict(zip(formats.names(cfg.controls), cfg.controls, strict=True)), []
-    lost = [
-        (cell["control"], cell["target"])
-        for cell in map(words.led, record.get("cells", []))
-        if words.is_verdict(cell) and cell["verdict"] in LOST and ":" not in cell["target"]
-    ]
-    lost = session.accelerator.shared(lost)
-    mine = session.share(lost)
-    for control, target in lost:
-        name = f"{control}-{target.rpartition('/')[2]}"
-        name += "-adapted" * (name in files)  # as one is called that was trained there
-        path = session.folder / "adapted" / name / "control.safetensors"
-        found.append(str(path))
-        if (control, target) in mine and not path.exists():
-            told = (f"control={files[control]}", f"member={cfg.family}/{target.rpartition('/')[2]}")
-            told += (f"name={name}", f"out={session.folder / 'adapted'}", f"wandb={cfg.wandb}")
-            told += (f"dtype={cfg.dtype}", f"source={cfg.family}/{cfg.source or family.card.base}")
-            print(f"adapting {control} to {target}")
-            # by itself, also where this is one of several processes
-            alone = {key: value for key, value in os.environ.items() if not LAUNCHED.match(key)}
-            run = subprocess.run([sys.executable, str(ROOT / "train/adapt.py"), *told], env=alone)
-            if run.returncode:
-                raise UserError(f"{control} could not be adapted to {target}: what went wrong stands above")
-    session.accelerator.wait_for_everyone()
-    cfg.controls += found
-    return found
 
 
 class Task(NamedTuple):
@@ -393,16 +354,6 @@ def prepare(session: Session) -> Design:
     pilot = part(0, min(PILOT_PROMPTS, looks.prompts[0]), PILOT)
     plain = list(map(further, parts))
     return Design(subjects, targets, parts, plain, pilot, looks, cfg.at, cfg.references)
-
-
-def linked(subjects: list[Subject]) -> list[Subject]:
-    """The subjects, adapted ones with their originals where these are measured too."""
-    by_content = {content(subject.control): subject for subject in subjects}
-    origins = [(s.control.card.recipe.get("adapted_from") or {}).get("hash") for s in subjects]
-    return [
-        replace(subject, origin=by_content.get(origin)) if origin else subject
-        for subject, origin in zip(subjects, origins, strict=True)
-    ]
 
 
 def check(cfg: Config) -> None:

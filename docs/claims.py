@@ -85,14 +85,13 @@ def said(cell: dict, beside: str, key: str, other: str = "") -> str:
 
 def verdicts(cells: list[dict]) -> dict[str, str]:
     """How many controls of the base were kept, weaker … on each member, by the first evaluator."""
-    found: dict[str, Counter] = {}
+    counts: dict[str, Counter] = {}
     for cell in cells:
         if cell["source"] == "tiny/base" != cell["target"] and not cell["reference"]:
             reading = next(iter(cell["readings"].values()))
-            found.setdefault(cell["target"].partition("/")[2], Counter())[reading["verdict"]] += 1
+            counts.setdefault(cell["target"].partition("/")[2], Counter())[reading["verdict"]] += 1
     return {
-        target: ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word])
-        for target, counts in found.items()
+        target: ", ".join(f"{of[word]} {word}" for word in WORDS if of[word]) for target, of in counts.items()
     }
 
 

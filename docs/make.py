@@ -100,7 +100,7 @@ def take(folder: Path) -> None:
     """What the pages need of a run's record, into docs/records/<command>-<name>.json. Raises UserError."""
     record = results.read(folder)
     command = record["recipe"]
-    cells = [slim(cell, KEPT[command]) for cell in told(record["cells"])]
+    cells = [slim(cell, KEPT[command]) for cell in wanted(record["cells"])]
     kept = {
         key: record[key]
         for key in (
@@ -118,7 +118,7 @@ def take(folder: Path) -> None:
         )
 
 
-def told(cells: list[dict]) -> list[dict]:
+def wanted(cells: list[dict]) -> list[dict]:
     """All cells; where controls were adapted these alone, with their originals on the same targets."""
     pairs = {(c["adapted_from"], c["target"]) for c in cells if c.get("adapted_from")}
     return (

@@ -124,7 +124,7 @@ def mixed(name: str, student: Member, mix: Mix) -> Plan:
 def alike(student: Member, share: float) -> Plan:
     """The student with one first x0 in common for a share of the images: a known dose of collapse.
 
-    Of all pairs of a prompt's images share² are then as far apart as those of alike(1), the others as before.
+    Of the pairs of a prompt's images share² are then as far apart as in alike(1), the others as before.
     """
     if not 0 <= share <= 1:
         raise UserError(f"alike(share) needs a share of the images from 0 to 1; got {share:g}")
@@ -133,7 +133,7 @@ def alike(student: Member, share: float) -> Plan:
 
 
 def without_prompt(student: Member, k: int = 1) -> Plan:
-    """The student, told its prompt only after its first k steps."""
+    """The student, given its prompt only after its first k steps."""
     early, rest = student.levels[: _count(k, student)], student.levels[k:]
     stages = [
         Stage(student, early, conditioning=unprompted) if early else None,

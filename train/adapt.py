@@ -92,18 +92,16 @@ def main(cfg: Config) -> Path | None:
                 for generator in run.parts(step):
                     run.backward(lesson(generator))
                 run.descend(step)
-            if cfg.calibrate:
+            if cfg.calibrate and run.main:  # who writes it
                 run.settle()
                 run.multiply(lesson.calibrated())
-            if cfg.compared:
-                told(run, lesson.compare())
+            if cfg.compared and run.main:
+                report(run, lesson.compare())
             return run.save()
 
 
-def told(run: Run, rows: list[dict]) -> None:
+def report(run: Run, rows: list[dict]) -> None:
     """Prints, keeps and logs what the adaptation has brought."""
-    if not run.main:
-        return
     with replacing(run.folder / "shares.json") as new:
         new.write_text(json.dumps(rows, indent=1) + "\n")
     shown = [{**row, **{key: ranged(row[key]) for key in ("original", "adapted")}} for row in rows]
@@ -208,7 +206,7 @@ class Lesson:
         if about.family != family.card.name:
             family = Family(about.family, family.device, family.dtype, cfg.memory)
         self.family, self.source = family, family.member(about.member)
-        self.told, self.source_told = run.family.encode(cfg.prompts), family.encode(cfg.prompts)
+        self.prompts, self.source_prompts = run.family.encode(cfg.prompts), family.encode(cfg.prompts)
         self.on = {scale: fusing(self.source.denoiser.net, original, scale) for scale in cfg.scales}
         self.points: list[tuple] = []  # member, scale, level, prompts of x, x, goal, size of a change
 
@@ -254,7 +252,7 @@ class Lesson:
 
     def drawn(self, now: int) -> dict[str, Tensor]:
         """The runs of a round: at every step x, and the goal there, the member's own x0 and the change."""
-        cfg, found = self.cfg, {}
+        cfg, points = self.cfg, {}
         for m, member in enumerate(self.members):
             for k, scale in enumerate(cfg.scales):
                 generator = seeded(cfg.seed, now, m, k)
@@ -263,12 +261,12 @@ class Lesson:
                 seen = partial(self.seen, member, scale, which, seeds)
                 batches = zip(*Batches(2 * cfg.batch_size).of(seen, cfg.runs), strict=True)
                 x, plain, change = (torch.cat(part) for part in batches)  # (N, T, C, H, W)
-                found[f"which-{m}-{k}"] = which
+                points[f"which-{m}-{k}"] = which
                 for t in range(len(member.levels)):
                     size = change[:, t].square().mean()
                     parts = {"x": x[:, t], "goal": (plain + change)[:, t], "size": size}
-                    found |= {f"{name}-{m}-{k}-{t}": part.contiguous().cpu() for name, part in parts.items()}
-        return found
+                    points |= {f"{name}-{m}-{k}-{t}": part.contiguous().cpu() for name, part in parts.items()}
+        return points
 
     @torch.no_grad()
     def seen(
@@ -277,27 +275,28 @@ class Lesson:
         """x of some runs under the control, what the member sees there without it, and what the original
         changes of what its source sees there: (B, T, C, H, W) each.
         """
-        family, told, theirs = self.run.family, self.told[which[rows]], self.source_told[which[rows]]
+        family, chosen = self.run.family, which[rows]
+        prompts, theirs = self.prompts[chosen], self.source_prompts[chosen]
         noise = draw_noise(
             [seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device
         )
         with self.at(scale):
-            steps = list(sample(alone(member), noise, told))
+            steps = list(sample(alone(member), noise, prompts))
         with self.at(0):
-            plain = [member.denoiser(step.x, step.noise, told, member.guidance) for step in steps]
+            plain = [member.denoiser(step.x, step.noise, prompts, member.guidance) for step in steps]
             change = [self.change(step.x, step.noise, theirs, scale) for step in steps]
         return tuple(torch.stack(part, 1) for part in ([step.x for step in steps], plain, change))
 
-    def change(self, x: Tensor, noise: Noise, told: Prompts, scale: float) -> Tensor:
+    def change(self, x: Tensor, noise: Noise, prompts: Prompts, scale: float) -> Tensor:
         """The guided change of the source's x0 by the original, at x of a member's noise schedule."""
         source = self.source
         there = noise
         if noise not in source.levels:
             there = NOISE_SCHEDULES[source.noise_schedule][1](noise.ratio)
             x = x * (there.alpha / noise.alpha) if noise.alpha else x
-        without = source.denoiser(x, there, told, source.guidance)
+        without = source.denoiser(x, there, prompts, source.guidance)
         with self.on[scale]():
-            return source.denoiser(x, there, told, source.guidance) - without
+            return source.denoiser(x, there, prompts, source.guidance) - without
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The loss at some points of one member, scale and step, in shares of the change that is taught."""
@@ -305,7 +304,7 @@ class Lesson:
         member, scale, level, which, x, goal, size = self.points[chosen]
         rows = torch.randint(len(x), (self.cfg.batch_size,), generator=generator)
         with self.at(scale):
-            x0 = member.denoiser(x[rows], level, self.told[which[rows]], member.guidance)
+            x0 = member.denoiser(x[rows], level, self.prompts[which[rows]], member.guidance)
             return (x0 - goal[rows]).square().mean() / size.clamp_min(1e-12)
 
     def shares(self, texts: list[str], seed: int) -> Shares:
@@ -341,16 +340,14 @@ class Lesson:
             pairs = zip(plain, after, strict=True)
             return float(np.median([log for pair in pairs for log in shares.middle(*pair)]))
 
-        found = {1.0: off(1.0)}
-        further = (
-            [dose for dose in DOSES if dose > 1] if found[1.0] < 0 else [d for d in DOSES[::-1] if d < 1]
-        )
+        logs = {1.0: off(1.0)}
+        further = [dose for dose in DOSES if dose > 1] if logs[1.0] < 0 else [d for d in DOSES[::-1] if d < 1]
         for dose in further:  # away from 1 until it is too strong, or no longer
-            found[dose] = off(dose)
-            if (found[dose] < 0) != (found[1.0] < 0):
+            logs[dose] = off(dose)
+            if (logs[dose] < 0) != (logs[1.0] < 0):
                 break
-        doses = sorted(found)
-        return reached(doses, [found[dose] for dose in doses])
+        doses = sorted(logs)
+        return reached(doses, [logs[dose] for dose in doses])
 
     def compare(self) -> list[dict]:
         """What the members have of the effect with the original and with the control in training, on prompts

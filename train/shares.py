@@ -45,13 +45,13 @@ class Shares:
 
     def of(self, before: Features, after: Features) -> dict[str, dict]:
         """The share that a member has, by evaluator, with intervals over images."""
-        found = self.effects(before, after)
-        return {name: intervals.ratio(effect, self.own[name]) for name, effect in found.items()}
+        effects = self.effects(before, after)
+        return {name: intervals.ratio(effect, self.own[name]) for name, effect in effects.items()}
 
     def middle(self, before: Features, after: Features) -> list[float]:
         """The logarithms of the shares, of each evaluator; nothing is a hundredth."""
-        found = self.effects(before, after)
-        shares = [effect.mean() / self.own[name].mean() for name, effect in found.items()]
+        effects = self.effects(before, after)
+        shares = [effect.mean() / self.own[name].mean() for name, effect in effects.items()]
         return [float(np.log(max(share, 0.01))) for share in shares]
 
     def effects(self, before: Features, after: Features) -> dict[str, np.ndarray]:

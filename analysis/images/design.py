@@ -5,11 +5,11 @@ at every scale and with all that a retention is compared with, later parts at th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from analysis.images.cache import Drawings, Job
 from controls.intervals import spending
-from controls.lora import Control
+from controls.lora import Control, content
 from models.promptsets import PromptSet
 
 Words = (
@@ -62,6 +62,16 @@ class Subject:
     def said(self, target: str) -> list[Job]:
         """What its words achieve by themselves, said behind the prompts."""
         return [Job(target, words=self.words[0])] if self.words else []
+
+
+def linked(subjects: list[Subject]) -> list[Subject]:
+    """The subjects, adapted ones with their originals where these are measured too."""
+    by_content = {content(subject.control): subject for subject in subjects}
+    origins = [(s.control.card.recipe.get("adapted_from") or {}).get("hash") for s in subjects]
+    return [
+        replace(subject, origin=by_content.get(origin)) if origin else subject
+        for subject, origin in zip(subjects, origins, strict=True)
+    ]
 
 
 Pair = tuple[Subject, str]  # a control and a target

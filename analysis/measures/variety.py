@@ -47,8 +47,8 @@ def judged(claims: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[
     """The verdicts of one table: for each (own, other, base) its word, its corrected p and, where it is
     undecided, how many prompts would tell. Each kind of test is corrected over the table (Holm).
     """
-    found = [tests(*claim) for claim in claims]
-    corrected = {kind: intervals.holm([p[kind] for p in found]) for kind in ("difference", "equivalence")}
+    tested = [tests(*claim) for claim in claims]
+    corrected = {kind: intervals.holm([p[kind] for p in tested]) for kind in ("difference", "equivalence")}
     words = []
     for k, claim in enumerate(claims):
         p = {kind: values[k] for kind, values in corrected.items()}

@@ -136,12 +136,12 @@ def where(cell: dict) -> str:
 
 def adapted(cells: list[dict]) -> list[str]:
     """What adapting brought, a sentence each: "watercolour-kv on dmd: 0.20 weaker, adapted 0.97 kept"."""
-    found = {(c["control"], c["target"]): f"{ranged(c['retention'])} {c['verdict']}" for c in cells}
+    retentions = {(c["control"], c["target"]): f"{ranged(c['retention'])} {c['verdict']}" for c in cells}
     return [
-        f"{c['adapted_from']} on {where(c)}: {found[c['adapted_from'], c['target']]}, adapted "
-        f"{found[c['control'], c['target']]}."
+        f"{c['adapted_from']} on {where(c)}: {retentions[c['adapted_from'], c['target']]}, adapted "
+        f"{retentions[c['control'], c['target']]}."
         for c in cells
-        if is_verdict(c) and (c["adapted_from"], c["target"]) in found
+        if is_verdict(c) and (c["adapted_from"], c["target"]) in retentions
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.short_runs import QUICK
 
-from analysis import transfer
+from analysis import adapting, transfer
 from analysis.pages import words
 from configs import ROOT, UserError, merge
 from controls import formats
@@ -85,8 +85,8 @@ def asked(monkeypatch):
         adapted(Path(told["out"]) / told["name"], told["name"])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(transfer.subprocess, "run", trained)
-    monkeypatch.setattr(transfer, "LOST", (*transfer.LOST, "unclear", "kept", "stronger"))
+    monkeypatch.setattr(adapting.subprocess, "run", trained)
+    monkeypatch.setattr(adapting, "LOST", (*adapting.LOST, "unclear", "kept", "stronger"))
     return asked
 
 
@@ -100,6 +100,6 @@ def test_controls_that_are_lost_are_adapted_and_measured_again(tmp_path, asked):
 
 def test_a_training_that_fails_is_one_line(tmp_path, asked, monkeypatch):
     failed = subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(transfer.subprocess, "run", lambda command, **how: failed)
-    with pytest.raises(UserError, match="could not be adapted to tiny/dmd"):
+    monkeypatch.setattr(adapting.subprocess, "run", lambda command, **how: failed)
+    with pytest.raises(UserError, match="could not adapt watercolour-kv to tiny/dmd"):
         measured(tmp_path, "targets=[base,dmd]", "adapt=true", "wandb=disabled")

@@ -1,6 +1,5 @@
 """Sampling agrees with diffusers, hands over by noise level, and draws every image from its own seed."""
 
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,16 +13,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img import (
     LatentConsistencyModelPipeline,
 )
-from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
-from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from diffusers.utils.torch_utils import randn_tensor
 
-from configs import ROOT, UserError
+from configs import UserError
 from models.architectures import guidance_features
 from models.families import Family, place
 from models.noise import CLEAN, Noise, ancestral, flow, flow_at, to_eps, to_x0, vp, vp_at
@@ -141,71 +137,6 @@ class TestParity:
         assert torch.allclose(
             ours, diffusers_latents(pipe, LCMScheduler(**DDIM), guidance, timesteps=DMD2), atol=1e-4, rtol=0
         )
-
-
-STUDENTS = {  # how diffusers runs them: scheduler, its settings; how we do
-    "dmd": (LCMScheduler(**DDIM), {"timesteps": DMD2}, {"explicit": DMD2, "eta": 1.0}),
-    "lcm": (LCMScheduler(**DDIM), {"num_inference_steps": 4}, {"explicit": [999, 759, 499, 259], "eta": 1.0}),
-    "lightning": (
-        EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
-        {"num_inference_steps": 4},
-        {"spacing": "trailing", "steps": 4, "start": "sigma"},
-    ),
-    "turbo": (
-        EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
-        {"num_inference_steps": 4},
-        {"spacing": "trailing", "steps": 4, "start": "sigma", "eta": ancestral},
-    ),
-}
-
-
-def doubled(folder: str) -> UNet2DConditionModel:
-    """A network in fp64: in fp32 the order of sums alone moves latents of some plans by 2e-4."""
-    path = ROOT / "models/tiny/weights" / folder
-    return UNet2DConditionModel.from_pretrained(path, dtype=torch.float64).eval()
-
-
-@pytest.fixture
-def single(monkeypatch):
-    """diffusers draws its noise in fp32, whatever it computes in."""
-    for module in (pipeline_stable_diffusion_xl, scheduling_lcm, scheduling_euler_ancestral_discrete):
-        monkeypatch.setattr(module, "randn_tensor", drawn_in_fp32)
-
-
-def drawn_in_fp32(shape, generator=None, device=None, dtype=None, layout=None) -> torch.Tensor:
-    return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
-
-
-@pytest.mark.parametrize("k", [0, 1, 2, 4])
-@pytest.mark.parametrize("name", STUDENTS)
-def test_hybrid_is_diffusers_own_loop_of_the_student_with_the_weights_swapped(tiny, single, name, k):
-    """The paper's Algorithm 1: the student's scheduler, timesteps, start; no guidance; the base's weights."""
-    scheduler, settings, options = STUDENTS[name]
-    own, net = (doubled(folder) for folder in ("base/unet", name))
-    student = replace(sampler(tiny, None, **options), name=f"tiny/{name}", denoiser=Denoiser(net))
-    base, prompts = replace(tiny.member("base"), denoiser=Denoiser(own)), tiny.encode(TEXTS).to(torch.float64)
-    pipe = StableDiffusionXLPipeline(tiny.pipe.vae, None, None, None, None, own if k else net, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-
-    def swap(pipe, step: int, t, kept: dict) -> dict:
-        pipe.unet = net if step + 1 >= k else own
-        return kept
-
-    theirs = pipe(
-        prompt_embeds=prompts.tokens,
-        pooled_prompt_embeds=prompts.pooled,
-        guidance_scale=0,
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-        output_type="latent",
-        height=64,
-        width=64,
-        callback_on_step_end=swap,
-        **settings,
-    ).images
-    plan = hybrid(base, student, k)
-    ours = finish(plan, draw_noise(SEEDS, tiny.latent_shape, plan.steps).double(), prompts)
-    assert torch.allclose(ours, theirs, atol=1e-4, rtol=0)
-    assert plan.nfe_by_member == Counter({"tiny/base": k, f"tiny/{name}": 4 - k})
 
 
 def test_negative_prompts_are_those_of_diffusers(tiny, pipe):
