@@ -75,7 +75,8 @@ class Session:
     @cached_property
     def family(self) -> Family:
         """The family that draws; in a dry run a bare one."""
-        cfg, device = self.cfg, self.accelerator.device
+        cfg = self.cfg
+        device = cfg.memory.planned(self.accelerator.device, cfg.dry_run)
         return Family(
             cfg.family, device, DTYPES[cfg.dtype], cfg.memory, cfg.dry_run, cfg.batch_size, cfg.quantize
         )
@@ -120,7 +121,7 @@ class Session:
         """Prints what is loaded, evaluated and held at most."""
         family = self.family
         print(budget.forecast(family.card, calls, family.dtype, family.device, names, family.quantize))
-        print(forecast.said(moments))
+        print(forecast.said(moments, family))
 
     def claim(self) -> None:
         """Takes the folder; nothing can refuse the run any more."""

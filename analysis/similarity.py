@@ -204,7 +204,7 @@ def pairs_of(cfg: Config, family: Family, control: Control | None) -> list[Pair]
         )
     if control:
         return [Pair(name, name, control, cfg.scale) for name in cfg.targets or [source]]
-    targets = cfg.targets or [name for name in family.card.members if name != source]
+    targets = cfg.targets or [name for name in family.card.usual if name != source]
     if source in targets:
         raise UserError(f"{source} against itself says nothing; give other targets, or control=FILE")
     return [Pair(source, name) for name in targets]

@@ -429,15 +429,14 @@ def scales_of(cfg: Config, control: Control) -> list[float]:
 
 def resolve(cfg: Config, family: FamilyCard) -> list[str]:
     """The targets, members and member:plan; sources are among them where all are meant. Raises UserError."""
-    students = [name for name in family.members if name != family.base]
+    students = [name for name in family.usual if name != family.base]
     found = []
-    for target in cfg.targets or family.members:
+    for target in cfg.targets or family.usual:
         bare = target not in family.members and target.partition("(")[0] in PLANS
         found += [f"{student}:{target}" for student in students] if bare else [target]
     if cfg.references and students:
-        steps = {
-            len(card.timesteps) or card.steps for name, card in family.members.items() if name != family.base
-        }
+        cards = [family.members[name] for name in students]
+        steps = {len(card.timesteps) or card.steps for card in cards}
         found.append(f"{family.base}:few({min(steps)})")
     unknown = [target for target in found if target.partition(":")[0] not in family.members]
     if unknown:

@@ -15,6 +15,7 @@ PIXELS = (
 )  # that a VAE works on at once: one image at 1024 px, which takes 3.6 GB in fp32, and each further one 3.2
 DRAWN = 2**22  # that are drawn at once unless the user says otherwise: 4 images at 1024 px
 MOST = 48  # images drawn at once all the same
+TOKENS = 4096  # that a text encoder reads at once: a language model gives 300 KB of logits for each
 
 T = TypeVar("T")
 
@@ -34,6 +35,11 @@ class Batches:
     def decoded(cls, size_px: int) -> "Batches":
         """What a VAE takes at once."""
         return cls(max(1, min(64, PIXELS // size_px**2)))
+
+    @classmethod
+    def encoded(cls, length: int) -> "Batches":
+        """What a text encoder reads at once, of texts of so many tokens."""
+        return cls(max(1, TOKENS // length))
 
     def of(self, work: Callable[[Tensor], T], count: int) -> list[T]:
         """What `work(rows)` gives for rows 0 … count - 1, batch by batch; one that memory does not hold is

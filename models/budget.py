@@ -5,7 +5,7 @@ members=[base,dmd2]
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -68,27 +68,34 @@ def needs(family: FamilyCard, members: Sequence[str], dtype: torch.dtype, quanti
 
 def shared(family: FamilyCard, dtype: torch.dtype) -> list[Need]:
     """The VAE and the text encoders of a family."""
-    its, repo, revision = ARCHITECTURES[family.architecture], family.repo, family.revision
-    with one_line(repo):
-        index = published(its.pipeline, repo, revision)
+    repo, revision = family.repo, family.revision
     found = []
-    for part, value in index.items():
-        kind = _network(value)
-        if kind is None or part in (its.part, *its.absent):
-            continue
-        with one_line(f"{part} of {repo}"):
-            count, _ = _count(kind, _config(kind, repo, revision, part))
-        narrow = value[0] == "transformers" and family.encoders == "network"
+    for part, kind, values in parts(family):
+        count, _ = _count(kind, values)
+        narrow = kind.__module__.startswith("transformers") and family.encoders == "network"
         download = _download(repo, revision, part, family.variant, count)
         memory = (dtype.itemsize if narrow else FULL) * count
         found.append(Need(part, repo, family.licence, count, download, memory))
     return found
 
 
+def parts(family: FamilyCard) -> Iterator[tuple[str, type, dict]]:
+    """The VAE and the text encoders of a family: name in the pipeline, class, config. Raises UserError."""
+    its, repo, revision = ARCHITECTURES[family.architecture], family.repo, family.revision
+    with one_line(repo):
+        index = published(its.pipeline, repo, revision)
+    for part, value in index.items():
+        kind = _network(value)
+        if kind is not None and part not in (its.part, *its.absent):
+            with one_line(f"{part} of {repo}"):
+                values = _config(kind, repo, revision, part)
+            yield part, kind, values
+
+
 def _network(value: Any) -> type | None:
     """The class of a network that a pipeline's index names by library and class; None for anything else."""
-    if not isinstance(value, list | tuple) or not all(value):
-        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+        return None  # an option
     library, name = value
     if library not in ("diffusers", "transformers"):
         return None
@@ -205,9 +212,10 @@ def duration(family: FamilyCard, calls: Mapping[str, float], device: torch.devic
         work = sum(count * effort(family, name) for name, count in calls.items() if count)
     except UserError as error:
         return f"unknown ({error})"
-    here, there = spelt(work / pace(device, dtype)), spelt(work / GPU)
+    planned = device.type == "cuda" and not torch.cuda.is_available()  # for another machine
+    here = "" if planned else f"{spelt(work / pace(device, dtype))} on one such {device.type}, "
     return (
-        f"roughly {here} on one such {device.type}, {there} at {GPU / 1e12:.0f} TFLOP/s, for "
+        f"roughly {here}{spelt(work / GPU)} at {GPU / 1e12:.0f} TFLOP/s, for "
         f"{work / 1e12:.3g} TFLOP in the networks"
     )
 

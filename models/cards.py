@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -43,6 +43,7 @@ class MemberCard:
     # a single weights file in the repo or on disk, for the base's architecture; empty = a diffusers folder
     file: str = ""
     lora: str = ""  # a LoRA file in the repo or on disk: this member is the base with it
+    over: str = ""  # the member that it is over; empty = the base
     lora_scale: float = 1.0  # of that LoRA
     sha256: str = ""  # of the file, checked when given
     licence: str = ""  # of the weights
@@ -63,6 +64,8 @@ class MemberCard:
     # where the last update goes; first = training step 0, DDIM's set_alpha_to_one=false
     final: Literal["clean", "first"] = "clean"
     start: Literal["unit", "sigma"] = "unit"  # first x: eps, or sigma eps (Euler with trailing or linspace)
+    # flows: values that differ from the config of the scheduler in the repository, e.g. base_shift
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +74,7 @@ class FamilyCard:
 
     name: str = ""
     extends: str = ""  # another card, by name or path, of which this one says only what differs
-    architecture: str = "sdxl"  # kind of network and pipeline, see models/architectures.py
+    architecture: str = "sdxl"  # kind of network and pipeline, see models/architectures
     # pipeline with VAE, tokenizers and text encoders: Hub id, or folder relative to the project
     repo: str = ""
     revision: str | None = None  # commit or branch on the Hub
@@ -97,10 +100,17 @@ class FamilyCard:
     # a file of further ones, a prompt per line, for measurements that need many
     more_prompts: str = "configs/prompts/people.txt"
     members: dict[str, MemberCard] = field(default_factory=dict)
+    default: list[str] = list_of()  # members that a run takes that names none; empty = all
+
+    @property
+    def usual(self) -> list[str]:
+        """The members that a run takes where it names none."""
+        return self.default or list(self.members)
 
     def holder(self, name: str) -> str:
-        """The member whose network a member runs: the base for a LoRA over it, else itself."""
-        return self.base if self.members[name].lora else name
+        """The member whose network a member runs: for a LoRA the one that it is over, else itself."""
+        its = self.members[name]
+        return (its.over or self.base) if its.lora else name
 
 
 def card(name: str) -> FamilyCard:
@@ -124,6 +134,10 @@ def _card(path: Path, *layers: tuple[Path, bytes]) -> FamilyCard:
         )
     if found.base not in found.members:
         raise UserError(f"{path}: base {found.base!r} is not one of its members: {', '.join(found.members)}")
+    if strange := [name for name in found.default if name not in found.members]:
+        raise UserError(
+            f"{path}: default names {strange[0]!r}, which is none of its members: {', '.join(found.members)}"
+        )
     for member, its in found.members.items():
         if (its.noise_schedule == "flow") != (its.prediction_type == "flow"):
             raise UserError(
@@ -133,6 +147,11 @@ def _card(path: Path, *layers: tuple[Path, bytes]) -> FamilyCard:
         if bool(its.file) + bool(its.lora) > 1 or (member == found.base and its.lora):
             raise UserError(
                 f"{path}: member {member} has a file or a lora, not both, and the base has no lora"
+            )
+        holder = found.members.get(its.over)
+        if its.over and not (its.lora and holder and not holder.lora):
+            raise UserError(
+                f"{path}: member {member} is over {its.over!r}; a LoRA is over a member that is none itself"
             )
         if its.subfolder == "":
             its.subfolder = ARCHITECTURES[found.architecture].part

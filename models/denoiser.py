@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from configs import UserError
-from models.architectures import Call, call_unet
+from models.architectures import Call
+from models.architectures.unets import call_unet
 from models.lora_student import Delta, Scale, dial
 from models.noise import Noise, to_x0
 from models.prompts import Prompts, concatenate
@@ -20,10 +22,11 @@ class Denoiser:
     prediction_type: str = "eps"  # what the network predicts: eps, v, flow, sample
     # guidance that the network itself is told: LCM the scale minus one, Flux the scale
     guidance_embedding: float | None = None
-    call: Call = call_unet  # how this kind of network is called, see models/architectures.py
+    call: Call = call_unet  # how this kind of network is called, see models/architectures
     delta: Delta | None = None  # of a student that is a LoRA over the network
     # of the delta; a function of the noise level for one that changes from step to step
     lora_scale: Scale = 1.0
+    rescaled: bool = False  # guidance turns what a token is told to change, and makes it no longer
     nfe: int = field(default=0, init=False)  # network evaluations per image, CFG's second one included
 
     def __call__(self, x: Tensor, noise: Noise, prompts: Prompts, guidance: float | None = None) -> Tensor:
@@ -37,7 +40,8 @@ class Denoiser:
         both = self._x0(torch.cat([x, x]), noise, concatenate(prompts.negative, prompts))
         self.nfe += 1
         negative, positive = both.chunk(2)
-        return negative + guidance * (positive - negative)
+        guided = negative + guidance * (positive - negative)
+        return as_long(x - guided, x - positive, x) if self.rescaled else guided
 
     def turned(self, share: float) -> "Denoiser":
         """The same with a share of its delta's strength."""
@@ -52,3 +56,14 @@ class Denoiser:
             self.net, x.to(dtype), noise.t, prompts.conditional().to(dtype), self.guidance_embedding
         )
         return to_x0(x, out.to(x.dtype), noise, self.prediction_type)
+
+
+def as_long(change: Tensor, like: Tensor, x: Tensor) -> Tensor:
+    """x0 at x where each token, 2x2 latents, changes as guided and by as much as without guidance, as in
+    Qwen-Image's pipeline.
+
+    change, like: what is taken from x with and without, (B, C, H, W).
+    """
+    lengths = [pixel_unshuffle(part, 2).norm(dim=1, keepdim=True) for part in (like, change)]
+    share = lengths[0] / lengths[1].clamp_min(1e-12)
+    return x - change * share.repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -19,7 +19,7 @@ from models.loading import available, file_of, one_line, place
 from models.tiny.evaluators import Probe
 from models.tiny.faces import ATTRIBUTES, claims
 from models.tiny.geometry import Geometry
-from models.tokens import alike, cuts
+from models.tokens import Reader, alike, cuts
 
 SAME = 1e-6  # between embeddings of unit length: rounding
 
@@ -183,7 +183,7 @@ class Clip(Picture):
     def embed_text(self, text: str) -> np.ndarray:
         """The unit-length embedding of a text (d,)."""
         length = self.model.config.text_config.max_position_embeddings
-        for line in cuts([(self.tokenizer, length)], [text]):
+        for line in cuts([Reader(self.tokenizer, length)], [text]):
             note(f"the evaluator {self.repo}: {line}")
         ids = self.tokenizer(
             [text], padding="max_length", truncation=True, max_length=length, return_tensors="pt"

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import UserError, note
-from models import budget, lora_student, quantized
+from models import budget, latents, lora_student, quantized
 from models.architectures import ARCHITECTURES
 from models.batches import Batches
 from models.cards import FamilyCard, MemberCard, card, split
+from models.latents import TILED
 from models.loading import (
     fetch,
     file_of,
@@ -37,7 +38,8 @@ if TYPE_CHECKING:  # it takes seconds to import, which a command that finds ever
 
 __all__ = ["DTYPES", "Family", "FamilyCard", "MemberCard", "Memory", "card", "fast_dtype", "place", "split"]
 REMEMBERED = 2e9  # bytes of encoded prompts that are kept
-ENCODED = 64  # texts that are encoded at once
+ENCODED = 64  # texts that are encoded before it is seen whether all can be kept
+CLIP_LENGTH = 77  # tokens of a text
 # diffusers' words for what a network predicts
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "sample"}
 # auto = fast_dtype
@@ -83,6 +85,7 @@ class Family:
         self.home = torch.device("cpu") if self.memory.offload else self.device
         self.drawing = Batches.drawn(batch_size, self.card.size_px)
         self.decoding = Batches.decoded(self.card.size_px)
+        self.reading = Batches.encoded(self.card.text_length or self.architecture.text_length or CLIP_LENGTH)
         self._members: dict[str, Member] = {}
         self._pipe, self._nets = None, {}
         self._encoded: dict[tuple[str, str | None], Prompts] = {}
@@ -105,7 +108,7 @@ class Family:
                 vae.to(memory_format=torch.channels_last)
             if self.memory.tiling:
                 vae.enable_slicing()
-                if type(vae).__name__ == "AutoencoderKL":  # the tiny one tiles for a factor of 8 only
+                if type(vae).__name__ in TILED:
                     vae.enable_tiling()
         return self._pipe
 
@@ -116,11 +119,20 @@ class Family:
         name, needs = f"{self.card.name} (VAE, text encoders)", budget.shared(self.card, self.dtype)
         budget.check(name, needs, self.home, text, fixed)
         how = {"variant": self.card.variant, "dtype": {"vae": torch.float32, "default": text}}
-        absent = dict.fromkeys((its.part, *its.absent)) | without
+        absent = dict.fromkeys((its.part, *its.absent)) | self._processor() | without
         pipe = fetch(its.pipeline, self.card.repo, self.card.revision, **how, **absent)
         for part in modules(pipe).values():
             part.to(self.home).eval().requires_grad_(False)
         return pipe
+
+    def _processor(self) -> dict:
+        """What reads texts for pipelines that have a processor of texts and pictures, by its name there."""
+        if not self.architecture.processor:
+            return {}
+        from transformers import Qwen2Tokenizer
+
+        tokenizer = fetch(Qwen2Tokenizer, self.card.repo, self.card.revision, subfolder="processor")
+        return {"processor": self.architecture.processor(tokenizer)}
 
     def encoders(self) -> dict[str, nn.Module]:
         """The text encoders by their names in the pipeline; none after `forget_encoders`."""
@@ -141,8 +153,10 @@ class Family:
         """
         pipe = self._pipe or self._tokenizers()
         own = self.card.text_length or self.architecture.text_length
+        if self.architecture.reader:
+            return [self.architecture.reader(pipe, own)]
         return [
-            (part, part.model_max_length if "CLIP" in type(part).__name__ else own)
+            Reader(part, part.model_max_length if "CLIP" in type(part).__name__ else own)
             for name, part in pipe.components.items()
             if name.startswith("tokenizer") and part is not None
         ]
@@ -160,6 +174,7 @@ class Family:
             self.card.revision,
             variant=self.card.variant,
             **dict.fromkeys((its.part, *its.absent, *others)),
+            **self._processor(),
         )
 
     def tell_apart(self, a: str, b: str) -> None:
@@ -171,8 +186,7 @@ class Family:
         """(C, H, W) of one latent."""
         if self.bare:
             return latent_shape(self.card)
-        side = self.card.size_px // self.pipe.vae_scale_factor
-        return (self.pipe.vae.config.latent_channels, side, side)
+        return latents.of(self.pipe.vae).shape(self.pipe.vae.config, self.card.size_px)
 
     @torch.no_grad()
     def encode(self, texts: list[str], negative: list[str] | None = None) -> Prompts:
@@ -185,12 +199,12 @@ class Family:
         new = [pair for pair in dict.fromkeys(wanted) if pair not in self._encoded]
         if new:
             encoded = self._encode([text for text, _ in new], negative and [away for _, away in new])
-            encoded = encoded.to("cpu", torch.float32)
+
             if encoded.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
                 self._encoded = {
                     pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded
                 }
-            self._encoded |= {pair: encoded[[row]] for row, pair in enumerate(new)}
+            self._encoded |= {pair: encoded[[row]].trimmed() for row, pair in enumerate(new)}
         return stacked([self._encoded[pair] for pair in wanted]).to(self.device)
 
     def _encode(self, texts: list[str], negative: list[str] | None) -> Prompts:
@@ -202,7 +216,13 @@ class Family:
         for line in cuts(self.readers(), new):
             note(line)
         length = {"max_sequence_length": self.card.text_length} if self.card.text_length else {}
-        return self.architecture.encode(self.pipe, texts, negative, self.card.size_px, self.device, **length)
+
+        def read(rows: Tensor) -> Prompts:
+            words, away = ([part[row] for row in rows] if part else None for part in (texts, negative))
+            how = words, away, self.card.size_px, self.device
+            return self.architecture.encode(self.pipe, *how, **length).to("cpu", torch.float32)
+
+        return stacked(self.reading.of(read, len(texts)))
 
     def encode_all(self, texts: Sequence[str]) -> None:
         """Encodes all that a run will say, and lets the text encoders go where all of it can be kept."""
@@ -213,51 +233,45 @@ class Family:
             self.forget_encoders()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, finished: Tensor) -> Tensor:
         """Images (B, 3, size_px, size_px) in [-1, 1] of finished latents (B, C, H, W), fp32 on the CPU."""
-        return torch.cat(self.decoding.of(lambda rows: self._pixels(latents[rows]).cpu(), len(latents)))
+        return torch.cat(self.decoding.of(lambda rows: self._pixels(finished[rows]).cpu(), len(finished)))
 
-    def pixels(self, latents: Tensor) -> Tensor:
+    def pixels(self, finished: Tensor) -> Tensor:
         """The same on the device, in a way that gradients pass; what does not fit at once is computed again
         for them, part by part.
         """
 
         def part(rows: Tensor) -> Tensor:
-            if len(rows) == len(latents):
-                return self._pixels(latents)
-            return checkpoint(self._pixels, latents[rows], use_reentrant=False)
+            if len(rows) == len(finished):
+                return self._pixels(finished)
+            return checkpoint(self._pixels, finished[rows], use_reentrant=False)
 
-        return torch.cat(self.decoding.of(part, len(latents)))
+        return torch.cat(self.decoding.of(part, len(finished)))
 
-    def _pixels(self, latents: Tensor) -> Tensor:
-        vae, (scale, shift) = self.pipe.vae, self._latent_scale()
-        beside = self.turns.here if latents.requires_grad else ()  # what gradients still must pass
+    def _pixels(self, finished: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        beside = self.turns.here if finished.requires_grad else ()  # what gradients still must pass
         self.bring(*beside, vae)
-        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1)
+        return latents.of(vae).decode(vae, finished.to(vae.dtype)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives a
-        distribution.
+        """The networks' latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode where the VAE gives
+        a distribution.
         """
-        vae, (scale, shift) = self.pipe.vae, self._latent_scale()
+        vae = self.pipe.vae
         self.bring(vae)
 
         def encoded(rows: Tensor) -> Tensor:
-            out = vae.encode(images[rows].to(self.device, vae.dtype))
-            return out.latents if hasattr(out, "latents") else out.latent_dist.mode()
+            return latents.of(vae).encode(vae, images[rows].to(self.device, vae.dtype))
 
-        return (torch.cat(self.decoding.of(encoded, len(images))).float() - shift) * scale
+        return torch.cat(self.decoding.of(encoded, len(images))).float()
 
     def bring(self, *parts: nn.Module) -> None:
         """With offload: puts these parts on the device, and what was there off it. Else all are there."""
         if self.memory.offload:
             self.turns.bring(parts)
-
-    def _latent_scale(self) -> tuple[float, float]:
-        """The factor and the shift between the VAE's latents and the networks'."""
-        config = self.pipe.vae.config
-        return config.scaling_factor, config.get("shift_factor") or 0.0
 
     @torch.no_grad()
     def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int]) -> Tensor:
@@ -322,6 +336,7 @@ class Family:
             self.architecture.call,
             delta,
             member.lora_scale,
+            self.architecture.rescaled,
         )
         return Member(
             name=f"{self.card.name}/{name}",
@@ -384,7 +399,9 @@ class Family:
                 needs = [budget.network_need(self.card, name, self.dtype, how)]
                 budget.check(f"{self.card.name}/{name}", needs, where, self.dtype)
             net = network(self.card, name, self.dtype, home)
-            net.to(home, self.dtype, memory_format=torch.channels_last)
+            # Krea 2 keeps its norms in fp32 whatever the rest is in
+            dtype = None if net._keep_in_fp32_modules else self.dtype
+            net.to(home, dtype, memory_format=torch.channels_last)
             trim()
             if quantize:
                 quantized.quantize(net, quantize, self.device).to(self.home)
@@ -394,7 +411,7 @@ class Family:
             if self.memory.compile:
                 compiled(net, self.memory.compile)
             return net.eval().requires_grad_(False), None
-        net = self.member(self.card.base, quantize).denoiser.net
+        net = self.member(self.card.holder(name), quantize).denoiser.net
         repo, revision, _ = source(self.card, member)
         with one_line(f"{member.lora} of {repo}"):
             file = file_of(repo, revision, member.lora, member.sha256)
@@ -411,15 +428,16 @@ class Family:
     def _flow(self, member: MemberCard, steps: int) -> tuple[Noise, ...]:
         """What a flow's own scheduler, shifted for the size of the image, makes of a number of steps."""
         from diffusers import FlowMatchEulerDiscreteScheduler
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         repo, revision = self.card.repo, self.card.revision
-        if not (member.file or member.lora):
-            repo, revision = source(self.card, member)[:2]
+        its = self.card.members[member.over] if member.over else member
+        if not (its.file or its.lora):
+            repo, revision = source(self.card, its)[:2]
         scheduler = fetch(FlowMatchEulerDiscreteScheduler, repo, revision, subfolder="scheduler")
-        its, patches = scheduler.config, (self.latent_shape[1] // 2) ** 2
-        lengths = its.base_image_seq_len, its.max_image_seq_len
-        mu = calculate_shift(patches, *lengths, its.base_shift, its.max_shift)
+        if member.scheduler:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **member.scheduler)
+        tokens = (self.latent_shape[1] // self.architecture.patch) ** 2
+        mu = self.architecture.shift(scheduler.config, tokens, steps)
         if self.architecture.even:
             scheduler.set_timesteps(mu=mu, sigmas=[1 - k / steps for k in range(steps)])
         else:

@@ -21,8 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from configs import UserError
 from models import budget
+from models.architectures import ARCHITECTURES
+from models.batches import TOKENS
 from models.cards import FamilyCard
 from models.evaluators import EVALUATORS, PACKAGED, Picture
+from models.latents import LATENTS, TILED
 from models.loading import latent_shape, one_line, published
 from models.offload import Memory
 
@@ -44,15 +47,32 @@ class Moment:
         return total(self.held)
 
 
-def said(moments: Callable[[], Iterable[Moment]]) -> str:
-    """The fullest moment in words, or why it cannot be told."""
+def said(moments: Callable[[], Iterable[Moment]], family: "Family") -> str:
+    """The fullest moment in words, and whether the device holds it, or why it cannot be told."""
     try:
         most = max(moments(), key=lambda moment: moment.total)
     except UserError as error:
         return f"memory at the most: unknown ({error})"
     parts = sorted(most.held.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{size / budget.GB:.2g} {part}" for part, size in parts if size >= 0.005 * most.total)
-    return f"memory at the most: {most.total / budget.GB:.1f} GB, {most.when}: {shown}"
+    room = family.memory.gpu_gb * budget.GB or budget.free(family.device)
+    fits = f"it fits in {room / budget.GB:.1f} GB"
+    if most.total > room:
+        fits = f"it does not fit in {room / budget.GB:.1f} GB{smaller(family)}"
+    return f"memory at the most: {most.total / budget.GB:.1f} GB, {most.when}: {shown}; {fits}"
+
+
+def smaller(family: "Family") -> str:
+    """What would take less memory and is not done yet."""
+    memory, batch_size = family.memory, family.drawing.size
+    tried = {
+        "memory.offload=true": memory.offload or family.device.type == "cpu",
+        "quantize=nf4": family.quantize,
+        "batch_size=1": batch_size == 1,
+        "memory.tiling=true": memory.tiling,
+    }
+    left = [way for way, done in tried.items() if not done]
+    return f"; less is needed with {', '.join(left)}" if left else ""
 
 
 def program(device: torch.device) -> dict[str, float]:
@@ -65,6 +85,26 @@ def shared(card: FamilyCard, dtype: torch.dtype) -> tuple[dict[str, float], dict
     """The VAE, and the text encoders."""
     parts = {need.part: need.memory for need in budget.shared(card, dtype)}
     return {"VAE": parts.pop("vae", 0.0)}, {"text encoders": sum(parts.values())}
+
+
+def reading_of(card: FamilyCard, dtype: torch.dtype) -> dict[str, float]:
+    """What the largest text encoder gives of the texts that it reads at once: the states of each layer, and
+    of a language model its logits.
+    """
+    if not ARCHITECTURES[card.architecture].text_length:  # CLIP alone, which is small
+        return {}
+    most = 0
+    for part, kind, config in budget.parts(card):
+        said = config.get("text_config") or config
+        layers = said.get("num_hidden_layers") or said.get("num_layers")
+        if not part.startswith("text_encoder") or not layers:
+            continue
+        logits = (
+            said["vocab_size"] if kind.__name__.endswith(("ForCausalLM", "ForConditionalGeneration")) else 0
+        )
+        most = max(most, (said.get("hidden_size") or said["d_model"]) * (layers + 1) + logits)
+    size = dtype.itemsize if card.encoders == "network" else torch.float32.itemsize
+    return {"what they make of prompts": float(TOKENS * most * size)}
 
 
 def held_evaluators(card: FamilyCard, names: Iterable[str], device: torch.device) -> dict[str, float]:
@@ -133,7 +173,7 @@ def decoding(
         index = published(import_module("diffusers").DiffusionPipeline, card.repo, card.revision)
         library, kind = index["vae"]
         values = published(getattr(import_module(library), kind), card.repo, card.revision, "vae")
-    tiled = bool(memory and memory.tiling and kind == "AutoencoderKL")
+    tiled = bool(memory and memory.tiling and kind in TILED)
     each = _decoding(kind, budget.key(values), latent_shape(card), tiled, learning)
     return {f"decoding of {images} at {card.size_px} px": images * each}
 
@@ -178,7 +218,7 @@ def drawing(
         looks = [decoding(card, at_once, family.memory), seeing(card, evaluators, each)]
     away = family.memory.offload and device.type != "cpu"  # all but what is at work
     waiting = {} if away else vae
-    moments = [Moment("when prompts are encoded", always | encoders | waiting)]
+    moments = [Moment("when prompts are encoded", always | encoders | waiting | reading_of(card, dtype))]
     if reading and not away:
         always |= encoders
     for held, asked in dict.fromkeys((tuple(sorted(held)), tuple(sorted(asked))) for held, asked in turns):
@@ -223,12 +263,13 @@ def _decoding(kind: str, values: str, shape: tuple[int, int, int], tiled: bool, 
         vae = getattr(import_module("diffusers"), kind).from_config(json.loads(values))
         nn.Module.to(vae, "meta", torch.float32)
     vae.requires_grad_(False).eval()
-    side = min(shape[1], vae.tile_latent_min_size) if tiled else shape[1]
+    latents_of = LATENTS[kind]
+    side = min(shape[1], latents_of.tile(vae)) if tiled else shape[1]
     latents = torch.zeros(1, shape[0], side, side, device="meta", requires_grad=learning)
     with torch.set_grad_enabled(learning):
 
         def pictures():
-            return vae.decode(latents).sample.float().clamp(-1, 1)
+            return latents_of.decode(vae, latents).float().clamp(-1, 1)
 
         return beside(vae, lambda: pictures().sum().backward() if learning else pictures())
 

@@ -27,7 +27,8 @@ def identity(card: FamilyCard, member: str) -> str:
     """The sha256 of how the card says that a member is run, and of the files it names: by content on disk, by
     commit on the Hub.
     """
-    mine, base = card.members[member], card.members[card.base]
+    mine = card.members[member]
+    base = card.members[card.holder(member) if mine.lora else card.base]
     said = {"family": card.name, "size_px": card.size_px, "member": manner(mine)}
     home = (mine.repo or card.repo, mine.revision or card.revision)
     sources = [

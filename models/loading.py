@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from configs import ROOT, UserError, replacing
 from models.architectures import ARCHITECTURES
 from models.cards import FamilyCard, MemberCard
+from models.latents import LATENTS
 
 BROKEN = (OSError, EOFError, ValueError, RuntimeError, HfHubHTTPError, SafetensorError, UnpicklingError)
 
@@ -109,8 +110,8 @@ def network(
 
 def config(family: FamilyCard, name: str) -> dict:
     """The config of a member's network: its own, or the base's. Raises UserError."""
-    like = family.members[name]
-    if like.file or like.lora:
+    like = family.members[family.holder(name)]
+    if like.file:
         like = family.members[family.base]
     home, pinned, _ = source(family, like)
     with one_line(f"the config of {name} in {home}"):
@@ -142,8 +143,9 @@ def latent_shape(family: FamilyCard) -> tuple[int, int, int]:
     kind = import_module("diffusers").AutoencoderKL
     with one_line(f"the VAE's config in {family.repo}"):
         its = published(kind, family.repo, family.revision, "vae")
-    side = family.size_px // 2 ** (len(its["block_out_channels"]) - 1)
-    return its["latent_channels"], side, side
+    if its["_class_name"] not in LATENTS:
+        raise UserError(f"{family.repo}: the VAE is a {its['_class_name']}; known are {', '.join(LATENTS)}")
+    return LATENTS[its["_class_name"]].shape(its, family.size_px)
 
 
 def file_of(repo: str, revision: str | None, file: str, sha256: str = "") -> Path:

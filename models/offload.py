@@ -19,6 +19,13 @@ class Memory:
     offload: bool = False  # text encoders, networks and VAE wait on the CPU and come to the device in turn
     tiling: bool = False  # the VAE works picture by picture and tile by tile
     compile: str = ""  # backend of torch.compile for the networks, e.g. inductor; empty = none
+    gpu_gb: float = 0.0  # a dry run plans for a GPU of so many GB; 0 = for this machine
+
+    def planned(self, device: torch.device, dry_run: bool) -> torch.device:
+        """The device that a run is for. Raises UserError for a plan that is to be run."""
+        if self.gpu_gb and not dry_run:
+            raise UserError(f"memory.gpu_gb={self.gpu_gb:g} is what a dry run plans for: add --dry-run")
+        return torch.device("cuda") if self.gpu_gb else device
 
     def __post_init__(self):
         """Raises UserError for a backend that does not exist."""

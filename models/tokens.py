@@ -1,22 +1,37 @@
 """Tokens: what text encoders are given of a text, and what is cut off."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from configs import UserError, quoted
 
-Reader = tuple[Any, int]  # a tokenizer and the tokens that its text encoder takes of a text
 SAID = 3  # texts that are named where several are cut
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a text encoder takes of a text."""
+
+    tokenizer: Any
+    length: int  # tokens, those of the template included
+    written: Callable[[str], str] = str  # the text inside of its template
+
+
+def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
+    """How a user's turn is written in the template of a tokenizer."""
+
+    def written(text: str) -> str:
+        turn = [{"role": "user", "content": text}]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        return tokenizer.apply_chat_template(turn, **how)
+
+    return written
 
 
 def kept(reader: Reader, text: str) -> tuple[list[int], bool]:
     """The tokens that a text encoder is given of a text, padding included, and whether the text goes on."""
-    tokenizer, length = reader
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
+    tokenizer, length, text = reader.tokenizer, reader.length, reader.written(text)
     whole = tokenizer(text, padding=False, truncation=False).input_ids
     return tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids, len(
         whole
@@ -25,20 +40,20 @@ def kept(reader: Reader, text: str) -> tuple[list[int], bool]:
 
 def cuts(readers: Iterable[Reader], texts: Iterable[str]) -> list[str]:
     """A line for each text that no encoder reads whole: where the one that reads most of it ends."""
-    lines, most = [], max(readers, key=lambda reader: reader[1], default=None)
+    lines, most = [], max(readers, key=lambda reader: reader.length, default=None)
     for text in texts if most else ():
         tokens, cut = kept(most, text)
         if cut:
-            end = most[0].decode(tokens, skip_special_tokens=True)[-40:]
+            end = most.tokenizer.decode(tokens, skip_special_tokens=True)[-40:]
             lines.append(
-                f"{quoted(text, 60)} is longer than the {most[1]} tokens that are read: it ends at "
+                f"{quoted(text, 60)} is longer than the {most.length} tokens that are read: it ends at "
                 f"{quoted(end)}"
             )
     more = len(lines) - SAID
     return (
         lines
         if more <= 0
-        else [*lines[:SAID], f"{more} more texts are longer than the {most[1]} tokens that are read"]
+        else [*lines[:SAID], f"{more} more texts are longer than the {most.length} tokens that are read"]
     )
 
 

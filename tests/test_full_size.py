@@ -3,6 +3,7 @@ published LoRAs' keys.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import huggingface_hub.constants
@@ -12,9 +13,10 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from support import hub
 
-from configs import ROOT, UserError
+from analysis import transfer
+from configs import ROOT, UserError, merge
 from controls import formats
-from controls.formats import layouts
+from controls.formats import layouts, origins
 from controls.layers import targets
 from controls.lora import Card
 from models import budget, lora_student
@@ -57,6 +59,15 @@ LAYERS = {  # family: (set, scope) -> layers, counted by hand from blocks x proj
     "flux": {("full", "c3lier"): 266, ("noxattn", "c3lier"): 266, ("flux-attn", "lierla"): 266},
     # 30 blocks and 4 refiners of 4
     "zimage": {("full", "c3lier"): 136, ("noxattn", "c3lier"): 136, ("flux-attn", "lierla"): 120},
+    # 28 blocks and 4 that read the text, of 5
+    "krea2": {("full", "c3lier"): 160, ("flux-attn", "lierla"): 140},
+    # 5 joint blocks of 8, 20 single ones of 2; the larger 8 and 24
+    "klein": {("full", "c3lier"): 80, ("flux-attn", "lierla"): 80},
+    "klein9": {("full", "c3lier"): 112, ("flux-attn", "lierla"): 112},
+    # 60 joint blocks of 8
+    "qwen": {("full", "c3lier"): 480, ("flux-attn", "lierla"): 480},
+    # 32 blocks of 4
+    "qwen21": {("full", "c3lier"): 128, ("flux-attn", "lierla"): 128},
 }
 PARAMETERS = {  # millions, as the authors or the files' sizes have it
     "sdxl": {"unet": 2567, "text_encoder": 123, "text_encoder_2": 695, "vae": 84},
@@ -72,6 +83,11 @@ PARAMETERS = {  # millions, as the authors or the files' sizes have it
     },
     "flux": {"transformer": 11901, "text_encoder": 123, "text_encoder_2": 4762, "vae": 84},
     "zimage": {"transformer": 6155, "text_encoder": 4022, "vae": 84},
+    "krea2": {"transformer": 12820, "text_encoder": 4438, "vae": 127},
+    "klein": {"transformer": 3876, "text_encoder": 4022, "vae": 84},
+    "klein9": {"transformer": 9079, "text_encoder": 8191, "vae": 84},
+    "qwen": {"transformer": 20430, "text_encoder": 8292, "vae": 127},
+    "qwen21": {"transformer": 7115, "text_encoder": 8767, "vae": 338},
 }
 
 
@@ -206,3 +222,100 @@ def test_the_keys_of_published_students_find_their_places(tmp_path, name, layers
     assert {key.rsplit(".lora_", 1)[0] for key in formats.adopt(file, net, blank).tensors} == set(
         ours
     )  # as our own reader has it
+
+
+def flat(name: str) -> str:
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+def dotted(name: str) -> str:
+    return f"diffusion_model.{name}"
+
+
+def ours(name: str) -> str:
+    return f"transformer.{name}"
+
+
+def pairs(
+    net, names: dict[str, tuple[str, ...]], spell, halves: tuple[str, str], alpha: float | None
+) -> dict:
+    """A LoRA of rank 1 of some layers, or of several as one, as a tool spells them."""
+    found, spots = {}, layouts.named_layers(net)
+    for name, layers in names.items():
+        found[f"{spell(name)}.{halves[0]}.weight"] = torch.ones(1, spots[layers[0]].weight.shape[1])
+        rows = sum(spots[layer].weight.shape[0] for layer in layers)
+        found[f"{spell(name)}.{halves[1]}.weight"] = torch.ones(rows, 1)
+        found |= {} if alpha is None else {f"{spell(name)}.alpha": torch.tensor(alpha)}
+    return found
+
+
+def diffusers_names(net) -> dict[str, tuple[str, ...]]:
+    return {name: (name,) for name in layouts.named_layers(net)}
+
+
+def own_names(net) -> dict[str, tuple[str, ...]]:
+    """Those of the model's own code."""
+    return {
+        name: layers
+        for name, layers in (layouts._krea2(net) or layouts._flux(net)).items()
+        if "proc" not in name
+    }
+
+
+AB, DOWN_UP, BLOCKS = ("lora_A", "lora_B"), ("lora_down", "lora_up"), r"transformer_blocks\.\d+\."
+MLP = rf"attn\.|{BLOCKS}(img|txt)_mlp\.net\.(0\.proj|2)"
+# as trainers and makers write them: family, layers, their names and spelling, halves, alpha, how many
+FILES = {
+    "Qwen-Image-Lightning": ("qwen", MLP, diffusers_names, str, DOWN_UP, 8.0, 60 * 12),
+    "qwen by ai-toolkit": ("qwen", r"attn\.", diffusers_names, dotted, AB, None, 480),
+    "qwen by musubi": ("qwen", MLP, diffusers_names, flat, DOWN_UP, 1.0, 60 * 12),
+    "qwen21 by musubi": ("qwen21", r"attn\.|img_mlp\.", diffusers_names, flat, DOWN_UP, 1.0, 32 * 7),
+    "krea/Krea-2-LoRA": ("krea2", "", diffusers_names, ours, AB, None, 264),
+    "krea2 by ai-toolkit": ("krea2", "", own_names, dotted, AB, None, 264),
+    "krea2 by musubi": ("krea2", r"attn\.|ff\.", own_names, flat, DOWN_UP, 1.0, 32 * 8),
+    "klein by ai-toolkit": ("klein", BLOCKS, own_names, dotted, AB, None, 5 * 12 + 20 * 2),
+    "klein by kohya": ("klein", BLOCKS, own_names, flat, DOWN_UP, 1.0, 5 * 12 + 20 * 2),
+    "klein by diffusers": ("klein", r"attn\.", diffusers_names, ours, AB, None, 5 * 8 + 20 * 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FILES)
+def test_trainers_files_of_the_newest_families_find_their_places(tmp_path, case):
+    """Some of which diffusers' own loaders refuse, or pass over without a word."""
+    name, pattern, names, *how, count = FILES[case]
+    net = network(name)
+    chosen = {layer for layer in layouts.named_layers(net) if re.search(pattern, layer)}
+    tensors = pairs(net, {said: layers for said, layers in names(net).items() if set(layers) <= chosen}, *how)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    about = Card("lora", "theirs", name, "base", 1, 1.0, "full", "c3lier")
+    control = formats.adopt(tmp_path / "theirs.safetensors", net, about)
+    assert set(control.layers) == chosen and len(chosen) == count
+    assert control.factor() == (how[-1] or 1.0) and name in origins.families(tensors)
+
+
+@pytest.mark.slow
+def test_a_file_of_another_architecture_is_told_which_it_fits(tmp_path):
+    flux, file = network("flux"), tmp_path / "mine.safetensors"
+    save_file(pairs(flux, diffusers_names(flux), ours, AB, None), file)
+    with pytest.raises(UserError, match=r"have no place in this network: .*; it fits flux$"):
+        formats.adopt(file, network("klein"), Card("lora", "mine", "klein", "base", 1, 1.0, "full", "c3lier"))
+    assert origins.families({"transformer.nowhere.lora_A.weight": torch.ones(1, 2)}) == []
+
+
+FITS = r"memory at the most: \d+\.\d GB, when .*; it fits in 24.0 GB"
+TOO_LARGE = "it does not fit in 24.0 GB; less is needed with memory.offload=true, quantize=nf4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("word", "says"), [("memory.offload=true", FITS), ("dtype=fp32", TOO_LARGE)])
+def test_the_question_of_the_hour(cache, tmp_path, capsys, word, says):
+    """Whether one GPU of 24 GB can tell if a LoRA of klein's base lives on its twin: by configs alone."""
+    hub.write_configs(cache, "klein")
+    net, file = network("klein"), tmp_path / "my_lora.safetensors"
+    save_file(pairs(net, diffusers_names(net), ours, AB, None), file)
+    asked = ["family=klein", f"controls=[{file}]", "memory.gpu_gb=24", f"out={tmp_path}", word]
+    transfer.main(merge(transfer.Config, [*asked, "dry_run=true"]))
+    assert re.search(says, capsys.readouterr().out)
+    with pytest.raises(UserError, match="memory.gpu_gb=24 is what a dry run plans for: add --dry-run"):
+        transfer.main(merge(transfer.Config, asked))

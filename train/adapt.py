@@ -241,13 +241,13 @@ class Lesson:
             with replacing(path) as new:
                 save_file(self.drawn(now), new)
         self.run.accelerator.wait_for_everyone()
-        kept, device = load_file(path), self.run.family.device
+        kept = load_file(path)
         self.round, self.points = now, []
         for m, member in enumerate(self.members):
             for k, scale in enumerate(cfg.scales):
                 which = kept[f"which-{m}-{k}"]
                 for t, level in enumerate(member.levels):
-                    point = (kept[f"{part}-{m}-{k}-{t}"].to(device) for part in ("x", "goal", "size"))
+                    point = (kept[f"{part}-{m}-{k}-{t}"] for part in ("x", "goal", "size"))
                     self.points.append((member, scale, level, which, *point))
 
     def drawn(self, now: int) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ class Lesson:
                 for t in range(len(member.levels)):
                     size = change[:, t].square().mean()
                     parts = {"x": x[:, t], "goal": (plain + change)[:, t], "size": size}
-                    points |= {f"{name}-{m}-{k}-{t}": part.contiguous().cpu() for name, part in parts.items()}
+                    points |= {f"{name}-{m}-{k}-{t}": part.contiguous() for name, part in parts.items()}
         return points
 
     @torch.no_grad()
@@ -285,7 +285,7 @@ class Lesson:
         with self.at(0):
             plain = [member.denoiser(step.x, step.noise, prompts, member.guidance) for step in steps]
             change = [self.change(step.x, step.noise, theirs, scale) for step in steps]
-        return tuple(torch.stack(part, 1) for part in ([step.x for step in steps], plain, change))
+        return tuple(torch.stack(part, 1).cpu() for part in ([step.x for step in steps], plain, change))
 
     def change(self, x: Tensor, noise: Noise, prompts: Prompts, scale: float) -> Tensor:
         """The guided change of the source's x0 by the original, at x of a member's noise schedule."""
@@ -303,9 +303,10 @@ class Lesson:
         chosen = int(torch.randint(len(self.points), (1,), generator=generator))
         member, scale, level, which, x, goal, size = self.points[chosen]
         rows = torch.randint(len(x), (self.cfg.batch_size,), generator=generator)
+        x, goal = (part[rows].to(self.run.family.device) for part in (x, goal))
         with self.at(scale):
-            x0 = member.denoiser(x[rows], level, self.prompts[which[rows]], member.guidance)
-            return (x0 - goal[rows]).square().mean() / size.clamp_min(1e-12)
+            x0 = member.denoiser(x, level, self.prompts[which[rows]], member.guidance)
+            return (x0 - goal).square().mean() / size.clamp_min(1e-12)
 
     def shares(self, texts: list[str], seed: int) -> Shares:
         """Measures on an image of each text what members have of the original's effect on its source."""

@@ -50,7 +50,8 @@ def show(cfg: Training, cost_of: Callable[[Member], Cost]) -> None:
     accelerator, (name, member) = devices.start(cfg), split(cfg.member)
     if not accelerator.is_main_process:
         return
-    family = Family(name, accelerator.device, DTYPES[cfg.dtype], cfg.memory, bare=True)
+    device = cfg.memory.planned(accelerator.device, True)
+    family = Family(name, device, DTYPES[cfg.dtype], cfg.memory, bare=True, quantize=cfg.quantize)
     bare, card = family.member(member), family.card
     cost, done = cost_of(bare), steps_done(cfg)
     left = cfg.steps - done
@@ -80,7 +81,8 @@ def show(cfg: Training, cost_of: Callable[[Member], Cost]) -> None:
         cfg.gradient_checkpointing,
     )
     step = follow(net, size)
-    print(forecast.said(lambda: moments(cfg, family, cost, float(step["peak"] - step["network"]), control)))
+    held = float(step["peak"] - step["network"])
+    print(forecast.said(lambda: moments(cfg, family, cost, held, control), family))
 
 
 def pictured(cfg: Training, family: Family, member: str, done: int, controls: int) -> Counter[str]:
@@ -119,6 +121,7 @@ def moments(
     """
     card, dtype, (_, member) = family.card, family.dtype, split(cfg.member)
     vae, encoders = forecast.shared(card, dtype)
+    reading = forecast.reading_of(card, dtype)
     nets = forecast.networks(card, [member], dtype, cfg.quantize)
     watched = [name for _, name in map(split, cfg.watch)]
     others = forecast.networks(card, [*watched, *cost.others], dtype)
@@ -128,7 +131,9 @@ def moments(
     if offloaded:
         beside, aside = {}, {}  # what is at work is alone
     evaluators = looking(cfg, card, cost)
-    kept = cost.kept * prod(family.latent_shape) * torch.float32.itemsize
+    kept = 0.0
+    if family.device.type == "cpu":  # where it is kept in any case
+        kept = cost.kept * prod(family.latent_shape) * torch.float32.itemsize
     always = forecast.program(family.device) | forecast.held_evaluators(card, evaluators, family.device)
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
@@ -147,7 +152,7 @@ def moments(
     seeds = len(cfg.sample_seeds)
     early, bare = {"what is trained on, in parts": kept}, forecast.program(family.device)
     moments = [
-        Moment("when prompts are encoded", bare | encoders | ({} if offloaded else vae)),
+        Moment("when prompts are encoded", bare | encoders | reading | ({} if offloaded else vae)),
         Moment("before the first step", always | early | nets | beside | first),
         Moment("in a step", always | nets | beside | learnt),
         Moment("when a strip is drawn", always | trained | nets | beside | drawn(member, seeds)),
@@ -162,7 +167,7 @@ def moments(
         moments.append(Moment("when the network is packed", bare | vae | whole))
     images = len(card.prompts[: cfg.watch_prompts]) * SEEDS
     seen = decoded(images) | forecast.seeing(card, evaluators, images)
-    net = {name: card.base if block.lora else name for name, block in card.members.items()}
+    net = {name: card.holder(name) for name in card.members}
     for name in watched:
         added, when = always | trained, f"when {name} is watched"
         if net[name] != net[member]:

@@ -67,7 +67,7 @@ def main(cfg: Config) -> Path | None:
     pairs = pictures(cfg, family.card.size_px)
     captions = [caption or cfg.prompt for caption in pairs.captions]
     run = Run(cfg, "slider", captions, [cfg.prompt])
-    latents = torch.stack([run.family.to_latents(images) for images in pairs.images])
+    latents = torch.stack([run.family.to_latents(images).cpu() for images in pairs.images])
     prompts = run.family.encode(captions).conditional()
     recipe = cfg.settings(REMEMBERED) | {"pairs": latents.shape[1], "scales": pairs.scales}
     with run.training(cfg.prompt, recipe):
@@ -76,8 +76,9 @@ def main(cfg: Config) -> Path | None:
                 noise = random_noise(run.member, generator)
                 rows = torch.randint(latents.shape[1], (cfg.batch_size,), generator=generator)
                 # the same for all scales of a pair
-                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator).to(latents)
-                for scale, x0 in zip(pairs.scales, latents[:, rows], strict=True):
+                eps = torch.randn((cfg.batch_size, *latents.shape[2:]), generator=generator)
+                clean, eps = (part.to(run.family.device) for part in (latents[:, rows], eps))
+                for scale, x0 in zip(pairs.scales, clean, strict=True):
                     x = noise.alpha * x0 + noise.sigma * eps
                     with strength(run.net, {cfg.name: scale}):
                         # Concept Sliders, Gandikota et al. 2023, sec. 4.2

@@ -60,7 +60,7 @@ def main(cfg: Config) -> Path | None:
     captions += [f"{cfg.token} {caption}".strip() for caption in captions]
     class_texts = [[cfg.negative]] if cfg.prior else []
     run = Run(cfg, "lora", captions, *class_texts, [cfg.prompt])
-    latents = run.family.to_latents(images)
+    latents = run.family.to_latents(images).cpu()
     prompts = run.family.encode(captions).conditional()
     memory = Memory(cfg, run) if cfg.prior else None
     with run.training(cfg.prompt, cfg.settings(REMEMBERED)):
@@ -104,9 +104,10 @@ def denoising(
     noise = random_noise(member, generator)
     rows = torch.randint(len(latents), (batch_size,), generator=generator)
     captions = rows + len(latents) * torch.randint(2, (batch_size,), generator=generator)
-    eps = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
-    x = noise.alpha * latents[rows] + noise.sigma * eps
-    return squared_error(member, x, noise, prompts[captions], latents[rows])
+    eps = torch.randn((batch_size, *latents.shape[1:]), generator=generator)
+    x0, eps = (part.to(prompts.tokens.device) for part in (latents[rows], eps))
+    x = noise.alpha * x0 + noise.sigma * eps
+    return squared_error(member, x, noise, prompts[captions], x0)
 
 
 class Memory:
@@ -131,8 +132,9 @@ class Memory:
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The mean squared change at one of the member's own noise levels."""
         rows, step = random_point(self.x, self.batch_size, generator)
-        x, noise, prompts = self.x[rows, step], self.member.levels[step], self.prompt[[0] * self.batch_size]
-        return squared_error(self.member, x, noise, prompts, self.x0[rows, step])
+        noise, prompts = self.member.levels[step], self.prompt[[0] * self.batch_size]
+        x, x0 = (part[rows, step].to(prompts.tokens.device) for part in (self.x, self.x0))
+        return squared_error(self.member, x, noise, prompts, x0)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ See = Callable[[Step, Tensor], tuple[Tensor, ...]]
 def rollouts(
     family: Family, member: Member, prompts: Prompts, which: Tensor, seed: int, batch_size: int, see: See
 ) -> tuple[Tensor, ...]:
-    """What `see(step, rows)` returns of runs `rows`, as tensors (N, T, …): run n of N has prompt which[n] and
-    a noise of its own.
+    """What `see(step, rows)` returns of runs `rows`, as tensors (N, T, …) on the CPU: run n of N has prompt
+    which[n] and a noise of its own.
     """
 
     def run(rows: Tensor) -> list[Tensor]:
@@ -31,7 +31,7 @@ def rollouts(
             family.device,
         )
         steps = [see(step, rows) for step in sample(alone(member), noise, prompts[which[rows]])]
-        return [torch.stack(part, 1) for part in zip(*steps, strict=True)]
+        return [torch.stack(part, 1).cpu() for part in zip(*steps, strict=True)]
 
     return tuple(torch.cat(part) for part in zip(*Batches(batch_size).of(run, len(which)), strict=True))
 

@@ -213,7 +213,8 @@ class Fast:
         return dry_run.Cost(cfg.trajectories * alone(member).nfe + 3 * rollouts, 3, rows, 3 * rollouts)
 
     def __init__(self, cfg: Config, family: Family, member: Member, pairs: list[Pair]):
-        self.cfg, self.levels, teacher = cfg, member.levels, Teacher(family, member, pairs)
+        self.cfg, self.levels, self.device = cfg, member.levels, family.device
+        teacher = Teacher(family, member, pairs)
         self.which = torch.arange(cfg.trajectories) % len(pairs)
         prompts = family.encode([pair.target for pair in pairs])
         self.targets = prompts.conditional()
@@ -221,14 +222,15 @@ class Fast:
         def see(step, rows):
             return (step.x, *teacher(step.x, step.noise, self.which[rows]))
 
-        # all (N, T, C, H, W)
+        # all (N, T, C, H, W), on the CPU, as everywhere what is trained on
         self.x, self.neutral, self.direction = rollouts(
             family, member, prompts, self.which, cfg.seed, 2 * cfg.batch_size, see
         )
 
     def __call__(self, generator: torch.Generator) -> Lesson:
         rows, step = random_point(self.x, self.cfg.batch_size, generator)
-        x, neutral, direction = (part[rows, step] for part in (self.x, self.neutral, self.direction))
+        seen = self.x, self.neutral, self.direction
+        x, neutral, direction = (part[rows, step].to(self.device) for part in seen)
         return x, self.levels[step], self.targets[self.which[rows]], neutral, direction
 
 

@@ -70,9 +70,10 @@ def main(cfg: Config) -> Path | None:
             k = step % cfg.directions
             for generator in run.parts(step):
                 rows, level = random_point(space.x, cfg.batch_size, generator)
+                x, before = (part[rows, level].to(run.family.device) for part in (space.x, space.features))
                 with strength(run.net, {names[k]: 1.0}):
-                    x0 = run.member.denoiser(space.x[rows, level], run.member.levels[level], conditioning)
-                    moved = clip.embed(run.family.pixels(x0)) - space.features[rows, level]
+                    x0 = run.member.denoiser(x, run.member.levels[level], conditioning)
+                    moved = clip.embed(run.family.pixels(x0)) - before
                     run.backward(astray(moved, space.directions[k], space.spreads[k]))
             run.descend(step)
         run.settle()
@@ -132,9 +133,8 @@ def explore(cfg: Config, run: Run, clip: Clip, prompt) -> Space:
     _, values, directions = torch.linalg.svd(apart, full_matrices=False)
     shares = (values.square() / values.square().sum()).tolist()
     spreads = (values / len(apart) ** 0.5).tolist()
-    return Space(
-        x, features, directions[: cfg.directions], spreads[: cfg.directions], shares[: cfg.directions]
-    )
+    directions = directions[: cfg.directions].to(run.family.device)
+    return Space(x, features, directions, spreads[: cfg.directions], shares[: cfg.directions])
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def ways(names: Sequence[str], students: Sequence[str], family: Family) -> list[
 
     family: a bare one does. Raises UserError for a member of another family and for a plan that is none.
     """
-    base, others = family.card.base, [name for name in family.card.members if name != family.card.base]
+    base, others = family.card.base, [name for name in family.card.usual if name != family.card.base]
     if base in students:
         raise UserError(f"{base} is the base itself; students are {', '.join(others)}")
     found = {}
@@ -313,10 +313,7 @@ def ways(names: Sequence[str], students: Sequence[str], family: Family) -> list[
 def networks(target: str, family: FamilyCard) -> set[str]:
     """The members whose networks a target needs; a LoRA student's is its base's."""
     member, _, plan = target.partition(":")
-    return {
-        family.base if family.members[name].lora else name
-        for name in ((member, family.base) if plan else (member,))
-    }
+    return {family.holder(name) for name in ((member, family.base) if plan else (member,))}
 
 
 def in_turn(jobs: Sequence[T], family: FamilyCard) -> list[T]:
@@ -345,9 +342,7 @@ def in_memory(jobs: Sequence[T], family: FamilyCard) -> list[tuple[set[str], set
     for k, job in enumerate(jobs):
         later = set().union(*needed[k:])
         asked = needed[k] | {job.target.partition(":")[0]}
-        held = {
-            name for name in held if (family.base if family.members[name].lora else name) in later
-        } | asked
+        held = {name for name in held if family.holder(name) in later} | asked
         found.append((held, asked))
     return found
 

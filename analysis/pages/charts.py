@@ -137,7 +137,8 @@ def curve(axes: Axes, line: Curve, css: str) -> list[Markup]:
     outline += [(axes.x(x), axes.y(p["high"])) for x, p in reversed(whole)]
     places = [(axes.x(x), axes.y(p["value"])) for x, p in line]
     dots = [tag("circle", css, cx=x, cy=y, r=2.6) for x, y in places]
-    return [tag("polygon", f"band {css}", points=path(outline)), polyline(places, f"curve {css}"), *dots]
+    band = [tag("polygon", f"band {css}", points=path(outline))] if outline else []
+    return [*band, *([polyline(places, f"curve {css}")] if places else []), *dots]
 
 
 def polyline(places: list[Point], css: str) -> Markup:

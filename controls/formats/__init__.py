@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from configs import UserError, cut, note, plain_name, replacing
 from configs.ranges import check
-from controls.formats import headers, layouts
+from controls.formats import headers, layouts, origins
 from controls.formats.algorithms import paired
 from controls.formats.files import finite, header, located, read, real
 from controls.formats.headers import DIFFUSERS
@@ -243,15 +243,22 @@ def adopt(path: str | Path, net: nn.Module, card: Card, encoders: str = "refuse"
     try:
         control = _fitted(tensors, metadata, net, own or card, encoders)
     except UserError as error:
-        raise UserError(
-            f"{cut(path)}: {error}" + (f"; its header names another base model: {base}" if base else "")
-        ) from None
+        raise UserError(f"{cut(path)}: {error}{_origin(error, tensors, base)}") from None
     if base:
         note(f"{cut(path)} fits {card.family}, but its header names another base model: {base}")
     if not own:
         layers, scope = layer_set(net, set(control.layers))
         control.card = replace(control.card, layers=layers, scope=scope)
     return control
+
+
+def _origin(error: UserError, tensors: dict[str, Tensor], base: str) -> str:
+    """Where a file that does not fit may be from: its header, or the published networks that it fits."""
+    said = f"; its header names another base model: {base}" if base else ""
+    if not isinstance(error, layouts.Misfit):
+        return said
+    others = origins.families(tensors)
+    return said + (f"; it fits {' and '.join(others)}" if others else "; was it trained on another family?")
 
 
 def _fitted(
@@ -277,7 +284,7 @@ def _widened(layer: str, a: Tensor, b: Tensor, rank: int, module: nn.Module) -> 
     """A pair in its layer's shape, filled up with zeros to a rank."""
     wide_a, wide_b = map(torch.zeros, shapes(module, rank))
     if _kernel(a) != _kernel(wide_a):
-        raise UserError(f"{layer} has another shape in this network. Was it trained on another family?")
+        raise layouts.Misfit(f"{layer} has another shape in this network")
     wide_a[: len(a)] = a.reshape(len(a), *wide_a.shape[1:])
     wide_b[:, : len(a)] = b.reshape(len(wide_b), len(a), *wide_b.shape[2:])
     return wide_a, wide_b

@@ -16,7 +16,12 @@ BASES = {
     "sd21": r"sd_?v?2|ss_v2|stable-diffusion-v2",
     "sdxl": r"sdxl|sd_?xl|stable-diffusion-xl",
     "sd3": r"sd_?v?3|stable-diffusion-v?3",
-    "flux": r"flux",
+    "klein9": r".*klein.*9b",
+    "klein": r".*klein",
+    "flux": r"flux(?!.?2)",
+    "krea2": r"krea",
+    "qwen21": r"qwen.?image.?2.?1",
+    "qwen": r"qwen",
     "pixart": r"pixart",
     "zimage": r"z_?-?image",
 }

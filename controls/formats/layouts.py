@@ -6,6 +6,7 @@ file's keys are found there.
 """
 
 import re
+from collections.abc import Sized
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,27 @@ FLUX_OUTSIDE = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }
+# likewise of Flux.2, whose queries, keys, values and more stay fused in single blocks
+FLUX2_DOUBLE = {
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+FLUX2_SINGLE = {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+FLUX2 = (
+    ("double_blocks", "transformer_blocks", FLUX2_DOUBLE),
+    ("single_blocks", "single_transformer_blocks", FLUX2_SINGLE),
+)
+FLUX2_OUTSIDE = {
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+}
 SWAPPED = "norm_out.linear"  # rows: shift, scale; diffusers has scale, shift
 # inside a block of SD3, its image's half and its text's
 SD3_JOINT = {
@@ -138,10 +160,38 @@ PROJECTIONS = (
     "to_add_out",
 )  # of an attention
 
+# inside a block of Krea 2, also of those that read the text
+KREA = {
+    "attn.wq": "attn.to_q",
+    "attn.wk": "attn.to_k",
+    "attn.wv": "attn.to_v",
+    "attn.wo": "attn.to_out.0",
+    "attn.gate": "attn.to_gate",
+    "mlp.gate": "ff.gate",
+    "mlp.up": "ff.up",
+    "mlp.down": "ff.down",
+}
+KREA2 = (
+    ("blocks", "transformer_blocks", KREA),
+    ("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks", KREA),
+    ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks", KREA),
+)
+KREA2_OUTSIDE = {
+    "first": "img_in",
+    "last.linear": "final_layer.linear",
+    "tmlp.0": "time_embed.linear_1",
+    "tmlp.2": "time_embed.linear_2",
+    "tproj.1": "time_mod_proj",
+    "txtmlp.1": "txt_in.linear_1",
+    "txtmlp.3": "txt_in.linear_2",
+    "txtfusion.projector": "text_fusion.projector",
+}
+
 # a layout's name, and what a key of it has; the first that a file has a key of
 LAYOUTS = {
     "kohya with Flux's own names": r"_(double|single)_blocks_",
     "kohya with SD3's own names": r"_joint_blocks_",
+    "kohya with Krea's own names": r"^lora_unet_(blocks|txtfusion)_",
     "kohya with SGM names": r"_(input_blocks|output_blocks|middle_block)_",
     "kohya with diffusers names": r"^lora_(unet|transformer)_",
     "LyCORIS with diffusers names": r"^lycoris_",
@@ -154,6 +204,10 @@ LAYOUTS = {
 }
 
 
+class Misfit(UserError):
+    """A file's layers are not this network's."""
+
+
 def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """Every known spelling of every layer of a network, and the layers that it means: one, or several where a
     tool fuses them.
@@ -163,6 +217,7 @@ def spellings(net: nn.Module) -> dict[str, tuple[str, ...]]:
     for names in (
         _processors(net),
         _zimage(net),
+        _krea2(net),
         _sd3(net),
         _flux(net),
         _sgm(net),
@@ -241,10 +296,7 @@ def gather(
             f"{len(strange)} of {len(tensors)} keys are of no kind that is known: {_few(strange)}"
         )
     if lost := [stem for stem in stems if stem not in table]:
-        raise UserError(
-            f"{len(lost)} {count} have no place in this network: {_few(lost)}; was it trained on another "
-            f"family?"
-        )
+        raise Misfit(f"{len(lost)} {count} have no place in this network: {_few(lost)}")
     pairs, swapped = {}, _swapped(spots)
     for stem, parts in stems.items():
         rows = [spots[layer].weight.shape[0] for layer in table[stem]]
@@ -252,10 +304,7 @@ def gather(
             stem, parts, alphas.get(stem), torch.Size([sum(rows), *spots[table[stem][0]].weight.shape[1:]])
         )
         if sum(rows) != b.shape[0]:
-            raise UserError(
-                f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}. Was it trained on "
-                f"another family?"
-            )
+            raise Misfit(f"{cut(stem)} has {b.shape[0]} rows where this network has {sum(rows)}")
         if table[stem][0] in swapped and not stem.endswith(
             (table[stem][0], table[stem][0].replace(".", "_"))
         ):
@@ -329,7 +378,14 @@ def _sgm(net: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _flux(net: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of Flux's own code and of XLabs', which fuse queries, keys, values and more."""
-    return _by_tables(net, FLUX, FLUX_OUTSIDE)
+    return _by_tables(net, FLUX, FLUX_OUTSIDE) | _by_tables(net, FLUX2, FLUX2_OUTSIDE)
+
+
+def _krea2(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of Krea 2's own code."""
+    if "time_mod_proj" not in named_layers(net):
+        return {}
+    return _by_tables(net, KREA2, KREA2_OUTSIDE)
 
 
 def _sd3(net: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -345,10 +401,18 @@ def _by_tables(
     """The names in tables as above whose layers are all in this network."""
     spots, names = named_layers(net), {theirs: (ours,) for theirs, ours in outside.items()}
     for theirs, ours, inside in stacks:
-        for k in range(len(getattr(net, ours, []))):
+        for k in range(len(_part(net, ours))):
             for name, parts in inside.items():
                 names[f"{theirs}.{k}.{name}"] = tuple(f"{ours}.{k}.{part}" for part in parts.split())
     return {theirs: layers for theirs, layers in names.items() if all(layer in spots for layer in layers)}
+
+
+def _part(net: nn.Module, name: str) -> Sized:
+    """A part by its name; nothing where it is not there."""
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        return ()
 
 
 def _zimage(net: nn.Module) -> dict[str, tuple[str, ...]]:

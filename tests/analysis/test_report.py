@@ -15,7 +15,7 @@ from support.synthetic import CONTROLS, SCALES, TARGETS, png, results, sheet, wr
 
 import configs
 from analysis import report
-from analysis.pages import charts, html, transfer, words
+from analysis.pages import charts, figures, html, transfer, words
 from controls import intervals
 
 OLD = {
@@ -215,6 +215,13 @@ def test_ticks_and_labels():
     assert charts.ticks(-0.042, 0.055, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
     places = charts.spread([10, 11, 12, 90], 14, 5, 95)
     assert np.diff(places).min() > 13.9 and places == sorted(places)
+
+
+def test_a_curve_of_which_nothing_is_known_is_drawn_and_printed(tmp_path):
+    point = {"value": 0.2, "low": None, "high": None}  # no interval: one prompt
+    nothing = {"value": None, "low": None, "high": None}
+    chart = charts.curves({"bare": [(0, point), (1, point)], "none": [(0, nothing)]}, "scale", "Curves")
+    assert "none" in chart and len(figures.write({"curves": chart}, tmp_path)) == 2
 
 
 def test_the_window_and_the_margin_are_where_their_scales_are(cells):

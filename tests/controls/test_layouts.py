@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_krea2_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
     convert_z_image_transformer_checkpoint_to_diffusers,
 )
@@ -80,13 +82,23 @@ def fused(net, names: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
     }
 
 
+# the own names of a kind's code, and diffusers' reader of checkpoints in them
+NAMES = {
+    "sd3": (layouts._sd3, convert_sd3_transformer_checkpoint_to_diffusers),
+    "zimage": (layouts._zimage, convert_z_image_transformer_checkpoint_to_diffusers),
+    "flux2": (layouts._flux, convert_flux2_transformer_checkpoint_to_diffusers),
+    "krea2": (layouts._krea2, convert_krea2_transformer_checkpoint_to_diffusers),
+}
+
+
 @pytest.mark.parametrize(
     "spell", [lambda name: f"lora_unet_{name.replace('.', '_')}", lambda name: f"diffusion_model.{name}"]
 )
-@pytest.mark.parametrize("kind", ["sd3", "zimage"])
+@pytest.mark.parametrize("kind", NAMES)
 def test_other_transformers_own_names_as_diffusers_reads_checkpoints(adopt, kind, spell):
     net = hub.transformer(kind, 0)
-    names = {"sd3": layouts._sd3, "zimage": layouts._zimage}[kind](net)
+    own, convert_checkpoint = NAMES[kind]
+    names = {name: layers for name, layers in own(net).items() if ".processor." not in name}
     renamed = {layer for layers in names.values() for layer in layers}
     names |= {layer: (layer,) for layer in layouts.named_layers(net) if layer not in renamed}
     theirs = fused(net, names)
@@ -105,11 +117,8 @@ def test_other_transformers_own_names_as_diffusers_reads_checkpoints(adopt, kind
             for half in ("x_block", "context_block")
             for x in "qk"
         }
-        converted = convert_sd3_transformer_checkpoint_to_diffusers(
-            {**weights, **blank, **norms, "pos_embed": torch.ones(1)}
-        )
-    else:
-        converted = convert_z_image_transformer_checkpoint_to_diffusers(dict(weights))
+        weights |= {**blank, **norms, "pos_embed": torch.ones(1)}
+    converted = convert_checkpoint(weights)
     spots = layouts.named_layers(net)
     assert set(change(control)) == set(spots)
     assert all(

@@ -3,6 +3,7 @@ diffusers' own pipelines.
 """
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -14,24 +15,34 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     LCMScheduler,
 )
+from safetensors.torch import save_file
 from support import hub
+from transformers import Qwen3VLProcessor
 
 from analysis import transfer
-from configs import ROOT, UserError
+from configs import ROOT, UserError, merge
 from controls import formats
+from controls.formats import layouts
 from controls.lora import attach, detach, fused, strength
+from models.architectures.qwens import text_only
+from models.batches import Batches
 from models.cards import CARDS, card
 from models.families import Family
 from models.loading import source
 from models.plans import hybrid
+from models.prompts import stacked
 from models.sampler import alone, draw_noise, finish, sample
 from train import slider
 
 TEXTS, SEEDS = ["a cat on a chair", "two dogs"], [5, 17]
-NAMES = ["sdxl", "sd15", "sd21", "pixart", "sd3", "flux", "zimage"]
+NAMES = [
+    *("sdxl", "sd15", "sd21", "pixart", "sd3", "flux", "zimage"),
+    *("krea2", "klein", "klein9", "qwen", "qwen21"),
+]
 TWINS = (
     "2step",
     "8step",
@@ -72,7 +83,7 @@ def families(cache, tmp_path_factory):
                 for member, m in its.members.items()
                 if m.steps > 8 and not m.timesteps
             }
-            text = {} if its.architecture in ("sd", "sdxl") else {"text_length": hub.LENGTH}
+            text = {} if its.architecture in ("sd", "sdxl", "qwen21") else {"text_length": hub.LENGTH}
             small = {"extends": name, "size_px": hub.SIZE_PX, "siglip": "", "members": long, **text}
             (folder / f"{name}.yaml").write_text(json.dumps(small))
             loaded[name] = Family(str(folder / f"{name}.yaml"), dtype=torch.float32)
@@ -102,6 +113,13 @@ LCM, DMD2 = (
     LCMScheduler(**hub.BETAS, clip_sample=False),
     {"timesteps": [999, 749, 499, 249], "guidance_scale": 0},
 )
+
+
+LOG3 = {"base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None}
+LIGHTNING = FlowMatchEulerDiscreteScheduler(
+    **{**hub.QWEN, **LOG3}
+)  # as lightx2v/Qwen-Image-Lightning writes it
+UNENDED = FlowMatchEulerDiscreteScheduler(**{**hub.QWEN, "shift_terminal": None})
 
 
 def few(steps: int, guidance: float = 0) -> dict:
@@ -144,6 +162,16 @@ PUBLISHED = {
     "flux/schnell": (None, few(4)),
     "zimage/base": (None, few(FEWER, 4.0)),
     "zimage/turbo": (None, few(8)),
+    "krea2/base": (None, few(FEWER, 3.5)),
+    "krea2/turbo": (None, few(8)),
+    "krea2/turbo-4step-lora": (None, few(4)),
+    **{f"{name}/base": (None, few(FEWER, 4.0)) for name in ("klein", "klein9")},
+    **{f"{name}/distilled": (None, few(4, 1.0)) for name in ("klein", "klein9")},
+    "qwen/base": (None, {"num_inference_steps": FEWER, "true_cfg_scale": 4.0}),
+    "qwen/lightning": (LIGHTNING, {"num_inference_steps": 4, "true_cfg_scale": 1.0}),
+    "qwen/lightning-8step": (LIGHTNING, {"num_inference_steps": 8, "true_cfg_scale": 1.0}),
+    "qwen21/base": (None, {"num_inference_steps": FEWER}),
+    "qwen21/lightning": (UNENDED, {"num_inference_steps": 4}),
 }
 OPTIONS = {"pixart": {"use_resolution_binning": False, "clean_caption": False}}
 
@@ -162,6 +190,7 @@ def pipelines(families):
                 variant=its.variant,
                 dtype=torch.float32,
                 **dict.fromkeys(kind.absent),
+                **families(name)._processor(),
             )
             loaded[name].set_progress_bar_config(disable=True)
         return loaded[name]
@@ -174,41 +203,64 @@ def theirs(pipe, family: Family, name: str, cache, **more) -> torch.Tensor:
     kind, member = family.architecture, family.card.members[name]
     repo, revision, variant = source(family.card, member)
     scheduler, options = PUBLISHED[f"{family.card.name}/{name}"]
+    options = dict(options)
     folder = hub.publish(cache, repo, revision)
     net, before = getattr(pipe, kind.part), getattr(pipe, kind.part)
     if member.file:
         net = hub.network(family.card, member, list(family.card.members).index(name))
         net.load_state_dict(hub.half(net))
-    elif not member.lora:
+    elif member.over or not member.lora:
+        its = family.card.members[member.over or name]
+        folder_of = hub.publish(cache, *source(family.card, its)[:2])
         net = kind.network.from_pretrained(
-            folder, subfolder=member.subfolder, variant=variant, dtype=torch.float32
+            folder_of, subfolder=its.subfolder, variant=variant, dtype=torch.float32
         )
-    pipe.scheduler = scheduler or FlowMatchEulerDiscreteScheduler.from_pretrained(
-        folder, subfolder="scheduler"
-    )
+    if not scheduler:
+        home = hub.publish(cache, *source(family.card, family.card.members[member.over or name])[:2])
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(home, subfolder="scheduler")
+    pipe.scheduler = scheduler
     pipe.register_modules(**{kind.part: net})
+    if "is_distilled" in pipe.config:
+        pipe.register_to_config(is_distilled=name != family.card.base)
     if member.lora:
         pipe.load_lora_weights(folder / member.lora)
     length = {"max_sequence_length": family.card.text_length} if family.card.text_length else {}
-    out = pipe(
-        TEXTS,
-        height=hub.SIZE_PX,
-        width=hub.SIZE_PX,
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-        output_type="latent",
-        **options,
-        **length,
-        **OPTIONS.get(family.card.name, {}),
-        **more,
-    ).images
+    options |= {"height": hub.SIZE_PX, "width": hub.SIZE_PX, "output_type": "latent", **length, **more}
+    options |= OPTIONS.get(family.card.name, {})
+    out = []
+    for rows in ONE_BY_ONE if family.card.name == "qwen21" else [slice(None)]:
+        if "true_cfg_scale" in options:
+            options["negative_prompt"] = [" "] * len(TEXTS[rows])
+        generator = [torch.Generator().manual_seed(seed) for seed in SEEDS[rows]]
+        out.append(pipe(prompt=TEXTS[rows], generator=generator, **options).images)
     if member.lora:
         pipe.unload_lora_weights()
     pipe.register_modules(**{kind.part: before})
     return (
-        FluxPipeline._unpack_latents(out, hub.SIZE_PX, hub.SIZE_PX, pipe.vae_scale_factor)
-        if kind.pipeline is FluxPipeline
-        else out
+        torch.cat([own_latents(pipe, part) for part in out])
+        if options["output_type"] == "latent"
+        else torch.cat(out)
     )
+
+
+# in a batch its pipeline puts an image behind the longest text
+ONE_BY_ONE = [slice(k, k + 1) for k in range(len(TEXTS))]
+
+
+def own_latents(pipe, out: torch.Tensor) -> torch.Tensor:
+    """A pipeline's latents as its network has them, (B, C, H, W)."""
+    name, side = type(pipe).__name__, hub.SIZE_PX // 8
+    if name in ("FluxPipeline", "Krea2Pipeline", "QwenImagePipeline"):
+        return FluxPipeline._unpack_latents(out, hub.SIZE_PX, hub.SIZE_PX, 8)
+    if name == "QwenImage21Pipeline":
+        return out.mT.unflatten(2, (side // 2, side // 2))
+    if name == "Flux2KleinPipeline":
+        mean, deviation = (
+            pipe.vae.bn.running_mean,
+            (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt(),
+        )
+        return (pipe._patchify_latents(out) - mean[:, None, None]) / deviation[:, None, None]
+    return out
 
 
 def test_every_member_has_its_published_use():
@@ -245,15 +297,38 @@ def test_without_its_shift_a_flow_would_be_another(families):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_are_those_of_the_pipeline(families, pipelines, name):
+def test_images_are_those_of_the_pipeline(families, pipelines, cache, name):
     family, pipe = families(name), pipelines(name)
-    finished = draw_noise(SEEDS, family.latent_shape, 0)[:, 0]
-    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
+    images = family.draw(family.member(STUDENTS[name]), TEXTS, SEEDS)
+    expected = theirs(pipe, family, STUDENTS[name], cache, output_type="pt")
+    if expected.shape[1] == 4:
+        expected = expected[:, :3] * expected[:, 3:] + 1 - expected[:, 3:]
+    assert (images / 2 + 0.5 - expected).abs().max() < 1e-4
+    back = family.to_latents(images)
     with torch.no_grad():
-        expected = pipe.vae.decode(finished / pipe.vae.config.scaling_factor + shift).sample
-    assert torch.allclose(family.decode(finished), expected.clamp(-1, 1), atol=1e-5)
-    mode = (pipe.vae.encode(expected).latent_dist.mode() - shift) * pipe.vae.config.scaling_factor
-    assert torch.allclose(family.to_latents(expected), mode, atol=1e-5)
+        assert torch.allclose(back, encoded(pipe.vae, images), atol=1e-5)
+
+
+def encoded(vae, images: torch.Tensor) -> torch.Tensor:
+    """A network's latents of images, as the families' image-to-image pipelines make them."""
+    config, name = vae.config, type(vae).__name__
+    if name == "AutoencoderKLFlux2":
+        its = Flux2KleinPipeline._patchify_latents(vae.encode(images).latent_dist.mode())
+        return normal(vae, its)
+    if name.startswith("AutoencoderKLQwenImage"):
+        opaque = [torch.ones_like(images[:, :1])] if name.endswith("21") else []
+        its = vae.encode(torch.cat([images, *opaque], 1)[:, :, None]).latent_dist.mode()[:, :, 0]
+        mean, deviation = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
+        return (its - mean) / deviation
+    return (
+        vae.encode(images).latent_dist.mode() - (config.get("shift_factor") or 0.0)
+    ) * config.scaling_factor
+
+
+def normal(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Latents by the batch norm of Flux.2's VAE."""
+    its = vae.bn
+    return torch.nn.functional.batch_norm(latents, its.running_mean, its.running_var, eps=its.eps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -373,6 +448,11 @@ STUDENTS = {
     "sd3": "turbo",
     "flux": "schnell",
     "zimage": "turbo",
+    "krea2": "turbo",
+    "klein": "distilled",
+    "klein9": "distilled",
+    "qwen": "lightning",
+    "qwen21": "lightning",
 }
 
 
@@ -460,6 +540,59 @@ def test_a_slider_is_trained_on_every_other_student_too(families, tmp_path, name
     with fused(family.member(member).denoiser.net, control, 1.0, name):
         assert not torch.equal(latents(family, member), plain)
     assert torch.equal(latents(family, member), plain)
+
+
+def test_krea_claims_are_checked_by_a_command(families, cache, tmp_path):
+    """configs/transfer/krea2.yaml as it is, on small networks: a LoRA of all linear layers from the Hub."""
+    family, card = families("krea2"), tmp_path / "krea2.yaml"
+    card.write_text(json.dumps({"extends": str(family.path), "text_length": 64}))
+    net, repo = family.member("base").denoiser.net, "krea/Krea-2-LoRA-softwatercolor"
+    spots = {name: layer.weight for name, layer in layouts.named_layers(net).items()}
+    halves = {
+        f"transformer.{name}.lora_A.weight": torch.randn(4, w.shape[1]) * 0.2 for name, w in spots.items()
+    }
+    halves |= {f"transformer.{name}.lora_B.weight": torch.randn(len(w), 4) * 0.2 for name, w in spots.items()}
+    save_file(halves, hub.publish(cache, repo) / "softwatercolor.safetensors")
+    small = {"family": str(card), "max_prompts": 2, "rounds": 1, "curve_prompts": 1, "baselines": 1}
+    small |= {"references": False, "out": str(tmp_path), "cache": str(tmp_path / "cache")}
+    page = transfer.main(merge(transfer.Config, "configs/transfer/krea2.yaml", small))
+    cells = json.loads((page.parent / "results.json").read_text())["cells"]
+    assert [(cell["control"], cell["target"]) for cell in cells] == [
+        ("softwatercolor", "krea2/base"),
+        ("softwatercolor", "krea2/turbo"),
+    ]
+
+
+def test_qwen21_reads_texts_as_its_processor_of_pictures_does():
+    """Whose part for videos needs torchvision."""
+    words = hub.template_words()
+    real = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
+    real.tokenizer, real.image_processor, real.video_processor = words, None, None
+    real.chat_template, real.image_token, real.video_token = words.chat_template, "<|image_pad|>", "<|v|>"
+    ours = text_only(words)
+    how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    texts = ["<|im_start|>user\na cat on a chair<|im_end|>\n", "two dogs"]
+    read, expected = ours(text=texts, **how), real(text=texts, **how)
+    assert torch.equal(read.input_ids, expected.input_ids)
+    assert torch.equal(read.attention_mask, expected.attention_mask) and not read.attention_mask.all()
+    turn = [{"role": "system", "content": [{"type": "text", "text": "Look."}]}]
+    how = {"tokenize": True, "return_dict": False}
+    assert ours.apply_chat_template(turn, **how) == real.apply_chat_template(turn, **how)
+
+
+def test_a_batch_of_texts_is_read_part_by_part(families, monkeypatch):
+    """However many go at once, and whatever else is in the batch."""
+    for name in ("klein", "krea2", "qwen", "qwen21", "zimage"):
+        family = families(name)
+        texts = [*TEXTS, "a red hat on a table"]
+        family._encoded.clear()
+        together = family.encode(texts)
+        family._encoded.clear()
+        monkeypatch.setattr(family, "reading", Batches(1))
+        apart = stacked([family.encode([text]) for text in texts])
+        for ours, theirs in ((together, apart), (together.negative, apart.negative)):
+            assert torch.allclose(ours.tokens, theirs.tokens, atol=1e-4)
+            assert ours.mask is None or torch.equal(ours.mask, theirs.mask)
 
 
 def agrees_with_diffusers(family: Family, pipe, student: str, file, cache) -> None:

@@ -20,7 +20,7 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
 from diffusers.utils.torch_utils import randn_tensor
 
 from configs import UserError
-from models.architectures import guidance_features
+from models.architectures.unets import guidance_features
 from models.families import Family, place
 from models.noise import CLEAN, Noise, ancestral, flow, flow_at, to_eps, to_x0, vp, vp_at
 from models.plans import hybrid, late, named, skip

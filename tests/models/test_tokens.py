@@ -10,38 +10,45 @@ from configs import ROOT, UserError, merge
 from models.cards import card
 from models.evaluators import Clip
 from models.families import Family
-from models.tokens import cuts, tell_apart
+from models.tokens import Reader, chat, cuts, tell_apart
 from train import image_slider, slider
 
 LONG = "a " * 60
 ALIKE = [(f"{LONG}smiling", f"{LONG}frowning"), ("hat 日本", "hat 한국"), ("hat 日本", "hat"), ("Hat", "hat")]
-READERS = {"clip": (hub.clip_words(), 40), "t5": (hub.t5_words(), 24), "qwen": (hub.qwen_words(), 40)}
+QWEN = hub.qwen_words()
+READERS = {
+    "clip": Reader(hub.clip_words(), 40),
+    "t5": Reader(hub.t5_words(), 24),
+    "qwen": Reader(QWEN, 40, chat(QWEN, thinking=True)),
+}
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_a_text_that_is_cut_is_said_with_its_end(kind):
     short, long = "a hat", "a red hat, a blue hat, a green hat, a black hat, a white hat and a pink hat, " * 2
     (line,) = cuts([READERS[kind]], [short, long])
-    assert line.startswith("'a red hat, a blue") and f"longer than the {READERS[kind][1]} tokens" in line
+    assert line.startswith("'a red hat, a blue") and f"longer than the {READERS[kind].length} tokens" in line
     assert "hat" in line.split("ends at")[1]
     assert len(cuts([READERS[kind]], [f"{k} {long}" for k in range(9)])) == 4
 
 
 def test_what_one_reader_is_given_whole_is_not_cut():
-    assert not cuts([READERS["clip"], (READERS["t5"][0], 500)], [LONG]) and not cuts([], [LONG])
+    assert not cuts([READERS["clip"], Reader(hub.t5_words(), 500)], [LONG]) and not cuts([], [LONG])
 
 
 @pytest.mark.parametrize(("a", "b"), ALIKE)
 def test_what_is_padded_alike_is_alike(a, b):
     with pytest.raises(UserError, match="are the same text to them"):
         tell_apart([READERS["clip"]], a, b, "them")
-    tell_apart([READERS["clip"], (hub.t5_words(), 500)], f"{LONG}b", f"{LONG}c", "them")  # one of them can
+    tell_apart(
+        [READERS["clip"], Reader(hub.t5_words(), 500)], f"{LONG}b", f"{LONG}c", "them"
+    )  # one of them can
 
 
 @pytest.mark.parametrize("name", ["tiny"])
 def test_a_family_asks_its_tokenizers_alone(name):
     family = Family(name)
-    assert [length for _, length in family.readers()] == [40, 40] and family._pipe is None
+    assert [reader.length for reader in family.readers()] == [40, 40] and family._pipe is None
     family.tell_apart("a smile", "")
 
 

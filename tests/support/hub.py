@@ -1,19 +1,32 @@
 """A Hub cache with small random weights under the real names: real classes and layouts."""
 
 import hashlib
+import inspect
 import json
+import re
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -31,9 +44,13 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Dinov2Config,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     SiglipConfig,
     T5Config,
     T5EncoderModel,
@@ -42,12 +59,16 @@ from transformers import (
 
 from configs import ROOT
 from controls.formats import layouts
+from models.architectures.qwens import text_only
 from models.cards import FamilyCard, MemberCard, card
 from models.loading import source
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SIZE_PX, LENGTH, WIDTH = 64, 24, 64  # of images, of T5's and Qwen's prompts, of text encoders
+LAYERS = (1, 2, 3)  # of Krea 2's text encoder, which its network is told
 ALPHABET = sorted({chr(code) for code in range(32, 127)} | {"▁"})
+DYNAMIC = {"use_dynamic_shifting": True}
+QWEN = {**DYNAMIC, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 FLOWS = {  # published scheduler configs
     "stabilityai/stable-diffusion-3.5-large": {"shift": 3.0},
     "stabilityai/stable-diffusion-3.5-large-turbo": {"shift": 3.0},
@@ -55,6 +76,13 @@ FLOWS = {  # published scheduler configs
     "black-forest-labs/FLUX.1-schnell": {"shift": 1.0},
     "Tongyi-MAI/Z-Image": {"shift": 6.0},
     "Tongyi-MAI/Z-Image-Turbo": {"shift": 3.0},
+    **dict.fromkeys(("krea/Krea-2-Raw", "krea/Krea-2-Turbo"), {**DYNAMIC, "max_image_seq_len": 6400}),
+    **{
+        f"black-forest-labs/FLUX.2-klein-{size}": {"shift": 3.0, "use_dynamic_shifting": True}
+        for size in ("base-4B", "4B", "base-9B", "9B")
+    },
+    "Qwen/Qwen-Image": QWEN,
+    "Qwen/Qwen-Image-2.1": QWEN,
 }
 
 EVALUATORS = {  # published configs; SigLIP's and DINOv2's of this size are transformers' own defaults
@@ -182,6 +210,60 @@ def transformer(architecture: str, seed: int, **changes):
                 "axes_lens": [256, 64, 64],
             },
         ),
+        "flux2": (
+            Flux2Transformer2DModel,
+            {
+                "in_channels": 16,
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 3 * WIDTH,
+                "guidance_embeds": False,
+                "axes_dims_rope": (4, 4, 4, 4),
+            },
+        ),
+        "krea2": (
+            Krea2Transformer2DModel,
+            {
+                "in_channels": 64,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "intermediate_size": 48,
+                "text_hidden_dim": WIDTH,
+                "num_text_layers": len(LAYERS),
+                "text_num_attention_heads": 2,
+                "text_num_key_value_heads": 2,
+                "text_intermediate_size": 48,
+                "axes_dims_rope": (4, 4, 8),
+            },
+        ),
+        "qwen": (
+            QwenImageTransformer2DModel,
+            {
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": WIDTH,
+                "axes_dims_rope": (4, 4, 8),
+            },
+        ),
+        "qwen21": (
+            QwenImage21Transformer2DModel,
+            {
+                "in_channels": 8,
+                "out_channels": 8,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "context_in_dim": WIDTH,
+                "axes_dims_rope": (4, 4, 8),
+            },
+        ),
     }[architecture]
     net = kind(**{**config, **changes}).eval()
     for (
@@ -258,19 +340,81 @@ def qwen_words() -> Qwen2Tokenizer:
     return words
 
 
-def qwen(words: Qwen2Tokenizer) -> Qwen3Model:
+READING = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def qwen(words: Qwen2Tokenizer, kind=Qwen3Model, layers: int = 2):
     torch.manual_seed(3)
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-        )
+    about = {**READING, "num_hidden_layers": layers, "head_dim": 16}
+    return kind(Qwen3Config(vocab_size=len(words), **about)).eval()
+
+
+# a template's words, of which the pipelines count 34 in front of a prompt
+MARKS = ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]
+SAYS = re.findall(
+    r" ?[a-zA-Z]+|[^a-zA-Z]",
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+    "of the objects and background:",
+)
+
+
+def template_words() -> Qwen2Tokenizer:
+    """The byte-level tokenizer with the marks and the words of Qwen-Image's template, and a chat template of
+    that kind.
+    """
+    words = qwen_words()
+    words.add_tokens([*MARKS, "system", "user", "assistant", *dict.fromkeys(SAYS)])
+    words.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return words
+
+
+EYES = {
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": WIDTH,
+}  # of encoders that see, which nothing here shows
+
+
+def seeing(words: Qwen2Tokenizer, kind, layers: int = 2):
+    """A text encoder that is a vision-language model."""
+    torch.manual_seed(4)
+    about, eyes = {**READING, "num_hidden_layers": layers, "vocab_size": len(words)}, EYES
+    if kind is Qwen2_5_VLForConditionalGeneration:
+        eyes = {**EYES, "hidden_size": 32, "intermediate_size": 32}
+        about |= {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [4, 6, 6]}}
+    else:
+        eyes = {**EYES, "hidden_size": 32, "intermediate_size": 32, "deepstack_visual_indexes": [0]}
+        about |= {"head_dim": 16, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    return kind(kind.config_class(text_config=about, vision_config=eyes)).eval()
+
+
+def video_vae(kind, channels: int, **changes):
+    """A VAE of one frame; its statistics of latents are the published ones' first."""
+    torch.manual_seed(0)
+    usual = {key: value.default for key, value in inspect.signature(kind.__init__).parameters.items()}
+    about = {"base_dim": 8, "z_dim": channels, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    said = {key: usual[key][:channels] for key in ("latents_mean", "latents_std")}
+    return kind(**{**about, **said, **changes}).eval()
+
+
+def flux2_vae(channels: int) -> AutoencoderKLFlux2:
+    torch.manual_seed(0)
+    its = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=channels
     ).eval()
+    its.bn.running_mean.normal_()  # what it has seen in training
+    its.bn.running_var.uniform_(0.5, 2)
+    return its
 
 
 def network(family: FamilyCard, member: MemberCard, seed: int):
@@ -315,27 +459,58 @@ def pipeline(family: FamilyCard):
         return FluxPipeline(
             flow, vae(16, **shifted), clip(words, CLIPTextModel), words, t5(t5_words()), t5_words(), net
         )
-    return ZImagePipeline(flow, vae(16, **shifted), qwen(qwen_words()), qwen_words(), net)
+    if kind == "zimage":
+        return ZImagePipeline(flow, vae(16, **shifted), qwen(qwen_words()), qwen_words(), net)
+    return of_a_qwen(kind, flow, net)
+
+
+def of_a_qwen(kind: str, flow: FlowMatchEulerDiscreteScheduler, net):
+    """The same of those that are told of a Qwen's text by a template."""
+    words = template_words()
+    if kind == "flux2":  # of whose encoder the pipeline takes three layers
+        return Flux2KleinPipeline(flow, flux2_vae(4), qwen(words, Qwen3ForCausalLM, 28), words, net)
+    if kind == "krea2":
+        layers = {"text_encoder_select_layers": LAYERS}
+        seen = video_vae(AutoencoderKLQwenImage, 16)
+        return Krea2Pipeline(flow, seen, seeing(words, Qwen3VLModel, 4), words, net, **layers)
+    if kind == "qwen":
+        reads = seeing(words, Qwen2_5_VLForConditionalGeneration)
+        return QwenImagePipeline(flow, video_vae(AutoencoderKLQwenImage, 16), reads, words, net)
+    five = {"dim_mult": [1, 1, 1, 1, 1], "decoder_base_dim": 8}
+    reads = seeing(words, Qwen3VLForConditionalGeneration)
+    return QwenImage21Pipeline(
+        flow, video_vae(AutoencoderKLQwenImage21, 8, **five), reads, text_only(words), net
+    )
 
 
 def half(net) -> dict[str, torch.Tensor]:
     return {key: value.half().contiguous() for key, value in net.state_dict().items()}
 
 
-def lora(net, seed: int, rank: int = 2, alpha: float = 1.0) -> dict[str, torch.Tensor]:
-    """A LoRA of a network's attention and convolutions in kohya's layout with diffusers' names, as the
+# how the published students' files name a layer, its two halves, and whether alpha stands beside them
+KOHYAS, BARE, PEFTS = (
+    (lambda name: f"lora_unet_{name.replace('.', '_')}", "lora_down", "lora_up", True),
+    (str, "lora_down", "lora_up", True),
+    (lambda name: f"transformer.{name}", "lora_A", "lora_B", False),
+)
+STUDENTS = {"qwen": BARE, "krea2": PEFTS, "qwen21": PEFTS}
+
+
+def lora(net, seed: int, rank: int = 2, alpha: float = 1.0, layout=KOHYAS) -> dict[str, torch.Tensor]:
+    """A LoRA of a network's attention and convolutions; in kohya's layout with diffusers' names, as most
     published students are.
     """
     rng, found = torch.Generator().manual_seed(seed), {}
+    said, down, up, with_alpha = layout
     for name, layer in net.named_modules():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and (".attn" in name or ".resnets." in name):
             rows, columns, *kernel = layer.weight.shape
-            stem = f"lora_unet_{name.replace('.', '_')}"
+            stem = said(name)
             found |= {
-                f"{stem}.lora_down.weight": torch.randn(rank, columns, *kernel, generator=rng) / columns**0.5,
-                f"{stem}.lora_up.weight": torch.randn(rows, rank, *(1 for _ in kernel), generator=rng) * 0.1,
-                f"{stem}.alpha": torch.tensor(alpha),
+                f"{stem}.{down}.weight": torch.randn(rank, columns, *kernel, generator=rng) / columns**0.5,
+                f"{stem}.{up}.weight": torch.randn(rows, rank, *(1 for _ in kernel), generator=rng) * 0.1,
             }
+            found |= {f"{stem}.alpha": torch.tensor(alpha)} if with_alpha else {}
     return found
 
 
@@ -362,6 +537,19 @@ def original(net: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     return found
 
 
+def save(pipe, folder: Path, variant: str | None) -> None:
+    """A pipeline as its repository has it."""
+    processor = getattr(pipe, "processor", None)
+    if processor:
+        pipe.register_modules(processor=None)
+    pipe.save_pretrained(folder, variant=variant)
+    if processor:
+        processor.tokenizer.save_pretrained(folder / "processor")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["processor"] = ["transformers", "Qwen3VLProcessor"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def write(cache: Path, name: str) -> FamilyCard:
     """Publishes every repository that a shipped card names."""
     family = card(name)
@@ -369,9 +557,12 @@ def write(cache: Path, name: str) -> FamilyCard:
         repo, revision, variant = source(family, its)
         folder = publish(cache, repo, revision)
         if member == family.base:
-            pipeline(family).save_pretrained(folder, variant=variant)
+            save(pipeline(family), folder, variant)
         elif its.lora:
-            save_file(lora(network(family, family.members[family.base], 0), seed), folder / its.lora)
+            holder = family.holder(member)
+            below = network(family, family.members[holder], list(family.members).index(holder))
+            layout = STUDENTS.get(family.architecture, KOHYAS)
+            save_file(lora(below, seed, layout=layout), folder / its.lora)
         elif its.file:
             weights = half(network(family, its, seed))
             torch.save(weights, folder / its.file) if its.file.endswith(".bin") else save_file(
@@ -410,6 +601,6 @@ def write_configs(cache: Path, name: str) -> FamilyCard:
         for file, config in files.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(json.dumps(config))
-        if its.noise_schedule == "flow":  # whose levels are its scheduler's
+        if its.noise_schedule == "flow" and not its.lora:  # whose levels are its scheduler's
             FlowMatchEulerDiscreteScheduler(**FLOWS[repo]).save_pretrained(folder / "scheduler")
     return family
