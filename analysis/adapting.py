@@ -1,5 +1,7 @@
 """Teaches controls to the members on which analysis.transfer has found their effect lost."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -12,36 +14,72 @@ from configs import ROOT, UserError
 from controls import formats
 
 LOST = ("weaker", "dead", "reversed")  # verdicts after which a control is adapted
+JUDGES = 2  # evaluators by which a cell counts as lost, the first of the card
 LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
+# where the original's own layers cannot carry the effect: all layers, for longer
+WIDER = {"layers": "full", "scope": "c3lier", "learning_rate": 1e-3, "steps": 400, "rounds": 4}
+NEAR = math.log(1.25)  # of 1: a share that needs no second try
 
 
 def adapt(session: Session, record: dict) -> list[str]:
-    """Runs train/adapt.py for every cell that is lost by the first evaluator, each process its share; returns
-    the files, which are measured from then on. What is there already is not trained again.
+    """Runs train/adapt.py for every cell that is lost by one of the first evaluators, each process its share;
+    returns the files, which are measured from then on. What is there already is not trained again.
     """
     names = formats.names(session.cfg.controls)
     files, adapted = dict(zip(names, session.cfg.controls, strict=True)), []
-    lost = session.accelerator.shared(
-        [
-            (cell["control"], cell["target"].rpartition("/")[2])
-            for cell in map(words.led, record.get("cells", []))
-            if words.is_verdict(cell) and cell["verdict"] in LOST and ":" not in cell["target"]
-        ]
-    )
+    lost = session.accelerator.shared([cell for cell in record.get("cells", []) if is_lost(cell)])
+    lost = [(cell["control"], cell["target"].rpartition("/")[2]) for cell in lost]
     mine = session.share(lost)
+    places = []
     for control, member in lost:
         # the name is taken where one was trained there
         name = f"{control}-{member}" + "-adapted" * (f"{control}-{member}" in files)
-        path = session.folder / "adapted" / name / "control.safetensors"
-        adapted.append(str(path))
-        if (control, member) in mine and not path.exists():
-            train(session, files[control], member, path.parent)
+        places.append(session.folder / "adapted" / name)
+        if (control, member) in mine:
+            taught(session, files[control], member, places[-1])
     session.accelerator.wait_for_everyone()
+    adapted = [str(nearer(place) / "control.safetensors") for place in places]
     session.cfg.controls += adapted
     return adapted
 
 
-def train(session: Session, control: str, member: str, folder: Path) -> None:
+def is_lost(cell: dict) -> bool:
+    """Whether one of the first evaluators finds a control weaker than on its source, on a member alone."""
+    if not words.is_verdict(words.led(cell)) or ":" in cell["target"]:
+        return False
+    return any(reading["verdict"] in LOST for reading in list(cell["readings"].values())[:JUDGES])
+
+
+def taught(session: Session, control: str, member: str, folder: Path) -> None:
+    """Trains in the original's layers, and where that is not near on the prompts learnt on, in all layers."""
+    if not (folder / "control.safetensors").exists():
+        train(session, control, member, folder)
+    wide = wider(folder)
+    if distance(folder) > NEAR and not (wide / "control.safetensors").exists():
+        train(session, control, member, wide, **WIDER)
+
+
+def wider(folder: Path) -> Path:
+    return folder.parent / f"wide/{folder.name}"
+
+
+def nearer(folder: Path) -> Path:
+    """Of the two tries the one whose effect is nearer to the original's, on the prompts learnt on."""
+    return min((folder, wider(folder)), key=distance)
+
+
+def distance(folder: Path) -> float:
+    """How far a trained control's shares are from 1, as a logarithm, by the first evaluators; infinite where
+    there is none.
+    """
+    try:
+        rows = json.loads((folder / "shares.json").read_text())[:JUDGES]
+    except FileNotFoundError:
+        return math.inf
+    return max(abs(math.log(max(row["learnt"]["value"], 0.01))) for row in rows)
+
+
+def train(session: Session, control: str, member: str, folder: Path, **more: object) -> None:
     """The trainer as a process of its own, also where this is one of several. Raises UserError as it does."""
     cfg, its = session.cfg, session.family.card
     what = f"{formats.name(control)} to {its.name}/{member}"
@@ -53,6 +91,7 @@ def train(session: Session, control: str, member: str, folder: Path) -> None:
         "out": folder.parent,
         "dtype": cfg.dtype,
         "wandb": cfg.wandb,
+        **more,
     }
     print(f"adapting {what}")
     command = [sys.executable, str(ROOT / "train/adapt.py"), *(f"{key}={options[key]}" for key in options)]

@@ -67,6 +67,7 @@ RANGES = {
     "ema": (0, 1),
     "eta": (0, 1),
     "guidance": (0, 1e3),
+    "gpu_gb": (0, 1e5),
     "teacher_guidance": (0, 1e3),
     "above": (0, 1e6),
     "guidance_embedding": (-1, 1e4),

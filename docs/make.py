@@ -38,6 +38,7 @@ COMMANDS = {  # module: how it is called
     "analysis.similarity": "python -m analysis.similarity",
     "analysis.dashboard": "python -m analysis.dashboard",
     "controls.show": "python -m controls.show FILE …",
+    "controls.generate": "python -m controls.generate",
     "controls.convert": "python -m controls.convert FROM TO",
     "controls.merge": "python -m controls.merge A B … TO",
     "models.budget": "python -m models.budget",

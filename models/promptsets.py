@@ -13,6 +13,7 @@ from models.tables import lines_of, rows_of, words
 HUB = "hub:"
 COLUMNS = ("prompt", "text", "caption")  # where a table may keep its texts, the first that is there
 SEED = "evaluation_seed"  # as COCO-30k's published table calls it
+Row = tuple[str, int | None, int | None]  # a text, its seed, its case number
 LARGEST = 2**62  # seed: the images of a prompt count on from it
 FILE = re.compile(r"(.+\.(?:csv|tsv|jsonl|txt))(?::(\S*))?", re.IGNORECASE | re.DOTALL)
 OTHER = re.compile(
@@ -22,12 +23,13 @@ OTHER = re.compile(
 
 @dataclass(frozen=True)
 class PromptSet:
-    """N prompts; seeds (N) where the source fixes one for each, as COCO-30k's published table does, else
-    None.
+    """N prompts; seeds (N) and case numbers (N) where the source fixes one for each, as COCO-30k's published
+    table does, else None.
     """
 
     texts: list[str]
     seeds: list[int] | None = None
+    cases: list[int] | None = None
 
     def numbers(self, seeds: int, seed: int) -> list[int]:
         """The seed of every image, prompt by prompt, `seeds` each: from the prompt's own on, or else counted
@@ -44,23 +46,23 @@ def read(prompts: Sequence[str]) -> PromptSet:
     where it is there); a .txt with a prompt per line; hub:owner/dataset[:split[:column]]. FILE.csv:100 takes
     the first hundred. Seeds are kept when every prompt has one. Raises UserError for none, or unreadable.
     """
-    pairs = [pair for prompt in prompts for pair in _pairs(prompt)]
-    if not pairs:
+    rows = [row for prompt in prompts for row in _rows(prompt)]
+    if not rows:
         raise UserError(
             "there are no prompts, neither given nor on the family's card; prompts=[...] gives them"
         )
-    seeds = [seed for _, seed in pairs if seed is not None]
-    if seeds and len(seeds) < len(pairs):
-        first = quoted(next(text for text, seed in pairs if seed is None), 40)
-        without = f"{len(pairs) - len(seeds)} of {len(pairs)} prompts have no {SEED}, such as {first}"
+    texts, seeds, cases = ([row[k] for row in rows] for k in range(3))
+    if None in seeds and any(seed is not None for seed in seeds):
+        first = quoted(texts[seeds.index(None)], 40)
+        without = f"{seeds.count(None)} of {len(rows)} prompts have no {SEED}, such as {first}"
         note(f"{without}; the others' seeds are not used either")
-    return PromptSet([text for text, _ in pairs], seeds if len(seeds) == len(pairs) else None)
+    return PromptSet(texts, None if None in seeds else seeds, None if None in cases else cases)
 
 
-def _pairs(prompt: str) -> list[tuple[str, int | None]]:
-    """The texts of one entry, and the seed of each."""
+def _rows(prompt: str) -> list[Row]:
+    """The texts of one entry, with the seed and the case number of each."""
     if prompt.startswith(HUB):
-        return [(text, None) for text in _dataset(prompt.removeprefix(HUB))]
+        return [(text, None, None) for text in _dataset(prompt.removeprefix(HUB))]
     file = FILE.fullmatch(prompt)
     if file and file[2] is not None and not os.path.isfile(prompt):  # a file may have a colon in its name
         if not file[2].isdecimal() or len(file[2]) > 18 or not int(file[2]):
@@ -74,22 +76,22 @@ def _pairs(prompt: str) -> list[tuple[str, int | None]]:
         raise UserError(f"{quoted(prompt)} is no prompt file: .csv, .tsv, .jsonl and .txt are read")
     if not prompt.strip():
         raise UserError("a prompt is empty; leave it out, or write what it should draw")
-    return [(checked(prompt, "prompts"), None)]
+    return [(checked(prompt, "prompts"), None, None)]
 
 
-def _file(prompt: str) -> list[tuple[str, int | None]]:
+def _file(prompt: str) -> list[Row]:
     """All of a table or a .txt."""
     path = next((Path(place) for place in (prompt, ROOT / prompt) if os.path.isfile(place)), None)
     if path is None:
         raise UserError(f"no prompt file at {quoted(prompt)}")
     texts = path.suffix.lower() == ".txt"
-    found = [(checked(line, str(path)), None) for line in lines_of(path)] if texts else _table(path)
+    found = [(checked(line, str(path)), None, None) for line in lines_of(path)] if texts else _table(path)
     if not found:
         raise UserError(f"{prompt} holds no prompts")
     return found
 
 
-def _table(path: Path) -> list[tuple[str, int | None]]:
+def _table(path: Path) -> list[Row]:
     rows = rows_of(path, COLUMNS)
     names, found = {name for _, row in rows for name in row}, []
     column = next((name for name in COLUMNS if name in names), "")
@@ -100,9 +102,8 @@ def _table(path: Path) -> list[tuple[str, int | None]]:
             raise UserError(f"{where}: no {column}")
         if (order is None or order == "") and "case_number" in names:
             raise UserError(f"{where}: no case_number, by which the other rows are ordered")
-        found.append((_whole(order, "case_number", where), text, _whole(row.get(SEED), SEED, where)))
-    found.sort(key=lambda one: one[0] or 0)
-    return [(text, seed) for _, text, seed in found]
+        found.append((text, _whole(row.get(SEED), SEED, where), _whole(order, "case_number", where)))
+    return sorted(found, key=lambda row: row[2] or 0)
 
 
 def _whole(cell: str | float | None, column: str, where: str) -> int | None:

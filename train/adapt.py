@@ -4,7 +4,8 @@
 Without arguments: watercolour-kv, of which tiny/dmd keeps a fifth, for tiny/dmd. The student's x0 with the
 adapted control is to be its x0 without it, and the guided change that the original makes on its source at
 the same x. What is trained on are the student's own runs with the control as it is by then, drawn anew a few
-times.
+times; the change that is taught is each time as much larger or smaller as the effect is still off, on each
+member and at each scale.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from controls.lora import Card, Control, content, detach, fits, fusing, strength
 from models import promptsets
 from models.batches import Batches
 from models.cards import card, split
-from models.evaluators import load_evaluators
+from models.evaluators import Evaluator, load_evaluators
 from models.families import Family
 from models.loading import skeleton
 from models.noise import NOISE_SCHEDULES, Noise
@@ -38,7 +39,7 @@ from models.sampler import Member, alone, draw_noise, sample
 from train import dry_run
 from train.checkpoint import seeded
 from train.run import Run, Training
-from train.shares import Shares
+from train.shares import Features, Shares
 
 REMEMBERED = (
     "members scales prompts runs rounds calibrate steps batch_size gradient_accumulation_steps "
@@ -47,6 +48,7 @@ REMEMBERED = (
 KEPT = (
     64  # prompts of the card's further ones that are learnt on, the last: measurements begin with the first
 )
+GAINS = (0.5, 3.0)  # between which the taught change is multiplied
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
 JUDGED = 64  # images of calibration
 
@@ -68,7 +70,8 @@ class Config(Training):
     negative: str = ""  # what it departs from; empty = what the original's card says
     runs: int = 24  # of each member at each scale, drawn in every round
     rounds: int = 3  # in which the runs are drawn anew, with the control as it is by then
-    # last of all, the strength at which the effect is the original's, by the card's evaluators
+    # before a round, and last of all, the strength at which the effect is the original's, by the card's
+    # evaluators
     calibrate: bool = True
     compared: int = 24  # images on which the result is compared with the original at the end; 0 = none
     steps: int = 180  # optimizer steps
@@ -104,8 +107,12 @@ def report(run: Run, rows: list[dict]) -> None:
     """Prints, keeps and logs what the adaptation has brought."""
     with replacing(run.folder / "shares.json") as new:
         new.write_text(json.dumps(rows, indent=1) + "\n")
-    shown = [{**row, **{key: ranged(row[key]) for key in ("original", "adapted")}} for row in rows]
-    show_table("Share of the original's effect on its source [95 %], prompts not learnt on", shown)
+    told = ("original", "adapted", "learnt")
+    shown = [{**row, **{key: ranged(row[key]) for key in told}} for row in rows]
+    title = (
+        "Share of the original's effect on its source [95 %], prompts not learnt on; last, those learnt on"
+    )
+    show_table(title, shown)
     finals = {
         f"adapt/{row['member']}/{row['evaluator']}/{key}": row[key]["value"]
         for row in rows
@@ -171,8 +178,14 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
     runs = cfg.runs * len(cfg.scales)  # of a member, in a round
     looks = {"source": 0, "member": 0}  # images
     if cfg.calibrate:
-        looks = {"source": 2 * JUDGED, "member": (1 + len(DOSES)) * JUDGED}
+        scales = len(cfg.scales)
+        looks["source"] += 2 * scales * JUDGED
+        doses = 1 + sum(dose < 1 for dose in DOSES)  # at the most
+        looks["member"] += (1 + (cfg.rounds - 1) * scales + doses) * JUDGED
     if cfg.compared:
+        if not cfg.calibrate:
+            looks = {"source": 2 * JUDGED, "member": JUDGED}
+        looks["member"] += JUDGED
         count = len(held_out(cfg))
         looks = {"source": looks["source"] + 2 * count, "member": looks["member"] + 3 * count}
     calls: Counter[str] = Counter()
@@ -236,10 +249,13 @@ class Lesson:
         now = min(step * cfg.rounds // cfg.steps, cfg.rounds - 1)
         if now == self.round:
             return
-        path = self.run.folder / f"points-{now}.safetensors"
+        path, before = (self.run.folder / f"points-{number}.safetensors" for number in (now, now - 1))
         if self.run.main and not path.exists():
+            gains = torch.ones(len(self.members), len(cfg.scales))
+            if now and cfg.calibrate:
+                gains = self.corrected(load_file(before)["gains"])
             with replacing(path) as new:
-                save_file(self.drawn(now), new)
+                save_file({**self.drawn(now, gains), "gains": gains}, new)
         self.run.accelerator.wait_for_everyone()
         kept = load_file(path)
         self.round, self.points = now, []
@@ -250,7 +266,14 @@ class Lesson:
                     point = (kept[f"{part}-{m}-{k}-{t}"] for part in ("x", "goal", "size"))
                     self.points.append((member, scale, level, which, *point))
 
-    def drawn(self, now: int) -> dict[str, Tensor]:
+    def corrected(self, gains: Tensor) -> Tensor:
+        """By how much the taught changes are multiplied in a round, (members, scales): the last round's, and
+        what the control in training has of the effect by then.
+        """
+        offs = [[self.off(m, scale, scale) for scale in self.cfg.scales] for m, _ in enumerate(self.members)]
+        return (gains * torch.tensor(offs).neg().exp().clamp(*GAINS)).clamp(*GAINS)
+
+    def drawn(self, now: int, gains: Tensor) -> dict[str, Tensor]:
         """The runs of a round: at every step x, and the goal there, the member's own x0 and the change."""
         cfg, points = self.cfg, {}
         for m, member in enumerate(self.members):
@@ -264,7 +287,7 @@ class Lesson:
                 points[f"which-{m}-{k}"] = which
                 for t in range(len(member.levels)):
                     size = change[:, t].square().mean()
-                    parts = {"x": x[:, t], "goal": (plain + change)[:, t], "size": size}
+                    parts = {"x": x[:, t], "goal": (plain + float(gains[m, k]) * change)[:, t], "size": size}
                     points |= {f"{name}-{m}-{k}-{t}": part.contiguous() for name, part in parts.items()}
         return points
 
@@ -308,13 +331,16 @@ class Lesson:
             x0 = member.denoiser(x, level, self.prompts[which[rows]], member.guidance)
             return (x0 - goal).square().mean() / size.clamp_min(1e-12)
 
-    def shares(self, texts: list[str], seed: int) -> Shares:
+    def shares(self, texts: list[str], seed: int, scale: float) -> Shares:
         """Measures on an image of each text what members have of the original's effect on its source."""
         cfg, family = self.cfg, self.run.family
-        evaluators = load_evaluators(family.card, family.device)
-        shares = Shares(family, evaluators, (cfg.positive, cfg.negative), texts, seed)
-        shares.source(self.family, self.source, partial(self.at, 0), self.original_on(max(cfg.scales)))
+        shares = Shares(family, self.evaluators, (cfg.positive, cfg.negative), texts, seed)
+        shares.source(self.family, self.source, partial(self.at, 0), self.original_on(scale))
         return shares
+
+    @cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        return load_evaluators(self.run.family.card, self.run.family.device)
 
     def original_on(self, scale: float) -> Callable[[], AbstractContextManager]:
         """What puts the original on its source, and nothing else."""
@@ -326,20 +352,33 @@ class Lesson:
 
         return on
 
-    def calibrated(self) -> float:
-        """The strength at which the effect on the members is the original's on its source: by the median of
-        all evaluators and members.
-        """
-        top = max(self.cfg.scales)
+    @cache  # noqa: B019  a lesson lives as long as its run
+    def judge(self, scale: float) -> Shares:
+        """What measures a scale's effect on prompts that are learnt on."""
         texts = [self.cfg.prompts[k % len(self.cfg.prompts)] for k in range(JUDGED)]
-        shares = self.shares(texts, 700_000)
-        plain = [shares.seen(member, partial(self.at, 0)) for member in self.members]
+        return self.shares(texts, 700_000, scale)
+
+    @cache  # noqa: B019
+    def bare(self, m: int) -> Features:
+        """A member there without a control."""
+        return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, 0))
+
+    def with_control(self, m: int, scale: float) -> Features:
+        """A member there with the control in training."""
+        return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, scale))
+
+    def off(self, m: int, scale: float, acting: float) -> float:
+        """How far the control in training is too strong on a member for a scale, acting at another, as a
+        logarithm: by the median of all evaluators.
+        """
+        return float(np.median(self.judge(scale).middle(self.bare(m), self.with_control(m, acting))))
+
+    def calibrated(self) -> float:
+        """The strength at which the effect on the members, their median, is the original's on its source."""
+        top = max(self.cfg.scales)
 
         def off(dose: float) -> float:
-            """How far it is too strong there, as a logarithm."""
-            after = [shares.seen(member, partial(self.at, dose * top)) for member in self.members]
-            pairs = zip(plain, after, strict=True)
-            return float(np.median([log for pair in pairs for log in shares.middle(*pair)]))
+            return float(np.median([self.off(m, top, dose * top) for m, _ in enumerate(self.members)]))
 
         logs = {1.0: off(1.0)}
         further = [dose for dose in DOSES if dose > 1] if logs[1.0] < 0 else [d for d in DOSES[::-1] if d < 1]
@@ -352,18 +391,25 @@ class Lesson:
 
     def compare(self) -> list[dict]:
         """What the members have of the effect with the original and with the control in training, on prompts
-        that are not learnt on.
+        that are not learnt on, and on those that are.
         """
         cfg, top, rows = self.cfg, max(self.cfg.scales), []
-        shares = self.shares(held_out(cfg), 800_000)
-        for member in self.members:
+        shares = self.shares(held_out(cfg), 800_000, top)
+        for m, member in enumerate(self.members):
             plain = shares.seen(member, partial(self.at, 0))
             with self.at(0):
                 original = fusing(member.denoiser.net, self.original, top)
                 before = shares.of(plain, shares.seen(member, original))
             after = shares.of(plain, shares.seen(member, partial(self.at, top)))
+            learnt = self.judge(top).of(self.bare(m), self.with_control(m, top))
             rows += [
-                {"member": member.name, "evaluator": name, "original": before[name], "adapted": after[name]}
+                {
+                    "member": member.name,
+                    "evaluator": name,
+                    "original": before[name],
+                    "adapted": after[name],
+                    "learnt": learnt[name],
+                }
                 for name in plain
             ]
         return rows

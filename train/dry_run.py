@@ -112,6 +112,13 @@ def looking(cfg: Training, card: FamilyCard, cost: Cost) -> list[str]:
     return list(dict.fromkeys([*cost.evaluators, *(chosen(card)[:1] if cfg.watch else [])]))
 
 
+def on_the_device(cost: Cost, family: Family) -> float:
+    """Bytes of what is trained on, which is kept on the CPU in any case."""
+    if family.device.type != "cpu":
+        return 0.0
+    return cost.kept * prod(family.latent_shape) * float(torch.float32.itemsize)
+
+
 def moments(
     cfg: Training, family: Family, cost: Cost, step: float, control: dict[str, Tensor]
 ) -> list[Moment]:
@@ -121,7 +128,7 @@ def moments(
     """
     card, dtype, (_, member) = family.card, family.dtype, split(cfg.member)
     vae, encoders = forecast.shared(card, dtype)
-    reading = forecast.reading_of(card, dtype)
+    encoders |= forecast.reading_of(card, dtype)
     nets = forecast.networks(card, [member], dtype, cfg.quantize)
     watched = [name for _, name in map(split, cfg.watch)]
     others = forecast.networks(card, [*watched, *cost.others], dtype)
@@ -130,10 +137,7 @@ def moments(
     offloaded = cfg.memory.offload and family.device.type != "cpu"
     if offloaded:
         beside, aside = {}, {}  # what is at work is alone
-    evaluators = looking(cfg, card, cost)
-    kept = 0.0
-    if family.device.type == "cpu":  # where it is kept in any case
-        kept = cost.kept * prod(family.latent_shape) * torch.float32.itemsize
+    evaluators, kept = looking(cfg, card, cost), on_the_device(cost, family)
     always = forecast.program(family.device) | forecast.held_evaluators(card, evaluators, family.device)
     always["what is trained on"] = kept
     trained = {"control, its average, its optimizer": 4.0 * sum(tensor.nbytes for tensor in control.values())}
@@ -152,7 +156,7 @@ def moments(
     seeds = len(cfg.sample_seeds)
     early, bare = {"what is trained on, in parts": kept}, forecast.program(family.device)
     moments = [
-        Moment("when prompts are encoded", bare | encoders | reading | ({} if offloaded else vae)),
+        Moment("when prompts are encoded", bare | encoders | ({} if offloaded else vae)),
         Moment("before the first step", always | early | nets | beside | first),
         Moment("in a step", always | nets | beside | learnt),
         Moment("when a strip is drawn", always | trained | nets | beside | drawn(member, seeds)),

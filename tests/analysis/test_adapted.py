@@ -3,6 +3,7 @@
 import json
 import subprocess
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -71,18 +72,29 @@ def test_before_and_after_are_said_and_shown_under_one_dial(run):
     assert words.adapted([c for c in map(words.led, record["cells"]) if c["adapted_from"]]) == []
 
 
+class Asked(list):
+    """Trainings asked for: control, member, name."""
+
+    def __init__(self):
+        super().__init__()
+        self.how, self.shares = [], repeat(1.1)  # all words; what each brings
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """What the trainer is asked for, which writes what is quickly made; every verdict is adapted."""
-    asked, run = [], subprocess.run
+    asked, run = Asked(), subprocess.run
 
     def trained(command, **how):
         if not str(command[1]).endswith("train/adapt.py"):
             return run(command, **how)
         told = dict(word.split("=", 1) for word in command[2:])
         asked.append((told["control"], told["member"].rpartition("/")[2], told["name"]))
+        asked.how.append(told)
         assert not any(key.startswith(("RANK", "MASTER_")) for key in how["env"])
-        adapted(Path(told["out"]) / told["name"], told["name"])
+        file = adapted(Path(told["out"]) / told["name"], told["name"])
+        share = next(asked.shares)
+        (file.parent / "shares.json").write_text(json.dumps([{"learnt": {"value": share}}] * 2))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(adapting.subprocess, "run", trained)
@@ -96,6 +108,23 @@ def test_controls_that_are_lost_are_adapted_and_measured_again(tmp_path, asked):
         record = measured(tmp_path, "targets=[base,dmd]", "adapt=true")
         assert asked == [(str(KV), "dmd", "watercolour-kv-dmd")]
         assert [c["control"] for c in record["cells"] if c["adapted_from"]] == ["watercolour-kv-dmd"] * 2
+
+
+@pytest.mark.parametrize(("second", "kept"), [(1.0, "wide"), (9.0, "adapted")])
+def test_what_the_originals_layers_cannot_carry_is_taught_to_all(tmp_path, asked, second, kept):
+    """The nearer of the two is measured."""
+    asked.shares = iter([0.5, second])
+    record = measured(tmp_path, "targets=[base,dmd]", "adapt=true")
+    assert [how.get("layers", "") for how in asked.how] == ["", "full"]
+    file = record["config"]["controls"][-1]
+    assert Path(file).parent.parent.name == kept
+
+
+def test_a_loss_by_the_second_evaluator_alone_is_one():
+    cell = {"source": "tiny/base", "target": "tiny/dmd", "reference": ""}
+    for verdicts, lost in (("kept", "weaker", "kept"), True), (("kept", "kept", "dead"), False):
+        readings = {name: {"verdict": its} for name, its in zip("abc", verdicts, strict=True)}
+        assert adapting.is_lost({**cell, "readings": readings}) is lost
 
 
 def test_a_training_that_fails_is_one_line(tmp_path, asked, monkeypatch):

@@ -19,11 +19,15 @@ from analysis import diversity, similarity, trace, transfer
 from configs import ROOT, UserError, claim, load, release, releases, replacing
 from configs.folders import LOCK, _born, digest, look
 from configs.runs import _writing
+from controls import generate
 from train import adapt, image_slider, lora, slider, sliderspace
 
 COMMANDS = {
     module.__name__: module
-    for module in (slider, lora, image_slider, sliderspace, adapt, transfer, trace, diversity, similarity)
+    for module in (
+        *(slider, lora, image_slider, sliderspace, adapt),
+        *(transfer, trace, diversity, similarity, generate),
+    )
 }
 CHEAP = {
     slider: ["trajectories=1"],

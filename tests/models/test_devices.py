@@ -12,10 +12,11 @@ import torch
 
 from analysis import diversity, similarity, trace, transfer
 from configs import ROOT, UserError, merge
+from controls import generate
 from models import devices
 from train import adapt, image_slider, lora, slider, sliderspace
 
-COMMANDS = [slider, lora, image_slider, sliderspace, adapt, transfer, trace, diversity, similarity]
+COMMANDS = [slider, lora, image_slider, sliderspace, adapt, transfer, trace, diversity, similarity, generate]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_a_setting_that_is_not_heeded_is_refused_by_name(monkeypatch, tmp_path, 
         monkeypatch.setenv(name, value)
     for command in COMMANDS:
         with pytest.raises(UserError, match=says):
-            command.main(merge(command.Config, [f"out={tmp_path}", "wandb=disabled", *words]))
+            command.main(merge(command.Config, [f"out={tmp_path}", "name=mine", "wandb=disabled", *words]))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """Forecasts of memory are what torch allocates, and name what is held together."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -110,9 +111,14 @@ def test_moments_of_a_transfer_name_what_is_held(tiny):
     assert "text encoders" not in drawing.held
     assert "weights with the control" not in decoding.held and "decoding of 8 at 64 px" in decoding.held
     assert "evaluators' look at 8" in looking.held
-    said = forecast.said(lambda: moments)
+    said = forecast.said(lambda: moments, family)
     assert (
         said.startswith("memory at the most: ") and max(moments, key=lambda moment: moment.total).when in said
+    )
+    assert re.search(r"; it fits in \d+\.\d GB$", said)
+    family.memory = Memory(gpu_gb=0.001)
+    assert "it does not fit in 0.0 GB; less is needed with quantize=nf4" in forecast.said(
+        lambda: moments, family
     )
 
 
@@ -227,7 +233,7 @@ def test_evaluators_are_loaded_and_downloaded_too(tmp_path, monkeypatch):
 def test_an_unknown_config_is_said_and_stops_no_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     family = Family("sdxl", bare=True)
-    assert forecast.said(lambda: forecast.drawing(family, [], 1, [], [])).startswith(
+    assert forecast.said(lambda: forecast.drawing(family, [], 1, [], []), family).startswith(
         "memory at the most: unknown (cannot load "
     )
 

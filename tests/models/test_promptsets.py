@@ -30,7 +30,7 @@ def test_a_text_is_a_text_whatever_lies_in_the_folder(tmp_path, monkeypatch):
 def test_coco_as_published(tmp_path):
     (tmp_path / "coco.csv").write_text(COCO)
     assert read([str(tmp_path / "coco.csv")]) == PromptSet(
-        ["A cat on a chair.", "A dog, asleep\non a mat."], [4, 99]
+        ["A cat on a chair.", "A dog, asleep\non a mat."], [4, 99], [1, 2]
     )
     assert read([str(tmp_path / "coco.csv"), "a bird"]).seeds is None  # which has none
 
@@ -39,7 +39,7 @@ def test_every_image_has_its_seed(tmp_path):
     (tmp_path / "coco.csv").write_text(COCO)
     assert read([f"{tmp_path}/coco.csv"]).numbers(2, 1000) == [4, 5, 99, 100]
     assert read(["a cat", "a dog"]).numbers(2, 1000) == [1000, 1001, 1002, 1003]
-    assert read([f"{tmp_path}/coco.csv:1"]) == PromptSet(["A cat on a chair."], [4])
+    assert read([f"{tmp_path}/coco.csv:1"]) == PromptSet(["A cat on a chair."], [4], [1])
     texts = ["A cat on a chair.", "A dog, asleep\non a mat.", "A cat on a chair."]
     assert cycled(read([f"{tmp_path}/coco.csv"]), 3) == PromptSet(texts, [4, 99, 5])
 
@@ -74,7 +74,9 @@ def test_a_text_file_and_a_dataset(tmp_path):
 )
 def test_a_table_is_the_same_in_other_spellings(tmp_path, name, text, encoding):
     (tmp_path / name).write_bytes(text.encode(encoding))
-    assert read([str(tmp_path / name)]) == PromptSet(["ein Mädchen, lächelnd", "a cat"], [5, 41337])
+    found = read([str(tmp_path / name)])
+    assert found.texts == ["ein Mädchen, lächelnd", "a cat"] and found.seeds == [5, 41337]
+    assert found.cases == ([1, 2] if "case_number" in text else None)
 
 
 def test_seeds_that_are_not_used_are_said(tmp_path, capsys):

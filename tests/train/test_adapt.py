@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from support import hub
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -170,7 +171,21 @@ def test_what_it_has_brought_is_measured_on_other_prompts(tmp_path, capsys):
         ("tiny/dmd", "geometry"),
     ]
     assert all(0 < row["original"]["value"] < 0.4 for row in rows[:2]) and "adapted" in rows[0]
+    assert all(abs(row["learnt"]["value"] - row["adapted"]["value"]) < 0.5 for row in rows)
     assert "prompts not learnt on" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_taught_is_as_strong_as_the_effect_is_still_off(tmp_path, monkeypatch):
+    """On each member and at each scale by itself, from the second round on."""
+    monkeypatch.setattr(adapt, "JUDGED", 4)
+    offs = {(0, 0.5): 0.3, (0, 1.0): -0.2, (1, 0.5): 0.0, (1, 1.0): -9.0}
+    monkeypatch.setattr(adapt.Lesson, "off", lambda self, m, scale, acting: offs[m, scale])
+    trained(tmp_path, "members=[tiny/dmd,tiny/lcm]", "steps=4", "rounds=2", "runs=4")
+    folder = tmp_path / "watercolour-kv-dmd-lcm"
+    first, second = (load_file(folder / f"points-{k}.safetensors") for k in range(2))
+    assert torch.equal(first["gains"], torch.ones(2, 2))
+    wanted = [[np.exp(-0.3), np.exp(0.2)], [1.0, adapt.GAINS[1]]]
+    assert torch.allclose(second["gains"], torch.tensor(wanted, dtype=torch.float32))
 
 
 def test_a_control_without_words_is_compared_along_its_own_direction(tmp_path):
@@ -225,7 +240,8 @@ def test_what_it_takes_on_sdxl_is_said_without_weights(tmp_path, monkeypatch, ca
     adapt.main(merge(Config, words))
     said = capsys.readouterr().out
     counted = {name: int(count) for count, name in re.findall(r"(\d+) of ([\w-]+)", said)}
-    points, looks = 24 * 2 * 3 * 4, 2 * (64 + 24)  # runs, scales, rounds, steps; images without and with it
+    # runs, scales, rounds, steps; images without and with it, at two scales and held out
+    points, looks = 24 * 2 * 3 * 4, 2 * (2 * 64 + 24)
     assert counted["base"] == points * 2 * 2 + looks * 100 and counted["dmd2"] > points * 2
     assert 10 < float(re.search(r"memory at the most: ([\d.]+) GB", said)[1]) < 60
     assert re.search(r"base +2.57 +5.1 +5.1", said) and re.search(r"dmd2 +2.57 +5.1 +5.1", said)
