@@ -1,5 +1,6 @@
 """Families: a base model and its distilled students, from a card to members that are ready to run."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from inspect import signature
@@ -91,9 +92,18 @@ class Family:
         self._encoded: dict[tuple[str, str | None], Prompts] = {}
         self._noted: set[str] = set()  # texts of which it was said whether they are cut
 
-    def use(self, pipe: "DiffusionPipeline", nets: dict[str, nn.Module]) -> None:
-        """Takes a pipeline and networks by member that are in memory already, instead of loading them."""
-        self._pipe, self._nets = pipe, nets
+    def use(self, pipe: "DiffusionPipeline", nets: dict[str, nn.Module] | None = None) -> None:
+        """Takes a pipeline of diffusers that is in memory, its network as the base's, and further networks by
+        member, instead of loading them.
+
+        The pipeline itself stays as it is. The family is to be made for its device and type:
+        Family("sdxl", pipe.device, pipe.dtype).
+        """
+        part = self.architecture.part
+        own = {self.card.base: net} if (net := getattr(pipe, part, None)) is not None else {}
+        self._nets = own | (nets or {})
+        self._pipe = copy.copy(pipe)
+        self._pipe.register_modules(**{part: None})
 
     @property
     def pipe(self) -> "DiffusionPipeline":

@@ -21,13 +21,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
-from support.hub import BETAS, half, pipeline, publish, unet
+from support.hub import BETAS, SIZE_PX, half, pipeline, publish, unet
 
 from configs import ROOT, UserError
 from models import loading
 from models.families import Family, card, fast_dtype, place, split
 from models.hashing import identity
 from models.noise import CLEAN, ancestral, vp
+from models.plans import hybrid
 from models.sampler import Plan, Stage, alone, draw_noise, finish
 
 TEXTS = ["portrait of a person, glasses", "portrait of a person, hat"]
@@ -279,6 +280,30 @@ def test_members_share_vae_and_text_encoders_and_nothing_else(tiny):
 def test_latent_shapes(tiny, sdxl):
     assert tiny.latent_shape == (4, 16, 16) and sdxl.latent_shape == (4, 8, 8)
     assert tiny.member("base").denoiser.net.config.sample_size == 16
+
+
+def test_pipelines_that_are_loaded_are_used_and_left_as_they_are(tmp_path):
+    """As a user of diffusers has them: nothing is read from a disk, and they draw as before."""
+    card_file = tmp_path / "small.yaml"
+    card_file.write_text(f"extends: sdxl\nsize_px: {SIZE_PX}\n")
+    pipe, student = pipeline(card("sdxl")), unet(7, sdxl=True)
+    pipe.set_progress_bar_config(disable=True)
+    net, parts = pipe.unet, dict(pipe.components)
+
+    def theirs() -> torch.Tensor:
+        how = {"height": SIZE_PX, "width": SIZE_PX, "output_type": "latent", "num_inference_steps": 5}
+        return pipe(TEXTS[0], generator=torch.Generator().manual_seed(3), **how).images
+
+    before = theirs()
+    family = Family(str(card_file), pipe.device, pipe.dtype)
+    family.use(pipe, {"lightning": student})
+    base, lightning = family.member("base"), family.member("lightning")
+    assert base.denoiser.net is net and lightning.denoiser.net is student
+    prompts, noise = family.encode(TEXTS[:1]), draw_noise([3], family.latent_shape, 4)
+    with torch.no_grad():
+        assert family.decode(finish(hybrid(base, lightning, 1), noise, prompts)).isfinite().all()
+    family.encode_all(TEXTS)  # after which the family lets the text encoders go
+    assert dict(pipe.components) == parts and torch.equal(theirs(), before)
 
 
 # encoding
