@@ -66,22 +66,28 @@ def served(studio: Studio, host: str, port: int) -> Iterator[tuple[str, Callable
     package, blocks = gradio(), built(studio)
     look = package.themes.Base(primary_hue="blue", neutral_hue="stone", font=FONT, font_mono=["monospace"])
     closed = {"share": False, "enable_monitoring": False, "run_history": False, "mcp_server": False}
+    how = {"footer_links": [], "ssr_mode": False, "pwa": False, "quiet": True, "prevent_thread_lock": True}
     try:
-        blocks.launch(
-            server_name=host,
-            server_port=port,
-            theme=look,
-            css_paths=FOLDER / "page.css",
-            footer_links=[],
-            ssr_mode=False,
-            pwa=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            **closed,
-        )
+        with directly(host):
+            blocks.launch(
+                server_name=host, server_port=port, theme=look, css_paths=FOLDER / "page.css", **how, **closed
+            )
         yield f"http://{host}:{port}", blocks.block_thread
     finally:
         blocks.close(verbose=False)
+
+
+@contextmanager
+def directly(host: str) -> Iterator[None]:
+    """Inside, no proxy stands between this process and its own page, which gradio asks for."""
+    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
+    others = [value for value in before.values() if value]
+    try:
+        os.environ.update(dict.fromkeys(before, ",".join([*others, host, "localhost", "127.0.0.1"])))
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def built(studio: Studio) -> "Blocks":
@@ -99,9 +105,7 @@ def built(studio: Studio) -> "Blocks":
             for key, title in TABS.items():
                 with ui.Tab(title, id=key) as tab:
                     views[key] = ui.HTML(elem_id=key, min_height=0)
-                tab.select(
-                    lambda key=key: key, None, open_tab, show_progress="hidden", api_visibility="private"
-                )
+                tab.select(lambda key=key: key, None, open_tab, **QUIET)
         dials = turned(studio, ui)
         asked = [open_tab, prompt, seed, *dials]
         moved = [blocks.load, open_tab.change, prompt.submit, prompt.blur, seed.change]

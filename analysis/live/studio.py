@@ -167,18 +167,30 @@ class Studio:
 
     def steps(self, way: str, wish: Wish) -> Tensor:
         """x0 at each step, (T, 1, C, H, W); the last is the finished latent."""
-        return self.once(("steps", way, wish), lambda: self.drawn(way, wish, torch.arange(1)))
+
+        def make() -> Tensor:
+            return self.family.drawing.of(lambda rows: self.drawn(way, wish, rows), 1)[0]
+
+        return self.once(("steps", way, wish), make)
 
     @torch.no_grad()
     def drawn(self, way: str, wish: Wish, rows: Tensor) -> Tensor:
-        """The same of several seeds, counted from the wish's, (T, B, C, H, W)."""
+        """The same of several seeds, counted from the wish's, (T, B, C, H, W), on the CPU.
+
+        Raises UserError for what is not finite.
+        """
         plan, family = self.plans[way], self.family
         seeds = [wish.seed + row for row in rows.tolist()]
         noise = draw_noise(seeds, family.latent_shape, plan.steps, family.device)
         prompts = family.encode([wish.prompt] * len(seeds))
         with self.turned(dict(wish.scales)):
             steps = list(sample(plan, noise, prompts))
-        return torch.stack([*(step.x0 for step in steps[:-1]), steps[-1].after]).cpu()
+        latents = torch.stack([*(step.x0 for step in steps[:-1]), steps[-1].after]).cpu()
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"{self.names[way]} gives numbers that are not finite: smaller scales, or dtype=fp32, may do"
+            )
+        return latents
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1]."""

@@ -41,7 +41,7 @@ def studio_of(*words: str) -> Studio:
 
 @pytest.fixture(scope="module")
 def studio() -> Studio:
-    return studio_of()
+    return studio_of(f"prompt={PROMPT}", "seed=20")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,6 @@ def drawn(family: Family, seeds: list[int], plan: str) -> torch.Tensor:
 
 def test_without_words_it_is_the_student_with_most_guidance_beside_its_base(studio):
     assert studio.names == {"base": "base", "student": "dmd8", "plan": "hybrid(1)"}
-    assert studio.first == Wish("portrait of a person", 11)
     assert [(dial.name, dial.least, dial.most) for dial in studio.dials] == [
         ("smile", -2, 2),
         ("watercolour", 0, 1.5),
@@ -93,9 +92,30 @@ def test_a_dial_at_0_is_the_network_to_which_nothing_was_attached(studio, bare, 
 
 def test_hybrid_0_is_the_student():
     studio = studio_of("plan=hybrid(0)")
+    assert studio.first == Wish("portrait of a person", 11)
     wish = studio.wish(PROMPT, 5, {"smile": 1})
     assert same(studio.picture("plan", wish), studio.picture("student", wish))
     assert not same(studio.picture("plan", wish), studio.picture("base", wish))
+
+
+def test_a_student_that_is_a_lora_over_its_base_shares_its_dials(tmp_path):
+    (tmp_path / "card.yaml").write_text(
+        f"extends: tiny\nmembers:\n  base: {{steps: 3}}\n  styled: {{lora: {ROOT / STYLE}, steps: 2}}\n"
+    )
+    words = [f"family={tmp_path}/card.yaml", "student=styled", f"controls=[{SMILE}]"]
+    studio = live.opened(load(live.Config, words))
+    assert len(studio.nets) == 1
+    plain, smiling = (studio.wish(PROMPT, 3, {"smile": scale}) for scale in (0, -2))
+    bare = Family(f"{tmp_path}/card.yaml")
+    expected = [bare.draw(bare.member(name), [PROMPT], [3])[0] for name in ("base", "styled")]
+    before = pictures(studio, plain)
+    assert all(same(a, to_image(to_uint8(b))) for a, b in zip(before[:2], expected, strict=True))
+    assert not any(map(same, before, pictures(studio, smiling)))
+
+
+def test_numbers_that_are_not_finite_are_said(studio):
+    with pytest.raises(UserError, match="base gives numbers that are not finite"):
+        studio.picture("base", studio.wish(PROMPT, 3, {"smile": 1e38}))
 
 
 def test_a_dial_changes_the_pictures_and_back_gives_the_same(studio):
@@ -359,7 +379,7 @@ def test_the_mouse_drags_a_dial_and_its_last_place_counts(opened, studio):
     y = box["y"] + box["height"] / 2
     page.mouse.move(box["x"] + box["width"] / 2, y)
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] - 2, y, steps=12)
+    page.mouse.move(box["x"] + box["width"] - 2, y, steps=6)
     page.mouse.up()
     all_changed(page, "#pictures img", first)
     scale = float(page.get_by_label("range slider for smile").input_value())
@@ -380,8 +400,8 @@ def test_prompt_and_seed_are_drawn_and_what_cannot_be_is_said(opened, studio):
     prompt.press("Enter")
     second = all_changed(page, "#pictures img", first)
     alt = page.locator("#pictures img").first.get_attribute("alt")
-    assert alt == "base: portrait of a person, hat <b>&amp; ${1 + 1}, seed 11"
-    page.get_by_label("Seed").fill("12")
+    assert alt == "base: portrait of a person, hat <b>&amp; ${1 + 1}, seed 20"
+    page.get_by_label("Seed").fill("21")
     page.get_by_label("Seed").press("Tab")
     all_changed(page, "#pictures img", second)
     page.get_by_label("Seed").fill("9223372036854775807")
@@ -390,7 +410,7 @@ def test_prompt_and_seed_are_drawn_and_what_cannot_be_is_said(opened, studio):
 
 
 @needs_browser
-def test_film_and_variety_follow_the_dials_too(opened, studio):
+def test_the_film_follows_the_dials_and_variety_has_its_number(opened, studio):
     page = opened()
     page.get_by_role("tab", name="Film").click()
     page.locator("#film .strip img").first.wait_for()
@@ -399,12 +419,15 @@ def test_film_and_variety_follow_the_dials_too(opened, studio):
     style = page.get_by_label("range slider for watercolour")
     style.focus()
     style.press("End")
-    all_changed(page, "#film .trio img", before)
+    moved = all_changed(page, "#film .trio img", before)
+    style.press("Home")
+    assert all_changed(page, "#film .trio img", moved) == before
     page.get_by_role("tab", name="Variety").click()
     page.locator("#variety img").first.wait_for()
-    wish = studio.wish(studio.first.prompt, studio.first.seed, {"watercolour": 1.5})
-    share = studio.variety("student", wish).of_base
-    assert f"{100 * share:.0f} % of the base's" in page.locator("#variety figure").nth(1).inner_text()
+    variety = studio.variety("student", studio.first)
+    says = page.locator("#variety figure").nth(1).inner_text()
+    assert f"{variety.distance['value']:.3f} [" in says
+    assert f"{100 * variety.of_base:.0f} % of the base's" in says
 
 
 @needs_browser
