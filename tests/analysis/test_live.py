@@ -1,10 +1,12 @@
 """The live page: what it draws, and the page itself in a real headless Chromium."""
 
 import importlib.util
+import os
 import shutil
 import socket
 from pathlib import Path
 from threading import Thread
+from urllib.request import proxy_bypass
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ PROMPT = "portrait of a person, red hair"
 PLANS = {"base": "base", "student": "student", "plan": "hybrid(1)"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 GRADIO = importlib.util.find_spec("gradio")
+needs_gradio = pytest.mark.skipif(not GRADIO, reason="no gradio on this machine: pip install -e '.[live]'")
 
 
 def studio_of(*words: str) -> Studio:
@@ -229,7 +232,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.skipif(not GRADIO, reason="no gradio on this machine: pip install -e '.[live]'")
+@needs_gradio
 @pytest.mark.parametrize("word, says", [(word, says) for word, *says in REFUSED])
 def test_what_cannot_be_is_one_line(word, says, monkeypatch):
     monkeypatch.setattr(page, "served", None)
@@ -275,11 +278,22 @@ def test_a_missing_gradio_is_one_line(monkeypatch):
     refused(configured(live, []), 'pip install -e ".[live]"')
 
 
+@needs_gradio
 def test_a_taken_port_is_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         refused(configured(live, [f"port={taken.getsockname()[1]}"]), "port=")
+
+
+def test_no_proxy_stands_before_the_own_page_and_the_setting_is_given_back(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "intra.net")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with page.directly("10.0.0.7"):
+        assert all(proxy_bypass(host) for host in ("10.0.0.7", "127.0.0.1", "localhost", "intra.net"))
+        assert not proxy_bypass("example.org")
+    assert os.environ["NO_PROXY"] == "intra.net" and "no_proxy" not in os.environ
 
 
 def test_help_says_every_key():
