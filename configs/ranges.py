@@ -31,6 +31,7 @@ RANGES = {
     "kept": (2, 1e6),
     "neighbours": (1, 1e4),
     "pairs": (1, 1e6),
+    "port": (1, 65535),
     "prior_images": (1, 1e6),
     "prompts": (1, 1e6),
     "rank": (0, 4096),

@@ -36,6 +36,7 @@ COMMANDS = {  # module: how it is called
     "analysis.trace": "python -m analysis.trace",
     "analysis.diversity": "python -m analysis.diversity",
     "analysis.similarity": "python -m analysis.similarity",
+    "analysis.live": "python -m analysis.live",
     "analysis.dashboard": "python -m analysis.dashboard",
     "controls.show": "python -m controls.show FILE …",
     "controls.generate": "python -m controls.generate",

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from support.synthetic import results as fake_record
 from support.toys import toys
 
-from analysis import diversity, report, similarity, trace, transfer
+from analysis import diversity, live, report, similarity, trace, transfer
 from configs import ROOT, claim, entry, load, plain_name, save
 from configs.ranges import check
 from controls import convert, formats, generate, info, merge, show
@@ -108,6 +108,7 @@ SCHEMAS = [
     trace.Config,
     diversity.Config,
     similarity.Config,
+    live.Config,
     convert.Config,
     merge.Config,
     show.Config,
