@@ -148,15 +148,23 @@ def kit_of(card: FamilyCard) -> Kit:
     return kit
 
 
-def file_of(card: FamilyCard, name: str) -> File:
+def file_of(card: FamilyCard, name: str, called: str = "") -> File:
     """The file of a member's network, or of the LoRA that makes it.
 
-    Of a family whose text encoders are in its base's checkpoint the base is one.
+    Of a family whose text encoders are in its base's checkpoint the base is one. called: its name where it is
+    the user's own. Raises UserError for a base of which no such checkpoint is published.
     """
-    its, base = card.members[name], name == card.base and not kit_of(card).loader
+    its, whole = card.members[name], name == card.base and not kit_of(card).loader
     repo, _, variant = source(card, its)
-    folder = "loras" if its.lora else "checkpoints" if base else "diffusion_models"
+    folder = "loras" if its.lora else "checkpoints" if whole else "diffusion_models"
     path = its.file or its.lora
+    if called:
+        return File(folder, called)
+    if whole and not path and repo not in NETWORKS:
+        raise UserError(
+            f"{card.name}/{name}: of {repo} no one file is known that holds network, text encoders and VAE, "
+            f"as ComfyUI takes them; where you have one, name it: files={{{name}: FILE}}"
+        )
     if not path:
         weights = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}.safetensors"
         home, path = NETWORKS.get(repo, ("", f"{its.subfolder}/{weights}" if its.subfolder else weights))

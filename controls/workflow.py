@@ -125,7 +125,9 @@ def files_of(cfg: Config, family: Family, plan: Plan) -> Files:
     loaded = dict.fromkeys([*map(card.holder, names), *names, *([] if kit.loader else [card.base])])
     if strange := [name for name in cfg.files if name not in loaded]:
         raise UserError(f"files: {cfg.plan} loads no {cut(strange[0])!r}; it loads {', '.join(loaded)}")
-    networks = {name: _renamed(file_of(card, name), cfg.files.get(name, "")) for name in loaded}
+    if strange := [name for name, file in cfg.files.items() if not isinstance(file, str) or not file]:
+        raise UserError(f"files: {cut(strange[0])} has no file's name; it is written {strange[0]}: FILE")
+    networks = {name: file_of(card, name, cfg.files.get(name, "")) for name in loaded}
     if cfg.clip and len(cfg.clip) != len(kit.clip):
         raise UserError(
             f"clip holds {len(cfg.clip)} files; {card.name} takes {len(kit.clip)}: "
@@ -168,8 +170,8 @@ def _controls(cfg: Config, family: Family, plan: Plan) -> dict[str, list[tuple[F
 
 
 def lora_file(path: str, family: Family) -> File:
-    """What ComfyUI loads of a control's file: of a U-Net kohya's layout, for it knows no other names of its
-    layers; of a transformer, whose B hold alpha / rank, and of other tools the file itself.
+    """What ComfyUI loads of a control's file: of a U-Net kohya's layout, for it leaves out attention that is
+    named as in diffusers; of a transformer, whose B hold alpha / rank, and of other tools the file itself.
     """
     name = PurePosixPath(path)
     if ARCHITECTURES[family.card.architecture].part != "unet" or not formats.native(path):
@@ -182,7 +184,7 @@ def scale(path: str, said: str) -> float:
     """A scale as it is written. Raises UserError for what is none."""
     try:
         value = float(said)
-    except ValueError:
+    except (ValueError, TypeError):
         value = math.nan
     if not -STRONGEST <= value <= STRONGEST:
         raise UserError(

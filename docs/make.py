@@ -40,6 +40,7 @@ COMMANDS = {  # module: how it is called
     "controls.show": "python -m controls.show FILE …",
     "controls.convert": "python -m controls.convert FROM TO",
     "controls.merge": "python -m controls.merge A B … TO",
+    "controls.workflow": "python -m controls.workflow",
     "models.budget": "python -m models.budget",
 }
 KEPT = {  # of a record: what the pages tell, everything else stays in the run's own folder

@@ -27,7 +27,7 @@ from support.toys import toys
 from analysis import diversity, report, similarity, trace, transfer
 from configs import ROOT, claim, entry, load, plain_name, save
 from configs.ranges import check
-from controls import convert, formats, info, merge, show
+from controls import convert, formats, info, merge, show, workflow
 from models import promptsets
 from models.cards import card
 from models.plans import PLANS, named
@@ -111,6 +111,7 @@ SCHEMAS = [
     convert.Config,
     merge.Config,
     show.Config,
+    workflow.Config,
 ]
 
 
