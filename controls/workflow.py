@@ -24,6 +24,7 @@ from models.sampler import Member, Plan
 
 WRITABLE = ("hybrid", "late", "skip")  # plans of stages that differ in nothing but their networks
 HOPELESS = ("dead", "reversed", "undefined")  # verdicts with which no scale gives the effect
+KOHYAS = ("lora_unet_", "lora_te", "lycoris_")  # names of layers that ComfyUI knows of any U-Net
 STRONGEST = 100.0  # strength of a LoRA that ComfyUI takes, either way
 
 
@@ -52,22 +53,24 @@ def main(cfg: Config) -> Path:
     if Path(cfg.out).is_dir() or not cfg.out.lower().endswith(".json"):
         raise UserError(f"cannot write out={cut(cfg.out)}: it is a folder, or does not end in .json")
     family = Family(cfg.family, bare=True)
-    kit_of(family.card)
     plan = plan_of(family, cfg.plan)
-    files, graph = files_of(cfg, family, plan), Graph()
-    loaded = comfyui.load(graph, family.card, list(files.controls), files)
-    finished = comfyui.draw(graph, family.card, plan, loaded, texts_of(cfg, family, plan), cfg.seed)
-    picture = graph.add("VAEDecode", "picture", samples=finished, vae=loaded.vae)
-    graph.add(
-        "SaveImage",
-        "save",
-        images=picture,
-        filename_prefix=f"{family.card.name}-{cfg.plan}".replace(":", "-"),
-    )
+    files = files_of(cfg, family, plan)
+    nodes = graph(cfg, family, plan, files).nodes
     with replacing(Path(cfg.out)) as new:
-        new.write_text(json.dumps(graph.nodes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        new.write_text(json.dumps(nodes, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join([f"{cfg.out}: {cfg.plan} of {family.card.name}", *steps(plan), *needs(files)]))
     return Path(cfg.out)
+
+
+def graph(cfg: Config, family: Family, plan: Plan, files: Files) -> Graph:
+    """From the loaders to the saved picture."""
+    made = Graph()
+    loaded = comfyui.load(made, family.card, list(files.controls), files)
+    finished = comfyui.draw(made, family.card, plan, loaded, texts_of(cfg, family, plan), cfg.seed)
+    picture = made.add("VAEDecode", "picture", samples=finished, vae=loaded.vae)
+    prefix = f"{family.card.name}-{cfg.plan}".replace(":", "-")
+    made.add("SaveImage", "save", images=picture, filename_prefix=prefix)
+    return made
 
 
 def plan_of(family: Family, text: str) -> Plan:
@@ -75,6 +78,7 @@ def plan_of(family: Family, text: str) -> Plan:
 
     Raises UserError for one that no nodes of ComfyUI can do.
     """
+    kit_of(family.card)
     name, colon, how = text.replace(" ", "").partition(":")
     if colon and how.partition("(")[0] not in WRITABLE:
         raise UserError(
@@ -112,7 +116,7 @@ def texts_of(cfg: Config, family: Family, plan: Plan) -> tuple[str, str | None]:
             f"do not: its pictures differ"
         )
     prompt = cfg.prompt or next(iter(family.card.prompts), "")
-    return prompt, cfg.negative or (kit_of(family.card).negative if guided else None)
+    return prompt, (cfg.negative or kit_of(family.card).negative) if guided else None
 
 
 # files
@@ -162,7 +166,7 @@ def _controls(cfg: Config, family: Family, plan: Plan) -> dict[str, list[tuple[F
             raise UserError(f"two of the controls would be {file.name} in ComfyUI: call one otherwise")
         for name, member in members.items():
             if said == "matched":
-                strength = matched(path, card, f"{family.card.name}/{cfg.plan}", member.name)
+                strength = matched(path, card, f"{family.card.name}/{cfg.plan.replace(' ', '')}", member.name)
             else:
                 strength = scale(path, said)
             found[name].append((file, strength))
@@ -171,13 +175,14 @@ def _controls(cfg: Config, family: Family, plan: Plan) -> dict[str, list[tuple[F
 
 def lora_file(path: str, family: Family) -> File:
     """What ComfyUI loads of a control's file: of a U-Net kohya's layout, for it leaves out attention that is
-    named as in diffusers; of a transformer, whose B hold alpha / rank, and of other tools the file itself.
+    named as in diffusers; of a transformer, whose B hold alpha / rank, the file itself.
     """
-    name = PurePosixPath(path)
-    if ARCHITECTURES[family.card.architecture].part != "unet" or not formats.native(path):
+    name, (keys, metadata) = PurePosixPath(path), header(path)
+    if ARCHITECTURES[family.card.architecture].part != "unet" or all(key.startswith(KOHYAS) for key in keys):
         return File("loras", name.name)
     kohya = f"{name.stem}-kohya.safetensors"
-    return File("loras", kohya, made=f"python -m controls.convert {path} {kohya} format=kohya")
+    member = "" if formats.card_of(path, metadata) else f" member={family.card.name}/{family.card.base}"
+    return File("loras", kohya, made=f"python -m controls.convert {path} {kohya} format=kohya{member}")
 
 
 def scale(path: str, said: str) -> float:

@@ -334,17 +334,19 @@ class Family:
             release()
 
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
+        self._agrees(name, member)
+        return self._sampled(name, *self._network(name, member, quantize))
+
+    def _sampled(self, name: str, net: nn.Module | None, delta: Delta | None) -> Member:
+        """A network, and how its member's card says that it is sampled; notes a size that it was not trained
+        on.
+        """
+        member = self.card.members[name]
         if member.trained_px and member.trained_px != self.card.size_px:
             note(
                 f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at "
                 f"{self.card.size_px}: its images may suffer"
             )
-        self._agrees(name, member)
-        return self._sampled(name, *self._network(name, member, quantize))
-
-    def _sampled(self, name: str, net: nn.Module | None, delta: Delta | None) -> Member:
-        """A network, and how its member's card says that it is sampled."""
-        member = self.card.members[name]
         denoiser = Denoiser(
             net,
             member.prediction_type,

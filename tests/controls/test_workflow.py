@@ -292,6 +292,10 @@ def test_guidance(tmp_path):
     first, second = of(flux, "SamplerCustom")
     assert flux[first["positive"][0]]["inputs"]["guidance"] == 3.5
     assert flux[second["positive"][0]]["class_type"] == "CLIPTextEncode"
+    words = [f"out={tmp_path / 'w.json'}", "plan=turbo", "negative=ugly"]
+    printed = ran(configured(workflow, words))
+    assert "note: negative= is not used" in printed and "was trained at 512 px and is run at 1024" in printed
+    assert len(of(json.loads((tmp_path / "w.json").read_text()), "CLIPTextEncode")) == 1
     guided = made(tmp_path, "plan=dmd2:hybrid(1,5)")
     assert [its["cfg"] for its in of(guided, "KSamplerAdvanced")] == [5, 1]
 
@@ -366,6 +370,11 @@ def test_the_file_that_comfyui_needs_is_named_and_made(tmp_path):
     assert "into models/diffusion_models" in printed and "dmd2 at sigma 4.08" in printed
     convert.main(path, tmp_path / "a-kohya.safetensors", load(convert.Config, ["format=kohya"]))
     assert any(key.endswith(".alpha") for key in formats.read(tmp_path / "a-kohya.safetensors")[0])
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    halves = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)}
+    save_file(halves, tmp_path / "theirs.safetensors")  # of another tool, likewise in diffusers' layout
+    words = [f"out={tmp_path / 'w.json'}", f"controls={{{tmp_path / 'theirs.safetensors'}: 1}}"]
+    assert "theirs-kohya.safetensors format=kohya member=sdxl/base" in ran(configured(workflow, words))
     flux = control(tmp_path / "f.safetensors", "flux", member="dev")
     nodes = made(tmp_path, "family=flux", "plan=schnell", f"controls={{{flux}: 1}}")
     assert of(nodes, "LoraLoaderModelOnly")[0]["lora_name"] == "f.safetensors"
