@@ -25,7 +25,9 @@ from models.noise import CLEAN, TRAIN_STEPS, Noise, ancestral, vp
 from models.sampler import Member, Plan
 
 Link = list  # [a node's number, which of its outputs]
-APART = 2**32  # seeds between two stages, so that the second does not draw the first one's fresh noise again
+# seeds between two stages, so that the second does not draw the first one's fresh noise again; torch's
+# generator on a CPU heeds the last 32 bits alone
+APART = 2**30
 PREDICTIONS = {"v": "v_prediction", "sample": "x0"}  # what ModelSamplingDiscrete calls them; eps is usual
 
 

@@ -539,6 +539,7 @@ def test_comfyuis_own_nodes_make_our_latents(tmp_path, comfy, name):
 
     plan = replace(plan, stages=tuple(map(toyed, plan.stages)))
     noise = theirs.noise_of(nodes, plan, (CHANNELS.get(name, 16), size, size))
+    assert len({row.sum().item() for row in noise[0]}) == plan.steps + 1  # no noise is drawn twice
     prompts = Prompts(torch.full((1, 1, 4), 0.4), negative=Prompts(torch.zeros(1, 1, 4)))
     with torch.no_grad():
         wanted = finish(plan, noise, prompts)
