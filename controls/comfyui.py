@@ -7,10 +7,10 @@ Its sigma is sigma / alpha of a network that predicts eps, v or x0, and the sigm
   the last training step and every 250th before it, from eps.
 - SamplerCustom with the levels written out (ManualSigmas) everywhere else. Turbo's, Lightning's and Hyper's
   levels are those of `simple` too, but Turbo and Lightning start from sigma eps and Hyper ends at training
-  step 0; LCM's are those of its own sampling alone, which the base has not; flows are shifted by the size of
-  the image, and that of their own scheduler is not linear.
+  step 0; LCM's are those of `simple` only on a network that is set to LCM's sampling, which the base is not;
+  a flow's are those of diffusers' scheduler for the size of the image, which no scheduler there spaces alike.
 
-No node changes how a flow is shifted: that decides named schedulers and nothing else.
+No node shifts a flow: that changes the levels of named schedulers and nothing else.
 """
 
 import math
@@ -131,8 +131,8 @@ class Files:
 def load(graph: Graph, card: FamilyCard, names: Sequence[str], files: Files) -> Loaded:
     """The loaders of members' networks and of what they share."""
     kit, shared = kit_of(card), files.clip
-    own = {holder: None for holder in map(card.holder, names)}
-    homes = {name: _network(graph, name, files.networks[name]) for name in own}
+    holders = dict.fromkeys(map(card.holder, names))
+    homes = {name: _network(graph, name, files.networks[name]) for name in holders}
     if kit.loader:
         ends = [""] if len(shared) == 1 else [str(k + 1) for k in range(len(shared))]
         inputs = {f"clip_name{end}": file.name for end, file in zip(ends, shared, strict=True)}
