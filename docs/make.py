@@ -42,6 +42,7 @@ COMMANDS = {  # module: how it is called
     "controls.generate": "python -m controls.generate",
     "controls.convert": "python -m controls.convert FROM TO",
     "controls.merge": "python -m controls.merge A B … TO",
+    "controls.workflow": "python -m controls.workflow",
     "models.budget": "python -m models.budget",
 }
 KEPT = {  # of a record: what the pages tell, everything else stays in the run's own folder

@@ -18,7 +18,7 @@ from models.prompts import Prompts, concatenate
 class Denoiser:
     """A network wrapped into a thing that returns the clean latent x0. Counts what it is asked."""
 
-    net: nn.Module
+    net: nn.Module | None  # none in an outline, which says how a member is sampled
     prediction_type: str = "eps"  # what the network predicts: eps, v, flow, sample
     # guidance that the network itself is told: LCM the scale minus one, Flux the scale
     guidance_embedding: float | None = None

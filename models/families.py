@@ -306,13 +306,25 @@ class Family:
         quantize: how its network is held where it is not loaded yet; None = as the family's are.
         """
         if name not in self._members:
-            if name not in self.card.members:
-                raise UserError(
-                    f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}"
-                )
+            self._known(name)
             held = self.quantize if quantize is None else quantize
             self._members[name] = self._load(name, self.card.members[name], held)
         return self._members[name]
+
+    def outline(self, name: str) -> Member:
+        """A member as it is sampled, without its network: of a flow its scheduler's config is read, of others
+        nothing.
+
+        Raises UserError as `member` does.
+        """
+        self._known(name)
+        return self._sampled(name, None, None)
+
+    def _known(self, name: str) -> None:
+        if name not in self.card.members:
+            raise UserError(
+                f"no member {name!r} in family {self.card.name}: there are {', '.join(self.card.members)}"
+            )
 
     @property
     def members(self) -> list[str]:
@@ -332,13 +344,19 @@ class Family:
             release()
 
     def _load(self, name: str, member: MemberCard, quantize: str) -> Member:
+        self._agrees(name, member)
+        return self._sampled(name, *self._network(name, member, quantize))
+
+    def _sampled(self, name: str, net: nn.Module | None, delta: Delta | None) -> Member:
+        """A network, and how its member's card says that it is sampled; notes a size that it was not trained
+        on.
+        """
+        member = self.card.members[name]
         if member.trained_px and member.trained_px != self.card.size_px:
             note(
                 f"{self.card.name}/{name} was trained at {member.trained_px} px and is run at "
                 f"{self.card.size_px}: its images may suffer"
             )
-        self._agrees(name, member)
-        net, delta = self._network(name, member, quantize)
         denoiser = Denoiser(
             net,
             member.prediction_type,

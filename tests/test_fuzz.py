@@ -27,7 +27,7 @@ from support.toys import toys
 from analysis import diversity, live, report, similarity, trace, transfer
 from configs import ROOT, claim, entry, load, plain_name, save
 from configs.ranges import check
-from controls import convert, formats, generate, info, merge, show
+from controls import convert, formats, generate, info, merge, show, workflow
 from models import promptsets
 from models.cards import card
 from models.plans import PLANS, named
@@ -113,6 +113,7 @@ SCHEMAS = [
     merge.Config,
     show.Config,
     generate.Config,
+    workflow.Config,
 ]
 
 
