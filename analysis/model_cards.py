@@ -14,10 +14,10 @@ from analysis.pages.words import ranged
 from configs import ROOT, UserError, plain_name, replacing
 from controls import formats
 from controls.lora import Card
+from controls.scales import HOPELESS
 from models import families
 
 KINDS = {"slider": "A Concept Slider", "lora": "A LoRA", "sliderspace": "A SliderSpace direction"}
-HOPELESS = ("dead", "reversed", "undefined")  # verdicts with which no scale is recommended
 NOTE = """Use scale: where the effect is the one that the control has at scale 1 on the model it was trained
 on. Kept: slope of the effect over the scale, as a share of the slope there, and a verdict on it; *kept* is
 shown to lie within {low:g} and {high:g}. In brackets 95 % intervals."""

@@ -6,10 +6,9 @@ images.jsonl, a contact sheet. `from=PICTURE.png` draws a picture again from wha
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from configs import ROOT, UserError, cut, entry, folders, list_of, load, note, replacing, tracking
 from configs.runs import versions
-from controls import formats
-from controls.lora import Control, content, fits, fusing
+from controls import formats, scales
+from controls.lora import Control, content, fits, fused
 from controls.picture_grid import picture_grid, to_image, to_uint8
 from models import budget, devices, forecast, plans, promptsets
 from models.batches import Batches
@@ -35,7 +34,6 @@ from models.prompts import Prompts, stacked
 from models.sampler import Plan, alone, draw_noise, finish
 
 KEY = "distilled-control"  # of a picture's settings in its metadata
-MATCHED = "matched"
 FREE = ("wandb", "batch_size", "memory", "prompts", "seeds", "shown", "dry_run")
 SHOWN_PX = 256  # side of a picture on the contact sheet
 
@@ -157,21 +155,23 @@ class Studio:
         self.target = f"{self.family.card.name}/{cfg.plan}"
         self.bare = self.family if cfg.dry_run else Family(cfg.family, bare=True)
         plan = plan_by(cfg.plan, self.bare)  # what cannot be is said before anything is loaded
-        self.controls = [self.control(name, scale) for name, scale in cfg.controls.items()]
+        self.controls = [self.control(name, scale, plan) for name, scale in cfg.controls.items()]
         for member in plan.members:
             for _, control, _ in self.controls:
                 fits(member.denoiser.net, control, self.family.card.name)
 
-    def control(self, name: str, scale: Any) -> tuple[str, Control, float]:
-        """A control's file, itself, and its scale, a number. Raises UserError."""
+    def control(self, name: str, scale: Any, plan: Plan) -> tuple[str, Control, dict[str, float]]:
+        """A control's file, itself, and its scale on each member of a plan. Raises UserError."""
         shipped = f"controls/{self.family.card.name}/{name}.safetensors"
         file = shipped if (ROOT / shipped).is_file() and not Path(name).exists() else name
         control = formats.load(file)
-        if scale == MATCHED:
-            return file, control, matched(control, self.target, self.cfg.measured)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise UserError(f"controls: {name} has scale {cut(scale)}; a number, or {MATCHED}")
-        return file, control, float(scale)
+        names = {member.name for member in plan.members}
+        if isinstance(scale, dict):  # of a picture that is drawn again
+            return file, control, {name: float(scale[name]) for name in names}
+        if scale != scales.MATCHED:
+            return file, control, dict.fromkeys(names, scales.scale(name, scale))
+        how = file, control.card, self.target
+        return file, control, {each: scales.matched(*how, each, self.cfg.measured) for each in names}
 
     @property
     def plan(self) -> Plan:
@@ -253,17 +253,13 @@ class Studio:
     @contextmanager
     def acting(self) -> Iterator[None]:
         """Inside, the controls act on every network of the plan."""
-        nets: dict[int, nn.Module] = {id(its.denoiser.net): its.denoiser.net for its in self.plan.members}
+        nets = {id(its.denoiser.net): its for its in self.plan.members}  # a LoRA student's is its base's
         with ExitStack() as stack:
-            for net in nets.values():
-                for on in self.on(net):
-                    stack.enter_context(on)
+            for member in nets.values():
+                for _, control, by_member in self.controls:  # each on top of those before it
+                    scale = by_member[member.name]
+                    stack.enter_context(fused(member.denoiser.net, control, scale, self.family.card.name))
             yield
-
-    def on(self, net: nn.Module) -> Iterator[AbstractContextManager]:
-        """Each control in turn, on top of those before it."""
-        for _, control, scale in self.controls:
-            yield fusing(net, control, scale, self.family.card.name)()
 
 
 def plan_by(name: str, family: Family) -> Plan:
@@ -272,36 +268,6 @@ def plan_by(name: str, family: Family) -> Plan:
     if not way:
         return alone(family.member(member))
     return plans.named(way, family.member(family.card.base), family.member(member))
-
-
-def matched(control: Control, target: str, measured: str) -> float:
-    """The scale at which a control's effect on a target is its own on its source, by the first evaluator.
-
-    target: family/member or family/member:plan, of which the member's will do. measured: the record of a
-    transfer run; empty = the control file's header. Raises UserError where none says it.
-    """
-    name, places = control.card.name, (target, target.partition(":")[0])
-    if measured:
-        found = {cell["target"]: cell["readings"] for cell in record_of(measured) if cell["control"] == name}
-        found = {place: {key: its["matched_scale"] for key, its in of.items()} for place, of in found.items()}
-    else:
-        said = control.card.transfer.get("targets", {})
-        found = {place: {key: its["scale"] for key, its in of.items()} for place, of in said.items()}
-    where = next((place for place in places if place in found), "")
-    value = next(iter(found[where].values()))["value"] if where else None
-    if value is None:
-        who = measured or "the header of its file"
-        how = "python -m analysis.transfer … write_card=true measures it"
-        raise UserError(f"controls: {who} says no matched scale of {name} on {target}; {how}")
-    return float(value)
-
-
-def record_of(path: str) -> list[dict]:
-    """The cells of a transfer run's results.json. Raises UserError."""
-    try:
-        return json.loads(Path(path).read_text())["cells"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"measured={cut(path)} is no results.json of analysis.transfer") from None
 
 
 def write(path: Path, picture: Tensor, settings: dict) -> None:

@@ -7,7 +7,6 @@ for controls at their scales. It says which files ComfyUI needs, and where. POST
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -16,16 +15,14 @@ from controls import comfyui, formats
 from controls.comfyui import Files, Graph
 from controls.comfyui_files import File, file_of, kit_of
 from controls.formats.files import header
-from controls.lora import Card
+from controls.scales import MATCHED, matched, scale
 from models.architectures import ARCHITECTURES
 from models.families import Family
 from models.plans import named
 from models.sampler import Member, Plan
 
 WRITABLE = ("hybrid", "late", "skip")  # plans of stages that differ in nothing but their networks
-HOPELESS = ("dead", "reversed", "undefined")  # verdicts with which no scale gives the effect
 KOHYAS = ("lora_unet_", "lora_te", "lycoris_")  # names of layers that ComfyUI knows of any U-Net
-STRONGEST = 100.0  # strength of a LoRA that ComfyUI takes, either way
 
 
 @dataclass
@@ -165,7 +162,7 @@ def _controls(cfg: Config, family: Family, plan: Plan) -> dict[str, list[tuple[F
         if any(file.name == other.name for other, _ in found[next(iter(found))]):
             raise UserError(f"two of the controls would be {file.name} in ComfyUI: call one otherwise")
         for name, member in members.items():
-            if said == "matched":
+            if said == MATCHED:
                 strength = matched(path, card, f"{family.card.name}/{cfg.plan.replace(' ', '')}", member.name)
             else:
                 strength = scale(path, said)
@@ -183,48 +180,6 @@ def lora_file(path: str, family: Family) -> File:
     kohya = f"{name.stem}-kohya.safetensors"
     member = "" if formats.card_of(path, metadata) else f" member={family.card.name}/{family.card.base}"
     return File("loras", kohya, made=f"python -m controls.convert {path} {kohya} format=kohya{member}")
-
-
-def scale(path: str, said: str) -> float:
-    """A scale as it is written. Raises UserError for what is none."""
-    try:
-        value = float(said)
-    except (ValueError, TypeError):
-        value = math.nan
-    if not -STRONGEST <= value <= STRONGEST:
-        raise UserError(
-            f"controls: {cut(path)} has the scale {cut(said)!r}; it must be a number from "
-            f"{-STRONGEST:g} to {STRONGEST:g}, or matched"
-        )
-    return value
-
-
-def matched(path: str, card: Card | None, target: str, member: str) -> float:
-    """The scale at which a control has on a plan, else on a member, the effect that it has at 1 on its
-    source.
-
-    Raises UserError where its header does not say it.
-    """
-    source = f"{card.family}/{card.member}" if card else ""
-    targets = card.transfer.get("targets") if card else None
-    targets = targets if isinstance(targets, dict) else {}
-    for name in (target, member):
-        reading = next(iter(targets[name].values()), None) if isinstance(targets.get(name), dict) else None
-        if not isinstance(reading, dict):
-            continue
-        value = reading["scale"].get("value") if isinstance(reading.get("scale"), dict) else None
-        if reading.get("verdict") in HOPELESS or not isinstance(value, int | float):
-            raise UserError(
-                f"{cut(path)} has no matched scale on {name}: its header says {cut(reading.get('verdict'))}; "
-                f"give a number"
-            )
-        return scale(path, str(value))
-    if member == source:
-        return 1.0
-    raise UserError(
-        f"{cut(path)} does not say its scale on {member}: give a number, or measure it, python -m "
-        f"analysis.transfer controls=[{cut(path)}] targets=[{member.partition('/')[2]}] write_card=true"
-    )
 
 
 # words

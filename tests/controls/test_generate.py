@@ -60,8 +60,8 @@ def test_every_picture_says_all_it_depends_on(folder):
     said = settings_of(folder / "images/1_2.png")
     assert (said["prompt"], said["case"], said["seed"], said["plan"]) == (TEXTS[1], 1, 2, "dmd:hybrid(1)")
     assert [(its["name"], its["scale"]) for its in said["controls"]] == [
-        ("smile", 0.8),
-        ("watercolour-kv", 1.0),
+        ("smile", {"tiny/base": 0.8, "tiny/dmd": 0.8}),
+        ("watercolour-kv", {"tiny/base": 1.0, "tiny/dmd": 1.0}),
     ]
     assert set(said["members"]) == {"dmd", "base"} and said["device"] == "cpu" and "torch" in said["versions"]
     lines = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
@@ -137,18 +137,24 @@ def test_the_matched_scale_is_that_of_the_header_or_of_a_run(tmp_path):
     control.card = replace(control.card, transfer={"targets": targets})
     file = tmp_path / "mine.safetensors"
     formats.save(control, file)
-    for plan, scale in (("dmd", 1.3), ("dmd:hybrid(1)", 1.1), ("dmd:hybrid(2)", 1.3)):
+    both = {"tiny/base": 1.0, "tiny/dmd": 1.3}  # each its own where the plan itself was not measured
+    for plan, wanted in {
+        "dmd": {"tiny/dmd": 1.3},
+        "dmd:hybrid(1)": dict.fromkeys(both, 1.1),
+        "dmd:hybrid(2)": both,
+    }.items():
         folder = drawn(tmp_path / plan, f"plan={plan}", f"controls={{{file}: matched}}", "seeds=1")
-        assert settings_of(folder / "images/0_0.png")["controls"][0]["scale"] == scale
-    cells = [
-        {"control": "smile", "target": "tiny/lcm", "readings": {"clip": {"matched_scale": {"value": 0.7}}}}
-    ]
+        assert settings_of(folder / "images/0_0.png")["controls"][0]["scale"] == wanted
+    readings = {"clip": {"matched_scale": {"value": 0.7}}}
+    cells = [{"control": "smile", "target": "tiny/lcm", "readings": readings}]
     (tmp_path / "results.json").write_text(json.dumps({"cells": cells}))
     words = ["plan=lcm", f"controls={{{file}: matched}}", "seeds=1"]
     folder = drawn(tmp_path / "measured", *words, f"measured={tmp_path}/results.json")
-    assert settings_of(folder / "images/0_0.png")["controls"][0]["scale"] == 0.7
-    with pytest.raises(UserError, match="says no matched scale of smile on tiny/lcm; .*write_card=true"):
+    assert settings_of(folder / "images/0_0.png")["controls"][0]["scale"] == {"tiny/lcm": 0.7}
+    with pytest.raises(UserError, match="has no matched scale on tiny/lcm: its header says None"):
         drawn(tmp_path / "none", *words)
+    with pytest.raises(UserError, match="does not say its scale on tiny/turbo: .*write_card=true"):
+        drawn(tmp_path / "none", "plan=turbo", f"controls={{{file}: matched}}")
 
 
 def test_what_it_takes_is_said(tmp_path, capsys):
@@ -165,7 +171,7 @@ def test_what_it_takes_is_said(tmp_path, capsys):
         (["plan=nowhere"], "no member 'nowhere'"),
         (["plan=dmd:hybrid(9)"], "k must be 0 … 4"),
         (["controls={nowhere: 1}"], "no control file at nowhere"),
-        (["controls={smile: much}"], "smile has scale much; a number, or matched"),
+        (["controls={smile: much}"], "smile has the scale .much.; it must be a number"),
         (["controls={smile: .nan}"], "smile must be finite; got nan"),
         (["again=nowhere.png"], "from=nowhere.png is no picture"),
         (["again=controls/tiny/adapted.png"], "has no settings"),
