@@ -218,7 +218,7 @@ def fences(text: str) -> list[tuple[str, str, str]]:
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "docs").glob("*.md"))),
+    *(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 
 
