@@ -31,7 +31,7 @@ from train.run import Run
 KV = "controls/tiny/watercolour-kv.safetensors"
 TEXTS = ["portrait of a person", "portrait of a person, hat", "portrait of a person, long black hair"]
 SMALL = [
-    *(f"prompts={TEXTS}", "runs=6", "rounds=2", "steps=30", "batch_size=4", "save_every=5", "sample_every=0"),
+    *(f"prompts={TEXTS}", "runs=6", "rounds=2", "steps=20", "batch_size=4", "save_every=5", "sample_every=0"),
     *("sample_seeds=[1]", "compared=0", "wandb=disabled"),
 ]
 
@@ -94,9 +94,9 @@ def test_the_file_is_one_like_the_original_and_says_where_it_comes_from(whole, t
         assert torch.allclose(whole.factor() * b @ a, back.factor() * d @ c, atol=1e-6)
 
 
-@pytest.mark.parametrize("after", [16, 23])
+@pytest.mark.parametrize("after", [11, 16])
 def test_a_killed_run_goes_on_bit_for_bit(loud, tmp_path, monkeypatch, after):
-    """Also where it is killed right after its runs were drawn anew, in step 15."""
+    """Also where it is killed right after its runs were drawn anew, in step 10."""
     left, descend = after, Run.descend
 
     def dying(run, step):
@@ -207,7 +207,7 @@ def test_the_dose_that_is_right():
     [
         ("members=[tiny/dmd,sdxl/dmd2]", "one family"),
         ("scales=[0,1]", "nothing to teach"),
-        ("rounds=99", "1 … 30"),
+        ("rounds=99", "1 … 20"),
         ("control=nowhere.safetensors", "nowhere"),
     ],
 )
