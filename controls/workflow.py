@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from configs import UserError, cut, entry, list_of, note, replacing
 from controls import comfyui, formats
 from controls.comfyui import Files, Graph
-from controls.comfyui_files import File, file_of, kit_of
+from controls.comfyui.files import File, file_of, kit_of
 from controls.formats.files import header
 from controls.scales import MATCHED, matched, scale
 from models.architectures import ARCHITECTURES

@@ -82,7 +82,6 @@ VARIETY = {  # rows of README's other table
     "hybrid(1)": "`hybrid(1)`: the base's weights in its first step, the paper's",
     "hybrid(2)": "`hybrid(2)`: in two",
     "hybrid(3)": "`hybrid(3)`: in three",
-    "late(1)": "`late(1)`: in the last",
     "skip(1)": "`skip(1)`: its first step left out",
     "cads(0.1)": "`cads(0.1)`: noise on its prompts",
 }
@@ -297,10 +296,12 @@ def adapted_pairs() -> list[tuple[dict, dict]]:
 
 
 def short_adapted() -> str:
-    """README's row: a control that did not survive, adapted to every student."""
-    pairs = [(before, after) for before, after in adapted_pairs() if before["control"] == "watercolour-kv"]
-    heads = [f"on {after['target'].partition('/')[2]}" for _, after in pairs]
-    return markdown(["", *heads], [["watercolour-kv, adapted", *(brief(after) for _, after in pairs)]])
+    """README's rows: the controls that survive on no student, adapted to every one."""
+    rows, pairs = [], adapted_pairs()
+    for name in ("watercolour-kv", "crayon"):
+        cells = {after["target"]: after for before, after in pairs if before["control"] == name}
+        rows.append([f"{name}, adapted", *map(brief, cells.values())])
+    return markdown(["", *(f"on {target.partition('/')[2]}" for target in cells)], rows)
 
 
 def adapted_table() -> str:

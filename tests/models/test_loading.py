@@ -131,7 +131,7 @@ def test_another_revision_than_the_pinned_one_is_used_with_a_warning(cache, tmp_
     ("text", "says"),
     [
         ({"extends": "sd21", "sise_px": 64}, "unknown key 'sise_px'; did you mean 'size_px'"),
-        ({"extends": "sd12"}, "no family 'sd12': there are flux, pixart"),
+        ({"extends": "sd12"}, "no family 'sd12': there are flux, klein"),
         ({"extends": "sd21", "architecture": "sd4"}, "no architecture 'sd4'; there are sdxl, sd,"),
         (
             {"extends": "sd21", "members": {"mine": {"noise_schedule": "flow"}}},

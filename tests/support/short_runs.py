@@ -17,7 +17,11 @@ TRAINERS = [
     (lora, ["images=4", "prior=1", "prior_images=2"]),
     (image_slider, ["pairs=2"]),
     (sliderspace, ["directions=2", "trajectories=3"]),
-    (adapt, ["runs=2", "rounds=2", "prompts=[portrait of a person]", "batch_size=2"]),
+    (
+        adapt,
+        ["runs=2", "rounds=2", "prompts=[portrait of a person]", "batch_size=2"]
+        + ["calibrate=false", "compared=0"],
+    ),
 ]
 ANALYSES = [
     (

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs import UserError
-from controls.comfyui_files import File, kit_of
+from controls.comfyui.files import File, kit_of
 from models.cards import FamilyCard
 from models.noise import CLEAN, TRAIN_STEPS, Noise, ancestral, vp
 from models.sampler import Member, Plan
