@@ -131,6 +131,7 @@ def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, res
         assert all(now[key] == before[key] for key in before if key not in changed)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_student_of_strong_guidance_has_two_shares(tmp_path):
     """The base at the guidance that was distilled in is drawn unasked, once the card says another than its
     own.
@@ -148,6 +149,7 @@ def test_the_loss_of_a_student_of_strong_guidance_has_two_shares(tmp_path):
     assert "guidance distilled in" in page.read_text() and "seconds" not in alone
 
 
+@pytest.mark.slow
 def test_a_known_dose_of_collapse_is_read_back_from_images(tmp_path):
     """alike(.6): .36 of all pairs lose what they lose in alike(1), within the intervals."""
     plans = ["student", "alike(0.6)", "alike(1)"]

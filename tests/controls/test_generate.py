@@ -115,6 +115,7 @@ def test_cases_and_seeds_of_a_published_table_name_the_pictures(tmp_path):
         drawn(tmp_path / "twice", f"prompts=[{table}]", "seeds=1")
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_draws(folder, tmp_path):
     words = [*SMALL, f"out={tmp_path}/two", "controls={smile: 0.8, watercolour-kv: 1}"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]

@@ -49,6 +49,7 @@ TWINS = (
     "2step-lora",
     "8step-lora",
 )  # of members with another number of steps: left to `make proof`
+ALIKE = ("sd15", "sd21", "klein9")  # U-Nets like sdxl's; as klein, larger
 MEMBERS = [(name, member) for name in NAMES for member in card(name).members]
 # steps of the long runs, so that the tests are short; divides 1000, as DDIM wants it with trailing spacing
 FEWER = 5
@@ -456,7 +457,7 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("name", slow(NAMES, lambda name: name in ("sd15", "sd21")))  # U-Nets like sdxl's
+@pytest.mark.parametrize("name", slow(NAMES, lambda name: name in ALIKE))
 def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines, cache, tmp_path, name):
     family, base, student = families(name), families(name).card.base, STUDENTS[name]
     files = [trained(family, member, tmp_path) for member in (base, student)]
@@ -501,7 +502,7 @@ def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines,
     ("name", "member"),
     slow(
         [*((name, card(name).base) for name in NAMES), ("sdxl", STUDENT)],
-        lambda pair: pair[0] in ("sd15", "sd21", "pixart"),
+        lambda pair: pair[0] in (*ALIKE, "pixart", "sd3", "krea2", "qwen", "qwen21"),
     ),
 )
 def test_a_slider_of_a_quantised_network_is_one_of_the_whole(families, tmp_path, name, member):

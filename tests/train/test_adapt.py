@@ -120,6 +120,7 @@ def test_a_killed_run_goes_on_bit_for_bit(loud, tmp_path, monkeypatch, after):
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in loud.tensors.items())
 
 
+@pytest.mark.slow
 def test_one_file_for_two_members_has_the_gradients_of_both(tmp_path):
     control = trained(tmp_path, "members=[tiny/dmd,tiny/lightning]", "calibrate=false")
     assert control.card.name == "watercolour-kv-dmd-lightning"
@@ -254,6 +255,7 @@ def test_what_it_takes_on_sdxl_is_said_without_weights(tmp_path, monkeypatch, ca
     assert re.search(r"base +2.57 +5.1 +5.1", said) and re.search(r"dmd2 +2.57 +5.1 +5.1", said)
 
 
+@pytest.mark.slow
 def test_between_two_families_of_one_architecture(tmp_path, capsys):
     """As between two fine-tunes of a base: the source is loaded from its own family."""
     words = ["member=tiny-teachers/lightning", "steps=2", "rounds=1", "calibrate=false", "compared=3"]
