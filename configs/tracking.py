@@ -204,6 +204,7 @@ class Tracker:
     def open(self, mode: str, **about: Any) -> None:
         """Starts the run; on failure `run` stays None."""
         with self.attempt():
+            os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # else it advertises itself beside gradio
             import wandb
 
             self.folder.mkdir(parents=True, exist_ok=True)
