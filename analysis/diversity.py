@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.images import sheets, store
-from analysis.images.cache import acting, plan_of, ways
+from analysis.images.cache import ways
 from analysis.images.quality import Judge, against
 from analysis.measures import variety
 from analysis.measures.image_sets import Spread
@@ -28,11 +28,13 @@ from analysis.session import Drawing, Session, Way
 from configs import UserError, entry, list_of, releases, tracking
 from configs.screen import show_table
 from controls import formats, intervals, retention
+from controls.acting import acting
 from controls.lora import Control, fits
 from controls.picture_grid import picture_grid
 from models.evaluators import UNIT, Evaluator
 from models.families import Family
 from models.noise import ALL
+from models.plans import plan_of
 from models.promptsets import PromptSet
 from models.sampler import Plan, draw_noise, finish, sample
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from analysis import report, wandb_log
 from analysis.images import store
-from analysis.images.cache import in_memory, in_turn, one_by_one, plan_of
+from analysis.images.cache import in_memory, in_turn, one_by_one
 from configs import UserError, list_of, tracking
 from models import budget, devices, forecast, plans, promptsets
 from models.evaluators import Evaluator, chosen, load_evaluators
 from models.families import DTYPES, Family, Memory
 from models.forecast import Moment
+from models.plans import plan_of
 from models.promptsets import PromptSet
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from analysis.images import sheets, store
-from analysis.images.cache import acting, networks, plan_of, ways
+from analysis.images.cache import networks, ways
 from analysis.measures.commitment import abandoned, apart, committed, concept, followed
 from analysis.pages.trace import findings, label
 from analysis.pages.words import shown
@@ -23,11 +23,13 @@ from analysis.session import Drawing, Session, Way
 from configs import UserError, entry, list_of, releases, tracking
 from configs.screen import show_table
 from controls import formats
+from controls.acting import acting
 from controls.lora import Control, fits
 from controls.picture_grid import picture_grid
 from models.evaluators import READERS, Evaluator
 from models.families import Family
 from models.noise import ALL, Band, Noise
+from models.plans import plan_of
 from models.sampler import draw_noise, sample
 
 NAMES = {"x": "x_t", "x0": "x0"}  # what a sheet shows of a step

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from analysis import adapting, model_cards, results, wandb_log
-from analysis.images.cache import Drawings, Job, in_turn, make, one_by_one, plan_of
+from analysis.images.cache import Drawings, Job, in_turn, make, one_by_one
 from analysis.images.design import Design, Subject, Words, cycled, linked, looks_of
 from analysis.images.readings import Measurement
 from analysis.measures import agreement
@@ -33,7 +33,7 @@ from models.evaluators import load_evaluators
 from models.families import Family, FamilyCard
 from models.loading import skeleton
 from models.noise import Band
-from models.plans import PLANS
+from models.plans import PLANS, plan_of
 
 # of a retention, between prompts and between seeds: root mean squares over all shipped controls on the
 # embedded family (LOG.md)

@@ -24,17 +24,20 @@ from tqdm import tqdm
 from configs import ROOT, UserError, cut, entry, folders, list_of, load, note, replacing, tracking
 from configs.runs import versions
 from controls import formats, scales
-from controls.lora import Control, content, fits, fused
+from controls.acting import acting, by_network
+from controls.lora import Control, content, fits
 from controls.picture_grid import picture_grid, to_image, to_uint8
-from models import budget, devices, forecast, plans, promptsets
+from models import budget, devices, forecast, promptsets
 from models.batches import Batches
 from models.families import DTYPES, Family, Memory
 from models.hashing import identity
+from models.plans import plan_of
 from models.prompts import Prompts, stacked
-from models.sampler import Plan, alone, draw_noise, finish
+from models.sampler import Plan, draw_noise, finish
 
 KEY = "distilled-control"  # of a picture's settings in its metadata
 FREE = ("wandb", "batch_size", "memory", "prompts", "seeds", "shown", "dry_run")
+AGAIN = ("family", "plan", "dtype", "quantize", "batch_size")  # keys that a picture that is drawn again sets
 SHOWN_PX = 256  # side of a picture on the contact sheet
 
 
@@ -108,7 +111,7 @@ def prepare(cfg: Config) -> dict:
         cfg.name, cfg.out = Path(cfg.out).name, str(Path(cfg.out).parent)
     settings = settings_of(Path(cfg.again)) if cfg.again else {}
     if settings:
-        for key in ("family", "plan", "dtype", "quantize", "batch_size"):
+        for key in AGAIN:
             setattr(cfg, key, settings[key])
         cfg.prompts, cfg.seeds, cfg.measured = [settings["prompt"]], 1, ""
         cfg.controls = {its["file"]: its["scale"] for its in settings["controls"]}
@@ -122,9 +125,14 @@ def settings_of(path: Path) -> dict:
             said = picture.info.get(KEY, "")
     except (OSError, SyntaxError, ValueError):
         raise UserError(f"from={cut(path)} is no picture that can be read") from None
-    if not said:
+    try:
+        settings = json.loads(said)
+    except ValueError:
+        settings = None
+    needed = {*AGAIN, "prompt", "case", "seed", "controls", "members", "versions", "device"}
+    if not isinstance(settings, dict) or needed - settings.keys():
         raise UserError(f"from={cut(path)} has no settings of controls.generate in its metadata")
-    return json.loads(said)
+    return settings
 
 
 def wanted(cfg: Config, family: Family, settings: dict) -> list[Picture]:
@@ -133,14 +141,14 @@ def wanted(cfg: Config, family: Family, settings: dict) -> list[Picture]:
         return [Picture(settings["case"], settings["prompt"], settings["seed"])]
     prompts = promptsets.read(cfg.prompts or family.card.prompts)
     cases, numbers = prompts.cases or range(len(prompts.texts)), prompts.numbers(cfg.seeds, cfg.seed)
-    found = [
+    pictures = [
         Picture(case, text, numbers[k * cfg.seeds + s])
         for k, (case, text) in enumerate(zip(cases, prompts.texts, strict=True))
         for s in range(cfg.seeds)
     ]
-    if len({picture.file for picture in found}) < len(found):
+    if len({picture.file for picture in pictures}) < len(pictures):
         raise UserError("two prompts have the same case_number and seed: their pictures would have one name")
-    return found
+    return pictures
 
 
 class Studio:
@@ -154,10 +162,13 @@ class Studio:
         self.family.reading = Batches(1)  # a text is then encoded the same beside any others
         self.target = f"{self.family.card.name}/{cfg.plan}"
         self.bare = self.family if cfg.dry_run else Family(cfg.family, bare=True)
-        plan = plan_by(cfg.plan, self.bare)  # what cannot be is said before anything is loaded
+        plan = plan_of(self.bare, cfg.plan)  # what cannot be is said before anything is loaded
+        if plan.adapter:
+            raise UserError(f"plan={cfg.plan} is of analysis.diversity; here controls={{FILE: SCALE}} say it")
         self.controls = [self.control(name, scale, plan) for name, scale in cfg.controls.items()]
         for member in plan.members:
-            for _, control, _ in self.controls:
+            for _, control, scale in self.controls:
+                by_network(plan, scale)
                 fits(member.denoiser.net, control, self.family.card.name)
 
     def control(self, name: str, scale: Any, plan: Plan) -> tuple[str, Control, dict[str, float]]:
@@ -176,7 +187,7 @@ class Studio:
     @property
     def plan(self) -> Plan:
         """What draws; its networks are loaded when it is first asked for."""
-        return plan_by(self.cfg.plan, self.family)
+        return plan_of(self.family, self.cfg.plan)
 
     def settings(self, picture: Picture) -> dict:
         """All that a picture depends on."""
@@ -233,41 +244,33 @@ class Studio:
         if not pictures:
             return
         self.family.encode_all([picture.prompt for picture in pictures])
-        with self.acting():
-            batches = [
-                pictures[k : k + self.cfg.batch_size] for k in range(0, len(pictures), self.cfg.batch_size)
-            ]
+        batches = [
+            pictures[k : k + self.cfg.batch_size] for k in range(0, len(pictures), self.cfg.batch_size)
+        ]
+        with self.acting() as plan:
             for batch in tqdm(batches, "pictures", unit="batch"):
-                for picture, pixels in zip(batch, self.drawn(batch), strict=True):
+                for picture, pixels in zip(batch, self.drawn(plan, batch), strict=True):
                     write(folder / picture.file, pixels, self.settings(picture))
 
     @torch.no_grad()
-    def drawn(self, batch: list[Picture]) -> Tensor:
+    def drawn(self, plan: Plan, batch: list[Picture]) -> Tensor:
         """Pictures (B, 3, H, W), uint8."""
-        its, family = self.plan, self.family
+        family = self.family
         prompts: Prompts = stacked([family.encode([picture.prompt]) for picture in batch])
-        noise = draw_noise([picture.seed for picture in batch], family.latent_shape, its.steps, family.device)
-        latents = finish(its, noise, prompts)
+        noise = draw_noise(
+            [picture.seed for picture in batch], family.latent_shape, plan.steps, family.device
+        )
+        latents = finish(plan, noise, prompts)
         return to_uint8(torch.cat([family.decode(latents[[k]]) for k in range(len(batch))]))
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Inside, the controls act on every network of the plan."""
-        nets = {id(its.denoiser.net): its for its in self.plan.members}  # a LoRA student's is its base's
+    def acting(self) -> Iterator[Plan]:
+        """Inside, the plan with all controls on every network of it."""
         with ExitStack() as stack:
-            for member in nets.values():
-                for _, control, by_member in self.controls:  # each on top of those before it
-                    scale = by_member[member.name]
-                    stack.enter_context(fused(member.denoiser.net, control, scale, self.family.card.name))
-            yield
-
-
-def plan_by(name: str, family: Family) -> Plan:
-    """A member alone, or a plan of it and the base, by its name. Raises UserError."""
-    member, _, way = name.partition(":")
-    if not way:
-        return alone(family.member(member))
-    return plans.named(way, family.member(family.card.base), family.member(member))
+            plan = self.plan
+            for _, control, scale in self.controls:  # each on top of those before it
+                plan = stack.enter_context(acting(plan, control, scale, self.family.card.name))
+            yield plan
 
 
 def write(path: Path, picture: Tensor, settings: dict) -> None:

@@ -47,7 +47,8 @@ def main(files: list[str], cfg: Config) -> Path:
     if cfg.dtype not in DTYPES:
         raise UserError(f"no dtype {cut(cfg.dtype)!r}; there are {', '.join(DTYPES)}")
     check(cfg.quantize)
-    rows, families, device = [], {}, torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    rows, families, device = [], {}, cfg.memory.planned(device, dry_run=False)
     for control in map(formats.load, files):
         card = control.card
         family_name, member_name = split(cfg.member or f"{card.family}/{card.member}")

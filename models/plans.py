@@ -8,12 +8,16 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from configs import UserError
 from configs.ranges import TWO_MEANINGS
 from models.interventions import CADS, Pink, Some, WeightInterpolation, common, derived, unprompted
 from models.noise import TRAIN_STEPS, Band, Noise
 from models.sampler import Adapter, Member, Mix, Plan, Stage, alone
+
+if TYPE_CHECKING:  # families stand on samplers, not on plans
+    from models.families import Family
 
 VERSION = 2  # raised when a name comes to mean other images
 
@@ -216,6 +220,17 @@ LIMITS = {
     "scale": 10,
     "s": 10,
 }  # of these arguments, beyond which no picture is left; of others, TRAIN_STEPS
+
+
+def plan_of(family: "Family", target: str) -> Plan:
+    """What a target means, MEMBER or MEMBER:PLAN: a member alone, or a plan of it and the base.
+
+    Raises UserError.
+    """
+    member, _, plan = target.partition(":")
+    if not plan:
+        return alone(family.member(member))
+    return named(plan, family.member(family.card.base), family.member(member))
 
 
 def named(text: str, base: Member, student: Member) -> Plan:

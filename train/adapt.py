@@ -107,8 +107,8 @@ def report(run: Run, rows: list[dict]) -> None:
     """Prints, keeps and logs what the adaptation has brought."""
     with replacing(run.folder / "shares.json") as new:
         new.write_text(json.dumps(rows, indent=1) + "\n")
-    told = ("original", "adapted", "learnt")
-    shown = [{**row, **{key: ranged(row[key]) for key in told}} for row in rows]
+    columns = ("original", "adapted", "learnt")
+    shown = [{**row, **{key: ranged(row[key]) for key in columns}} for row in rows]
     title = (
         "Share of the original's effect on its source [95 %], prompts not learnt on; last, those learnt on"
     )

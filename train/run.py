@@ -92,7 +92,8 @@ class Run:
         check(cfg)
         self.cfg, self.kind, self.accelerator = cfg, kind, devices.start(cfg, FREE)
         family, self.member_name = split(cfg.member)
-        self.family = Family(family, self.accelerator.device, DTYPES[cfg.dtype], cfg.memory)
+        device = cfg.memory.planned(self.accelerator.device, dry_run=False)
+        self.family = Family(family, device, DTYPES[cfg.dtype], cfg.memory)
         self.folder, self.main, self.losses = Path(cfg.out) / cfg.name, self.accelerator.is_main_process, []
         outline = Family(family, bare=True).member(self.member_name).denoiser.net
         if cfg.layers != CUSTOM:  # a mistake is said now, not after the runs that are trained on

@@ -8,8 +8,7 @@ seeds. It does not depend on the batch, on the process that drew it and on the r
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,15 +21,16 @@ from tqdm import tqdm
 
 from analysis.images import store
 from configs import UserError, note
-from controls.lora import Control, beside, content, fusing
+from controls.acting import acting
+from controls.lora import Control, content
 from models import plans
 from models.evaluators import Evaluator
 from models.families import Family, FamilyCard
 from models.hashing import identity
-from models.interventions import WeightInterpolation
-from models.noise import ALL, Band, Noise
+from models.noise import ALL, Band
+from models.plans import plan_of
 from models.quantized import weights
-from models.sampler import Member, Plan, alone, draw_noise, during, finish
+from models.sampler import Member, Plan, draw_noise, finish
 
 SHOWN = 4  # images of a drawing that pictures show: the first seed of the first prompts
 OF_THE_BASE = ("base", "interval")  # plans that no student takes part in
@@ -284,14 +284,6 @@ def latents(parts: Sequence[Drawings], job: Job) -> tuple[Tensor, ...]:
     return finished.split([len(part.numbers) for part in parts])
 
 
-def plan_of(family: Family, target: str) -> Plan:
-    """What a target means: a member alone, or a plan of it and the base. Raises UserError."""
-    member, _, plan = target.partition(":")
-    if not plan:
-        return alone(family.member(member))
-    return plans.named(plan, family.member(family.card.base), family.member(member))
-
-
 def ways(names: Sequence[str], students: Sequence[str], family: Family) -> list[tuple[str, str]]:
     """Every (student, plan) that a run draws; plans of the base alone stand once, under the base's name.
     students: empty = all.
@@ -345,41 +337,6 @@ def in_memory(jobs: Sequence[T], family: FamilyCard) -> list[tuple[set[str], set
         held = {name for name in held if family.holder(name) in later} | asked
         found.append((held, asked))
     return found
-
-
-@contextmanager
-def acting(
-    plan: Plan,
-    control: Control | None,
-    scale: float,
-    family: str,
-    holds: Callable[[Noise], bool] | None = None,
-) -> Iterator[Plan]:
-    """Inside, the plan returned runs with a control at a scale on all of its networks; holds: at these noise
-    levels alone.
-
-    Levels, not steps: so base and student are changed at the same noise.
-    """
-    if control is None:
-        yield plan
-        return
-    changed = any(
-        isinstance(stage.within, WeightInterpolation) for stage in plan.stages
-    )  # to weights that the control's sums are not of
-    nets = {member.denoiser.net: None for member in plan.members}
-    contexts = [(beside if changed else fusing)(net, control, scale, family) for net in nets]
-
-    def on() -> ExitStack:
-        with ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context())
-            return stack.pop_all()
-
-    if holds is not None:
-        yield during(plan, holds, on)
-        return
-    with on():
-        yield plan
 
 
 def broken(member: Member) -> str:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from analysis.images.cache import plan_of
 from analysis.images.sheets import thumbs
 from analysis.measures.image_sets import Spread
 from configs import UserError, cut
@@ -24,6 +23,7 @@ from controls.lora import Control, attach, strength
 from controls.picture_grid import to_image, to_uint8
 from models.evaluators import EVALUATORS, UNIT, Evaluator, chosen, load_evaluators
 from models.families import Family
+from models.plans import plan_of
 from models.sampler import draw_noise, sample
 
 SEEDS = 9  # pictures whose variety is measured

@@ -1,13 +1,12 @@
-"""Flux.2 klein, Krea 2, Qwen-Image and Qwen-Image 2.1: transformers told of a Qwen's text."""
+"""Flux.2 klein, Krea 2, Qwen-Image and Qwen-Image 2.1: transformers conditioned on a Qwen's text."""
 
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models.architectures.shared import by_length, clock, pack, places, trimmed, unpack
+from models.architectures.shared import by_length, clock, pack, paired, places, trimmed, unpack
 from models.noise import TRAIN_STEPS
 from models.prompts import Prompts
 from models.tokens import Reader, chat
@@ -95,12 +94,12 @@ class Counting(TorchFunctionMode):
 
 
 def encode_flux2(pipe, texts: list[str], negative: list[str] | None, size_px: int, device, **more) -> Prompts:
-    """Flux.2 klein: three layers of Qwen3 side by side, of the chat's template at one length, whose padding
-    is told too; the negative side is the empty text.
+    """Flux.2 klein: three layers of Qwen3 side by side, of the chat's template at one length, with its
+    padding; the negative side is the empty text.
     """
     away = negative or [""]
     tokens, _ = pipe.encode_prompt([*texts, *away], device, **more)
-    return _both(Prompts(tokens), len(texts), len(away))
+    return paired(Prompts(tokens), len(texts), len(away))
 
 
 def encode_qwen(
@@ -112,7 +111,7 @@ def encode_qwen(
     if mask is None:  # no text is padded
         mask = tokens.new_ones(tokens.shape[:2])
     tokens, mask = trimmed(tokens, mask.bool())
-    return _both(Prompts(tokens, mask=mask), len(texts), len(away))
+    return paired(Prompts(tokens, mask=mask), len(texts), len(away))
 
 
 encode_qwenimage = partial(encode_qwen, empty=" ")
@@ -123,12 +122,6 @@ def encode_qwen21(
 ) -> Prompts:
     """Qwen-Image 2.1, which reads texts of any length."""
     return encode_qwen(pipe, texts, negative, size_px, device, " ")
-
-
-def _both(prompts: Prompts, count: int, negatives: int) -> Prompts:
-    """The first `count` of them, with the others, one for all or one each, as their negative sides."""
-    rows = torch.arange(count) * (negatives > 1) + count
-    return replace(prompts[:count], negative=prompts[rows])
 
 
 def text_only(tokenizer):

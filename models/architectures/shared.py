@@ -1,6 +1,7 @@
 """What several architectures share: packed latents, places, clocks, padded texts, shifted schedules."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,10 @@ def unpack(x: Tensor, height: int, width: int) -> Tensor:
 
 def places(height: int, width: int, device, axes: int = 3) -> Tensor:
     """Where each token of an image stands, (H W, axes): row and column, axes 1 and 2; zeros on the others."""
-    found = torch.zeros(height, width, axes, device=device)
-    found[..., 1] += torch.arange(height, device=device)[:, None]
-    found[..., 2] += torch.arange(width, device=device)
-    return found.flatten(0, 1)
+    grid = torch.zeros(height, width, axes, device=device)
+    grid[..., 1] += torch.arange(height, device=device)[:, None]
+    grid[..., 2] += torch.arange(width, device=device)
+    return grid.flatten(0, 1)
 
 
 def clock(x: Tensor, t: float) -> Tensor:
@@ -34,7 +35,7 @@ def clock(x: Tensor, t: float) -> Tensor:
 
 
 def sizes(texts: list[str], device, *sizes: int) -> Tensor:
-    """What each text is told of sizes in pixels, (B, how many)."""
+    """Sizes in pixels for each text, (B, how many)."""
     return torch.tensor(sizes, device=device, dtype=torch.float32).expand(len(texts), -1)
 
 
@@ -62,6 +63,12 @@ def by_length(prompts: Prompts) -> Iterator[tuple[Tensor | slice, Tensor]]:
     for length in lengths.unique().int().tolist():
         rows = lengths == length
         yield rows, prompts.tokens[rows, :length]
+
+
+def paired(prompts: Prompts, count: int, negatives: int) -> Prompts:
+    """The first `count` of them, with the others, one for all or one each, as their negative sides."""
+    rows = torch.arange(count) * (negatives > 1) + count
+    return replace(prompts[:count], negative=prompts[rows])
 
 
 def size_shift(config: Mapping, tokens: int, steps: int) -> float:

@@ -1,11 +1,9 @@
-"""PixArt, Stable Diffusion 3, Flux and Z-Image: transformers, most of them told of T5's text."""
-
-from dataclasses import replace
+"""PixArt, Stable Diffusion 3, Flux and Z-Image: transformers, most of them conditioned on T5's text."""
 
 import torch
 from torch import Tensor, nn
 
-from models.architectures.shared import clock, pack, padded, places, sizes, unpack
+from models.architectures.shared import clock, pack, padded, paired, places, sizes, unpack
 from models.noise import TRAIN_STEPS
 from models.prompts import Prompts
 from models.tokens import Reader, chat
@@ -82,9 +80,7 @@ def encode_flux(pipe, texts: list[str], negative: list[str] | None, size_px: int
     """
     away = negative or [""]
     tokens, pooled, _ = pipe.encode_prompt([*texts, *away], None, device, **more)
-    both, count = Prompts(tokens, pooled), len(texts)
-    rows = torch.arange(count) * (len(away) > 1) + count
-    return replace(both[:count], negative=both[rows])
+    return paired(Prompts(tokens, pooled), len(texts), len(away))
 
 
 def encode_zimage(

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from configs import ROOT, UserError, load, merge
 from controls import formats, generate
+from controls.acting import by_network
 from controls.generate import Config, settings_of
 from controls.lora import fused
 from controls.picture_grid import to_uint8
@@ -56,6 +58,33 @@ def test_a_picture_is_the_plans_with_all_controls_on_all_its_networks(folder):
     assert not np.array_equal(seen(folder / "images/1_2.png"), seen(folder / "images/1_3.png"))
 
 
+def test_a_control_acts_also_where_weights_are_mixed(tmp_path):
+    """Whose sums are not those of either member's weights."""
+    words = ["plan=dmd:delta(0.8)", "seeds=1", f"prompts={TEXTS[:1]}"]
+    plain, smiling = drawn(tmp_path / "plain", *words), drawn(tmp_path / "on", *words, "controls={smile: 1}")
+    pictures = [seen(folder / "images/0_0.png").astype(int) for folder in (plain, smiling)]
+    assert np.abs(pictures[0] - pictures[1]).max() > 20
+
+
+def test_one_network_has_one_scale():
+    """As that of a LoRA student, which is its base's."""
+    family = Family("tiny", dtype=torch.float32)
+    base, dmd = family.member("base"), family.member("dmd")
+    shared = replace(dmd, denoiser=replace(dmd.denoiser, net=base.denoiser.net))
+    plan = hybrid(base, shared, 1)
+    assert by_network(plan, {"tiny/base": 1.0, "tiny/dmd": 1.0}) == {base.denoiser.net: 1.0}
+    with pytest.raises(UserError, match="shares the network of a member that has another scale, 1 and 1.3"):
+        by_network(plan, {"tiny/base": 1.0, "tiny/dmd": 1.3})
+
+
+def test_settings_that_are_damaged_are_said(tmp_path):
+    about = PngInfo()
+    about.add_itxt(generate.KEY, '{"prompt": "a hat"}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "half.png", pnginfo=about)
+    with pytest.raises(UserError, match="has no settings of controls.generate"):
+        drawn(tmp_path / "out", f"again={tmp_path}/half.png")
+
+
 def test_every_picture_says_all_it_depends_on(folder):
     said = settings_of(folder / "images/1_2.png")
     assert (said["prompt"], said["case"], said["seed"], said["plan"]) == (TEXTS[1], 1, 2, "dmd:hybrid(1)")
@@ -92,9 +121,12 @@ def test_another_control_of_that_name_does_not_draw_it_again(folder, tmp_path, m
 
 def test_what_is_there_is_not_drawn_again_and_prompts_can_be_added(folder, monkeypatch):
     drawings, its = [], generate.Studio.drawn
-    monkeypatch.setattr(
-        generate.Studio, "drawn", lambda self, batch: drawings.extend(batch) or its(self, batch)
-    )
+
+    def noted(self, plan, batch):
+        drawings.extend(batch)
+        return its(self, plan, batch)
+
+    monkeypatch.setattr(generate.Studio, "drawn", noted)
     before = (folder / "images/0_1.png").read_bytes()
     (folder / "images/0_1.png").unlink()
     words = ["controls={smile: 0.8, watercolour-kv: 1}", f"prompts={[*TEXTS, 'portrait of a person, beard']}"]
@@ -178,6 +210,8 @@ def test_what_it_takes_is_said(tmp_path, capsys):
         (["again=controls/tiny/adapted.png"], "has no settings"),
         (["measured=nowhere.json", "controls={smile: matched}"], "no results.json"),
         (["dtype=fp8"], "no dtype"),
+        (["plan=dmd:adapted(1)"], "is of analysis.diversity"),
+        (["memory.gpu_gb=24"], "add --dry-run"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(tmp_path, words, says):

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis import diversity, similarity, trace
-from configs import ROOT, merge
+from configs import ROOT, UserError, merge
 from models import budget
 from models.architectures import blank
 from models.cards import card
@@ -170,3 +170,9 @@ def test_counts_of_a_trace_are_those_it_makes(tmp_path, capsys):
         plan = named(text, family.member("base"), family.member("dmd"))
         finish(plan, draw_noise([1, 2], family.latent_shape, plan.steps), family.encode(["a", "b"]))
     assert said == {name: 2 * (family.member(name).denoiser.nfe - before[name]) for name in said}
+
+
+def test_a_plan_for_another_gpu_is_not_run(tmp_path):
+    with pytest.raises(UserError, match="memory.gpu_gb=24 is what a dry run plans for: add --dry-run"):
+        slider.main(merge(slider.Config, ["memory.gpu_gb=24", f"out={tmp_path}", "wandb=disabled"]))
+    assert not list(tmp_path.iterdir())
