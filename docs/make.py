@@ -221,7 +221,7 @@ def sizes() -> str:
 
 
 def full_size() -> str:
-    """What commands took at SDXL's full size beside what their plans said."""
+    """What commands took at full size beside what their plans said."""
     rows = []
     for part, its in record("full-size").items():
         forecast, outside = its["forecast_gb"], its["outside"]

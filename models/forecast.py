@@ -228,7 +228,8 @@ def drawing(
             moments.append(
                 Moment("when a network is packed", always | vae | nets | unpacked(card, own, dtype))
             )
-        count = 0 if family.quantize else 1 if away else len(own)
+        # networks that wait on the CPU get their sums there, and come with them in their own weights' place
+        count = 0 if family.quantize or away else len(own)
         added = max((sums(control, dtype, count) for control in controls), key=total, default={})
         when = f"when {', '.join(asked)} {'draw' if len(asked) > 1 else 'draws'} {each} at once"
         activations = evaluating(card, guided(card, asked, each), dtype)

@@ -1,9 +1,10 @@
-"""The real thing at full size: SDXL with random weights of the published sizes, run by the real commands,
+"""The real thing at full size: families with random weights of the published sizes, run by the real commands,
 their memory against the plan's.
 
-python -m pytest -m full tests/full_size.py, or python tests/full_size.py [part …]. Some 21 GB of disk under
-FULL_CACHE (runs/full_cache), which later runs use again, less than 15 GB of memory, an hour on two cores;
-with a GPU at 1024 px its own peak is measured instead.
+python -m pytest -m full tests/full_size.py, or python tests/full_size.py [part …]. SDXL's parts take some
+21 GB of disk under FULL_CACHE (runs/full_cache), which later runs use again, less than 15 GB of memory, an
+hour on two cores; with a GPU at 1024 px its own peak is measured instead. The others are for a GPU, of which
+they may use 24 GB, and take up to 60 GB of disk.
 """
 
 import json
@@ -11,179 +12,40 @@ import os
 import re
 import runpy
 import shutil
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights
-from safetensors.torch import load_file
-from support import hub
-from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from support import full_hub
 
 from configs import ROOT, replacing
-from models.loading import source
 
 CACHE = Path(os.environ.get("FULL_CACHE", ROOT / "runs/full_cache"))
-NAMES = {torch.float16: "F16", torch.float32: "F32"}  # as safetensors writes them
 RECORD = ROOT / "docs/records/full-size.json"  # what the script measured last, by part, as docs tell it
 WITHIN = 0.15  # of what is measured
 OUTSIDE = 3.0  # % of a transfer cell that may be spent outside network, VAE and evaluators
-
-
-# the cache: a repository after the other, a tensor after the other
-
-
-def write(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    taken: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """A safetensors file of random weights, or of those taken, one at a time, so that it takes the memory of
-    the largest.
-    """
-    if path.exists():
-        return
-    head, at = {"__metadata__": {"format": "pt"}}, 0
-    for key, shape in shapes.items():
-        end = at + prod(shape) * dtype.itemsize
-        head[key], at = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}, end
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as new, new.open("wb") as opened:
-        opened.write(struct.pack("<Q", len(text)) + text)
-        for seed, (key, shape) in enumerate(shapes.items()):
-            weight = taken[key] if taken and key in taken else weights(key, shape, seed)
-            opened.write(weight.to(dtype).contiguous().numpy().data)
-
-
-def weights(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Small normal ones that keep activations finite: norms are ones, biases zeros, the rest keeps half of
-    what comes in.
-    """
-    if key.endswith("bias") or not shape:
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.5 / prod(shape[1:]) ** 0.5
-
-
-def shapes(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in net.state_dict().items()}
-
-
-def build(cache: Path = CACHE) -> None:
-    """Publishes what the check needs of SDXL: the base, DMD2's U-Net, Lightning's LoRA, a checkpoint of one's
-    own, CLIP.
-    """
-    family = hub.write_configs(cache, "sdxl")
-    words, parts = hub.clip_words(), json.loads((ROOT / "models/published.json").read_text())["sdxl"]
-    words.model_max_length = 77
-    ends = {
-        "bos_token_id": words.bos_token_id,
-        "eos_token_id": words.eos_token_id,
-        "pad_token_id": words.pad_token_id,
-    }
-    home = hub.publish(cache, family.repo, family.revision)
-    with init_empty_weights(include_buffers=False):
-        net = hub.UNet2DConditionModel.from_config(parts["unet"])
-        nets = {
-            "unet/diffusion_pytorch_model": net,
-            "vae/diffusion_pytorch_model": hub.AutoencoderKL.from_config(parts["vae"]),
-        }
-        for part, kind in {
-            "text_encoder": CLIPTextModel,
-            "text_encoder_2": CLIPTextModelWithProjection,
-        }.items():
-            config = CLIPTextConfig(**parts[part] | ends)
-            config.save_pretrained(home / part)
-            nets[f"{part}/model"] = kind(config)
-        config = deepcopy(hub.EVALUATORS["clip"])
-        config.text_config.update(ends)
-        clip = CLIPModel(config)
-    for name, part in nets.items():
-        write(home / f"{name}.fp16.safetensors", shapes(part), torch.float16)
-    hub.DDIMScheduler(**hub.BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
-        home / "scheduler"
-    )
-    index = parts["model_index"] | {
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-    }
-    (home / "model_index.json").write_text(json.dumps(index))
-    for part in ("tokenizer", "tokenizer_2"):
-        words.save_pretrained(home / part)
-
-    its = family.members["lightning-lora"]
-    pairs = {key: tuple(value.shape) for key, value in hub.lora(net, 0, rank=64).items()}
-    write(hub.publish(cache, its.repo, its.revision) / its.lora, pairs, torch.float16)
-    repo, revision, _ = source(family, family.members["dmd2"])
-    student = hub.publish(cache, repo, revision) / family.members["dmd2"].file
-    theirs = load_file(home / "unet/diffusion_pytorch_model.fp16.safetensors")  # mapped, not read
-    if not student.exists():
-        with replacing(student) as new:
-            torch.save({key: value.clone() for key, value in theirs.items()}, new)
-
-    for key, value in theirs.items():  # the checkpoint of a trainer holds all parts by Stability's names
-        module, _, last = key.rpartition(".")
-        setattr(net.get_submodule(module), last, torch.nn.Parameter(value, requires_grad=False))
-    unet, prefixes = (
-        hub.original(net),
-        dict(
-            zip(
-                list(nets)[1:],
-                ("first_stage_model", "conditioner.embedders.0.transformer", "conditioner.embedders.1.model"),
-                strict=True,
-            )
-        ),
-    )
-    rest = {
-        f"{prefix}.{key}": shape
-        for name, prefix in prefixes.items()
-        for key, shape in shapes(nets[name]).items()
-    }
-    write(
-        cache / "mine.safetensors",
-        {key: tuple(value.shape) for key, value in unet.items()} | rest,
-        torch.float16,
-        unet,
-    )
-
-    name, _, revision = family.clip.partition("@")
-    seen = hub.publish(cache, name, revision)
-    clip.config.save_pretrained(seen)
-    write(seen / "model.safetensors", shapes(clip), torch.float32)
-    words.save_pretrained(seen)
-    pixels = {
-        "size": {"shortest_edge": 224},
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-    (seen / "preprocessor_config.json").write_text(json.dumps(pixels))
+CARD_GB = 24  # of a GPU on which the parts of these families run
 
 
 # the runs: real commands, each in a process of its own
 
-CARD = """extends: sdxl
+CARD = """extends: {name}
 size_px: {size_px}
 members:
   base: {{steps: 2}}
-  dmd2: {{timesteps: [999, 499]}}
+"""
+CARDS = {  # of few steps
+    "sdxl": """  dmd2: {{timesteps: [999, 499]}}
   lightning-lora: {{steps: 2}}
   mine: {{file: {file}, steps: 2, spacing: trailing, start: sigma}}
-"""
+""",
+    **{name: f"  {student}: {{{{steps: 2}}}}\n" for name, student in full_hub.STUDENTS.items()},
+}
 SMALL = [
     "steps=2",
     "batch_size=1",
@@ -194,6 +56,8 @@ SMALL = [
     "overwrite=true",
 ]
 FEW = ["evaluators=[clip]", "wandb=disabled", "overwrite=true", "prompts=[a man at a desk,a woman in a park]"]
+ONCE = ["seeds=1", "scales=[0,1]", "lora_scales=[0,1]", "references=false"]
+ONCE += ["max_prompts=2", "rounds=1", "baselines=1"]
 PARTS = {  # name: what is run, {family} the user's card, {out} the folder of runs
     "slider": ["train/slider.py", "member={family}/base", "name=fp32", "dtype=fp32", "out={out}", *SMALL],
     "slider-nf4": [
@@ -231,9 +95,7 @@ PARTS = {  # name: what is run, {family} the user's card, {out} the folder of ru
         "name=five",
         "dtype=bf16",
         "targets=[base,dmd2,lightning-lora,mine]",
-        "seeds=1",
-        "scales=[0,1]",
-        "references=false",
+        *ONCE,
         "out={out}",
         "cache={out}/cache",
         *FEW,
@@ -246,9 +108,7 @@ PARTS = {  # name: what is run, {family} the user's card, {out} the folder of ru
         "dtype=bf16",
         "quantize=nf4",
         "targets=[base,dmd2]",
-        "seeds=1",
-        "scales=[0,1]",
-        "references=false",
+        *ONCE,
         "out={out}",
         "cache={out}/cache",
         *FEW,
@@ -279,6 +139,25 @@ PARTS = {  # name: what is run, {family} the user's card, {out} the folder of ru
     ],
 }
 PLANLESS = ("show", "share")
+ON_A_GPU = {  # name: the family, and how it fits
+    "klein": ("klein", ["memory.offload=true"]),
+    "klein-nf4": ("klein", ["memory.offload=true", "quantize=nf4"]),
+    "krea2-nf4": ("krea2", ["memory.offload=true", "quantize=nf4"]),
+    "qwen-nf4": ("qwen", ["memory.offload=true", "quantize=nf4"]),
+    "qwen21": ("qwen21", ["memory.offload=true"]),
+    "qwen21-nf4": ("qwen21", ["memory.offload=true", "quantize=nf4"]),
+}
+
+
+def words_of(part: str) -> tuple[str, list[str]]:
+    """A part's family, and what is run."""
+    if part not in ON_A_GPU:
+        return "sdxl", PARTS[part]
+    name, memory = ON_A_GPU[part]
+    lora, twin = f"{{cache}}/{name}.safetensors", full_hub.STUDENTS[name]
+    words = ["analysis/transfer.py", "family={family}", f"controls=[{lora}]", f"name={part}", "dtype=bf16"]
+    words += [f"targets=[base,{twin}]", "out={out}", "cache={out}/cache", *memory]
+    return name, [*words, *ONCE, *FEW]
 
 
 @dataclass
@@ -301,19 +180,22 @@ class Measured:
 
 def run(part: str, cache: Path = CACHE) -> Measured:
     """What a part takes and what its plan says."""
-    family, out = cache / "mine.yaml", cache / "runs"
+    name, words = words_of(part)
+    family, out, gpu = cache / f"{name}.yaml", cache / "runs", torch.cuda.is_available()
     shutil.rmtree(out / "cache", ignore_errors=True)  # what is drawn already takes no memory
-    family.write_text(
-        CARD.format(size_px=1024 if torch.cuda.is_available() else 128, file=cache / "mine.safetensors")
-    )
-    words = [word.format(family=family, out=out) for word in PARTS[part]]
+    size_px, file = 1024 if gpu else 128, cache / "mine.safetensors"
+    family.write_text((CARD + CARDS[name]).format(name=name, size_px=size_px, file=file))
+    words = [word.format(family=family, out=out, cache=cache) for word in words]
     words[0] = str(ROOT / words[0])
     settings = os.environ | {
         "HF_HUB_CACHE": str(cache),
         "HF_HOME": str(cache / "home"),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
+    planned = part in ON_A_GPU and gpu
+    if planned:
+        settings["FULL_GB"] = str(CARD_GB)
     with (cache / f"{part}.log").open("w") as log:
 
         def command(*before: str, more: list[str]) -> None:
@@ -327,7 +209,7 @@ def run(part: str, cache: Path = CACHE) -> Measured:
             assert done.returncode == 0, Path(log.name).read_text()[-3000:]
 
         if part not in PLANLESS:
-            command(more=["dry_run=true"])
+            command(more=["dry_run=true", *([f"memory.gpu_gb={CARD_GB}"] if planned else [])])
         start = time.time()
         command(str(Path(__file__).resolve()), "--measure", str(cache / "peak.json"), more=[])
     said = re.search(r"memory at the most: ([\d.]+) GB.*", Path(log.name).read_text())
@@ -344,10 +226,13 @@ def run(part: str, cache: Path = CACHE) -> Measured:
 
 
 def measure(file: str, words: list[str]) -> None:
-    """Runs a script here, and writes the most memory that it took: torch's on a GPU, else this process's
-    without mapped files.
+    """Runs a script here, and writes the most memory that it took: torch's on a GPU, of which it gets FULL_GB
+    where that is said, else this process's without mapped files.
     """
     most, sys.argv = [0], words
+    if "FULL_GB" in os.environ:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(os.environ["FULL_GB"]) * 1e9 / whole)
     sys.path.insert(0, str(Path(words[0]).parent))
 
     def watch() -> None:
@@ -364,9 +249,11 @@ def measure(file: str, words: list[str]) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*PARTS, *ON_A_GPU])
 def test_a_command_runs_at_full_size_in_the_memory_that_its_plan_says(part):
-    build()
+    if part in ON_A_GPU and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    full_hub.build(words_of(part)[0], CACHE)
     found = run(part)
     show([found])
     assert found.off is None or abs(found.off) <= WITHIN
@@ -386,7 +273,10 @@ def keep(measured: Measured) -> None:
     """Puts a part into the record that `make docs` reads."""
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     row = {"gb": round(measured.peak, 1), "forecast_gb": measured.forecast, "outside": measured.outside}
-    record[measured.part] = {**row, "device": "GPU" if torch.cuda.is_available() else "CPU, 128 px"}
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, 128 px"
+    if measured.part in ON_A_GPU:
+        where += f", {CARD_GB} GB of it"
+    record[measured.part] = {**row, "seconds": round(measured.seconds), "device": where}
     with replacing(RECORD) as new:
         new.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -395,8 +285,10 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2], sys.argv[3:])
     else:
-        build()
         for part in sys.argv[1:] or PARTS:
+            start = time.time()
+            full_hub.build(words_of(part)[0], CACHE)
+            print(f"{part}: its cache took {time.time() - start:.0f} s", flush=True)
             measured = run(part)
             show([measured])
             keep(measured)

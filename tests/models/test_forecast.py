@@ -132,6 +132,12 @@ def test_what_takes_turns_is_not_held_together(tiny):
         and len({"base", "dmd"} & set(drawing.held)) == 1
     )
     assert all("base" not in look.held and "VAE" in look.held for look in looks)
+    control = {"layer.lora_A.weight": torch.zeros(2, 8), "layer.lora_B.weight": torch.zeros(8, 2)}
+    _, drawing, *_ = forecast.drawing(family, [({"base"}, {"base"})], 8, [control], [])
+    assert drawing.held["the control"] == 2 * 2 * 8 * 4  # its sums are in the weights' place
+    family.memory = Memory()
+    _, drawing, *_ = forecast.drawing(family, [({"base"}, {"base"})], 8, [control], [])
+    assert drawing.held["weights with the control"] == 8 * 8 * 4
 
 
 def test_a_plan_counts_what_a_resumed_run_still_does(tmp_path, capsys):

@@ -44,7 +44,9 @@ def markdown(results: dict) -> str:
     lines = [f"{where}; {made_by}, {results['created']}", "", *aims(results)]
     for part, measured in results["parts"].items():
         reason = f": {measured['error']}" if measured["error"] else ""
-        lines += ["", f"**{part}**, {measured['seconds']:.0f} seconds{reason}"]
+        earlier = measured.get("created", results["created"])
+        when = f", {earlier}" if earlier != results["created"] else ""
+        lines += ["", f"**{part}**, {measured['seconds']:.0f} seconds{when}{reason}"]
         if measured["rows"]:
             lines += ["", *table(measured["rows"])]
     return "\n".join(lines)

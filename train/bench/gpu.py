@@ -34,9 +34,8 @@ Keep = Callable[[str, dict], None]  # takes a part's name and what is known of i
 @dataclass
 class Config:
     minutes: float = 9.0  # for everything; what is not done by then is left out
-    parts: list[str] = list_of(
-        "pictures", "training", "tests", "compile", "students"
-    )  # of what is measured, in this order
+    # of what is measured, in this order; the file keeps the others that it has of the same GPU
+    parts: list[str] = list_of("pictures", "training", "tests", "compile", "students")
     apart: bool = True  # every part in a process of its own, which ends when its time is over
     repeats: int = 2  # images or steps that a median is taken of, after one that is not counted
     base_steps: int = 0  # of the base; 0 = as its card says, 50 for SDXL
@@ -70,11 +69,11 @@ def main(cfg: Config) -> Path:
         "command": command(),
         "created": created,
         "config": asdict(cfg),
-        "parts": {},
+        "parts": others(path, cfg.parts, hardware()),
     }
 
     def keep(part: str, measured: dict) -> None:
-        results["parts"][part] = measured
+        results["parts"][part] = measured | {"created": created}
         figures.write(path, results)
 
     end, run = time.time() + 60 * cfg.minutes, elsewhere if cfg.apart else here
@@ -113,6 +112,15 @@ def hardware() -> dict[str, str | float | int | None]:
     return device
 
 
+def others(path: Path, parts: list[str], device: dict) -> dict[str, dict]:
+    """What a file has of the same hardware in parts that are not measured now, each with its day."""
+    before = figures.read(path) if path.is_file() else {"hardware": None}
+    if before["hardware"] != device:
+        return {}
+    kept = {part: its for part, its in before["parts"].items() if part not in parts}
+    return {part: {"created": before["created"], **its} for part, its in kept.items()}
+
+
 # how a part is run
 
 
@@ -139,7 +147,7 @@ def elsewhere(cfg: Config, part: str, seconds: float, keep: Keep) -> None:
             child.wait()
         measured = figures.read(out)["parts"].get(part) if out.is_file() else None
     measured = measured or {"error": None, "rows": {}}
-    keep(part, {**measured, "seconds": round(time.time() - start, 1), "error": measured["error"] or error})
+    keep(part, measured | {"seconds": round(time.time() - start, 1), "error": measured["error"] or error})
 
 
 def here(cfg: Config, part: str, seconds: float, keep: Keep) -> None:
