@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from analysis.pages import words
 from analysis.session import Session
 from configs import ROOT, UserError
 from controls import formats
+from models.evaluators import JUDGES
 
 LOST = ("weaker", "dead", "reversed")  # verdicts after which a control is adapted
-JUDGES = 2  # evaluators by which a cell counts as lost, the first of the card
 LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
 # where the original's own layers cannot carry the effect: all layers, for longer
 WIDER = {"layers": "full", "scope": "c3lier", "learning_rate": 1e-3, "steps": 400, "rounds": 4}
@@ -89,12 +91,21 @@ def train(session: Session, control: str, member: str, folder: Path, **more: obj
         "source": f"{cfg.family}/{cfg.source or its.base}",
         "name": folder.name,
         "out": folder.parent,
+        "cache": cfg.cache,
         "dtype": cfg.dtype,
         "wandb": cfg.wandb,
         **more,
     }
     print(f"adapting {what}")
     command = [sys.executable, str(ROOT / "train/adapt.py"), *(f"{key}={options[key]}" for key in options)]
-    environment = {key: value for key, value in os.environ.items() if not LAUNCHED.match(key)}
-    if subprocess.run(command, env=environment).returncode:
+    if subprocess.run(command, env=environment(session.accelerator.device)).returncode:
         raise UserError(f"could not adapt {what}: the reason stands above")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """This process's variables without those of its launcher; of several GPUs it sees its own."""
+    kept = {key: value for key, value in os.environ.items() if not LAUNCHED.match(key)}
+    if device.type == "cuda" and device.index is not None:
+        seen = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        kept["CUDA_VISIBLE_DEVICES"] = seen[device.index] if seen != [""] else str(device.index)
+    return kept

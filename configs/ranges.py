@@ -16,6 +16,7 @@ RANGES = {
     "baselines": (1, 1e4),
     "captions": (0, 1e6),
     "at": (0, 1e4),
+    "ahead": (1, 1e4),
     "compared": (0, 1e4),
     "runs": (1, 1e6),
     "curve_prompts": (1, 1e6),

@@ -328,12 +328,9 @@ EVALUATORS = {
     "inception": Inception,
 }
 UNIT = ("clip", "siglip", "dino", "dreamsim")  # of unit length: their features' distance is 1 - cosine
-READERS = (
-    "clip",
-    "siglip",
-    "probe",
-    "geometry",
-)  # those that can say how much a picture is what words describe
+# those that can say how much a picture is what words describe
+READERS = ("clip", "siglip", "probe", "geometry")
+JUDGES = 2  # of a card's that decide what is lost, and how strongly it is taught again: the first
 # parameters, and bytes that their packages fetch, about
 PACKAGED = {"dreamsim": (258e6, 1.3e9), "inception": (23.9e6, 95.6e6)}
 

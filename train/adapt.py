@@ -2,10 +2,10 @@
 [config=FILE] [key=value ...]
 
 Without arguments: watercolour-kv, of which tiny/dmd keeps a fifth, for tiny/dmd. The student's x0 with the
-adapted control is to be its x0 without it, and the guided change that the original makes on its source at
-the same x. What is trained on are the student's own runs with the control as it is by then, drawn anew a few
-times; the change that is taught is each time as much larger or smaller as the effect is still off, on each
-member and at each scale.
+adapted control is to be its x0 without it, and the guided change that the original makes of where its source
+goes from the same x. What is trained on are the student's own runs with the control as it is by then, drawn
+anew a few times; the change that is taught is each time as much larger or smaller as the effect is still off,
+on each member and at each scale.
 """
 
 import json
@@ -30,19 +30,20 @@ from controls.lora import Card, Control, content, detach, fits, fusing, strength
 from models import promptsets
 from models.batches import Batches
 from models.cards import card, split
-from models.evaluators import Evaluator, load_evaluators
+from models.evaluators import JUDGES, Evaluator, load_evaluators
 from models.families import Family
+from models.hashing import identity
 from models.loading import skeleton
 from models.noise import NOISE_SCHEDULES, Noise
 from models.prompts import Prompts
-from models.sampler import Member, alone, draw_noise, sample
+from models.sampler import Member, alone, draw_noise, sample, update
 from train import dry_run
 from train.checkpoint import seeded
 from train.run import Run, Training
 from train.shares import Features, Shares
 
 REMEMBERED = (
-    "members scales prompts runs rounds calibrate steps batch_size gradient_accumulation_steps "
+    "members scales prompts runs rounds ahead calibrate steps batch_size gradient_accumulation_steps "
     "learning_rate seed"
 )
 KEPT = (
@@ -50,7 +51,7 @@ KEPT = (
 )
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
-JUDGED = 64  # images of calibration
+JUDGED = 96  # images of calibration
 
 
 @dataclass
@@ -70,9 +71,12 @@ class Config(Training):
     negative: str = ""  # what it departs from; empty = what the original's card says
     runs: int = 24  # of each member at each scale, drawn in every round
     rounds: int = 3  # in which the runs are drawn anew, with the control as it is by then
+    # steps in which the source goes on from x to the end, where the change is taken; 1 = what it sees at x
+    ahead: int = 4
     # before a round, and last of all, the strength at which the effect is the original's, by the card's
-    # evaluators
+    # first two evaluators
     calibrate: bool = True
+    cache: str = "runs/cache"  # what is seen of the original on its source is kept here
     compared: int = 24  # images on which the result is compared with the original at the end; 0 = none
     steps: int = 180  # optimizer steps
     learning_rate: float = 2e-3
@@ -192,9 +196,9 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
     for its in members:
         name, steps, own = its.name.rpartition("/")[2], len(its.levels), evaluations(its)
         calls[name] += cfg.rounds * runs * (alone(its).nfe + steps * own) + looks["member"] * alone(its).nfe
-        taught = cfg.rounds * runs * steps * 2 * evaluations(source)
+        taught = sum(len(onward(source, level, cfg.ahead)) for level in its.levels)
         if about.family == bare.card.name:
-            calls[about.member] += taught
+            calls[about.member] += cfg.rounds * runs * taught * 2 * evaluations(source)
     if about.family == bare.card.name:
         calls[about.member] += looks["source"] * alone(source).nfe
     kept = 2 * runs * sum(len(its.levels) for its in members)
@@ -206,6 +210,16 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
 def evaluations(member: Member) -> int:
     """Of its network, at one level."""
     return 1 if member.guidance is None else 2
+
+
+def onward(source: Member, noise: Noise, steps: int) -> list[Noise]:
+    """The levels at which a source is asked on its way from a noise level to the end: that level as its noise
+    schedule has it, then others of its own. A source that draws fresh noise sees the end from where it is.
+    """
+    first = noise if noise in source.levels else NOISE_SCHEDULES[source.noise_schedule][1](noise.ratio)
+    later = [level for level in source.levels if level.ratio < 0.999 * first.ratio]
+    steps = 1 if source.eta else min(steps, 1 + len(later))
+    return [first, *(later[k * len(later) // steps] for k in range(1, steps))]
 
 
 class Lesson:
@@ -311,15 +325,22 @@ class Lesson:
         return tuple(torch.stack(part, 1).cpu() for part in ([step.x for step in steps], plain, change))
 
     def change(self, x: Tensor, noise: Noise, prompts: Prompts, scale: float) -> Tensor:
-        """The guided change of the source's x0 by the original, at x of a member's noise schedule."""
-        source = self.source
-        there = noise
-        if noise not in source.levels:
-            there = NOISE_SCHEDULES[source.noise_schedule][1](noise.ratio)
-            x = x * (there.alpha / noise.alpha) if noise.alpha else x
-        without = source.denoiser(x, there, prompts, source.guidance)
+        """The guided change, by the original, of where the source goes from x of a member's schedule."""
+        first, *later = onward(self.source, noise, self.cfg.ahead)
+        if first != noise and noise.alpha:
+            x = x * (first.alpha / noise.alpha)
+
+        def end() -> Tensor:
+            at, now = x, first
+            x0 = self.source.denoiser(at, now, prompts, self.source.guidance)
+            for after in later:
+                at, now = update(at, x0, now, after), after
+                x0 = self.source.denoiser(at, now, prompts, self.source.guidance)
+            return x0
+
+        without = end()
         with self.on[scale]():
-            return source.denoiser(x, there, prompts, source.guidance) - without
+            return end() - without
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The loss at some points of one member, scale and step, in shares of the change that is taught."""
@@ -335,7 +356,10 @@ class Lesson:
         """Measures on an image of each text what members have of the original's effect on its source."""
         cfg, family = self.cfg, self.run.family
         shares = Shares(family, self.evaluators, (cfg.positive, cfg.negative), texts, seed)
-        shares.source(self.family, self.source, partial(self.at, 0), self.original_on(scale))
+        its, member = self.family.card, self.source.name.rpartition("/")[2]
+        key = [content(self.original), scale, identity(its, member)]
+        sides = partial(self.at, 0), self.original_on(scale)
+        shares.source(self.family, self.source, sides, Path(cfg.cache), key)
         return shares
 
     @cached_property
@@ -369,9 +393,9 @@ class Lesson:
 
     def off(self, m: int, scale: float, acting: float) -> float:
         """How far the control in training is too strong on a member for a scale, acting at another, as a
-        logarithm: by the median of all evaluators.
+        logarithm: by the mean of the first evaluators.
         """
-        return float(np.median(self.judge(scale).middle(self.bare(m), self.with_control(m, acting))))
+        return float(np.mean(self.judge(scale).middle(self.bare(m), self.with_control(m, acting))[:JUDGES]))
 
     def calibrated(self) -> float:
         """The strength at which the effect on the members, their median, is the original's on its source."""

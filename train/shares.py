@@ -2,12 +2,18 @@
 the card that reads words.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from configs import replacing
 from controls import intervals
 from controls.effect import own_direction
 from models.evaluators import Evaluator
@@ -35,9 +41,28 @@ class Shares:
         self.family, self.evaluators, self.words = family, evaluators, words
         self.texts, self.seeds = list(texts), [seed + k for k in range(len(texts))]
 
-    def source(self, family: Family, member: Member, off: Acting, on: Acting) -> None:
-        """Draws the source of a family, without the original and with it."""
-        plain, edited = self.seen(member, off, family), self.seen(member, on, family)
+    def source(
+        self, family: Family, member: Member, sides: tuple[Acting, Acting], folder: Path, key: object
+    ) -> None:
+        """Draws the source of a family, without the original and with it. What is seen is kept in a folder,
+        by the hash of what it depends on: key, of the original and its source, and what is known here.
+        """
+        judges = [[type(judge).__name__, judge.identity] for judge in self.evaluators.values()]
+        about = [key, str(family.dtype), judges, self.texts, self.seeds]
+        path = folder / f"source-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
+        try:
+            kept = load_file(path)
+        except (OSError, SafetensorError):  # not there, or damaged
+            seen = zip(("plain", "edited"), (self.seen(member, side, family) for side in sides), strict=True)
+            kept = {
+                f"{side} {name}": torch.from_numpy(its) for side, all in seen for name, its in all.items()
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as new:
+                save_file(kept, new)
+        plain, edited = (
+            {name: kept[f"{side} {name}"].numpy() for name in self.evaluators} for side in ("plain", "edited")
+        )
         # a direction that was fitted to an image always finds an effect in it: so on other images
         self.rows = slice(None) if all(self.words) else slice(1, None, 2)
         self.directions = {name: own_direction(plain[name][::2], edited[name][::2]) for name in plain}

@@ -7,6 +7,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
+import torch
 from support.short_runs import QUICK
 
 from analysis import adapting, transfer
@@ -125,6 +126,19 @@ def test_a_loss_by_the_second_evaluator_alone_is_one():
     for verdicts, lost in (("kept", "weaker", "kept"), True), (("kept", "kept", "dead"), False):
         readings = {name: {"verdict": its} for name, its in zip("abc", verdicts, strict=True)}
         assert adapting.is_lost({**cell, "readings": readings}) is lost
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "seen"),
+    [("cuda:1", None, "1"), ("cuda:1", "4,6", "6"), ("cpu", "4,6", "4,6"), ("cpu", None, None)],
+)
+def test_each_process_teaches_on_its_own_gpu(device, visible, seen, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES", raising=False
+    )
+    its = adapting.environment(torch.device(device))
+    assert its.get("CUDA_VISIBLE_DEVICES") == seen and "RANK" not in its and "PATH" in its
 
 
 def test_a_training_that_fails_is_one_line(tmp_path, asked, monkeypatch):

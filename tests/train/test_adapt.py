@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
@@ -18,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from configs import ROOT, UserError, merge
 from controls import convert, formats
 from controls.layers import named_layers, targets
-from controls.lora import Card, Control, content, fused, shapes
+from controls.lora import Card, Control, content, fused, fusing, shapes
 from models.cards import card
 from models.evaluators import load_evaluators
 from models.families import Family
@@ -27,12 +29,13 @@ from models.sampler import alone, draw_noise, finish
 from train import adapt
 from train.adapt import Config, reached
 from train.run import Run
+from train.shares import Shares
 
 KV = "controls/tiny/watercolour-kv.safetensors"
 TEXTS = ["portrait of a person", "portrait of a person, hat", "portrait of a person, long black hair"]
 SMALL = [
     *(f"prompts={TEXTS}", "runs=6", "rounds=2", "steps=20", "batch_size=4", "save_every=5", "sample_every=0"),
-    *("sample_seeds=[1]", "compared=0", "wandb=disabled"),
+    *("ahead=2", "sample_seeds=[1]", "compared=0", "wandb=disabled"),
 ]
 
 
@@ -43,7 +46,7 @@ def few(monkeypatch):
 
 
 def trained(folder, *words):
-    return formats.load(adapt.main(merge(Config, [*SMALL, f"out={folder}", *words])))
+    return formats.load(adapt.main(merge(Config, [*SMALL, f"out={folder}", f"cache={folder}/cache", *words])))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ TWO = ["compared=3", "calibrate=false", "members=[tiny/dmd,tiny/lcm]"]
 
 @pytest.mark.parametrize("more", [["calibrate=false"], pytest.param(TWO, marks=pytest.mark.slow)])
 def test_what_is_asked_is_what_was_said(tmp_path, capsys, more):
-    words = [*SMALL, *more, "steps=6", f"out={tmp_path}"]
+    words = [*SMALL, *more, "steps=6", f"out={tmp_path}", f"cache={tmp_path}/cache"]
     adapt.main(merge(Config, [*words, "dry_run=true"]))
     line = re.search(r"network evaluations: (.*)", capsys.readouterr().out)[1]
     said = sum(int(count) for count in re.findall(r"(\d+) of [\w-]+", line))
@@ -196,6 +199,61 @@ def test_what_is_taught_is_as_strong_as_the_effect_is_still_off(tmp_path, monkey
     assert torch.allclose(second["gains"], torch.tensor(wanted, dtype=torch.float32))
 
 
+@torch.no_grad()
+def test_the_change_that_is_taught_is_that_of_where_the_source_goes():
+    """All the way from the source's first level it is the difference of its finished latents."""
+    family, original = Family("tiny", dtype=torch.float32), formats.load(KV)
+    source, prompts = family.member("base"), family.encode(TEXTS)
+    noise = draw_noise([1, 2, 3], family.latent_shape, len(source.levels))
+    on = fusing(source.denoiser.net, original, 1.0)
+
+    def change(ahead: int) -> torch.Tensor:
+        lesson = SimpleNamespace(source=source, cfg=SimpleNamespace(ahead=ahead), on={1.0: on})
+        return adapt.Lesson.change(lesson, noise[:, 0], source.levels[0], prompts, 1.0)
+
+    without = finish(alone(source), noise, prompts)
+    with on():
+        whole = finish(alone(source), noise, prompts) - without
+    assert torch.allclose(change(len(source.levels)), whole, atol=1e-5)
+    far = [float((change(ahead) - whole).norm() / whole.norm()) for ahead in (1, 4)]
+    assert far[1] < 0.8 * far[0]
+
+
+def test_what_is_seen_of_the_original_is_kept(tmp_path, monkeypatch):
+    """Drawn once; anew where the file is damaged, or the original another."""
+    family, drawn = Family("tiny", dtype=torch.float32), []
+    source, seen = family.member("dmd"), Shares.seen
+    monkeypatch.setattr(Shares, "seen", lambda *args: drawn.append(1) or seen(*args))
+
+    def effects(key: str) -> dict[str, np.ndarray]:
+        words = "a hat", "a person"
+        shares = Shares(family, load_evaluators(family.card, names=["probe"]), words, TEXTS, 7)
+        on = fusing(source.denoiser.net, formats.load(KV), 1.0)
+        shares.source(family, source, (nullcontext, on), tmp_path, key)
+        return shares.own
+
+    first, again = effects("one"), effects("one")
+    assert len(drawn) == 2 and np.array_equal(first["probe"], again["probe"])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert np.array_equal(effects("one")["probe"], first["probe"]) and len(drawn) == 4
+    effects("other")
+    assert len(drawn) == 6 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_levels_on_which_the_source_is_asked_on_its_way():
+    family = Family("tiny", dtype=torch.float32)
+    base, dmd = family.member("base"), family.member("dmd")
+    for level in dmd.levels:
+        way = adapt.onward(base, level, 4)
+        ratios = [there.ratio for there in way]
+        assert ratios[0] == pytest.approx(level.ratio) and ratios == sorted(set(ratios), reverse=True)
+        assert len(way) == min(4, 1 + sum(own.ratio < 0.999 * level.ratio for own in base.levels))
+        assert all(there in base.levels for there in way[1:])
+        assert adapt.onward(base, level, 1) == way[:1]
+        assert adapt.onward(dmd, level, 4) == [level]  # it draws fresh noise
+
+
 def test_a_control_without_words_is_compared_along_its_own_direction(tmp_path):
     words = [f"control={ROOT}/controls/tiny/space-1.safetensors", "steps=2", "rounds=1", "compared=8"]
     control = trained(tmp_path, *words, "calibrate=false", "member=tiny/lightning")
@@ -216,6 +274,7 @@ def test_the_dose_that_is_right():
         ("members=[tiny/dmd,sdxl/dmd2]", "one family"),
         ("scales=[0,1]", "nothing to teach"),
         ("rounds=99", "1 … 20"),
+        ("ahead=0", "ahead"),
         ("control=nowhere.safetensors", "nowhere"),
     ],
 )

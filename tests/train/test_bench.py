@@ -1,15 +1,19 @@
 """Benches: what they report is what happens."""
 
+import json
+
 import numpy as np
 import pytest
 from support.allocator import allocated
 from support.network import network
 
 from analysis import bench
-from configs import merge
+from configs import UserError, merge
 from models.architectures import ARCHITECTURES
+from models.evaluators import Attributes
+from models.tiny import world
 from train import dry_run
-from train.bench import prior
+from train.bench import obeys, prior
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -38,6 +42,31 @@ def test_kernel_distance_by_its_definition():
     assert prior.distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
     many = rng.normal(size=(800, 3))
     assert abs(prior.distance(many[:400], many[400:])) < 0.1 < prior.distance(many[:400], many[400:] + 0.5)
+
+
+def test_what_an_adapted_control_leaves_of_prompts_is_counted_beside_the_original(tmp_path, capsys):
+    kv, age = ("controls/tiny/watercolour-kv.safetensors", "controls/tiny/age.safetensors")
+    about = {"source": "tiny/base", "target": "tiny/dmd"}
+    cells = [about | {"control": "watercolour-kv", "adapted_from": ""}]
+    cells += [about | {"control": "age", "adapted_from": "watercolour-kv"}]  # another file stands in
+    cells += [about | {"control": "age", "adapted_from": "watercolour-kv", "target": "tiny/base"}]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"config": {"controls": [kv, age]}, "cells": cells}))
+    obeys.main(merge(obeys.Config, [f"results={results}", "images=8", f"out={tmp_path}/out"]))
+    on_base, on_dmd = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    assert (on_base["on"], on_base["adapted"], on_dmd["on"]) == ("tiny/base", None, "tiny/dmd")
+    assert on_base["original"][0] < 0.9 < on_base["bare"][0] and on_dmd["adapted"] != on_dmd["original"]
+    with pytest.raises(UserError, match="no results"):
+        obeys.main(merge(obeys.Config, [f"results={tmp_path}/nowhere.json"]))
+
+
+def test_a_text_holds_what_the_probe_sees_of_it():
+    texts = ["portrait of a person, hat, smiling"]
+    seen = Attributes("models/tiny/weights/probe").features(
+        world.to_unit(world.pictures([face for face in world.faces(400, 3) if face.hat][:8]))
+    )
+    shares = [obeys.held(texts, seen[k : k + 1])[0] for k in range(len(seen))]
+    assert set(shares) <= {0.5, 1.0}
 
 
 @pytest.mark.parametrize("more", [[], ["targets=['dmd:hybrid(1)']"]])

@@ -18,12 +18,11 @@ from controls.lora import Control, fused
 from models.evaluators import Attributes, Clip
 from models.families import Family, split
 from models.tiny import world
-from models.tiny.certificate import checks
-from models.tiny.faces import claims, styled
+from models.tiny.faces import styled
 from train import lora
 from train.bench.figures import write_cells
+from train.bench.obeys import SEED, held, with_error
 
-SEED = 555  # of the held-out captions, as in the family's certificate
 BLOCKS = 6  # parts of the images, each of which gives a distance; their spread gives its error
 
 
@@ -79,17 +78,13 @@ def judge(cfg: Config, control: Control | None) -> dict[str, dict[str, list[floa
     for case, (prompts, true) in cases.items():
         with fused(member.denoiser.net, control, 1.0, name) if control else nullcontext():
             images = family.draw(member, prompts, list(range(cfg.images)))
-        obeyed = [
-            np.mean(list(checks(claims(text), seen).values()))
-            for text, seen in zip(texts, probe.features(images), strict=True)
-        ]
         pairs = zip(
             np.array_split(clip.features(images), BLOCKS),
             np.array_split(clip.features(world.to_unit(world.pictures(true))), BLOCKS),
             strict=True,
         )
         measures[case] = {
-            "obeys": with_error(obeyed),
+            "obeys": with_error(held(texts, probe.features(images))),
             "distance": with_error([distance(*pair) for pair in pairs]),
         }
     return measures
@@ -109,11 +104,6 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
         return (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
 
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
-
-
-def with_error(values: list[float]) -> list[float]:
-    """Mean and standard error."""
-    return [float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)]
 
 
 def show(rows: dict) -> None:
