@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -53,11 +54,11 @@ def is_lost(cell: dict) -> bool:
 
 
 def taught(session: Session, control: str, member: str, folder: Path) -> None:
-    """Trains in the original's layers, and where that is not near on the prompts learnt on, in all layers."""
+    """Trains in the original's layers, and where any evaluator does not find that near, in all layers."""
     if not (folder / "control.safetensors").exists():
         train(session, control, member, folder)
     wide = wider(folder)
-    if distance(folder) > NEAR and not (wide / "control.safetensors").exists():
+    if max(distances(folder)) > NEAR and not (wide / "control.safetensors").exists():
         train(session, control, member, wide, **WIDER)
 
 
@@ -66,19 +67,20 @@ def wider(folder: Path) -> Path:
 
 
 def nearer(folder: Path) -> Path:
-    """Of the two tries the one whose effect is nearer to the original's, on the prompts learnt on."""
-    return min((folder, wider(folder)), key=distance)
+    """Of two tries the one whose effect is nearer to the original's, in the mean of the first evaluators."""
+    return min((folder, wider(folder)), key=lambda its: fmean(distances(its, JUDGES)))
 
 
-def distance(folder: Path) -> float:
-    """How far a trained control's shares are from 1, as a logarithm, by the first evaluators; infinite where
-    there is none.
+def distances(folder: Path, count: int | None = None) -> list[float]:
+    """How far a trained control's shares are from 1 on the prompts learnt on, as logarithms, by each of the
+    first so many evaluators that see the original on its source; infinite where nothing is known.
     """
     try:
-        rows = json.loads((folder / "shares.json").read_text())[:JUDGES]
+        rows = json.loads((folder / "shares.json").read_text())[:count]
     except FileNotFoundError:
-        return math.inf
-    return max(abs(math.log(max(row["learnt"]["value"], 0.01))) for row in rows)
+        return [math.inf]
+    shares = [row["learnt"]["value"] for row in rows]
+    return [abs(math.log(max(share, 0.01))) for share in shares if share is not None] or [math.inf]
 
 
 def train(session: Session, control: str, member: str, folder: Path, **more: object) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.short_runs import QUICK
@@ -119,6 +120,16 @@ def test_what_the_originals_layers_cannot_carry_is_taught_to_all(tmp_path, asked
     assert [how.get("layers", "") for how in asked.how] == ["", "full"]
     file = record["config"]["controls"][-1]
     assert Path(file).parent.parent.name == kept
+
+
+def test_how_near_a_try_is_counts_those_who_see_the_original(tmp_path):
+    rows = [{"learnt": {"value": share}} for share in (0.5, 2.0, None, 1.0)]
+    (tmp_path / "shares.json").write_text(json.dumps(rows))
+    far = np.log(2)
+    assert adapting.distances(tmp_path) == pytest.approx([far, far, 0])
+    assert adapting.distances(tmp_path, 2) == pytest.approx([far, far])
+    (tmp_path / "shares.json").write_text(json.dumps(rows[2:3]))
+    assert adapting.distances(tmp_path) == adapting.distances(tmp_path / "nowhere") == [np.inf]
 
 
 def test_a_loss_by_the_second_evaluator_alone_is_one():

@@ -190,7 +190,9 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    "trainer", [pytest.param(trainer, marks=[pytest.mark.slow] * (trainer is adapt)) for trainer in TRAINERS]
+)
 def test_text_encoders_are_gone_when_a_trainer_s_network_comes(trainer, tmp_path, monkeypatch):
     """What they were told is known by then, and they do not come back."""
     monkeypatch.setattr(adapt, "JUDGED", 2)
