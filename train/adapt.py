@@ -36,6 +36,7 @@ from models.hashing import identity
 from models.loading import skeleton
 from models.noise import NOISE_SCHEDULES, Noise
 from models.prompts import Prompts
+from models.quantized import quantized
 from models.sampler import Member, alone, draw_noise, sample, update
 from train import dry_run
 from train.checkpoint import seeded
@@ -357,7 +358,8 @@ class Lesson:
         cfg, family = self.cfg, self.run.family
         shares = Shares(family, self.evaluators, (cfg.positive, cfg.negative), texts, seed)
         its, member = self.family.card, self.source.name.rpartition("/")[2]
-        key = [content(self.original), scale, identity(its, member)]
+        packed = cfg.quantize if quantized(self.source.denoiser.net) else ""
+        key = [content(self.original), scale, identity(its, member), packed]
         sides = partial(self.at, 0), self.original_on(scale)
         shares.source(self.family, self.source, sides, Path(cfg.cache), key)
         return shares

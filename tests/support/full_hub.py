@@ -193,7 +193,7 @@ def clip_words() -> CLIPTokenizer:
 
 
 def ends(words: CLIPTokenizer) -> dict[str, int]:
-    """The special tokens that a config of CLIP is told."""
+    """The special tokens that a config of CLIP names."""
     return {f"{end}_token_id": getattr(words, f"{end}_token_id") for end in ("bos", "eos", "pad")}
 
 

@@ -61,15 +61,15 @@ def main(cfg: Config) -> Path:
     if cfg.show:
         print(figures.markdown(figures.read(path)))
         return path
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created, device = datetime.now(UTC).isoformat(timespec="seconds"), hardware()
     results = {
         "schema": 1,
-        "hardware": hardware(),
+        "hardware": device,
         "versions": versions(),
         "command": command(),
         "created": created,
         "config": asdict(cfg),
-        "parts": others(path, cfg.parts, hardware()),
+        "parts": others(path, cfg.parts, device),
     }
 
     def keep(part: str, measured: dict) -> None:

@@ -7,6 +7,7 @@ the original and with the adapted one. Writes runs/bench-obeys/results.json.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,20 +41,22 @@ def main(cfg: Config) -> None:
             f"no results {cfg.results}: run analysis.transfer adapt=true, and name its results.json"
         )
     record = read(Path(cfg.results))
-    files = formats.names(record["config"]["controls"])
-    files = dict(zip(files, record["config"]["controls"], strict=True))
+    paths = record["config"]["controls"]
+    files = {name: formats.load(path) for name, path in zip(formats.names(paths), paths, strict=True)}
     cells = [c for c in record["cells"] if c["adapted_from"] and c["target"] != c["source"]]
     cells = [c for c in cells if not cfg.controls or c["adapted_from"] in cfg.controls]
-    bare, rows = {}, {}
+    family, rows = Family("tiny"), {}
+
+    @cache
+    def obeys(on: str, name: str = "") -> list[float]:
+        return obeyed(family, cfg.images, on, files.get(name))
+
     for cell in cells:
-        for target, name in (cell["source"], cell["adapted_from"]), (cell["target"], cell["adapted_from"]):
-            if target not in bare:
-                bare[target] = obeyed(cfg, target)
-            if (name, target) not in rows:
-                with_it = obeyed(cfg, target, formats.load(files[name]))
-                rows[name, target] = {"bare": bare[target], "original": with_it, "adapted": None}
-        made = formats.load(files[cell["control"]])
-        rows[cell["adapted_from"], cell["target"]]["adapted"] = obeyed(cfg, cell["target"], made)
+        name = cell["adapted_from"]
+        for on in (cell["source"], cell["target"]):
+            row = {"bare": obeys(on), "original": obeys(on, name), "adapted": None}
+            rows.setdefault((name, on), row)
+        rows[name, cell["target"]]["adapted"] = obeys(cell["target"], cell["control"])
     write_cells(cfg, [{"control": name, "on": on, **row} for (name, on), row in rows.items()])
     shown = [
         {"control": name, "on": on, **{key: said(share) for key, share in row.items()}}
@@ -62,14 +65,12 @@ def main(cfg: Config) -> None:
     show_table("Share of a caption's claims that the probe sees, ± its standard error", shown)
 
 
-def obeyed(cfg: Config, target: str, control: Control | None = None) -> list[float]:
+def obeyed(family: Family, images: int, target: str, control: Control | None = None) -> list[float]:
     """The share of claims that hold in images of a member, under a control at scale 1, and its error."""
-    name, member_name = split(target)
-    family = Family(name)
-    member, probe = family.member(member_name), Attributes(family.card.probe)
-    texts = world.captions(world.faces(cfg.images, SEED), SEED)
-    with fused(member.denoiser.net, control, 1.0, name) if control else nullcontext():
-        seen = probe.features(family.draw(member, texts, list(range(cfg.images))))
+    member, probe = family.member(split(target)[1]), Attributes(family.card.probe)
+    texts = world.captions(world.faces(images, SEED), SEED)
+    with fused(member.denoiser.net, control, 1.0, family.card.name) if control else nullcontext():
+        seen = probe.features(family.draw(member, texts, list(range(images))))
     return with_error(held(texts, seen))
 
 
