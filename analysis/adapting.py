@@ -72,14 +72,14 @@ def nearer(folder: Path) -> Path:
 
 
 def distances(folder: Path, count: int | None = None) -> list[float]:
-    """How far a trained control's shares are from 1 on the prompts learnt on, as logarithms, by each of the
+    """How far a trained control's shares are from 1 where strength is set, as logarithms, by each of the
     first so many evaluators that see the original on its source; infinite where nothing is known.
     """
     try:
         rows = json.loads((folder / "shares.json").read_text())[:count]
     except FileNotFoundError:
         return [math.inf]
-    shares = [row["learnt"]["value"] for row in rows]
+    shares = [row["judged"]["value"] for row in rows]
     return [abs(math.log(max(share, 0.01))) for share in shares if share is not None] or [math.inf]
 
 

@@ -77,6 +77,7 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(devices, "start", lambda *_: Elsewhere())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_families_plans_and_evaluators(elsewhere):
     family = Family("tiny", DEVICE, torch.bfloat16)

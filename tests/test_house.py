@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import pkgutil
 import re
 import subprocess
@@ -365,20 +364,6 @@ def test_python_in_the_docs_runs(page, monkeypatch):
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), {})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/tutorials/")])
-def test_a_tutorial_runs_as_it_is_written(page, tmp_path):
-    """In a clone of its own, but what needs the Hub."""
-    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)
-    blocks = fences((ROOT / page).read_text())
-    script = "".join(text for before, kind, text in blocks if kind == "bash" and "not run" not in before)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path / "clone")}
-    command = ["bash", "-euo", "pipefail", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path / "clone", env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_docs_say_what_records_cards_and_commands_say():

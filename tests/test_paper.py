@@ -64,7 +64,10 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("t1", "t3", "fig7"))) for name in SMALL],
+)
 def test_a_file_of_the_paper_runs_on_the_embedded_family(name, data, tmp_path):
     command, words = SMALL[name]
     words = [QUICK, *(word.replace("DATA", str(data)) for word in words), "wandb=disabled", f"out={tmp_path}"]

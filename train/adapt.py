@@ -29,7 +29,7 @@ from controls.layers import CUSTOM
 from controls.lora import Card, Control, content, detach, fits, fusing, strength, tie
 from models import promptsets
 from models.batches import Batches
-from models.cards import card, split
+from models.cards import FamilyCard, card, split
 from models.evaluators import JUDGES, Evaluator, load_evaluators
 from models.families import Family
 from models.hashing import identity
@@ -47,9 +47,7 @@ REMEMBERED = (
     "members scales prompts runs rounds ahead calibrate steps batch_size gradient_accumulation_steps "
     "learning_rate seed"
 )
-KEPT = (
-    64  # prompts of the card's further ones that are learnt on, the last: measurements begin with the first
-)
+JUDGING = 4  # every fourth prompt is not learnt on: there gains and strength are set, and it is compared
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
 JUDGED = 96  # images of calibration
@@ -66,7 +64,7 @@ class Config(Training):
     # layer set, see controls/layers.py; empty = the original's, and its weights to start from
     layers: str = ""
     scales: list[float] = list_of()  # at which it is taught; empty = -1 and 1, of a LoRA 0.5 and 1
-    # texts and files to learn on; empty = the last of the family's more_prompts
+    # texts and files; empty = the second half of the family's more_prompts: measurements begin with the first
     prompts: list[str] = list_of()
     positive: str = ""  # what it makes, for the calibration; empty = what the original's card says
     negative: str = ""  # what it departs from; empty = what the original's card says
@@ -90,7 +88,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.dry_run:
         shown = replace(cfg, layers="full") if cfg.layers == CUSTOM else cfg  # no fewer than its own
         return dry_run.show(shown, partial(cost, cfg, original))
-    run = Run(cfg, original.card.kind, cfg.prompts, *([held_out(cfg)] if cfg.compared else []))
+    run = Run(cfg, original.card.kind, cfg.prompts)
     same = (cfg.layers, cfg.rank) == (original.card.layers, original.card.rank)
     with run.training(cfg.prompts[0], recipe(cfg, original), start=original if same else None):
         lesson = Lesson(cfg, run, original)
@@ -112,11 +110,9 @@ def report(run: Run, rows: list[dict]) -> None:
     """Prints, keeps and logs what the adaptation has brought."""
     with replacing(run.folder / "shares.json") as new:
         new.write_text(json.dumps(rows, indent=1) + "\n")
-    columns = ("original", "adapted", "learnt")
+    columns = ("original", "adapted", "judged")
     shown = [{**row, **{key: ranged(row[key]) for key in columns}} for row in rows]
-    title = (
-        "Share of the original's effect on its source [95 %], prompts not learnt on; last, those learnt on"
-    )
+    title = "Share of the original's effect on its source [95 %]; judged: on the images that set its strength"
     show_table(title, shown)
     finals = {
         f"adapt/{row['member']}/{row['evaluator']}/{key}": row[key]["value"]
@@ -144,8 +140,7 @@ def prepare(cfg: Config) -> Control:
     cfg.sample_scales = cfg.sample_scales if about.kind != "lora" else [0.0, 0.5, 1.0]
     if 0 in cfg.scales:
         raise UserError("scales are those at which the control is taught; at 0 there is nothing to teach")
-    more = [own.more_prompts] if own.more_prompts else own.prompts
-    cfg.prompts = promptsets.read(cfg.prompts).texts if cfg.prompts else promptsets.read(more).texts[-KEPT:]
+    cfg.prompts = promptsets.read(cfg.prompts).texts if cfg.prompts else further(own)
     if not 1 <= cfg.rounds <= cfg.steps:
         raise UserError(f"rounds must be 1 … {cfg.steps}, the steps; got {cfg.rounds}")
     bare = Family(families[0], bare=True)
@@ -191,8 +186,7 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
         if not cfg.calibrate:
             looks = {"source": 2 * JUDGED, "member": JUDGED}
         looks["member"] += JUDGED
-        count = len(held_out(cfg))
-        looks = {"source": looks["source"] + 2 * count, "member": looks["member"] + 3 * count}
+        looks = {part: count + (2 + (part == "member")) * cfg.compared for part, count in looks.items()}
     calls: Counter[str] = Counter()
     for its in members:
         name, steps, own = its.name.rpartition("/")[2], len(its.levels), evaluations(its)
@@ -233,10 +227,15 @@ class Lesson:
         about, family = original.card, run.family
         if about.family != family.card.name:
             family = Family(about.family, family.device, family.dtype, cfg.memory)
+            family.encode_all(cfg.prompts)
         self.family, self.source = family, family.member(about.member)
-        self.prompts, self.source_prompts = run.family.encode(cfg.prompts), family.encode(cfg.prompts)
+        self.learnt, self.judging = divided(cfg.prompts)
         self.on = {scale: fusing(self.source.denoiser.net, original, scale) for scale in cfg.scales}
         self.points: list[tuple] = []  # member, scale, level, prompts of x, x, goal, size of a change
+
+    def told(self, family: Family, chosen: Tensor) -> Prompts:
+        """Some of the prompts that are learnt on, as a family encodes them."""
+        return family.encode([self.learnt[k] for k in chosen.tolist()])
 
     @contextmanager
     def tied(self) -> Iterator[None]:
@@ -294,7 +293,7 @@ class Lesson:
         for m, member in enumerate(self.members):
             for k, scale in enumerate(cfg.scales):
                 generator = seeded(cfg.seed, now, m, k)
-                which = torch.randint(len(cfg.prompts), (cfg.runs,), generator=generator)
+                which = torch.randint(len(self.learnt), (cfg.runs,), generator=generator)
                 seeds = torch.randint(2**62, (cfg.runs,), generator=generator).tolist()
                 seen = partial(self.seen, member, scale, which, seeds)
                 batches = zip(*Batches(2 * cfg.batch_size).of(seen, cfg.runs), strict=True)
@@ -314,7 +313,7 @@ class Lesson:
         changes of what its source sees there: (B, T, C, H, W) each.
         """
         family, chosen = self.run.family, which[rows]
-        prompts, theirs = self.prompts[chosen], self.source_prompts[chosen]
+        prompts, theirs = self.told(family, chosen), self.told(self.family, chosen)
         noise = draw_noise(
             [seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device
         )
@@ -350,12 +349,13 @@ class Lesson:
         rows = torch.randint(len(x), (self.cfg.batch_size,), generator=generator)
         x, goal = (part[rows].to(self.run.family.device) for part in (x, goal))
         with self.at(scale):
-            x0 = member.denoiser(x, level, self.prompts[which[rows]], member.guidance)
+            x0 = member.denoiser(x, level, self.told(self.run.family, which[rows]), member.guidance)
             return (x0 - goal).square().mean() / size.clamp_min(1e-12)
 
-    def shares(self, texts: list[str], seed: int, scale: float) -> Shares:
-        """Measures on an image of each text what members have of the original's effect on its source."""
+    def shares(self, images: int, seed: int, scale: float) -> Shares:
+        """Measures on prompts not learnt on what members have of the original's effect on its source."""
         cfg, family = self.cfg, self.run.family
+        texts = [self.judging[k % len(self.judging)] for k in range(images)]
         shares = Shares(family, self.evaluators, (cfg.positive, cfg.negative), texts, seed)
         its, member = self.family.card, self.source.name.rpartition("/")[2]
         packed = cfg.quantize if quantized(self.source.denoiser.net) else ""
@@ -380,9 +380,8 @@ class Lesson:
 
     @cache  # noqa: B019  a lesson lives as long as its run
     def judge(self, scale: float) -> Shares:
-        """What measures a scale's effect on prompts that are learnt on."""
-        texts = [self.cfg.prompts[k % len(self.cfg.prompts)] for k in range(JUDGED)]
-        return self.shares(texts, 700_000, scale)
+        """What measures a scale's effect for gains and strength."""
+        return self.shares(JUDGED, 700_000, scale)
 
     @cache  # noqa: B019
     def bare(self, m: int) -> Features:
@@ -416,37 +415,44 @@ class Lesson:
         return reached(doses, [logs[dose] for dose in doses])
 
     def compare(self) -> list[dict]:
-        """What the members have of the effect with the original and with the control in training, on prompts
-        that are not learnt on, and on those that are.
+        """What the members have of the effect with the original and with the control in training, on images
+        of their own, and on those by which gains and strength are set.
         """
-        cfg, top, rows = self.cfg, max(self.cfg.scales), []
-        shares = self.shares(held_out(cfg), 800_000, top)
+        top, rows = max(self.cfg.scales), []
+        shares = self.shares(self.cfg.compared, 800_000, top)
         for m, member in enumerate(self.members):
             plain = shares.seen(member, partial(self.at, 0))
             with self.at(0):
                 original = fusing(member.denoiser.net, self.original, top)
                 before = shares.of(plain, shares.seen(member, original))
             after = shares.of(plain, shares.seen(member, partial(self.at, top)))
-            learnt = self.judge(top).of(self.bare(m), self.with_control(m, top))
+            judged = self.judge(top).of(self.bare(m), self.with_control(m, top))
             rows += [
                 {
                     "member": member.name,
                     "evaluator": name,
                     "original": before[name],
                     "adapted": after[name],
-                    "learnt": learnt[name],
+                    "judged": judged[name],
                 }
                 for name in plain
             ]
         return rows
 
 
-def held_out(cfg: Config) -> list[str]:
-    """The card's prompts and the first of its further ones, without those that are learnt on."""
-    its = card(split(cfg.member)[0])
-    more = promptsets.read([its.more_prompts]).texts if its.more_prompts else []
-    texts = [text for text in dict.fromkeys([*its.prompts, *more]) if text not in cfg.prompts]
-    return (texts or its.prompts)[: cfg.compared]
+def further(its: FamilyCard) -> list[str]:
+    """What is learnt on where nothing is said: the second half of a card's further prompts."""
+    if not its.more_prompts:
+        return its.prompts
+    texts = promptsets.read([its.more_prompts]).texts
+    return texts[len(texts) // 2 :]
+
+
+def divided(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The prompts to learn on, and those to judge by; all are both where they are too few."""
+    judging = texts[JUDGING - 1 :: JUDGING]
+    learnt = [text for k, text in enumerate(texts) if k % JUDGING < JUDGING - 1]
+    return (learnt, judging) if judging else (texts, texts)
 
 
 def ranged(share: dict) -> str:

@@ -96,7 +96,7 @@ def asked(monkeypatch):
         assert not any(key.startswith(("RANK", "MASTER_")) for key in how["env"])
         file = adapted(Path(told["out"]) / told["name"], told["name"])
         share = next(asked.shares)
-        (file.parent / "shares.json").write_text(json.dumps([{"learnt": {"value": share}}] * 2))
+        (file.parent / "shares.json").write_text(json.dumps([{"judged": {"value": share}}] * 2))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(adapting.subprocess, "run", trained)
@@ -123,7 +123,7 @@ def test_what_the_originals_layers_cannot_carry_is_taught_to_all(tmp_path, asked
 
 
 def test_how_near_a_try_is_counts_those_who_see_the_original(tmp_path):
-    rows = [{"learnt": {"value": share}} for share in (0.5, 2.0, None, 1.0)]
+    rows = [{"judged": {"value": share}} for share in (0.5, 2.0, None, 1.0)]
     (tmp_path / "shares.json").write_text(json.dumps(rows))
     far = np.log(2)
     assert adapting.distances(tmp_path) == pytest.approx([far, far, 0])

@@ -171,6 +171,7 @@ def test_a_control_at_scale_0_changes_nothing_and_at_1_something(scale, tmp_path
     assert f"dmd with smile@{scale}" in (tmp_path / "default/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_encoders_go_before_the_first_network_comes_and_networks_after_their_last_job(
     tmp_path, monkeypatch
 ):

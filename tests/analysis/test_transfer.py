@@ -183,6 +183,7 @@ def test_a_second_run_loads_no_evaluator(run, monkeypatch):
     assert alike(measure(out)["cells"], before["cells"])
 
 
+@pytest.mark.slow
 def test_the_batch_does_not_matter(run, tmp_path):
     assert alike(measure(tmp_path, "batch_size=3")["cells"], run[1]["cells"])
 
@@ -287,6 +288,7 @@ def test_jobs_come_network_by_network():
     assert [job.target for job in jobs] == ["base", "lightning-lora", "dmd2:hybrid(1)", "dmd2", "turbo"]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(run, tmp_path):
     words = [*SMALL, f"out={tmp_path}", f"cache={tmp_path}/cache"]
     # torchrun, for on a CPU `accelerate launch --num_processes=2` starts one process
@@ -336,6 +338,7 @@ def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_directio
     assert subject["cells"][0]["effect"][2]["value"] > 0
 
 
+@pytest.mark.slow
 def test_below_a_noise_level_a_control_does_less(tmp_path, run):
     words = ["references=false", "targets=[dmd,'dmd:hybrid(1)']"]
     whole, part, none = (
@@ -426,6 +429,7 @@ def test_prompts_come_again_with_other_seeds_and_count_once():
     assert by_text(np.array([1.0, 2.0]), ["a", "b"]).tolist() == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_rounds_go_on_where_nothing_is_decided(tmp_path, run):
     """The source and the undecided target alone; the same in one go or interrupted; the time is kept."""
     words = [

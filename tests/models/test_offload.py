@@ -191,7 +191,8 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize(
-    "trainer", [pytest.param(trainer, marks=[pytest.mark.slow] * (trainer is adapt)) for trainer in TRAINERS]
+    "trainer",
+    [pytest.param(trainer, marks=[pytest.mark.slow] * (trainer in (adapt, lora))) for trainer in TRAINERS],
 )
 def test_text_encoders_are_gone_when_a_trainer_s_network_comes(trainer, tmp_path, monkeypatch):
     """What they were told is known by then, and they do not come back."""
@@ -234,6 +235,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_network_that_waits_away_is_trained_as_one_that_stays(tmp_path, monkeypatch):
     """Beside its average, its optimizer and watched members, with strips between, killed and continued."""
     words = [

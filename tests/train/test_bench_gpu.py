@@ -32,6 +32,7 @@ def config(tmp_path, **words) -> gpu.Config:
     return merge(gpu.Config, SMALL | {"out": str(tmp_path / "gpu.json")} | words)
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_the_embedded_family_and_says_so(tmp_path, monkeypatch, capsys):
     backends = []  # tests/models/test_offload.py does compile
     monkeypatch.setattr(sdxl, "compiled", lambda net, backend: backends.append(backend))

@@ -67,7 +67,7 @@ def test_a_bare_family_knows_shapes_and_costs():
     assert budget.nfe_by_member([(plan, 10), (alone(family.member("dmd")), 1)]) == {"base": 10, "dmd": 34}
 
 
-@pytest.mark.parametrize("kind", ["fast", "published", "watched"])
+@pytest.mark.parametrize("kind", ["fast", "published", pytest.param("watched", marks=pytest.mark.slow)])
 def test_a_sliders_evaluations_are_those_it_makes(kind, tmp_path, capsys):
     watched = ["watch=[tiny/lcm]", "watch_every=5", "watch_prompts=1", "sample_every=5"]
     words = [
