@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from configs import UserError
 
-TRANSFORMER = r"(single_)?transformer_blocks\.\d+"
+TRANSFORMER = r"((single_)?transformer_blocks|noise_refiner|layers)\.\d+"  # the last two are Z-Image's
 BLOCKS = {  # set: pattern of module names
     "blocks": rf"^((down|up)_blocks\.\d+|mid_block|{TRANSFORMER})$",
     "parts": rf"^(((down|up)_blocks\.\d+|mid_block)\.(resnets|attentions)\.\d+|{TRANSFORMER})$",
@@ -25,6 +25,7 @@ LATE = (
     "single_transformer_blocks",
     "norm_out",
     "proj_out",
+    "all_final_layer",
 )  # what comes after the middle
 
 
@@ -48,7 +49,10 @@ def _place(name: str) -> tuple:
     """Down, middle, up; within a U-Net's block its pairs of resnet and attention, except that the middle
     opens with a resnet.
     """
-    order = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
+    order = (
+        *("down_blocks", "mid_block", "up_blocks"),
+        *("noise_refiner", "layers", "transformer_blocks", "single_transformer_blocks"),
+    )
     numbers = [int(n) for n in re.findall(r"\d+", name)]
     inner = numbers[-1] if "resnets" in name or "attentions" in name else -1
     outer = numbers[0] if numbers and not name.startswith("mid_block") else 0
@@ -113,8 +117,10 @@ def stitched(first: nn.Module, second: nn.Module) -> nn.Module:
     joined._modules = {
         name: second._modules[name] if name in LATE else module for name, module in first._modules.items()
     }
-    if "transformer_blocks" in joined._modules:
-        ours, theirs = first.transformer_blocks, second.transformer_blocks
-        half = len(ours) // 2 if "single_transformer_blocks" not in joined._modules else len(ours)
-        joined._modules["transformer_blocks"] = nn.ModuleList([*ours[:half], *theirs[half:]])
+    if "single_transformer_blocks" in joined._modules:  # which are the second half
+        return joined
+    for stack in {"transformer_blocks", "layers"} & joined._modules.keys():
+        ours, theirs = first._modules[stack], second._modules[stack]
+        half = len(ours) // 2
+        joined._modules[stack] = nn.ModuleList([*ours[:half], *theirs[half:]])
     return joined

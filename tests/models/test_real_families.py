@@ -23,13 +23,15 @@ from safetensors.torch import save_file
 from support import hub
 from transformers import Qwen3VLProcessor
 
-from analysis import transfer
+from analysis import similarity, transfer
+from analysis.pages.similarity import of
 from configs import ROOT, UserError, merge
 from controls import formats
 from controls.formats import layouts
 from controls.lora import attach, detach, fused, strength
 from models.architectures.qwens import text_only
 from models.batches import Batches
+from models.blocks import blocks
 from models.cards import CARDS, card
 from models.families import Family
 from models.loading import source
@@ -347,14 +349,14 @@ def test_an_image_is_the_same_alone_and_in_a_batch(families, name):
     assert (alone_[0] - both[1]).abs().max() < 1e-4 * max(1, both.abs().max())
 
 
-STUDENTS = [  # those distilled: without guidance
+DISTILLED = [  # those distilled: without guidance
     (name, member)
     for name, member in MEMBERS
     if member != card(name).base and card(name).members[member].guidance is None
 ]
 
 
-@pytest.mark.parametrize(("name", "member"), slow(STUDENTS, lambda pair: pair[1].endswith(TWINS)))
+@pytest.mark.parametrize(("name", "member"), slow(DISTILLED, lambda pair: pair[1].endswith(TWINS)))
 def test_a_hybrid_asks_the_base_k_times_and_the_student_else(families, name, member):
     """Whatever the family: one evaluation a step, the base's without guidance, by the base's own network."""
     family = families(name)
@@ -568,6 +570,19 @@ def test_krea_claims_are_checked_by_a_command(families, cache, tmp_path):
         ("softwatercolor", "krea2/base"),
         ("softwatercolor", "krea2/turbo"),
     ]
+
+
+@pytest.mark.parametrize("name", slow(STUDENTS, lambda name: name != "zimage"))
+def test_its_blocks_are_compared_and_joined(families, tmp_path, name):
+    """Every block of a student with its base's, and networks that begin as one and end as the other."""
+    family, student = families(name), STUDENTS[name]
+    told = {"family": str(family.path), "targets": [student], "prompts": TEXTS, "seeds": 2, "controls": []}
+    told |= {"stitch_seeds": 1, "neighbours": 1, "draws": 3, "out": str(tmp_path), "wandb": "disabled"}
+    page = similarity.main(merge(similarity.Config, told))
+    cells = json.loads((page.parent / "results.json").read_text())["cells"]
+    seen = {cell["block"] for cell in of(cells, "block")}
+    assert seen == {*blocks(family.member(student).denoiser.net)} and len(seen) > 1
+    assert of(cells, "stitch")
 
 
 def test_qwen21_reads_texts_as_its_processor_of_pictures_does():
