@@ -49,11 +49,12 @@ def room(targets: int) -> int:
 
 
 def line(control: str, source: str, texts: Sequence[str]) -> str:
-    """A row; one that is too long goes on in further lines."""
+    """A row; one that is too long goes on in further lines, and a long name has one for itself."""
     width = room(len(texts))
     per_line = max(1, (WIDTH - NAME - SOURCE) // width)
-    head = cut(control, NAME) + cut(source, SOURCE)
-    lines = []
+    long = len(control) >= NAME
+    head = cut("" if long else control, NAME) + cut(source, SOURCE)
+    lines = [cut(control, WIDTH).rstrip()] if long else []
     for first in range(0, len(texts), per_line):
         parts = [cut(part, width) for part in texts[first : first + per_line]]
         lines.append((" " * len(head) if first else head) + "".join(parts).rstrip())

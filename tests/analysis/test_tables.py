@@ -38,6 +38,13 @@ def test_many_targets_take_several_lines_and_leave_the_intervals_out(record, cap
     assert len(lines) == 4 and all(len(line) <= rows.WIDTH and "[" not in line for line in lines)
 
 
+def test_a_long_name_stands_on_a_line_of_its_own(record, capsys):
+    name = "watercolour-kv-lightning"
+    rows.Rows(["dmd"]).show([{**cell, "control": name} for cell in record["cells"][:2]])
+    _, own, row = capsys.readouterr().out.splitlines()
+    assert own == name and row.startswith(" " * rows.NAME + "base")
+
+
 def test_the_tables_hold_every_number_and_escape_names(record, tmp_path):
     tables.write(record, tmp_path)
     read = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
