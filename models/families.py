@@ -203,13 +203,15 @@ class Family:
         """Prompts as the pipeline itself encodes them; without negative texts the negative side is the
         pipeline's own (SDXL: zeros).
 
-        What was encoded is kept, up to REMEMBERED bytes, so that a text costs its encoders once.
+        What was encoded is kept, up to REMEMBERED bytes, so that a text costs its encoders once. Raises
+        UserError where there is no text.
         """
+        if not texts:
+            raise UserError("no texts to encode")
         wanted = list(zip(texts, negative or [None] * len(texts), strict=True))
         new = [pair for pair in dict.fromkeys(wanted) if pair not in self._encoded]
         if new:
             encoded = self._encode([text for text, _ in new], negative and [away for _, away in new])
-
             if encoded.size_bytes + sum(kept.size_bytes for kept in self._encoded.values()) > REMEMBERED:
                 self._encoded = {
                     pair: self._encoded[pair] for pair in dict.fromkeys(wanted) if pair in self._encoded
@@ -286,8 +288,10 @@ class Family:
     @torch.no_grad()
     def draw(self, member: Member, prompts: list[str] | Prompts, seeds: list[int]) -> Tensor:
         """One image per prompt (text or encoded) and seed by the member alone, (B, 3, size_px, size_px) in
-        [-1, 1], whatever the batch.
+        [-1, 1], whatever the batch. Raises UserError for another number of seeds, and for none.
         """
+        if not len(prompts) == len(seeds) > 0:
+            raise UserError(f"a seed per prompt; got {len(prompts)} prompts, {len(seeds)} seeds")
 
         def drawn(rows: Tensor) -> Tensor:
             own = [seeds[row] for row in rows]

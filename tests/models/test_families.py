@@ -263,6 +263,14 @@ def test_what_the_card_overrules_is_said(own, capsys):
 # what members share, and what they do not
 
 
+def test_no_texts_and_too_few_seeds_are_one_line(tiny):
+    with pytest.raises(UserError, match="no texts"):
+        tiny.encode([])
+    for texts, seeds in ([], []), (["a person"] * 2, [1]):
+        with pytest.raises(UserError, match="a seed per prompt"):
+            tiny.draw(tiny.member("dmd"), texts, seeds)
+
+
 def test_members_share_vae_and_text_encoders_and_nothing_else(tiny):
     members = [tiny.member(name) for name in tiny.card.members]
     assert tiny.pipe is tiny.pipe and tiny.pipe.unet is None
