@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
@@ -21,6 +22,7 @@ LOST = ("weaker", "dead", "reversed")  # verdicts after which a control is adapt
 LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
 # where the original's own layers cannot carry the effect: all layers, for longer
 WIDER = {"layers": "full", "scope": "c3lier", "learning_rate": 1e-3, "steps": 400, "rounds": 4}
+PASSED = ("encoders", "positive", "negative", "cache", "dtype", "quantize", "wandb")  # as they are told here
 NEAR = math.log(1.25)  # of 1: a share that needs no second try
 
 
@@ -86,6 +88,7 @@ def distances(folder: Path, count: int | None = None) -> list[float]:
 def train(session: Session, control: str, member: str, folder: Path, **more: object) -> None:
     """The trainer as a process of its own, also where this is one of several. Raises UserError as it does."""
     cfg, its = session.cfg, session.family.card
+    memory = {f"memory.{key}": value for key, value in asdict(cfg.memory).items() if value}
     what = f"{formats.name(control)} to {its.name}/{member}"
     options = {
         "control": control,
@@ -93,9 +96,9 @@ def train(session: Session, control: str, member: str, folder: Path, **more: obj
         "source": f"{cfg.family}/{cfg.source or its.base}",
         "name": folder.name,
         "out": folder.parent,
-        "cache": cfg.cache,
-        "dtype": cfg.dtype,
-        "wandb": cfg.wandb,
+        "prompts": json.dumps(cfg.adapt_prompts, ensure_ascii=False),
+        **{key: getattr(cfg, key) for key in PASSED},
+        **memory,
         **more,
     }
     print(f"adapting {what}")

@@ -25,7 +25,7 @@ from analysis.measures import agreement
 from analysis.pages import figures, rows, tables, words
 from analysis.pages import transfer as pages
 from analysis.session import Drawing, Session
-from configs import UserError, entry, list_of, releases
+from configs import UserError, entry, list_of, note, releases
 from controls import formats, intervals, retention
 from controls.lora import Card, Control, fits, random_like
 from controls.picture_grid import picture_grid, scale_heads
@@ -55,6 +55,7 @@ FREE = (
     "controls",
     "encoders",
     "adapt",
+    "adapt_prompts",
     "targets",
     "references",
     "evaluators",
@@ -102,6 +103,8 @@ class Config(Drawing):
     # teach controls to the members on which they come out weaker, dead or reversed (train/adapt.py), and
     # measure them again beside
     adapt: bool = False
+    # texts and files that they are taught on, with a LoRA's trigger word; empty = the family's more_prompts
+    adapt_prompts: list[str] = list_of()
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name
@@ -370,6 +373,8 @@ def check(cfg: Config) -> None:
             f"precision is half the width of an interval, above 0, e.g. 0.1; got {cfg.precision:g}"
         )
     Band.of(cfg.above, cfg.below)
+    if cfg.adapt and cfg.prompts and not cfg.adapt_prompts:
+        note("taught is on the family's more_prompts; a LoRA with a trigger word needs adapt_prompts=[…]")
 
 
 def read(cfg: Config, family: Family) -> list[Control]:

@@ -58,6 +58,7 @@ class Config(Training):
     name: str = "auto"  # of the control, and of the run folder; auto = the original's and the member's
     control: str = "controls/tiny/watercolour-kv.safetensors"  # the original, a control file of any layout
     source: str = ""  # family/member that a file without a card of ours was trained on; empty = the base
+    encoders: str = "refuse"  # what becomes of text encoders' layers in a file: refuse it, or ignore them
     member: str = "tiny/dmd"  # family/member that it is adapted to
     members: list[str] = list_of()  # several of one family, for which one file is made; empty = member alone
     rank: int = 0  # of the low-rank pairs; 0 = the original's
@@ -157,7 +158,7 @@ def read(cfg: Config, family: str) -> Control:
         return formats.load(cfg.control)
     named, member = split(cfg.source) if cfg.source else (family, card(family).base)
     own = Card("lora", formats.name(cfg.control), named, member, 0, 0.0, "full", "c3lier", {})
-    return formats.adopt(cfg.control, skeleton(card(named), member), own)
+    return formats.adopt(cfg.control, skeleton(card(named), member), own, cfg.encoders)
 
 
 def recipe(cfg: Config, original: Control) -> dict:

@@ -16,6 +16,7 @@ from analysis.pages import words
 from configs import ROOT, UserError, merge
 from controls import formats
 from controls.lora import Control, content
+from train import adapt
 
 KV = ROOT / "controls/tiny/watercolour-kv.safetensors"
 SMALL = [
@@ -93,6 +94,7 @@ def asked(monkeypatch):
         told = dict(word.split("=", 1) for word in command[2:])
         asked.append((told["control"], told["member"].rpartition("/")[2], told["name"]))
         asked.how.append(told)
+        asked.cfg = merge(adapt.Config, command[2:])
         assert not any(key.startswith(("RANK", "MASTER_")) for key in how["env"])
         file = adapted(Path(told["out"]) / told["name"], told["name"])
         share = next(asked.shares)
@@ -110,6 +112,23 @@ def test_controls_that_are_lost_are_adapted_and_measured_again(tmp_path, asked):
         record = measured(tmp_path, "targets=[base,dmd]", "adapt=true")
         assert asked == [(str(KV), "dmd", "watercolour-kv-dmd")]
         assert [c["control"] for c in record["cells"] if c["adapted_from"]] == ["watercolour-kv-dmd"] * 2
+
+
+def test_the_trainer_is_told_what_the_run_was_told(tmp_path, asked, capsys):
+    """Prompts with a trigger word, what a file without a card makes, what memory there is."""
+    texts = ["tok style, a person", 'a "person", tok: hat']
+    words = ["targets=[base,dmd]", "adapt=true", "prompts=[configs/prompts/portraits.txt:8]"]
+    measured(tmp_path / "a", *words, f"cache={tmp_path}/cache")
+    assert "note: taught" in capsys.readouterr().out and asked.cfg.prompts == []
+    told = {
+        "adapt_prompts": texts,
+        "positive": "watercolour portrait, of a person",
+        "memory": {"tiling": True},
+    }
+    cfg = merge(transfer.Config, [*SMALL, *words, f"out={tmp_path}/b", f"cache={tmp_path}/cache"], told)
+    transfer.main(cfg)
+    assert "note: taught" not in capsys.readouterr().out and asked.cfg.prompts == texts
+    assert asked.cfg.memory.tiling and asked.cfg.positive == told["positive"] and not asked.cfg.quantize
 
 
 @pytest.mark.parametrize(("second", "kept"), [(1.0, "wide"), (9.0, "adapted")])
