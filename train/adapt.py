@@ -180,7 +180,7 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
     looks = {"source": 0, "member": 0}  # images
     if cfg.calibrate:
         scales = len(cfg.scales)
-        looks["source"] += 2 * scales * JUDGED
+        looks["source"] += (1 + scales) * JUDGED
         doses = 1 + sum(dose < 1 for dose in DOSES)  # at the most
         looks["member"] += (1 + (cfg.rounds - 1) * scales + doses) * JUDGED
     if cfg.compared:
@@ -360,9 +360,9 @@ class Lesson:
         shares = Shares(family, self.evaluators, (cfg.positive, cfg.negative), texts, seed)
         its, member = self.family.card, self.source.name.rpartition("/")[2]
         packed = cfg.quantize if quantized(self.source.denoiser.net) else ""
-        key = [content(self.original), scale, identity(its, member), packed]
+        keys = [identity(its, member), packed], [content(self.original), scale]
         sides = partial(self.at, 0), self.original_on(scale)
-        shares.source(self.family, self.source, sides, Path(cfg.cache), key)
+        shares.source(self.family, self.source, sides, Path(cfg.cache), keys)
         return shares
 
     @cached_property

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,31 +43,38 @@ class Shares:
         self.texts, self.seeds = list(texts), [seed + k for k in range(len(texts))]
 
     def source(
-        self, family: Family, member: Member, sides: tuple[Acting, Acting], folder: Path, key: object
+        self, family: Family, member: Member, sides: tuple[Acting, Acting], folder: Path, keys: tuple
     ) -> None:
-        """Draws the source of a family, without the original and with it. What is seen is kept in a folder,
-        by the hash of what it depends on: key, of the original and its source, and what is known here.
+        """Draws the source of a family, without the original and with it. What is seen is kept in a folder.
+
+        keys: what the source is, and what the original is.
         """
-        judges = [[type(judge).__name__, judge.identity] for judge in self.evaluators.values()]
-        about = [key, str(family.dtype), judges, self.texts, self.seeds]
-        path = folder / f"source-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
-        try:
-            kept = load_file(path)
-        except (OSError, SafetensorError):  # not there, or damaged
-            seen = zip(("plain", "edited"), (self.seen(member, side, family) for side in sides), strict=True)
-            kept = {
-                f"{side} {name}": torch.from_numpy(its) for side, all in seen for name, its in all.items()
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as new:
-                save_file(kept, new)
+        named = keys[:1], keys  # the source without a control is the same to all
         plain, edited = (
-            {name: kept[f"{side} {name}"].numpy() for name in self.evaluators} for side in ("plain", "edited")
+            self.kept(folder, key, partial(self.seen, member, side, family))
+            for key, side in zip(named, sides, strict=True)
         )
         # a direction that was fitted to an image always finds an effect in it: so on other images
         self.rows = slice(None) if all(self.words) else slice(1, None, 2)
         self.directions = {name: own_direction(plain[name][::2], edited[name][::2]) for name in plain}
         self.own = self.effects(plain, edited)
+
+    def kept(self, folder: Path, key: object, seen: Callable[[], Features]) -> Features:
+        """What is seen, from a file that is named by the hash of what it depends on: key, and what is known
+        here.
+        """
+        judges = [[type(judge).__name__, judge.identity] for judge in self.evaluators.values()]
+        about = [key, str(self.family.dtype), judges, self.texts, self.seeds]
+        path = folder / f"source-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
+        try:
+            found = load_file(path)
+            return {name: found[name].numpy() for name in self.evaluators}
+        except (OSError, SafetensorError):  # not there, or damaged
+            found = seen()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
+            save_file({name: torch.from_numpy(its) for name, its in found.items()}, new)
+        return found
 
     def of(self, before: Features, after: Features) -> dict[str, dict]:
         """The share that a member has, by evaluator, with intervals over images."""
