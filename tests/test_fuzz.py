@@ -439,7 +439,7 @@ READERS = {
     family_cards: 60,
     control_files: 50,
     control_headers: 50,
-    control_tensors: 60,
+    control_tensors: 30,
     prompt_tables: 60,
     picture_folders: 60,
     records: 60,

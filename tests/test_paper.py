@@ -66,7 +66,10 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("t1", "t3", "fig7"))) for name in SMALL],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("t1", "t3", "d1", "e1", "fig7")))
+        for name in SMALL
+    ],
 )
 def test_a_file_of_the_paper_runs_on_the_embedded_family(name, data, tmp_path):
     command, words = SMALL[name]

@@ -50,10 +50,11 @@ class Subject:
         """What an effect at one scale is made of."""
         return [Job(target, self.acting(target), 0.0), Job(target, self.acting(target), scale)]
 
-    @property
-    def pilot(self) -> list[Job]:
-        """What tells where a control without words moves images: its source at 0 and at the largest scale."""
-        return [] if self.words else self.pair(self.source, self.scales[-1])
+    def pilot(self, at: float) -> list[Job]:
+        """What tells where a control without words moves images: its source at 0 and at the scale at which it
+        will be used.
+        """
+        return [] if self.words else self.pair(self.source, at)
 
     def floor(self, target: str) -> Job:
         """Its floor, the random control of the same norms."""
@@ -138,7 +139,7 @@ class Design:
 
     def start(self) -> list[tuple[Drawings, list[Job]]]:
         """The pilot: what tells where controls without words move images."""
-        return [(self.pilot, [job for subject in self.subjects for job in subject.pilot])]
+        return [(self.pilot, [job for subject in self.subjects for job in subject.pilot(self.at)])]
 
     def curves(self, subjects: Sequence[Subject]) -> list[tuple[Drawings, list[Job]]]:
         """The first part at every scale of these controls, and what their words achieve by themselves."""

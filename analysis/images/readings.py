@@ -305,7 +305,8 @@ class Measurement:
 
     def direction(self, evaluator_name: str, subject: Subject) -> np.ndarray:
         """Where a subject without words moves the pilot's images of its own source, (d,)."""
-        return own_direction(*(self.one(evaluator_name, job, self.design.pilot) for job in subject.pilot))
+        pilot = subject.pilot(self.design.at)
+        return own_direction(*(self.one(evaluator_name, job, self.design.pilot) for job in pilot))
 
     def seen(self, evaluator_name: str, subject: Subject, target: str) -> np.ndarray:
         """The features of a subject's images in the first part, (P, S, K, d)."""

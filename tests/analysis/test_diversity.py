@@ -119,6 +119,7 @@ def test_the_numbers_are_those_of_the_images(results):
     assert stored == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_continued_run_gives_the_same_numbers_and_may_have_more_plans(run, results):
     for lost in ("dmd/student/prompts-0", "base/base(4)/block-3"):
         (run / f"features-2/{lost}.safetensors").unlink()

@@ -101,6 +101,7 @@ def test_hybrid_0_is_the_student():
     assert not same(studio.picture("plan", wish), studio.picture("base", wish))
 
 
+@pytest.mark.slow
 def test_a_student_that_is_a_lora_over_its_base_shares_its_dials(tmp_path):
     (tmp_path / "card.yaml").write_text(
         f"extends: tiny\nmembers:\n  base: {{steps: 3}}\n  styled: {{lora: {ROOT / STYLE}, steps: 2}}\n"

@@ -18,7 +18,7 @@ from support.commands import configured, launched, refused
 
 from analysis import transfer
 from analysis.images import cache
-from analysis.images.design import cycled, looks_of
+from analysis.images.design import Subject, cycled, looks_of
 from analysis.images.readings import by_text, judge
 from analysis.pages import words
 from analysis.pages.words import led
@@ -309,6 +309,14 @@ def test_two_processes_measure_what_one_does(run, tmp_path):
     assert alike(
         list(map(led, json.loads((tmp_path / "default/results.json").read_text())["cells"])), run[1]["cells"]
     )
+
+
+def test_without_words_the_direction_is_that_at_the_scale_of_use():
+    """Where a control moves images at twice that scale is another."""
+    control = formats.load(ROOT / "controls/tiny/space-1.safetensors")
+    scales = [-2.0, 0.0, 0.5, 2.0]
+    assert [job.scale for job in Subject(control, None, scales).pilot(0.5)] == [0.0, 0.5]
+    assert Subject(control, ("a hat", "a person"), scales).pilot(0.5) == []
 
 
 def test_any_lora_of_another_tool_is_measured_by_words_or_along_its_own_direction(tmp_path, run):

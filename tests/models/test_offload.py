@@ -276,6 +276,7 @@ def killing(call, after: int):
     return counted
 
 
+@pytest.mark.slow
 def test_network_and_vae_are_together_where_gradients_pass_both(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "Offloader", Types)
     words = ["directions=2", "trajectories=4", "batch_size=1", "memory.offload=true", f"out={tmp_path}"]

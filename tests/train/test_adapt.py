@@ -175,6 +175,7 @@ def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
     assert all(torch.allclose(two.tensors[name], tensor, atol=1e-4) for name, tensor in one.tensors.items())
 
 
+@pytest.mark.slow
 def test_what_it_has_brought_is_measured_on_other_prompts(tmp_path, capsys):
     """Beside the original on the same images, whose shares are those that transfer finds."""
     trained(tmp_path, "steps=4", "calibrate=false", "compared=8")

@@ -221,6 +221,7 @@ def test_pairs_that_are_none(pair, says):
     assert len(str(error.value).encode()) < 600
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_with_twice_the_batches_learns(tmp_path):
     one = trained(tmp_path / "one", "gradient_accumulation_steps=2")
     words = [*SMALL, f"out={tmp_path}/two"]
