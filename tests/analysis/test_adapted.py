@@ -131,7 +131,9 @@ def test_the_trainer_is_told_what_the_run_was_told(tmp_path, asked, capsys):
     assert asked.cfg.memory.tiling and asked.cfg.positive == told["positive"] and not asked.cfg.quantize
 
 
-@pytest.mark.parametrize(("second", "kept"), [(1.0, "wide"), (9.0, "adapted")])
+@pytest.mark.parametrize(
+    ("second", "kept"), [(1.0, "wide"), pytest.param(9.0, "adapted", marks=pytest.mark.slow)]
+)
 def test_what_the_originals_layers_cannot_carry_is_taught_to_all(tmp_path, asked, second, kept):
     """The nearer of the two is measured."""
     asked.shares = iter([0.5, second])

@@ -170,7 +170,11 @@ def flux(**changes) -> FluxTransformer2DModel:
 
 
 @pytest.mark.parametrize(
-    "spell", [lambda name: f"lora_unet_{name.replace('.', '_')}", lambda name: f"diffusion_model.{name}"]
+    "spell",
+    [
+        pytest.param(lambda name: f"lora_unet_{name.replace('.', '_')}", marks=pytest.mark.slow),
+        lambda name: f"diffusion_model.{name}",
+    ],
 )
 def test_fluxs_own_names_as_diffusers_reads_checkpoints(tmp_path, spell):
     """diffusers' reader of Flux's checkpoints sends the rows of every layer, within blocks and outside, where

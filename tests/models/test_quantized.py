@@ -295,7 +295,9 @@ def cells(out, *words) -> list[dict]:
     return json.loads((out / "default/results.json").read_text())["cells"]
 
 
-@pytest.mark.parametrize(("kind", "near"), [("int8", 0.02), ("nf4", 0.25)])
+@pytest.mark.parametrize(
+    ("kind", "near"), [pytest.param("int8", 0.02, marks=pytest.mark.slow), ("nf4", 0.25)]
+)
 def test_a_control_has_on_packed_networks_about_the_effect_that_it_has_on_whole_ones(
     drawn, tmp_path, kind, near
 ):

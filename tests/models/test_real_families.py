@@ -510,7 +510,7 @@ def test_a_slider_is_trained_saved_reloaded_and_transferred(families, pipelines,
     ("name", "member"),
     slow(
         [*((name, card(name).base) for name in NAMES), ("sdxl", STUDENT)],
-        lambda pair: pair[0] in (*ALIKE, "pixart", "sd3", "krea2", "qwen", "qwen21"),
+        lambda pair: pair[0] in (*ALIKE, "pixart", "sd3", "krea2", "zimage", "qwen", "qwen21"),
     ),
 )
 def test_a_slider_of_a_quantised_network_is_one_of_the_whole(families, tmp_path, name, member):

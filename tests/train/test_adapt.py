@@ -35,7 +35,7 @@ from train.shares import Shares
 KV = "controls/tiny/watercolour-kv.safetensors"
 TEXTS = ["portrait of a person", "portrait of a person, hat", "portrait of a person, long black hair"]
 SMALL = [
-    *(f"prompts={TEXTS}", "runs=6", "rounds=2", "steps=20", "batch_size=4", "save_every=5", "sample_every=0"),
+    *(f"prompts={TEXTS}", "runs=2", "rounds=2", "steps=20", "batch_size=4", "save_every=5", "sample_every=0"),
     *("ahead=2", "sample_seeds=[1]", "compared=0", "wandb=disabled"),
 ]
 
@@ -54,7 +54,7 @@ def trained(folder, *words):
 def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapt, "JUDGED", 16)
-        return trained(tmp_path_factory.mktemp("whole"))
+        return trained(tmp_path_factory.mktemp("whole"), "runs=6")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_bit_for_bit(loud, tmp_path, monkeypatch, after):
 
 @pytest.mark.slow
 def test_one_file_for_two_members_has_the_gradients_of_both(tmp_path):
-    control = trained(tmp_path, "members=[tiny/dmd,tiny/lightning]", "calibrate=false")
+    control = trained(tmp_path, "members=[tiny/dmd,tiny/lightning]", "calibrate=false", "runs=6")
     assert control.card.name == "watercolour-kv-dmd-lightning"
     assert control.card.recipe["members"] == ["tiny/dmd", "tiny/lightning"]
     original = formats.load(KV)
@@ -208,7 +208,7 @@ def test_what_is_taught_is_as_strong_as_the_effect_is_still_off(tmp_path, monkey
     """On each member and at each scale by itself, from the second round on."""
     offs = {(0, 0.5): 0.3, (0, 1.0): -0.2, (1, 0.5): 0.0, (1, 1.0): -9.0}
     monkeypatch.setattr(adapt.Lesson, "off", lambda self, m, scale, acting: offs[m, scale])
-    trained(tmp_path, "members=[tiny/dmd,tiny/lcm]", "steps=4", "rounds=2", "runs=4")
+    trained(tmp_path, "members=[tiny/dmd,tiny/lcm]", "steps=4", "rounds=2")
     folder = tmp_path / "watercolour-kv-dmd-lcm"
     assert {path.name for path in folder.glob("points-*")} == {"points-0.safetensors", "points-1.safetensors"}
     first, second = (load_file(folder / f"points-{k}.safetensors") for k in range(2))

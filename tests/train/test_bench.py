@@ -16,7 +16,7 @@ from train import dry_run
 from train.bench import obeys, prior
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_memory_followed_on_meta_is_what_torch_allocates(tmp_path, gradient_checkpointing):
     net, control = network(), {"layers": "full", "gradient_checkpointing": gradient_checkpointing}
     size = dry_run.Step(ARCHITECTURES["sdxl"], "vp", (4, 8, 8), 1, **control)
@@ -44,6 +44,7 @@ def test_kernel_distance_by_its_definition():
     assert abs(prior.distance(many[:400], many[400:])) < 0.1 < prior.distance(many[:400], many[400:] + 0.5)
 
 
+@pytest.mark.slow
 def test_what_an_adapted_control_leaves_of_prompts_is_counted_beside_the_original(tmp_path, capsys):
     kv, age = ("controls/tiny/watercolour-kv.safetensors", "controls/tiny/age.safetensors")
     about = {"source": "tiny/base", "target": "tiny/dmd"}

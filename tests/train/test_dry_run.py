@@ -67,7 +67,9 @@ def test_a_bare_family_knows_shapes_and_costs():
     assert budget.nfe_by_member([(plan, 10), (alone(family.member("dmd")), 1)]) == {"base": 10, "dmd": 34}
 
 
-@pytest.mark.parametrize("kind", ["fast", "published", pytest.param("watched", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["fast", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("published", "watched"))]
+)
 def test_a_sliders_evaluations_are_those_it_makes(kind, tmp_path, capsys):
     watched = ["watch=[tiny/lcm]", "watch_every=5", "watch_prompts=1", "sample_every=5"]
     words = [
@@ -135,6 +137,7 @@ def test_analyses_plan_on_real_families_without_weights(command, words, configs_
     )
 
 
+@pytest.mark.slow
 def test_a_flows_plan_counts_without_weights(configs_only, capsys, tmp_path):
     """Its noise levels are in its scheduler's config."""
     words = [

@@ -26,7 +26,10 @@ def weights(folder):
     }
 
 
-@pytest.mark.parametrize("part", PARTS)
+# dmd8 is dmd with another guidance
+@pytest.mark.parametrize(
+    "part", [pytest.param(name, marks=[pytest.mark.slow] * (name == "dmd8")) for name in PARTS]
+)
 def test_a_part_trains_and_writes_its_weights(part, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_base.read_claims, "__defaults__", (3, 4))  # 800 steps of 64
     monkeypatch.setattr(tiny_evaluators.look, "__defaults__", (3, 4))

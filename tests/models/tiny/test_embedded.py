@@ -95,7 +95,10 @@ def test_a_shipped_slider_in_diffusers_is_ours(family, member):
     assert (changed - mine).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("control", "attribute"), [("smile", "smile"), ("age", "age"), ("eyes", "eyes")])
+@pytest.mark.parametrize(
+    ("control", "attribute"),
+    [("smile", "smile"), *(pytest.param(name, name, marks=pytest.mark.slow) for name in ("age", "eyes"))],
+)
 def test_each_slider_moves_its_own_attribute_on_the_base(family, control, attribute):
     member, seen = family.member("base"), []
     prompts = ["portrait of a person"] * 8
