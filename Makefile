@@ -60,5 +60,5 @@ paper: ## the paper's tables and figures on SDXL, PixArt and SD 2.1: a GPU, the 
 	accelerate launch -m analysis.diversity config=configs/paper/d1.yaml family=sd21 students=[turbo] name=d1-sd21
 	accelerate launch -m analysis.trace config=configs/paper/fig5.yaml
 
-proof: ## the slow tests: minutes each
+proof: ## the slow tests
 	python -m pytest -m slow
