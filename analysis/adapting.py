@@ -22,7 +22,7 @@ LOST = ("weaker", "dead", "reversed")  # verdicts after which a control is adapt
 LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
 # where the original's own layers cannot carry the effect: all layers, for longer
 WIDER = {"layers": "full", "scope": "c3lier", "learning_rate": 1e-3, "steps": 400, "rounds": 4}
-PASSED = ("encoders", "positive", "negative", "cache", "dtype", "quantize", "wandb")  # as they are told here
+PASSED = ("encoders", "positive", "negative", "cache", "dtype", "quantize", "wandb")  # as in this run
 NEAR = math.log(1.25)  # of 1: a share that needs no second try
 
 

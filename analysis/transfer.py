@@ -374,7 +374,7 @@ def check(cfg: Config) -> None:
         )
     Band.of(cfg.above, cfg.below)
     if cfg.adapt and cfg.prompts and not cfg.adapt_prompts:
-        note("taught is on the family's more_prompts; a LoRA with a trigger word needs adapt_prompts=[…]")
+        note("taught on the family's more_prompts; a LoRA with a trigger word needs adapt_prompts=[…]")
 
 
 def read(cfg: Config, family: Family) -> list[Control]:

@@ -234,7 +234,7 @@ class Lesson:
         self.on = {scale: fusing(self.source.denoiser.net, original, scale) for scale in cfg.scales}
         self.points: list[tuple] = []  # member, scale, level, prompts of x, x, goal, size of a change
 
-    def told(self, family: Family, chosen: Tensor) -> Prompts:
+    def conditioning(self, family: Family, chosen: Tensor) -> Prompts:
         """Some of the prompts that are learnt on, as a family encodes them."""
         return family.encode([self.learnt[k] for k in chosen.tolist()])
 
@@ -314,7 +314,7 @@ class Lesson:
         changes of what its source sees there: (B, T, C, H, W) each.
         """
         family, chosen = self.run.family, which[rows]
-        prompts, theirs = self.told(family, chosen), self.told(self.family, chosen)
+        prompts, theirs = (self.conditioning(its, chosen) for its in (family, self.family))
         noise = draw_noise(
             [seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device
         )
@@ -350,7 +350,7 @@ class Lesson:
         rows = torch.randint(len(x), (self.cfg.batch_size,), generator=generator)
         x, goal = (part[rows].to(self.run.family.device) for part in (x, goal))
         with self.at(scale):
-            x0 = member.denoiser(x, level, self.told(self.run.family, which[rows]), member.guidance)
+            x0 = member.denoiser(x, level, self.conditioning(self.run.family, which[rows]), member.guidance)
             return (x0 - goal).square().mean() / size.clamp_min(1e-12)
 
     def shares(self, images: int, seed: int, scale: float) -> Shares:

@@ -67,14 +67,14 @@ class Shares:
         about = [key, str(self.family.dtype), judges, self.texts, self.seeds]
         path = folder / f"source-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.safetensors"
         try:
-            found = load_file(path)
-            return {name: found[name].numpy() for name in self.evaluators}
+            tensors = load_file(path)
+            return {name: tensors[name].numpy() for name in self.evaluators}
         except (OSError, SafetensorError):  # not there, or damaged
-            found = seen()
+            features = seen()
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
-            save_file({name: torch.from_numpy(its) for name, its in found.items()}, new)
-        return found
+            save_file({name: torch.from_numpy(its) for name, its in features.items()}, new)
+        return features
 
     def of(self, before: Features, after: Features) -> dict[str, dict]:
         """The share that a member has, by evaluator, with intervals over images."""

@@ -119,16 +119,16 @@ def test_the_trainer_is_told_what_the_run_was_told(tmp_path, asked, capsys):
     texts = ["tok style, a person", 'a "person", tok: hat']
     words = ["targets=[base,dmd]", "adapt=true", "prompts=[configs/prompts/portraits.txt:8]"]
     measured(tmp_path / "a", *words, f"cache={tmp_path}/cache")
-    assert "note: taught" in capsys.readouterr().out and asked.cfg.prompts == []
-    told = {
+    assert "note: taught on" in capsys.readouterr().out and asked.cfg.prompts == []
+    options = {
         "adapt_prompts": texts,
         "positive": "watercolour portrait, of a person",
         "memory": {"tiling": True},
     }
-    cfg = merge(transfer.Config, [*SMALL, *words, f"out={tmp_path}/b", f"cache={tmp_path}/cache"], told)
+    cfg = merge(transfer.Config, [*SMALL, *words, f"out={tmp_path}/b", f"cache={tmp_path}/cache"], options)
     transfer.main(cfg)
-    assert "note: taught" not in capsys.readouterr().out and asked.cfg.prompts == texts
-    assert asked.cfg.memory.tiling and asked.cfg.positive == told["positive"] and not asked.cfg.quantize
+    assert "note: taught on" not in capsys.readouterr().out and asked.cfg.prompts == texts
+    assert asked.cfg.memory.tiling and asked.cfg.positive == options["positive"] and not asked.cfg.quantize
 
 
 @pytest.mark.parametrize(

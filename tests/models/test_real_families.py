@@ -576,9 +576,9 @@ def test_krea_claims_are_checked_by_a_command(families, cache, tmp_path):
 def test_its_blocks_are_compared_and_joined(families, tmp_path, name):
     """Every block of a student with its base's, and networks that begin as one and end as the other."""
     family, student = families(name), STUDENTS[name]
-    told = {"family": str(family.path), "targets": [student], "prompts": TEXTS, "seeds": 2, "controls": []}
-    told |= {"stitch_seeds": 1, "neighbours": 1, "draws": 3, "out": str(tmp_path), "wandb": "disabled"}
-    page = similarity.main(merge(similarity.Config, told))
+    small = {"family": str(family.path), "targets": [student], "prompts": TEXTS, "seeds": 2, "controls": []}
+    small |= {"stitch_seeds": 1, "neighbours": 1, "draws": 3, "out": str(tmp_path), "wandb": "disabled"}
+    page = similarity.main(merge(similarity.Config, small))
     cells = json.loads((page.parent / "results.json").read_text())["cells"]
     seen = {cell["block"] for cell in of(cells, "block")}
     assert seen == {*blocks(family.member(student).denoiser.net)} and len(seen) > 1
