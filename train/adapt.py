@@ -9,6 +9,7 @@ on each member and at each scale.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -49,8 +50,9 @@ REMEMBERED = (
 )
 JUDGING = 4  # every fourth prompt is not learnt on: there gains and strength are set, and it is compared
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
+PAID = 1 / 3  # of a larger gain's logarithm, which the effect's has to gain by it
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
-JUDGED = 96  # images of calibration
+JUDGED = 192  # images that set the strength, of which the first half set gains
 
 
 @dataclass
@@ -182,7 +184,7 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
         scales = len(cfg.scales)
         looks["source"] += (1 + scales) * JUDGED
         doses = 1 + sum(dose < 1 for dose in DOSES)  # at the most
-        looks["member"] += (1 + (cfg.rounds - 1) * scales + doses) * JUDGED
+        looks["member"] += (1 + doses) * JUDGED + (cfg.rounds - 1) * scales * (JUDGED // 2)
     if cfg.compared:
         if not cfg.calibrate:
             looks = {"source": 2 * JUDGED, "member": JUDGED}
@@ -266,11 +268,12 @@ class Lesson:
             return
         path, before = (self.run.folder / f"points-{number}.safetensors" for number in (now, now - 1))
         if self.run.main and not path.exists():
-            gains = torch.ones(len(self.members), len(cfg.scales))
+            shape = len(self.members), len(cfg.scales)
+            tried = {"gains": torch.ones(1, *shape), "offs": torch.zeros(0, *shape)}
             if now and cfg.calibrate:
-                gains = self.corrected(load_file(before)["gains"])
+                tried = self.corrected(load_file(before))
             with replacing(path) as new:
-                save_file({**self.drawn(now, gains), "gains": gains}, new)
+                save_file({**self.drawn(now, tried["gains"][-1]), **tried}, new)
         self.run.accelerator.wait_for_everyone()
         kept = load_file(path)
         self.round, self.points = now, []
@@ -281,12 +284,17 @@ class Lesson:
                     point = (kept[f"{part}-{m}-{k}-{t}"] for part in ("x", "goal", "size"))
                     self.points.append((member, scale, level, which, *point))
 
-    def corrected(self, gains: Tensor) -> Tensor:
-        """By how much the taught changes are multiplied in a round, (members, scales): the last round's, and
-        what the control in training has of the effect by then.
+    def corrected(self, tried: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By how much the taught changes are multiplied in each round, gains, and how far the effect was off
+        at the end of it, offs: (rounds, members, scales). The last gains are those of the round to come.
         """
-        offs = [[self.off(m, scale, scale) for scale in self.cfg.scales] for m, _ in enumerate(self.members)]
-        return (gains * torch.tensor(offs).neg().exp().clamp(*GAINS)).clamp(*GAINS)
+        places = [(m, scale) for m, _ in enumerate(self.members) for scale in self.cfg.scales]
+        now = torch.tensor([self.off(m, scale, scale, JUDGED // 2) for m, scale in places])
+        gains = tried["gains"]
+        offs = torch.cat([tried["offs"], now.reshape(1, *gains.shape[1:])])
+        histories = zip(gains.flatten(1).T.tolist(), offs.flatten(1).T.tolist(), strict=True)
+        following = torch.tensor([next_gain(*each) for each in histories])
+        return {"gains": torch.cat([gains, following.reshape(1, *gains.shape[1:])]), "offs": offs}
 
     def drawn(self, now: int, gains: Tensor) -> dict[str, Tensor]:
         """The runs of a round: at every step x, and the goal there, the member's own x0 and the change."""
@@ -389,15 +397,16 @@ class Lesson:
         """A member there without a control."""
         return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, 0))
 
-    def with_control(self, m: int, scale: float) -> Features:
-        """A member there with the control in training."""
-        return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, scale))
+    def with_control(self, m: int, scale: float, images: int = JUDGED) -> Features:
+        """A member on the first images there, with the control in training."""
+        return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, scale), count=images)
 
-    def off(self, m: int, scale: float, acting: float) -> float:
+    def off(self, m: int, scale: float, acting: float, images: int = JUDGED) -> float:
         """How far the control in training is too strong on a member for a scale, acting at another, as a
-        logarithm: by the mean of the first evaluators.
+        logarithm: by the mean of the first evaluators, on the first images.
         """
-        return float(np.mean(self.judge(scale).middle(self.bare(m), self.with_control(m, acting))[:JUDGES]))
+        seen = self.with_control(m, acting, images)
+        return float(np.mean(self.judge(scale).middle(self.bare(m), seen)[:JUDGES]))
 
     def calibrated(self) -> float:
         """The strength at which the effect on the members, their median, is the original's on its source."""
@@ -460,6 +469,23 @@ def ranged(share: dict) -> str:
     """A share with its interval, where it has one."""
     value, *ends = ("–" if end is None else f"{end:.2f}" for end in share.values())
     return f"{value} [{', '.join(ends)}]"
+
+
+def next_gain(gains: Sequence[float], offs: Sequence[float]) -> float:
+    """By how much a change is multiplied after gains with which an effect was off by these logarithms.
+
+    A larger change makes a larger effect only up to a point: of a direction that saturates, more is another
+    face. So a larger one that brought little is taken back, and not tried again.
+    """
+    most, rounds = GAINS[1], list(zip(gains, offs, strict=True))
+    for (before, was), (now, its) in pairwise(rounds):
+        if now > before and its - was < PAID * math.log(now / before):
+            most = min(most, before)
+    if len(rounds) > 1 and offs[-1] * offs[-2] < 0:
+        gain = reached(*zip(*sorted(rounds[-2:]), strict=True))
+    else:
+        gain = gains[-1] * min(max(math.exp(-offs[-1]), GAINS[0]), GAINS[1])
+    return min(max(gain, GAINS[0]), most)
 
 
 def reached(doses: Sequence[float], logs: Sequence[float]) -> float:

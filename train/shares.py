@@ -82,8 +82,10 @@ class Shares:
         return {name: intervals.ratio(effect, self.own[name]) for name, effect in effects.items()}
 
     def middle(self, before: Features, after: Features) -> list[float]:
-        """The logarithms of the shares, of each evaluator; nothing is a hundredth."""
-        effects = self.effects(before, after)
+        """The logarithms of the shares, of each evaluator; nothing is a hundredth. Of after the first images
+        are enough.
+        """
+        effects = self.effects({name: its[: len(after[name])] for name, its in before.items()}, after)
         shares = [effect.mean() / self.own[name].mean() for name, effect in effects.items()]
         return [float(np.log(max(share, 0.01))) for share in shares]
 
@@ -97,8 +99,10 @@ class Shares:
         return features[name] @ self.directions[name]
 
     @torch.no_grad()
-    def seen(self, member: Member, acting: Acting, family: Family | None = None) -> Features:
-        """The features of an image per text."""
+    def seen(
+        self, member: Member, acting: Acting, family: Family | None = None, count: int | None = None
+    ) -> Features:
+        """The features of an image per text, or of the first few."""
         with acting():
-            images = (family or self.family).draw(member, self.texts, self.seeds)
+            images = (family or self.family).draw(member, self.texts[:count], self.seeds[:count])
         return {name: evaluator.features(images) for name, evaluator in self.evaluators.items()}

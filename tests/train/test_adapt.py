@@ -207,14 +207,26 @@ def test_too_few_prompts_are_learnt_on_and_judged_by():
 def test_what_is_taught_is_as_strong_as_the_effect_is_still_off(tmp_path, monkeypatch):
     """On each member and at each scale by itself, from the second round on."""
     offs = {(0, 0.5): 0.3, (0, 1.0): -0.2, (1, 0.5): 0.0, (1, 1.0): -9.0}
-    monkeypatch.setattr(adapt.Lesson, "off", lambda self, m, scale, acting: offs[m, scale])
+    monkeypatch.setattr(adapt.Lesson, "off", lambda self, m, scale, *_: offs[m, scale])
     trained(tmp_path, "members=[tiny/dmd,tiny/lcm]", "steps=4", "rounds=2")
     folder = tmp_path / "watercolour-kv-dmd-lcm"
     assert {path.name for path in folder.glob("points-*")} == {"points-0.safetensors", "points-1.safetensors"}
     first, second = (load_file(folder / f"points-{k}.safetensors") for k in range(2))
-    assert torch.equal(first["gains"], torch.ones(2, 2))
-    wanted = [[np.exp(-0.3), np.exp(0.2)], [1.0, adapt.GAINS[1]]]
-    assert torch.allclose(second["gains"], torch.tensor(wanted, dtype=torch.float32))
+    assert torch.equal(first["gains"], torch.ones(1, 2, 2)) and not len(first["offs"])
+    wanted = torch.tensor([[np.exp(-0.3), np.exp(0.2)], [1.0, adapt.GAINS[1]]], dtype=torch.float32)
+    assert torch.allclose(second["gains"], torch.stack([torch.ones(2, 2), wanted]))
+    assert torch.allclose(second["offs"], torch.tensor([[[0.3, -0.2], [0.0, -9.0]]]))
+
+
+def test_a_larger_change_that_brings_little_is_taken_back():
+    assert adapt.next_gain([1.0], [-0.25]) == pytest.approx(np.exp(0.25))
+    assert adapt.next_gain([1.0, 1.28], [-0.25, -0.23]) == 1.0  # saturated: more would be another face
+    assert adapt.next_gain([1.0, 1.28, 1.0], [-0.25, -0.23, -0.2]) == 1.0
+    assert adapt.next_gain([1.0, 1.28], [-0.25, -0.1]) == pytest.approx(1.28 * np.exp(0.1))
+    assert adapt.next_gain([1.0, 1.44], [-0.36, 0.43]) == pytest.approx(1 + 0.44 * 0.36 / 0.79)
+    # weights went on learning meanwhile: a smaller change is gone on from
+    assert adapt.next_gain([1.0, 0.74], [0.30, 0.34]) == pytest.approx(0.74 * np.exp(-0.34))
+    assert adapt.next_gain([1.0, 2.9], [-1.5, -0.9]) == adapt.GAINS[1]
 
 
 @torch.no_grad()
