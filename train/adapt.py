@@ -220,6 +220,36 @@ def onward(source: Member, noise: Noise, steps: int) -> list[Noise]:
     return [first, *(later[k * len(later) // steps] for k in range(1, steps))]
 
 
+def taught_change(
+    source: Member,
+    on: Callable[[], AbstractContextManager],
+    x: Tensor,
+    noise: Noise,
+    prompts: Prompts,
+    ahead: int,
+) -> Tensor:
+    """The guided change, by the original, of where the source goes from x of a member's schedule, (B, C, H,
+    W).
+
+    on: puts the original on it. ahead: the steps in which the source goes to the end.
+    """
+    first, *later = onward(source, noise, ahead)
+    if first != noise and noise.alpha:
+        x = x * (first.alpha / noise.alpha)
+
+    def end() -> Tensor:
+        at, now = x, first
+        x0 = source.denoiser(at, now, prompts, source.guidance)
+        for after in later:
+            at, now = update(at, x0, now, after), after
+            x0 = source.denoiser(at, now, prompts, source.guidance)
+        return x0
+
+    without = end()
+    with on():
+        return end() - without
+
+
 class Lesson:
     """What the members are to see where they go, and how far they are from it."""
 
@@ -321,7 +351,7 @@ class Lesson:
         """x of some runs under the control, what the member sees there without it, and what the original
         changes of what its source sees there: (B, T, C, H, W) each.
         """
-        family, chosen = self.run.family, which[rows]
+        cfg, family, chosen = self.cfg, self.run.family, which[rows]
         prompts, theirs = (self.conditioning(its, chosen) for its in (family, self.family))
         noise = draw_noise(
             [seeds[row] for row in rows], family.latent_shape, len(member.levels), family.device
@@ -330,26 +360,11 @@ class Lesson:
             steps = list(sample(alone(member), noise, prompts))
         with self.at(0):
             plain = [member.denoiser(step.x, step.noise, prompts, member.guidance) for step in steps]
-            change = [self.change(step.x, step.noise, theirs, scale) for step in steps]
+            change = [
+                taught_change(self.source, self.on[scale], step.x, step.noise, theirs, cfg.ahead)
+                for step in steps
+            ]
         return tuple(torch.stack(part, 1).cpu() for part in ([step.x for step in steps], plain, change))
-
-    def change(self, x: Tensor, noise: Noise, prompts: Prompts, scale: float) -> Tensor:
-        """The guided change, by the original, of where the source goes from x of a member's schedule."""
-        first, *later = onward(self.source, noise, self.cfg.ahead)
-        if first != noise and noise.alpha:
-            x = x * (first.alpha / noise.alpha)
-
-        def end() -> Tensor:
-            at, now = x, first
-            x0 = self.source.denoiser(at, now, prompts, self.source.guidance)
-            for after in later:
-                at, now = update(at, x0, now, after), after
-                x0 = self.source.denoiser(at, now, prompts, self.source.guidance)
-            return x0
-
-        without = end()
-        with self.on[scale]():
-            return end() - without
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The loss at some points of one member, scale and step, in shares of the change that is taught."""

@@ -57,7 +57,7 @@ class Shares:
         # a direction that was fitted to an image always finds an effect in it: so on other images
         self.rows = slice(None) if all(self.words) else slice(1, None, 2)
         self.directions = {name: own_direction(plain[name][::2], edited[name][::2]) for name in plain}
-        self.own = self.effects(plain, edited)
+        self.plain, self.own = plain, self.effects(plain, edited)
 
     def kept(self, folder: Path, key: object, seen: Callable[[], Features]) -> Features:
         """What is seen, from a file that is named by the hash of what it depends on: key, and what is known

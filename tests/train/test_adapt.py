@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import numpy as np
@@ -238,8 +237,7 @@ def test_the_change_that_is_taught_is_that_of_where_the_source_goes():
     on = fusing(source.denoiser.net, original, 1.0)
 
     def change(ahead: int) -> torch.Tensor:
-        lesson = SimpleNamespace(source=source, cfg=SimpleNamespace(ahead=ahead), on={1.0: on})
-        return adapt.Lesson.change(lesson, noise[:, 0], source.levels[0], prompts, 1.0)
+        return adapt.taught_change(source, on, noise[:, 0], source.levels[0], prompts, ahead)
 
     without = finish(alone(source), noise, prompts)
     with on():

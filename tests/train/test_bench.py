@@ -1,9 +1,11 @@
 """Benches: what they report is what happens."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from support.allocator import allocated
 from support.network import network
 
@@ -11,9 +13,11 @@ from analysis import bench
 from configs import UserError, merge
 from models.architectures import ARCHITECTURES
 from models.evaluators import Attributes
+from models.families import Family
+from models.sampler import draw_noise
 from models.tiny import world
 from train import dry_run
-from train.bench import obeys, prior
+from train.bench import obeys, prior, pupil
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -44,21 +48,50 @@ def test_kernel_distance_by_its_definition():
     assert abs(prior.distance(many[:400], many[400:])) < 0.1 < prior.distance(many[:400], many[400:] + 0.5)
 
 
-@pytest.mark.slow
-def test_what_an_adapted_control_leaves_of_prompts_is_counted_beside_the_original(tmp_path, capsys):
+@pytest.fixture
+def results(tmp_path):
+    """Of a run with adapt=true, in which another file stands in for what was adapted."""
     kv, age = ("controls/tiny/watercolour-kv.safetensors", "controls/tiny/age.safetensors")
     about = {"source": "tiny/base", "target": "tiny/dmd"}
     cells = [about | {"control": "watercolour-kv", "adapted_from": ""}]
-    cells += [about | {"control": "age", "adapted_from": "watercolour-kv"}]  # another file stands in
+    cells += [about | {"control": "age", "adapted_from": "watercolour-kv"}]
     cells += [about | {"control": "age", "adapted_from": "watercolour-kv", "target": "tiny/base"}]
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps({"config": {"controls": [kv, age]}, "cells": cells}))
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"config": {"controls": [kv, age]}, "cells": cells}))
+    return path
+
+
+@pytest.mark.slow
+def test_what_an_adapted_control_leaves_of_prompts_is_counted_beside_the_original(results, tmp_path):
     obeys.main(merge(obeys.Config, [f"results={results}", "images=8", f"out={tmp_path}/out"]))
     on_base, on_dmd = json.loads((tmp_path / "out/results.json").read_text())["cells"]
     assert (on_base["on"], on_base["adapted"], on_dmd["on"]) == ("tiny/base", None, "tiny/dmd")
     assert on_base["original"][0] < 0.9 < on_base["bare"][0] and on_dmd["adapted"] != on_dmd["original"]
     with pytest.raises(UserError, match="no results"):
         obeys.main(merge(obeys.Config, [f"results={tmp_path}/nowhere.json"]))
+
+
+@pytest.mark.slow
+def test_a_perfect_pupil_has_what_the_trained_one_is_to_reach(results, tmp_path):
+    """The base's own change at every step, where dmd alone makes little of watercolour-kv."""
+    pupil.main(
+        merge(pupil.Config, [f"results={results}", "images=12", f"out={tmp_path}/out", f"cache={tmp_path}"])
+    )
+    rows = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    assert [row["evaluator"] for row in rows] == ["clip", "probe", "geometry"]
+    for row in rows:
+        shares = {side: row[side]["value"] for side in ("without", "original", "pupil")}
+        assert shares["original"] < 0.5 * shares["pupil"] and abs(shares["without"]) < 0.2
+
+
+def test_a_pupil_that_is_taught_nothing_is_the_member_itself():
+    family = Family("tiny")
+    member, prompts = family.member("dmd"), family.encode(["a face", "a hat"])
+    same = pupil.perfect(member, member, nullcontext, 4)
+    x = draw_noise([1, 2], family.latent_shape, 1)[:, 0]
+    with torch.no_grad():
+        ours, plain = (its.denoiser(x, its.levels[0], prompts) for its in (same, member))
+    assert torch.equal(ours, plain)
 
 
 def test_a_text_holds_what_the_probe_sees_of_it():

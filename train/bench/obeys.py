@@ -36,15 +36,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     """Draws with every original and all that was made of it, prints the table."""
-    if not Path(cfg.results).is_file():
-        raise UserError(
-            f"no results {cfg.results}: run analysis.transfer adapt=true, and name its results.json"
-        )
-    record = read(Path(cfg.results))
-    paths = record["config"]["controls"]
-    files = {name: formats.load(path) for name, path in zip(formats.names(paths), paths, strict=True)}
-    cells = [c for c in record["cells"] if c["adapted_from"] and c["target"] != c["source"]]
-    cells = [c for c in cells if not cfg.controls or c["adapted_from"] in cfg.controls]
+    cells, files = adapted(cfg.results, cfg.controls)
     family, rows = Family("tiny"), {}
 
     @cache
@@ -63,6 +55,19 @@ def main(cfg: Config) -> None:
         for (name, on), row in rows.items()
     ]
     show_table("Share of a caption's claims that the probe sees, ± its standard error", shown)
+
+
+def adapted(results: str, controls: list[str]) -> tuple[list[dict], dict[str, Control]]:
+    """The cells in which something was adapted, of some originals, and all controls by name. Raises UserError
+    where there are no results.
+    """
+    if not Path(results).is_file():
+        raise UserError(f"no results {results}: run analysis.transfer adapt=true, and name its results.json")
+    record = read(Path(results))
+    paths = record["config"]["controls"]
+    files = {name: formats.load(path) for name, path in zip(formats.names(paths), paths, strict=True)}
+    cells = [c for c in record["cells"] if c["adapted_from"] and c["target"] != c["source"]]
+    return [c for c in cells if not controls or c["adapted_from"] in controls], files
 
 
 def obeyed(family: Family, images: int, target: str, control: Control | None = None) -> list[float]:
