@@ -16,8 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 gc.set_threshold(50_000, 20, 20)  # networks that go are collected where they go
 
 LONG = (
-    *("test_transfer", "test_adapt", "test_train", "test_real_families", "test_dry_run", "test_diversity"),
-    *("test_paper", "test_similarity", "test_live", "test_workflow", "test_offload", "test_fuzz"),
+    *("test_transfer", "test_adapt", "test_train", "test_parity", "test_training", "test_dry_run"),
+    *("test_diversity", "test_paper", "test_similarity", "test_live", "test_workflow", "test_offload"),
+    "test_fuzz",
 )
 
 
