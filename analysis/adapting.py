@@ -14,15 +14,17 @@ import torch
 
 from analysis.pages import words
 from analysis.session import Session
-from configs import ROOT, UserError
+from configs import ROOT, UserError, replacing
 from controls import formats
 from models.evaluators import JUDGES
+from models.loading import file_hash
 
 LOST = ("weaker", "dead", "reversed")  # verdicts after which a control is adapted
 LAUNCHED = re.compile("RANK|LOCAL_|GROUP_|ROLE_|WORLD_SIZE|MASTER_|TORCHELASTIC")  # what a launcher sets
 # where the original's own layers cannot carry the effect: all layers, for longer
 WIDER = {"layers": "full", "scope": "c3lier", "learning_rate": 1e-3, "steps": 400, "rounds": 4}
 PASSED = ("encoders", "positive", "negative", "cache", "dtype", "quantize", "wandb")  # as in this run
+FREE = ("out", "cache", "wandb")  # of these no control depends
 NEAR = math.log(1.25)  # of 1: a share that needs no second try
 
 
@@ -57,11 +59,9 @@ def is_lost(cell: dict) -> bool:
 
 def taught(session: Session, control: str, member: str, folder: Path) -> None:
     """Trains in the original's layers, and where any evaluator does not find that near, in all layers."""
-    if not (folder / "control.safetensors").exists():
-        train(session, control, member, folder)
-    wide = wider(folder)
-    if max(distances(folder)) > NEAR and not (wide / "control.safetensors").exists():
-        train(session, control, member, wide, **WIDER)
+    train(session, control, member, folder)
+    if max(distances(folder)) > NEAR:
+        train(session, control, member, wider(folder), **WIDER)
 
 
 def wider(folder: Path) -> Path:
@@ -86,7 +86,9 @@ def distances(folder: Path, count: int | None = None) -> list[float]:
 
 
 def train(session: Session, control: str, member: str, folder: Path, **more: object) -> None:
-    """The trainer as a process of its own, also where this is one of several. Raises UserError as it does."""
+    """The trainer as a process of its own, also where this is one of several; not where it was asked for the
+    same already, and anew where it was asked for something else. Raises UserError as it does.
+    """
     cfg, its = session.cfg, session.family.card
     memory = {f"memory.{key}": value for key, value in asdict(cfg.memory).items() if value}
     what = f"{formats.name(control)} to {its.name}/{member}"
@@ -98,9 +100,18 @@ def train(session: Session, control: str, member: str, folder: Path, **more: obj
         "out": folder.parent,
         "prompts": json.dumps(cfg.adapt_prompts, ensure_ascii=False),
         **{key: getattr(cfg, key) for key in PASSED},
-        **memory,
         **more,
     }
+    asked = {key: value for key, value in options.items() if key not in FREE}
+    asked = json.dumps({**asked, "sha256": file_hash(Path(control))}, default=str, indent=1)
+    note = folder.with_name(f"{folder.name}.json")
+    same = note.exists() and note.read_text() == asked
+    if same and (folder / "control.safetensors").exists():
+        return
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(note) as new:
+        new.write_text(asked)
+    options |= memory | {"overwrite": not same}
     print(f"adapting {what}")
     command = [sys.executable, str(ROOT / "train/adapt.py"), *(f"{key}={options[key]}" for key in options)]
     if subprocess.run(command, env=environment(session.accelerator.device)).returncode:

@@ -114,6 +114,26 @@ def test_controls_that_are_lost_are_adapted_and_measured_again(tmp_path, asked):
         assert [c["control"] for c in record["cells"] if c["adapted_from"]] == ["watercolour-kv-dmd"] * 2
 
 
+def test_what_was_taught_otherwise_is_taught_anew(tmp_path, asked):
+    """On other prompts, or another original under the same name: what is measured is what was asked for."""
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(KV.read_bytes())
+
+    def measures(*more: str) -> str:
+        words = [f"controls=[{mine}]", "targets=[base,dmd]", "adapt=true", *more]
+        measured(tmp_path, *words)
+        return asked.how[-1]["overwrite"]
+
+    assert measures("adapt_prompts=[a,b]") == "True" and asked.cfg.prompts == ["a", "b"]
+    assert measures("adapt_prompts=[a,b]") == "True" and len(asked) == 1
+    assert measures("adapt_prompts=[a,c]") == "True" and asked.cfg.prompts == ["a", "c"]
+    (tmp_path / "default/adapted/watercolour-kv-dmd/control.safetensors").unlink()
+    assert measures("adapt_prompts=[a,c]") == "False", "a training that was killed goes on"
+    original = formats.load(KV)
+    formats.save(Control(replace(original.card, alpha=4.0), original.tensors), mine)
+    assert measures("adapt_prompts=[a,c]") == "True" and len(asked) == 4
+
+
 def test_the_trainer_is_told_what_the_run_was_told(tmp_path, asked, capsys):
     """Prompts with a trigger word, what a file without a card makes, what memory there is."""
     texts = ["tok style, a person", 'a "person", tok: hat']
