@@ -6,7 +6,7 @@ from analysis.pages import words
 from analysis.pages.words import MARKS, brackets, number
 
 WIDTH = 100  # columns of a row at the most
-NAME, SOURCE = 15, 7  # of them for the control, and for the member it was trained on
+NAME, SOURCE = 15, 10  # of them for the control, and for the member it was trained on
 LEGEND = "  ".join(f"{mark} {word}" for word, mark in MARKS.items()) + "  × the scale to use"
 
 
@@ -38,14 +38,15 @@ def text(cell: dict, beside: int) -> str:
     if cell["retention"]["value"] is None:
         return f"{MARKS[cell['verdict']]} {cell['verdict']}"
     scale = cell["matched_scale"]["value"]
-    interval = [brackets(cell["retention"])] if room(beside) >= 26 else []
     use = [] if scale is None else [f"×{number(scale, 1)}"]
-    return " ".join([MARKS[cell["verdict"]], number(cell["retention"]["value"]), *interval, *use])
+    parts = [MARKS[cell["verdict"]], number(cell["retention"]["value"]), brackets(cell["retention"]), *use]
+    whole = " ".join(parts)
+    return whole if len(whole) < room(beside) else " ".join(parts[:2] + use)
 
 
 def room(targets: int) -> int:
     """Columns for a cell."""
-    return max(13, (WIDTH - NAME - SOURCE) // max(1, targets))
+    return max(12, (WIDTH - NAME - SOURCE) // max(1, targets))
 
 
 def line(control: str, source: str, texts: Sequence[str]) -> str:

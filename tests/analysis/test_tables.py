@@ -38,6 +38,13 @@ def test_many_targets_take_several_lines_and_leave_the_intervals_out(record, cap
     assert len(lines) == 4 and all(len(line) <= rows.WIDTH and "[" not in line for line in lines)
 
 
+def test_every_members_name_is_printed_whole_beside_six(record, capsys):
+    table = rows.Rows([f"s{k}" for k in range(6)])
+    table.show([{**cell, "source": "tiny/lightning", "target": "tiny/s0"} for cell in record["cells"][1:2]])
+    heads, row = capsys.readouterr().out.splitlines()
+    assert row[rows.NAME :].startswith("lightning ") and len(heads) <= rows.WIDTH and "…" not in row
+
+
 def test_a_long_name_stands_on_a_line_of_its_own(record, capsys):
     name = "watercolour-kv-lightning"
     rows.Rows(["dmd"]).show([{**cell, "control": name} for cell in record["cells"][:2]])
