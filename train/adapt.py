@@ -45,14 +45,13 @@ from train.run import Run, Training
 from train.shares import Features, Shares
 
 REMEMBERED = (
-    "members scales prompts runs rounds ahead calibrate steps batch_size gradient_accumulation_steps "
+    "members scales prompts runs rounds ahead judged steps batch_size gradient_accumulation_steps "
     "learning_rate seed"
 )
 JUDGING = 4  # every fourth prompt is not learnt on: there gains and strength are set, and it is compared
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
 PAID = 1 / 3  # of a larger gain's logarithm, which the effect's has to gain by it
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
-JUDGED = 192  # images that set the strength, of which the first half set gains
 
 
 @dataclass
@@ -75,9 +74,9 @@ class Config(Training):
     rounds: int = 3  # in which the runs are drawn anew, with the control as it is by then
     # steps in which the source goes on from x to the end, where the change is taken; 1 = what it sees at x
     ahead: int = 4
-    # before a round, and last of all, the strength at which the effect is the original's, by the card's
-    # first two evaluators
-    calibrate: bool = True
+    # images on which the effect is made the original's, by the card's first two evaluators: what is taught is
+    # made larger or smaller before a round, by the first half of them, and the result last of all; 0 = not
+    judged: int = 192
     cache: str = "runs/cache"  # what is seen of the original on its source is kept here
     compared: int = 24  # images on which the result is compared with the original at the end; 0 = none
     steps: int = 180  # optimizer steps
@@ -101,7 +100,7 @@ def main(cfg: Config) -> Path | None:
                 for generator in run.parts(step):
                     run.backward(lesson(generator))
                 run.descend(step)
-            if cfg.calibrate and run.main:  # who writes it
+            if cfg.judged and run.main:  # who writes it
                 run.settle()
                 run.multiply(lesson.calibrated())
             if cfg.compared and run.main:
@@ -180,16 +179,14 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
     source = Family(about.family, bare=True).member(about.member)
     runs = cfg.runs * len(cfg.scales)  # of a member, in a round
     looks = {"source": 0, "member": 0}  # images
-    if cfg.calibrate:
+    if cfg.judged:
         scales = len(cfg.scales)
-        looks["source"] += (1 + scales) * JUDGED
+        looks["source"] += (1 + scales) * cfg.judged
         doses = 1 + sum(dose < 1 for dose in DOSES)  # at the most
-        looks["member"] += (1 + doses) * JUDGED + (cfg.rounds - 1) * scales * (JUDGED // 2)
+        looks["member"] += (1 + doses) * cfg.judged + (cfg.rounds - 1) * scales * half(cfg)
     if cfg.compared:
-        if not cfg.calibrate:
-            looks = {"source": 2 * JUDGED, "member": JUDGED}
-        looks["member"] += JUDGED
-        looks = {part: count + (2 + (part == "member")) * cfg.compared for part, count in looks.items()}
+        looks["source"] += 2 * cfg.compared
+        looks["member"] += 3 * cfg.compared + cfg.judged
     calls: Counter[str] = Counter()
     for its in members:
         name, steps, own = its.name.rpartition("/")[2], len(its.levels), evaluations(its)
@@ -203,6 +200,11 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
     first = calls.pop(member.name.rpartition("/")[2])
     each = 3 * sum(map(evaluations, members)) / len(members)
     return dry_run.Cost(first, each, 4 * cfg.batch_size, kept, others=dict(calls))
+
+
+def half(cfg: Config) -> int:
+    """Of the images that judge, those before a round."""
+    return (cfg.judged + 1) // 2
 
 
 def evaluations(member: Member) -> int:
@@ -300,7 +302,7 @@ class Lesson:
         if self.run.main and not path.exists():
             shape = len(self.members), len(cfg.scales)
             tried = {"gains": torch.ones(1, *shape), "offs": torch.zeros(0, *shape)}
-            if now and cfg.calibrate:
+            if now and cfg.judged:
                 tried = self.corrected(load_file(before))
             with replacing(path) as new:
                 save_file({**self.drawn(now, tried["gains"][-1]), **tried}, new)
@@ -319,7 +321,7 @@ class Lesson:
         at the end of it, offs: (rounds, members, scales). The last gains are those of the round to come.
         """
         places = [(m, scale) for m, _ in enumerate(self.members) for scale in self.cfg.scales]
-        now = torch.tensor([self.off(m, scale, scale, JUDGED // 2) for m, scale in places])
+        now = torch.tensor([self.off(m, scale, scale, half(self.cfg)) for m, scale in places])
         gains = tried["gains"]
         offs = torch.cat([tried["offs"], now.reshape(1, *gains.shape[1:])])
         histories = zip(gains.flatten(1).T.tolist(), offs.flatten(1).T.tolist(), strict=True)
@@ -405,18 +407,18 @@ class Lesson:
     @cache  # noqa: B019  a lesson lives as long as its run
     def judge(self, scale: float) -> Shares:
         """What measures a scale's effect for gains and strength."""
-        return self.shares(JUDGED, 700_000, scale)
+        return self.shares(self.cfg.judged, 700_000, scale)
 
     @cache  # noqa: B019
     def bare(self, m: int) -> Features:
         """A member there without a control."""
         return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, 0))
 
-    def with_control(self, m: int, scale: float, images: int = JUDGED) -> Features:
+    def with_control(self, m: int, scale: float, images: int | None = None) -> Features:
         """A member on the first images there, with the control in training."""
         return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, scale), count=images)
 
-    def off(self, m: int, scale: float, acting: float, images: int = JUDGED) -> float:
+    def off(self, m: int, scale: float, acting: float, images: int | None = None) -> float:
         """How far the control in training is too strong on a member for a scale, acting at another, as a
         logarithm: by the mean of the first evaluators, on the first images.
         """
@@ -451,7 +453,9 @@ class Lesson:
                 original = fusing(member.denoiser.net, self.original, top)
                 before = shares.of(plain, shares.seen(member, original))
             after = shares.of(plain, shares.seen(member, partial(self.at, top)))
-            judged = self.judge(top).of(self.bare(m), self.with_control(m, top))
+            judged = after
+            if self.cfg.judged:
+                judged = self.judge(top).of(self.bare(m), self.with_control(m, top))
             rows += [
                 {
                     "member": member.name,

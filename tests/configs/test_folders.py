@@ -34,7 +34,7 @@ CHEAP = {
     lora: ["images=2"],
     image_slider: ["pairs=2"],
     sliderspace: ["trajectories=2", "directions=1"],
-    adapt: ["runs=1", "rounds=1", "calibrate=false", "compared=0"],
+    adapt: ["runs=1", "rounds=1", "judged=0", "compared=0"],
 }
 
 

@@ -186,7 +186,7 @@ TRAINERS = {
     image_slider: [],
     lora: ["images=4", "prior=1"],
     sliderspace: ["directions=2", "trajectories=4"],
-    adapt: ["runs=2", "rounds=1", "calibrate=false", "compared=2"],
+    adapt: ["runs=2", "rounds=1", "judged=0", "compared=2"],
 }
 
 
@@ -196,7 +196,6 @@ TRAINERS = {
 )
 def test_text_encoders_are_gone_when_a_trainer_s_network_comes(trainer, tmp_path, monkeypatch):
     """What they were told is known by then, and they do not come back."""
-    monkeypatch.setattr(adapt, "JUDGED", 2)
     when, parts = [], Family._parts
     load, encode = Family._network, Family._encode
 

@@ -19,8 +19,7 @@ TRAINERS = [
     (sliderspace, ["directions=2", "trajectories=3"]),
     (
         adapt,
-        ["runs=2", "rounds=2", "prompts=[portrait of a person]", "batch_size=2"]
-        + ["calibrate=false", "compared=0"],
+        ["runs=2", "rounds=2", "prompts=[portrait of a person]", "batch_size=2"] + ["judged=0", "compared=0"],
     ),
 ]
 ANALYSES = [
