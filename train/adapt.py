@@ -48,6 +48,7 @@ REMEMBERED = (
     "members scales prompts runs rounds ahead judged steps batch_size gradient_accumulation_steps "
     "learning_rate seed"
 )
+JUDGING = 4  # every fourth prompt is not learnt on: there gains and strength are set, and it is compared
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
 PAID = 1 / 3  # of a larger gain's logarithm, which the effect's has to gain by it
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
@@ -477,10 +478,10 @@ def further(its: FamilyCard) -> list[str]:
 
 
 def divided(texts: list[str]) -> tuple[list[str], list[str]]:
-    """The prompts to learn on, and those to judge by, for what is learnt is stronger where it was learnt;
-    one alone is both.
-    """
-    return texts[::2], texts[1::2] or texts
+    """The prompts to learn on, and those to judge by; all are both where they are too few."""
+    judging = texts[JUDGING - 1 :: JUDGING]
+    learnt = [text for k, text in enumerate(texts) if k % JUDGING < JUDGING - 1]
+    return (learnt, judging) if judging else (texts, texts)
 
 
 def ranged(share: dict) -> str:

@@ -187,12 +187,12 @@ def test_gains_and_strength_are_set_where_nothing_is_learnt_nor_measured(family)
     learnt, judging = adapt.divided(adapt.further(its))
     measured = [*its.prompts, *promptsets.read([its.more_prompts]).texts][:192]
     assert not {*learnt} & {*judging} and not {*learnt, *judging} & {*measured}
-    assert len(learnt) == len(judging) == 120
+    assert len(learnt) == 3 * len(judging) == 180
 
 
 def test_too_few_prompts_are_learnt_on_and_judged_by():
-    assert adapt.divided(TEXTS[:1]) == (TEXTS[:1], TEXTS[:1])
-    assert adapt.divided(TEXTS) == (TEXTS[::2], TEXTS[1::2])
+    assert adapt.divided(TEXTS) == (TEXTS, TEXTS)
+    assert adapt.divided([*TEXTS, "a fourth"]) == (TEXTS, ["a fourth"])
 
 
 def test_what_is_taught_is_as_strong_as_the_effect_is_still_off(tmp_path, monkeypatch):
