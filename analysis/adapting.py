@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -108,10 +109,12 @@ def train(session: Session, control: str, member: str, folder: Path, **more: obj
     same = note.exists() and note.read_text() == asked
     if same and (folder / "control.safetensors").exists():
         return
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(note) as new:
-        new.write_text(asked)
-    options |= memory | {"overwrite": not same}
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(note) as new:
+            new.write_text(asked)
+    options |= memory
     print(f"adapting {what}")
     command = [sys.executable, str(ROOT / "train/adapt.py"), *(f"{key}={options[key]}" for key in options)]
     if subprocess.run(command, env=environment(session.accelerator.device)).returncode:

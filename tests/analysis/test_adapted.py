@@ -119,19 +119,24 @@ def test_what_was_taught_otherwise_is_taught_anew(tmp_path, asked):
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(KV.read_bytes())
 
-    def measures(*more: str) -> str:
-        words = [f"controls=[{mine}]", "targets=[base,dmd]", "adapt=true", *more]
-        measured(tmp_path, *words)
-        return asked.how[-1]["overwrite"]
+    folder = tmp_path / "default/adapted/watercolour-kv-dmd"
 
-    assert measures("adapt_prompts=[a,b]") == "True" and asked.cfg.prompts == ["a", "b"]
-    assert measures("adapt_prompts=[a,b]") == "True" and len(asked) == 1
-    assert measures("adapt_prompts=[a,c]") == "True" and asked.cfg.prompts == ["a", "c"]
-    (tmp_path / "default/adapted/watercolour-kv-dmd/control.safetensors").unlink()
-    assert measures("adapt_prompts=[a,c]") == "False", "a training that was killed goes on"
+    def measures(prompts: str) -> int:
+        """How often the trainer was asked by then."""
+        measured(
+            tmp_path, f"controls=[{mine}]", "targets=[base,dmd]", "adapt=true", f"adapt_prompts={prompts}"
+        )
+        return len(asked)
+
+    assert (measures("[a,b]"), asked.cfg.prompts) == (1, ["a", "b"]) and measures("[a,b]") == 1
+    (folder / "state.pt").touch()
+    assert (measures("[a,c]"), asked.cfg.prompts) == (2, ["a", "c"]) and not (folder / "state.pt").exists()
+    (folder / "state.pt").touch()
+    (folder / "control.safetensors").unlink()
+    assert measures("[a,c]") == 3 and (folder / "state.pt").exists(), "a training that was killed goes on"
     original = formats.load(KV)
     formats.save(Control(replace(original.card, alpha=4.0), original.tensors), mine)
-    assert measures("adapt_prompts=[a,c]") == "True" and len(asked) == 4
+    assert measures("[a,c]") == 4 and not (folder / "state.pt").exists()
 
 
 def test_the_trainer_is_told_what_the_run_was_told(tmp_path, asked, capsys):

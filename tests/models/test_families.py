@@ -9,7 +9,6 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import (
@@ -55,27 +54,18 @@ def network(seed: int, **changes) -> UNet2DConditionModel:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The Hub's cache, empty, in place of the user's own."""
-    folder = tmp_path_factory.mktemp("hub")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def sdxl(tiny, hub, tmp_path_factory):
+def sdxl(tiny, cache, tmp_path_factory):
     """SDXL by a card of its own: a small random base in a folder, and random students where the Hub's would
     lie.
     """
     folder, shipped = tmp_path_factory.mktemp("sdxl"), card("sdxl")
     pipeline(shipped).save_pretrained(folder / "base")
-    network(1).save_pretrained(publish(hub, "stabilityai/sdxl-turbo") / "unet")
-    network(2, time_cond_proj_dim=16).save_pretrained(publish(hub, "latent-consistency/lcm-sdxl"))
+    network(1).save_pretrained(publish(cache, "stabilityai/sdxl-turbo") / "unet")
+    network(2, time_cond_proj_dim=16).save_pretrained(publish(cache, "latent-consistency/lcm-sdxl"))
     save_file(
-        half(network(3)), publish(hub, "ByteDance/SDXL-Lightning") / "sdxl_lightning_4step_unet.safetensors"
+        half(network(3)), publish(cache, "ByteDance/SDXL-Lightning") / "sdxl_lightning_4step_unet.safetensors"
     )
-    torch.save(half(network(4)), publish(hub, "tianweiy/DMD2") / "dmd2_sdxl_4step_unet_fp16.bin")
+    torch.save(half(network(4)), publish(cache, "tianweiy/DMD2") / "dmd2_sdxl_4step_unet_fp16.bin")
     members = {name: {**asdict(shipped.members[name]), "revision": None, "variant": None} for name in SDXL}
     (folder / "sdxl.yaml").write_text(
         json.dumps({"name": "sdxl", "repo": str(folder / "base"), "size_px": 64, "members": members})
@@ -511,8 +501,8 @@ def test_a_damaged_pipeline_is_named_in_one_line(sdxl, tmp_path, part):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_revision_of_the_family_is_the_bases(hub, tmp_path):
-    network(6).save_pretrained(publish(hub, "somebody/pinned", "v2") / "unet")  # and no main
+def test_the_revision_of_the_family_is_the_bases(cache, tmp_path):
+    network(6).save_pretrained(publish(cache, "somebody/pinned", "v2") / "unet")  # and no main
     (tmp_path / "card.yaml").write_text(
         "{name: own, repo: somebody/pinned, revision: v2, members: {base: {}}}"
     )

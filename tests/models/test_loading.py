@@ -24,13 +24,10 @@ from models.sampler import alone, draw_noise, finish
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def cache(cache):
     """A Hub cache with the small SD 2.1 under its real names."""
-    folder = tmp_path_factory.mktemp("hub")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-        hub.write(folder, "sd21")
-        yield folder
+    hub.write(cache, "sd21")
+    return cache
 
 
 def family(folder, card: dict) -> Family:

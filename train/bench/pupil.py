@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from configs import entry, list_of
@@ -59,7 +58,6 @@ def main(cfg: Config) -> None:
     """Draws with every original, with all that was made of it and as the perfect pupil; prints the table."""
     cells, files = adapted(cfg.results, cfg.controls)
     family, rows = Family("tiny"), []
-    torch.set_grad_enabled(False)
 
     @cache
     def effect(name: str) -> Shares:
@@ -75,11 +73,11 @@ def main(cfg: Config) -> None:
             "pupil": (perfect(member, source, on, cfg.ahead), nullcontext),
         }
         bare = shares.seen(member, nullcontext)
-        found = {"without": shares.of(shares.plain, bare)}
-        found |= {side: shares.of(bare, shares.seen(*drawn)) for side, drawn in sides.items()}
+        kept = {"without": shares.of(shares.plain, bare)}
+        kept |= {side: shares.of(bare, shares.seen(*drawn)) for side, drawn in sides.items()}
         about = {"control": name, "on": cell["target"]}
         rows += [
-            {**about, "evaluator": judge, **{side: its[judge] for side, its in found.items()}}
+            {**about, "evaluator": judge, **{side: its[judge] for side, its in kept.items()}}
             for judge in bare
         ]
     write_cells(cfg, rows)

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import huggingface_hub.constants
 import pytest
 import torch
 from support import hub
@@ -12,15 +11,6 @@ from support.real import FEWER
 from configs import ROOT
 from models.cards import card
 from models.families import Family
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A Hub cache of the real repositories, small, in place of the user's own."""
-    folder = tmp_path_factory.mktemp("hub")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -228,9 +228,12 @@ def normal(vae, latents: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_is_the_same_alone_and_in_a_batch(families, name):
     family, base = families(name), families(name).member(families(name).card.base)
-    noise, told = draw_noise(SEEDS, family.latent_shape, len(base.levels)), family.encode(TEXTS)
+    noise, conditioning = draw_noise(SEEDS, family.latent_shape, len(base.levels)), family.encode(TEXTS)
     with torch.no_grad():
-        both, alone_ = finish(alone(base), noise, told), finish(alone(base), noise[1:], told[[1]])
+        both, alone_ = (
+            finish(alone(base), noise, conditioning),
+            finish(alone(base), noise[1:], conditioning[[1]]),
+        )
     assert (alone_[0] - both[1]).abs().max() < 1e-4 * max(1, both.abs().max())
 
 
@@ -246,19 +249,19 @@ def test_a_hybrid_asks_the_base_k_times_and_the_student_else(families, name, mem
     """Whatever the family: one evaluation a step, the base's without guidance, by the base's own network."""
     family = families(name)
     base, student = family.member(family.card.base), family.member(member)
-    told, steps = family.encode(TEXTS), len(student.levels)
+    conditioning, steps = family.encode(TEXTS), len(student.levels)
     for k in range(min(steps, 2) + 1):
         plan = hybrid(base, student, k)
         asked = base.denoiser.nfe, student.denoiser.nfe
         noise = draw_noise(SEEDS, family.latent_shape, steps)
         with torch.no_grad():
-            first = next(iter(sample(plan, noise, told)))
-            drawn = finish(plan, noise, told)
+            first = next(iter(sample(plan, noise, conditioning)))
+            drawn = finish(plan, noise, conditioning)
         asked = base.denoiser.nfe - asked[0] - bool(k), student.denoiser.nfe - asked[1] - (not k)
         assert asked == (k, steps - k) and plan.nfe == steps and drawn.isfinite().all()
         if k:
             with torch.no_grad():
-                x0 = base.denoiser(first.x, first.noise, told.conditional())
+                x0 = base.denoiser(first.x, first.noise, conditioning.conditional())
             assert torch.equal(first.x0, x0) and first.noise.ratio == student.levels[0].ratio
 
 

@@ -112,7 +112,7 @@ OTHERS = [(name, member) for name, member in MEMBERS if member not in (card(name
 
 @pytest.mark.parametrize(("name", "member"), slow(OTHERS, lambda pair: pair[1].endswith(TWINS)))
 def test_a_slider_is_trained_on_every_other_student_too(families, tmp_path, name, member):
-    """LoRA students, guidance told to the network, x0 predicted, one step."""
+    """LoRA students, guidance given to the network, x0 predicted, one step."""
     family = families(name)
     control = formats.load(trained(family, member, tmp_path))
     assert (
@@ -202,20 +202,20 @@ def test_a_delta_shares_the_network_of_its_base_and_leaves_it_as_it_was(families
 
 def test_the_strength_of_a_delta_is_a_dial_also_per_step(families):
     family = families("sdxl")
-    student, told = family.member(DELTA), family.encode(TEXTS)
+    student, conditioning = family.member(DELTA), family.encode(TEXTS)
     noise = draw_noise(SEEDS, family.latent_shape, 4)
 
     def drawn(dial) -> torch.Tensor:
         turned = replace(student, denoiser=replace(student.denoiser, lora_scale=dial))
         with torch.no_grad():
-            return finish(alone(turned), noise, told)
+            return finish(alone(turned), noise, conditioning)
 
     off = drawn(0.0)
     bare = replace(
         family.member("base"), levels=student.levels, guidance=None, final=student.final, start=student.start
     )
     with torch.no_grad():
-        assert torch.equal(off, finish(alone(bare), noise, told))
+        assert torch.equal(off, finish(alone(bare), noise, conditioning))
     assert torch.equal(drawn(lambda level: 1.0), drawn(1.0)) and torch.equal(drawn(lambda level: 0.0), off)
     only_first = drawn(lambda level: float(level.t > 900))
     assert not torch.allclose(only_first, off) and not torch.allclose(only_first, drawn(1.0))
