@@ -100,6 +100,7 @@ def train(session: Session, control: str, member: str, folder: Path, **more: obj
         "name": folder.name,
         "out": folder.parent,
         "prompts": json.dumps(cfg.adapt_prompts, ensure_ascii=False),
+        "judged": cfg.adapt_judged,
         **{key: getattr(cfg, key) for key in PASSED},
         **more,
     }

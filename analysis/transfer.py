@@ -56,6 +56,7 @@ FREE = (
     "encoders",
     "adapt",
     "adapt_prompts",
+    "adapt_judged",
     "targets",
     "references",
     "evaluators",
@@ -105,6 +106,7 @@ class Config(Drawing):
     adapt: bool = False
     # texts and files that they are taught on, with a LoRA's trigger word; empty = the family's more_prompts
     adapt_prompts: list[str] = list_of()
+    adapt_judged: int = 192  # images that set the strength of each, see judged= of train/adapt.py
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name

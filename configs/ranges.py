@@ -19,6 +19,7 @@ RANGES = {
     "ahead": (1, 1e4),
     "compared": (0, 1e4),
     "judged": (0, 1e4),
+    "adapt_judged": (1, 1e4),
     "runs": (1, 1e6),
     "curve_prompts": (1, 1e6),
     "max_prompts": (1, 1e6),

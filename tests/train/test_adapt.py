@@ -185,9 +185,9 @@ def test_what_it_has_brought_is_measured_on_other_prompts(tmp_path, capsys):
 def test_gains_and_strength_are_set_where_nothing_is_learnt_nor_measured(family):
     its = card(family)
     learnt, judging = adapt.divided(adapt.further(its))
-    measured = [*its.prompts, *promptsets.read([its.more_prompts]).texts][:192]
+    measured = [*its.prompts, *promptsets.read([its.more_prompts]).texts][:216]
     assert not {*learnt} & {*judging} and not {*learnt, *judging} & {*measured}
-    assert len(learnt) == 3 * len(judging) == 180
+    assert len(learnt) == 3 * len(judging) >= 180
 
 
 def test_too_few_prompts_are_learnt_on_and_judged_by():
