@@ -1,6 +1,6 @@
 # Uses the python of the active environment: . .venv/bin/activate
 .DEFAULT_GOAL := help
-.PHONY: help check test demo tiny docs report paper proof bench-train bench-transfer bench-prior bench-obeys bench-pupil bench-memory bench-sdxl gpu
+.PHONY: help check test demo tiny docs report paper proof bench-train bench-transfer bench-prior bench-adapted bench-memory bench-sdxl gpu
 
 LORA := python -m controls.convert hub:
 
@@ -34,11 +34,8 @@ bench-transfer: ## which share of a transfer cell is spent outside network, VAE 
 bench-prior: ## how well a student draws with a LoRA on it, with and without the prior term
 	python train/bench/prior.py
 
-bench-obeys: ## what is left of a prompt under controls that a run with adapt=true has taught to members
-	python train/bench/obeys.py
-
-bench-pupil: ## how far what train/adapt.py teaches could go at best, beside what a run with adapt=true has reached
-	python train/bench/pupil.py
+bench-adapted: ## what a run with adapt=true has brought, what it leaves, and how far it could go at best
+	python train/bench/adapted.py
 
 bench-memory: ## memory of a training step on SDXL's U-Net, estimated
 	python train/bench/memory.py

@@ -57,7 +57,7 @@ class Shares:
         # a direction that was fitted to an image always finds an effect in it: so on other images
         self.rows = slice(None) if all(self.words) else slice(1, None, 2)
         self.directions = {name: own_direction(plain[name][::2], edited[name][::2]) for name in plain}
-        self.plain, self.own = plain, self.effects(plain, edited)
+        self.plain, self.edited, self.own = plain, edited, self.effects(plain, edited)
 
     def kept(self, folder: Path, key: object, seen: Callable[[], Features]) -> Features:
         """What is seen, from a file that is named by the hash of what it depends on: key, and what is known
@@ -97,6 +97,13 @@ class Shares:
         if all(self.words):
             return self.evaluators[name].score(features[name], *self.words)
         return features[name] @ self.directions[name]
+
+    def rest(self, name: str, features: np.ndarray) -> np.ndarray:
+        """What should not change, (n, d)."""
+        if all(self.words):
+            return self.evaluators[name].rest(features, *self.words)
+        along = self.directions[name]
+        return features - (features @ along)[:, None] * along
 
     @torch.no_grad()
     def seen(

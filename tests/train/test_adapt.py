@@ -190,6 +190,16 @@ def test_gains_and_strength_are_set_where_nothing_is_learnt_nor_measured(family)
     assert len(learnt) == 3 * len(judging) >= 180
 
 
+def test_what_judges_is_composed_as_what_is_measured():
+    """A student's effect goes with how much a prompt says, and whether it names a background."""
+    its = card("tiny")
+    measured = [*its.prompts, *promptsets.read([its.more_prompts]).texts][:216]
+    for texts in adapt.divided(adapt.further(its)):
+        for part in (lambda text: text.count(","), lambda text: "background" in text):
+            ours, theirs = (np.mean([part(text) for text in its]) for its in (texts, measured))
+            assert ours == pytest.approx(theirs, rel=0.06)
+
+
 def test_too_few_prompts_are_learnt_on_and_judged_by():
     assert adapt.divided(TEXTS) == (TEXTS, TEXTS)
     assert adapt.divided([*TEXTS, "a fourth"]) == (TEXTS, ["a fourth"])

@@ -17,7 +17,7 @@ from models.families import Family
 from models.sampler import draw_noise
 from models.tiny import world
 from train import dry_run
-from train.bench import obeys, prior, pupil
+from train.bench import adapted, prior
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -62,32 +62,29 @@ def results(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_an_adapted_control_leaves_of_prompts_is_counted_beside_the_original(results, tmp_path):
-    obeys.main(merge(obeys.Config, [f"results={results}", "images=8", f"out={tmp_path}/out"]))
-    on_base, on_dmd = json.loads((tmp_path / "out/results.json").read_text())["cells"]
-    assert (on_base["on"], on_base["adapted"], on_dmd["on"]) == ("tiny/base", None, "tiny/dmd")
-    assert on_base["original"][0] < 0.9 < on_base["bare"][0] and on_dmd["adapted"] != on_dmd["original"]
-    with pytest.raises(UserError, match="no results"):
-        obeys.main(merge(obeys.Config, [f"results={tmp_path}/nowhere.json"]))
-
-
-@pytest.mark.slow
 def test_a_perfect_pupil_has_what_the_trained_one_is_to_reach(results, tmp_path):
-    """The base's own change at every step, where dmd alone makes little of watercolour-kv."""
-    pupil.main(
-        merge(pupil.Config, [f"results={results}", "images=12", f"out={tmp_path}/out", f"cache={tmp_path}"])
-    )
-    rows = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    """The base's own change at every step, where dmd alone makes little of watercolour-kv; what is left of
+    prompts stands beside.
+    """
+    words = [f"results={results}", "images=12", f"out={tmp_path}/out", f"cache={tmp_path}"]
+    adapted.main(merge(adapted.Config, words))
+    found = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    rows, (claims,) = found["effects"], found["claims"]
     assert [row["evaluator"] for row in rows] == ["clip", "probe", "geometry"]
     for row in rows:
-        shares = {side: row[side]["value"] for side in ("without", "original", "pupil")}
+        shares = {side: row["share"][side]["value"] for side in ("without", "original", "pupil")}
         assert shares["original"] < 0.5 * shares["pupil"] and abs(shares["without"]) < 0.2
+        assert 0 < row["preservation"]["source"] < row["preservation"]["adapted"] < 1
+    assert claims["on"] == "tiny/dmd" and claims["source, original"][0] < 0.95 < claims["source"][0]
+    assert claims["adapted"] != claims["original"] and claims["pupil"][0] < claims["without"][0]
+    with pytest.raises(UserError, match="no results"):
+        adapted.main(merge(adapted.Config, [f"results={tmp_path}/nowhere.json"]))
 
 
 def test_a_pupil_that_is_taught_nothing_is_the_member_itself():
     family = Family("tiny")
     member, prompts = family.member("dmd"), family.encode(["a face", "a hat"])
-    same = pupil.perfect(member, member, nullcontext, 4)
+    same = adapted.perfect(member, member, nullcontext, 4)
     x = draw_noise([1, 2], family.latent_shape, 1)[:, 0]
     with torch.no_grad():
         ours, plain = (its.denoiser(x, its.levels[0], prompts) for its in (same, member))
@@ -99,7 +96,7 @@ def test_a_text_holds_what_the_probe_sees_of_it():
     seen = Attributes("models/tiny/weights/probe").features(
         world.to_unit(world.pictures([face for face in world.faces(400, 3) if face.hat][:8]))
     )
-    shares = [obeys.held(texts, seen[k : k + 1])[0] for k in range(len(seen))]
+    shares = [prior.held(texts, seen[k : k + 1])[0] for k in range(len(seen))]
     assert set(shares) <= {0.5, 1.0}
 
 
