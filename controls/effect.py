@@ -33,6 +33,11 @@ def own_direction(plain: np.ndarray, edited: np.ndarray) -> np.ndarray:
     return moved / length if length else moved
 
 
+def without(features: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Features (..., d) projected off a direction (d,) of unit length."""
+    return features - (features @ direction)[..., None] * direction
+
+
 def percent_change(edited: np.ndarray, plain: np.ndarray) -> dict:
     """Change of the mean CLIP score in %, the column of the paper's Table 1, with its interval over prompts.
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from configs import replacing
 from controls import intervals
-from controls.effect import own_direction
+from controls.effect import own_direction, without
 from models.evaluators import Evaluator
 from models.families import Family
 from models.sampler import Member
@@ -102,8 +102,7 @@ class Shares:
         """What should not change, (n, d)."""
         if all(self.words):
             return self.evaluators[name].rest(features, *self.words)
-        along = self.directions[name]
-        return features - (features @ along)[:, None] * along
+        return without(features, self.directions[name])
 
     @torch.no_grad()
     def seen(

@@ -14,7 +14,7 @@ from analysis.images.cache import Drawings, Job
 from analysis.images.design import Design, Pair, Subject, Words, is_reference
 from configs import plain_name
 from controls import intervals, retention
-from controls.effect import change, own_direction, percent_change, preservation
+from controls.effect import change, own_direction, percent_change, preservation, without
 
 CLAIMS = ("reversed", "dead", "equivalence", "difference")  # that a verdict can make
 
@@ -300,8 +300,7 @@ class Measurement:
         features = self.seen(evaluator_name, subject, target)
         if subject.words:
             return self.drawings.evaluators[evaluator_name].rest(features, *subject.words)
-        direction = self.direction(evaluator_name, subject)
-        return features - (features @ direction)[..., None] * direction
+        return without(features, self.direction(evaluator_name, subject))
 
     def direction(self, evaluator_name: str, subject: Subject) -> np.ndarray:
         """Where a subject without words moves the pilot's images of its own source, (d,)."""

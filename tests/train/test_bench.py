@@ -68,8 +68,8 @@ def test_a_perfect_pupil_has_what_the_trained_one_is_to_reach(results, tmp_path)
     """
     words = [f"results={results}", "images=12", f"out={tmp_path}/out", f"cache={tmp_path}"]
     adapted.main(merge(adapted.Config, words))
-    found = json.loads((tmp_path / "out/results.json").read_text())["cells"]
-    rows, (claims,) = found["effects"], found["claims"]
+    record = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    rows, (claims,) = record["effects"], record["claims"]
     assert [row["evaluator"] for row in rows] == ["clip", "probe", "geometry"]
     for row in rows:
         shares = {side: row["share"][side]["value"] for side in ("without", "original", "pupil")}

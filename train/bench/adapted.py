@@ -100,11 +100,11 @@ def show(rows: list[dict], claims: list[dict]) -> None:
         for row in rows
     ]
     show_table("Preservation; source: by the original there", left)
-    held = [
+    obedience = [
         {key: its if isinstance(its, str) else "{:.3f} ± {:.3f}".format(*its) for key, its in row.items()}
         for row in claims
     ]
-    show_table("Share of a prompt's claims that the probe sees, ± its standard error", held)
+    show_table("Share of a prompt's claims that the probe sees, ± its standard error", obedience)
 
 
 def taught(results: str, controls: list[str]) -> tuple[list[dict], dict[str, Control]]:
