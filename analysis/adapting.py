@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -61,7 +60,7 @@ def is_lost(cell: dict) -> bool:
 def taught(session: Session, control: str, member: str, folder: Path) -> None:
     """Trains in the original's layers, and where any evaluator does not find that near, in all layers."""
     train(session, control, member, folder)
-    if max(distances(folder)) > NEAR:
+    if distance(folder) > NEAR:
         train(session, control, member, wider(folder), **WIDER)
 
 
@@ -70,20 +69,22 @@ def wider(folder: Path) -> Path:
 
 
 def nearer(folder: Path) -> Path:
-    """Of two tries the one whose effect is nearer to the original's, in the mean of the first evaluators."""
-    return min((folder, wider(folder)), key=lambda its: fmean(distances(its, JUDGES)))
+    """Of two tries the one that the evaluator which finds it farthest from the original's finds nearer: what
+    gains and strength were set by may see an effect in what others do not.
+    """
+    return min((folder, wider(folder)), key=distance)
 
 
-def distances(folder: Path, count: int | None = None) -> list[float]:
-    """How far a trained control's shares are from 1 where strength is set, as logarithms, by each of the
-    first so many evaluators that see the original on its source; infinite where nothing is known.
+def distance(folder: Path) -> float:
+    """How far a trained control's share is from 1 where strength is set, as a logarithm, by the evaluator
+    that finds it farthest of all that see the original on its source; infinite where nothing is known.
     """
     try:
-        rows = json.loads((folder / "shares.json").read_text())[:count]
+        rows = json.loads((folder / "shares.json").read_text())
     except FileNotFoundError:
-        return [math.inf]
+        return math.inf
     shares = [row["judged"]["value"] for row in rows]
-    return [abs(math.log(max(share, 0.01))) for share in shares if share is not None] or [math.inf]
+    return max((abs(math.log(max(share, 0.01))) for share in shares if share is not None), default=math.inf)
 
 
 def train(session: Session, control: str, member: str, folder: Path, **more: object) -> None:

@@ -168,14 +168,20 @@ def test_what_the_originals_layers_cannot_carry_is_taught_to_all(tmp_path, asked
     assert Path(file).parent.parent.name == kept
 
 
-def test_how_near_a_try_is_counts_those_who_see_the_original(tmp_path):
-    rows = [{"judged": {"value": share}} for share in (0.5, 2.0, None, 1.0)]
-    (tmp_path / "shares.json").write_text(json.dumps(rows))
-    far = np.log(2)
-    assert adapting.distances(tmp_path) == pytest.approx([far, far, 0])
-    assert adapting.distances(tmp_path, 2) == pytest.approx([far, far])
-    (tmp_path / "shares.json").write_text(json.dumps(rows[2:3]))
-    assert adapting.distances(tmp_path) == adapting.distances(tmp_path / "nowhere") == [np.inf]
+def test_how_near_a_try_is_is_what_the_farthest_of_those_says_who_see_the_original(tmp_path):
+    def written(folder, *shares):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "shares.json").write_text(json.dumps([{"judged": {"value": share}} for share in shares]))
+        return folder
+
+    first, second = tmp_path / "first", adapting.wider(tmp_path / "first")
+    assert adapting.distance(written(first, 0.9, 0.5, None, 1.5)) == pytest.approx(np.log(2))
+    assert adapting.distance(written(first, None)) == adapting.distance(tmp_path / "nowhere") == np.inf
+    # near by those that set its strength, dead by a third: another control is nearer that all see
+    written(first, 1.05, 0.96, -0.02)
+    assert adapting.nearer(first) == first
+    written(second, 0.89, 1.11, 1.22)
+    assert adapting.nearer(first) == second
 
 
 def test_a_loss_by_the_second_evaluator_alone_is_one():
