@@ -57,6 +57,7 @@ FREE = (
     "adapt",
     "adapt_prompts",
     "adapt_judged",
+    "adapt_precision",
     "targets",
     "references",
     "evaluators",
@@ -107,6 +108,7 @@ class Config(Drawing):
     # texts and files that they are taught on, with a LoRA's trigger word; empty = the family's more_prompts
     adapt_prompts: list[str] = list_of()
     adapt_judged: int = 192  # images that set the strength of each, see judged= of train/adapt.py
+    adapt_precision: float | None = None  # and how exactly, see precision= there
     write_card: bool = False  # write the measured scales into the header of each control file
     cache: str = "runs/cache"  # drawings are kept here and shared between runs
     out: str = "runs/transfer"  # the run is written to out/name

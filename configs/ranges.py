@@ -20,6 +20,7 @@ RANGES = {
     "compared": (0, 1e4),
     "judged": (0, 1e4),
     "adapt_judged": (1, 1e4),
+    "adapt_precision": (0, 1e3),
     "runs": (1, 1e6),
     "curve_prompts": (1, 1e6),
     "max_prompts": (1, 1e6),

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ def pages() -> dict[Path, str]:
         DOCS / "results.md": {
             "claims": lambda: markdown(*claims(record)),
             "transfer": transfer_table,
-            "adapted": adapted_table,
+            "adapted": partial(adapted_table, "transfer-adapted"),
+            "loras": partial(adapted_table, "transfer-loras"),
             "trace": trace_table,
             "losses": losses,
             "plans": plan_table,
@@ -284,9 +286,9 @@ def short_variety() -> str:
     return markdown(["", "evaluations", "of the base's variety, by CLIP", "by the probe", "obedience"], rows)
 
 
-def adapted_pairs() -> list[tuple[dict, dict]]:
-    """What was adapted: the original's cell and the adapted control's, by control."""
-    cells = record("transfer-adapted")["cells"]
+def adapted_pairs(name: str) -> list[tuple[dict, dict]]:
+    """What was adapted in a run: the original's cell and the adapted control's, by control."""
+    cells = record(name)["cells"]
     found = {(cell["control"], cell["target"]): cell for cell in cells}
     return [
         (found[cell["adapted_from"], cell["target"]], cell)
@@ -297,23 +299,21 @@ def adapted_pairs() -> list[tuple[dict, dict]]:
 
 def short_adapted() -> str:
     """README's rows: the controls that survive on no student, adapted to every one."""
-    rows, pairs = [], adapted_pairs()
-    for name in ("watercolour-kv", "crayon"):
-        cells = {after["target"]: after for before, after in pairs if before["control"] == name}
-        rows.append([f"{name}, adapted", *map(brief, cells.values())])
-    return markdown(["", *(f"on {target.partition('/')[2]}" for target in cells)], rows)
+    rows: dict[str, dict[str, str]] = {}
+    for before, after in adapted_pairs("transfer-loras"):
+        rows.setdefault(before["control"], {})[after["target"]] = brief(after)
+    heads = [f"on {target.partition('/')[2]}" for target in next(iter(rows.values()))]
+    return markdown(["", *heads], [[f"{name}, adapted", *cells.values()] for name, cells in rows.items()])
 
 
-def adapted_table() -> str:
+def adapted_table(name: str) -> str:
     """Controls and members in rows: before and after, by every evaluator."""
-    names = list(adapted_pairs()[0][0]["readings"])
-    rows = []
-    for before, after in adapted_pairs():
-        each = [f"{brief(before, name)}<br>→ {brief(after, name)}" for name in names]
+    pairs = adapted_pairs(name)
+    evaluators, rows = list(pairs[0][0]["readings"]), []
+    for before, after in pairs:
+        each = [f"{brief(before, its)}<br>→ {brief(after, its)}" for its in evaluators]
         rows.append([before["control"], after["target"].partition("/")[2], *each])
-    return made(record("transfer-adapted")) + markdown(
-        ["control", "on", *(f"by {name}" for name in names)], rows
-    )
+    return made(record(name)) + markdown(["control", "on", *(f"by {its}" for its in evaluators)], rows)
 
 
 def brief(cell: dict, name: str = "") -> str:

@@ -45,11 +45,12 @@ from train.run import Run, Training
 from train.shares import Features, Shares
 
 REMEMBERED = (
-    "members scales prompts runs rounds ahead judged steps batch_size gradient_accumulation_steps "
+    "members scales prompts runs rounds ahead judged precision steps batch_size gradient_accumulation_steps "
     "learning_rate seed"
 )
 JUDGING = 4  # every fourth prompt is not learnt on: there gains and strength are set, and it is compared
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
+MORE = 4  # times as many images as judge set the strength at the most
 PAID = 1 / 3  # of a larger gain's logarithm, which the effect's has to gain by it
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
 
@@ -77,6 +78,9 @@ class Config(Training):
     # images on which the effect is made the original's, by the card's first two evaluators: what is taught is
     # made larger or smaller before a round, by the first half of them, and the result last of all; 0 = not
     judged: int = 192
+    # ± of the effect on those images [95 %] above which more set the strength, as many as are missing and on
+    # prompts that are learnt on too; null = those alone
+    precision: float | None = None
     cache: str = "runs/cache"  # what is seen of the original on its source is kept here
     compared: int = 24  # images on which the result is compared with the original at the end; 0 = none
     steps: int = 180  # optimizer steps
@@ -184,6 +188,9 @@ def cost(cfg: Config, original: Control, member: Member) -> dry_run.Cost:
         looks["source"] += (1 + scales) * cfg.judged
         doses = 1 + sum(dose < 1 for dose in DOSES)  # at the most
         looks["member"] += (1 + doses) * cfg.judged + (cfg.rounds - 1) * scales * half(cfg)
+        if cfg.precision is not None:
+            looks["source"] += 2 * MORE * cfg.judged
+            looks["member"] += (1 + doses) * MORE * cfg.judged
     if cfg.compared:
         looks["source"] += 2 * cfg.compared
         looks["member"] += 3 * cfg.compared + cfg.judged
@@ -266,6 +273,7 @@ class Lesson:
         self.family, self.source = family, family.member(about.member)
         self.learnt, self.judging = divided(cfg.prompts)
         self.on = {scale: fusing(self.source.denoiser.net, original, scale) for scale in cfg.scales}
+        self.plain: dict[tuple[int, int], Features] = {}  # by member and number of images
         self.points: list[tuple] = []  # member, scale, level, prompts of x, x, goal, size of a change
 
     def conditioning(self, family: Family, chosen: Tensor) -> Prompts:
@@ -321,7 +329,7 @@ class Lesson:
         at the end of it, offs: (rounds, members, scales). The last gains are those of the round to come.
         """
         places = [(m, scale) for m, _ in enumerate(self.members) for scale in self.cfg.scales]
-        now = torch.tensor([self.off(m, scale, scale, half(self.cfg)) for m, scale in places])
+        now = torch.tensor([self.off(m, scale, self.judge(scale), half(self.cfg)) for m, scale in places])
         gains = tried["gains"]
         offs = torch.cat([tried["offs"], now.reshape(1, *gains.shape[1:])])
         histories = zip(gains.flatten(1).T.tolist(), offs.flatten(1).T.tolist(), strict=True)
@@ -378,10 +386,13 @@ class Lesson:
             x0 = member.denoiser(x, level, self.conditioning(self.run.family, which[rows]), member.guidance)
             return (x0 - goal).square().mean() / size.clamp_min(1e-12)
 
-    def shares(self, images: int, seed: int, scale: float) -> Shares:
-        """Measures on prompts not learnt on what members have of the original's effect on its source."""
+    def shares(self, images: int, seed: int, scale: float, prompts: Sequence[str] = ()) -> Shares:
+        """Measures what members have of the original's effect on its source, on prompts not learnt on where
+        no others are said.
+        """
         cfg, family = self.cfg, self.run.family
-        texts = [self.judging[k % len(self.judging)] for k in range(images)]
+        prompts = prompts or self.judging
+        texts = [prompts[k % len(prompts)] for k in range(images)]
         shares = Shares(family, self.evaluators, (cfg.positive, cfg.negative), texts, seed)
         its, member = self.family.card, self.source.name.rpartition("/")[2]
         packed = cfg.quantize if quantized(self.source.denoiser.net) else ""
@@ -409,28 +420,46 @@ class Lesson:
         """What measures a scale's effect for gains and strength."""
         return self.shares(self.cfg.judged, 700_000, scale)
 
-    @cache  # noqa: B019
-    def bare(self, m: int) -> Features:
-        """A member there without a control."""
-        return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, 0))
+    @cached_property
+    def last(self) -> Shares:
+        """What measures the effect for the strength, last of all: more images where those that judge leave it
+        uncertain.
+        """
+        cfg, top = self.cfg, max(self.cfg.scales)
+        judge, more = self.judge(top), 1.0
+        if cfg.precision is not None:
+            seen = [(self.bare(m, judge), self.acting(m, top, judge)) for m, _ in enumerate(self.members)]
+            error = max(judge.error(*each, JUDGES) for each in seen)
+            more = min((error / max(cfg.precision, 1e-9)) ** 2, MORE)
+        if more <= 1:
+            return judge
+        images = math.ceil(more * cfg.judged)
+        return self.shares(images, 700_000, top, [*self.judging, *self.learnt])
 
-    def with_control(self, m: int, scale: float, images: int | None = None) -> Features:
-        """A member on the first images there, with the control in training."""
-        return self.judge(max(self.cfg.scales)).seen(self.members[m], partial(self.at, scale), count=images)
+    def bare(self, m: int, shares: Shares) -> Features:
+        """A member there without a control, which is the same whatever scale is judged."""
+        key = m, len(shares.texts)
+        if key not in self.plain:
+            self.plain[key] = shares.seen(self.members[m], partial(self.at, 0))
+        return self.plain[key]
 
-    def off(self, m: int, scale: float, acting: float, images: int | None = None) -> float:
-        """How far the control in training is too strong on a member for a scale, acting at another, as a
+    def acting(self, m: int, scale: float, shares: Shares, images: int | None = None) -> Features:
+        """A member on the first images there, with the control in training at a scale."""
+        return shares.seen(self.members[m], partial(self.at, scale), count=images)
+
+    def off(self, m: int, scale: float, shares: Shares, images: int | None = None) -> float:
+        """How far the control in training, at a scale, is too strong on a member for what is measured, as a
         logarithm: by the mean of the first evaluators, on the first images.
         """
-        seen = self.with_control(m, acting, images)
-        return float(np.mean(self.judge(scale).middle(self.bare(m), seen)[:JUDGES]))
+        seen = self.acting(m, scale, shares, images)
+        return float(np.mean(shares.middle(self.bare(m, shares), seen)[:JUDGES]))
 
     def calibrated(self) -> float:
         """The strength at which the effect on the members, their median, is the original's on its source."""
         top = max(self.cfg.scales)
 
         def off(dose: float) -> float:
-            return float(np.median([self.off(m, top, dose * top) for m, _ in enumerate(self.members)]))
+            return float(np.median([self.off(m, dose * top, self.last) for m, _ in enumerate(self.members)]))
 
         logs = {1.0: off(1.0)}
         further = [dose for dose in DOSES if dose > 1] if logs[1.0] < 0 else [d for d in DOSES[::-1] if d < 1]
@@ -455,7 +484,7 @@ class Lesson:
             after = shares.of(plain, shares.seen(member, partial(self.at, top)))
             judged = after
             if self.cfg.judged:
-                judged = self.judge(top).of(self.bare(m), self.with_control(m, top))
+                judged = self.last.of(self.bare(m, self.last), self.acting(m, top, self.last))
             rows += [
                 {
                     "member": member.name,

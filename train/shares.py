@@ -4,6 +4,7 @@ the card that reads words.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -88,6 +89,19 @@ class Shares:
         effects = self.effects({name: its[: len(after[name])] for name, its in before.items()}, after)
         shares = [effect.mean() / self.own[name].mean() for name, effect in effects.items()]
         return [float(np.log(max(share, 0.01))) for share in shares]
+
+    def error(self, before: Features, after: Features, judges: int) -> float:
+        """How far the mean of the first evaluators' logarithms may be from that on other prompts [95 %]; the
+        images of one prompt are alike, so prompts are the units.
+        """
+        texts, effects, parts = np.array(self.texts)[self.rows], self.effects(before, after), []
+        for name in list(before)[:judges]:
+            if not effects[name].mean():
+                return math.inf
+            parts.append(effects[name] / effects[name].mean() - self.own[name] / self.own[name].mean())
+        part = np.mean(parts, 0)
+        interval = intervals.mean(np.array([part[texts == text].mean() for text in dict.fromkeys(texts)]))
+        return math.inf if interval["high"] is None else interval["high"] - interval["value"]
 
     def effects(self, before: Features, after: Features) -> dict[str, np.ndarray]:
         """What has changed, (n,), by evaluator."""
