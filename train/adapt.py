@@ -50,7 +50,7 @@ REMEMBERED = (
 )
 JUDGING = 4  # every fourth prompt is not learnt on: there gains and strength are set, and it is compared
 GAINS = (0.5, 3.0)  # between which the taught change is multiplied
-MORE = 4  # times as many images as judge set the strength at the most
+MORE = 4  # times the images that judge set the strength at the most
 PAID = 1 / 3  # of a larger gain's logarithm, which the effect's has to gain by it
 DOSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # of which calibration finds the one that is right
 
@@ -78,7 +78,7 @@ class Config(Training):
     # images on which the effect is made the original's, by the card's first two evaluators: what is taught is
     # made larger or smaller before a round, by the first half of them, and the result last of all; 0 = not
     judged: int = 192
-    # ± of the effect on those images [95 %] above which more set the strength, as many as are missing and on
+    # ± of the effect on those images [95 %] above which twice or four times as many set the strength, on
     # prompts that are learnt on too; null = those alone
     precision: float | None = None
     cache: str = "runs/cache"  # what is seen of the original on its source is kept here
@@ -433,7 +433,9 @@ class Lesson:
             more = min((error / max(cfg.precision, 1e-9)) ** 2, MORE)
         if more <= 1:
             return judge
-        images = math.ceil(more * cfg.judged)
+        images = cfg.judged * 2 ** math.ceil(
+            math.log2(more)
+        )  # so that tries share what is seen of the source
         return self.shares(images, 700_000, top, [*self.judging, *self.learnt])
 
     def bare(self, m: int, shares: Shares) -> Features:
