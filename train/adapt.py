@@ -433,9 +433,8 @@ class Lesson:
             more = min((error / max(cfg.precision, 1e-9)) ** 2, MORE)
         if more <= 1:
             return judge
-        images = cfg.judged * 2 ** math.ceil(
-            math.log2(more)
-        )  # so that tries share what is seen of the source
+        # by doubling: tries that need about as many share what is seen of the source
+        images = cfg.judged * 2 ** math.ceil(math.log2(more))
         return self.shares(images, 700_000, top, [*self.judging, *self.learnt])
 
     def bare(self, m: int, shares: Shares) -> Features:
