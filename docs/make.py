@@ -250,8 +250,8 @@ def made(kept: dict) -> str:
     """The command, the day and the design of a record."""
     cell, torch = kept["cells"][0], kept.get("versions", {}).get("torch", "?")
     rounds = kept.get("prompts")
-    looks = bool(rounds) and isinstance(rounds[0], int)
-    prompts = f"{rounds[0]} to {rounds[-1]} prompts" if looks else f"{cell['prompts']} prompts"
+    looks = rounds if rounds and isinstance(rounds[0], int) else [cell["prompts"]]
+    prompts = " to ".join(dict.fromkeys((str(looks[0]), str(looks[-1])))) + " prompts"
     design = f"{prompts} × {cell['seeds']} seeds"
     return f"`{kept['command']}`, {kept['created'][:10]}, torch {torch}: {design}.\n\n"
 

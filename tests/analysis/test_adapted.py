@@ -112,6 +112,9 @@ def test_controls_that_are_lost_are_adapted_and_measured_again(tmp_path, asked):
         record = measured(tmp_path, "targets=[base,dmd]", "adapt=true")
         assert asked == [(str(KV), "dmd", "watercolour-kv-dmd")]
         assert [c["control"] for c in record["cells"] if c["adapted_from"]] == ["watercolour-kv-dmd"] * 2
+        assert asked.cfg.precision is None
+    measured(tmp_path, "targets=[base,dmd]", "adapt=true", "adapt_judged=48", "adapt_precision=0.1")
+    assert len(asked) == 2 and (asked.cfg.judged, asked.cfg.precision) == (48, 0.1)
 
 
 def test_what_was_taught_otherwise_is_taught_anew(tmp_path, asked):
