@@ -102,7 +102,8 @@ def train(session: Session, control: str, member: str, folder: Path, **more: obj
         "out": folder.parent,
         "prompts": json.dumps(cfg.adapt_prompts, ensure_ascii=False),
         "judged": cfg.adapt_judged,
-        "precision": "null" if cfg.adapt_precision is None else cfg.adapt_precision,
+        # not where nothing is said: what was taught before there was this key stays
+        **({} if cfg.adapt_precision is None else {"precision": cfg.adapt_precision}),
         **{key: getattr(cfg, key) for key in PASSED},
         **more,
     }
